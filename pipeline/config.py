@@ -1,0 +1,69 @@
+"""params.yaml -> frozen, validated sections; every fault of the file is reported at once.
+
+Each section class stands beside the code that reads it; this module only knows how to load one file into several.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import ConfigError
+
+
+class Section(BaseModel):
+    """One section of params.yaml. Unknown keys are faults, values are not coerced from other types, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+def load_sections(path: Path, schema: Mapping[str, type[Section]]) -> dict[str, Section]:
+    """Return the sections of `path` named in `schema`, validated.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or breaks the schema; the message has one line per fault,
+            each with its path in the file, the value met, the bound and the remedy.
+    """
+    raw = _read(path)
+    faults = [f"{path}: {key}: unknown section{_nearest(key, list(schema))}; remove it" for key in raw if key not in schema]
+    sections: dict[str, Section] = {}
+    for name, section in schema.items():
+        try:
+            sections[name] = section.model_validate(raw.get(name) or {})
+        except ValidationError as error:
+            faults += [f"{path}: {_fault(name, section, dict(item))}" for item in error.errors()]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return sections
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); run from the folder that holds it") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds {type(raw).__name__}, expected a mapping of sections")
+    return raw
+
+
+def _fault(name: str, section: type[Section], item: dict[str, Any]) -> str:
+    where = ".".join([name, *(str(part) for part in item["loc"])])
+    if item["type"] == "extra_forbidden":
+        known = list(section.model_fields)
+        return f"{where}: unknown setting{_nearest(str(item['loc'][-1]), known)}; {name} has {', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{where}: missing; it has no default, set it"
+    return f"{where}: {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(key), known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

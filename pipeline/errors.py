@@ -1,0 +1,67 @@
+"""What can go wrong, as one tree.
+
+RecyclingError
+├── ConfigError            a setting is wrong: params.yaml, or an argument of a command
+├── DataError              a data source cannot be read as described
+│   └── BadSampleError     one sample cannot be used; the run sets it aside and goes on
+├── ModelError             a backbone cannot be built, or its weights do not fit
+├── SplitError             the network cannot be split exactly at this cut
+│   └── NoSuchCutError     the cut names no place in the network
+├── StoreError             a store cannot be read or written
+│   ├── StaleStoreError    the store was encoded under another recipe
+│   ├── MissingKeysError   samples that were never encoded
+│   └── CorruptStoreError  bytes of a store are not those that were written
+└── TrainError             training cannot start, or cannot go on
+
+Every message gives the setting or place, the value met, the bound it broke, and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class RecyclingError(Exception):
+    """Root of all errors raised on purpose; the command line prints its message without a traceback."""
+
+
+class ConfigError(RecyclingError):
+    """A setting is wrong. The message lists every fault found, one per line."""
+
+
+class DataError(RecyclingError):
+    """A data source cannot be read as described."""
+
+
+class BadSampleError(DataError):
+    """One sample cannot be used: unreadable, empty, or without a finite state."""
+
+
+class ModelError(RecyclingError):
+    """A backbone cannot be built, or its weights do not fit it."""
+
+
+class SplitError(RecyclingError):
+    """The network cannot be split exactly at this cut; the message names the reason."""
+
+
+class NoSuchCutError(SplitError):
+    """The cut names no place in the network; the message names the nearest ones."""
+
+
+class StoreError(RecyclingError):
+    """A store cannot be read or written."""
+
+
+class StaleStoreError(StoreError):
+    """The store was encoded under another recipe; the message names the first field that differs."""
+
+
+class MissingKeysError(StoreError):
+    """Some samples were never encoded; the message names up to five."""
+
+
+class CorruptStoreError(StoreError):
+    """Bytes of a store are not those that were written."""
+
+
+class TrainError(RecyclingError):
+    """Training cannot start, or cannot go on."""
