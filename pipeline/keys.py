@@ -1,0 +1,229 @@
+"""What names a sample and what names a store: content keys, weight digests and the recipe.
+
+Every digest is BLAKE2b with 128 bits over an encoding that cannot be read in two ways: canonical JSON for settings,
+type-tagged and length-prefixed fields for contents and weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+Content: TypeAlias = "bool | int | float | str | bytes | np.ndarray | Sequence[Content] | Mapping[str, Content] | None"
+
+KEY_BYTES = 16
+ABSENT = "(absent)"
+_HASHED_KINDS = "biufc"  # numpy kinds whose bytes are their value: bool, integers, floats, complex
+
+
+class _Hash(Protocol):
+    def update(self, data: Any, /) -> None: ...
+    def digest(self) -> bytes: ...
+    def hexdigest(self) -> str: ...
+
+
+def digest(value: JSON) -> str:
+    """Return the digest of `value` as 32 hex digits; equal for equal settings, whatever the order of their keys.
+
+    Raises:
+        TypeError: a mapping key is no string, or a value has no JSON form.
+        ValueError: a number is not finite.
+    """
+    return hashlib.blake2b(_canonical(value).encode(), digest_size=KEY_BYTES).hexdigest()
+
+
+def content_key(content: Content) -> bytes:
+    """Return the 16-byte key of a sample's content.
+
+    The type is part of the content: the text "a", the bytes b"a" and the array [97] have different keys. An array
+    brings its dtype and shape; memory layout and byte order do not matter.
+
+    Raises:
+        TypeError: the content, or a part of it, is of a type without a key (named in the message).
+    """
+    hasher = _new_hash()
+    _feed(hasher, content)
+    return hasher.digest()
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the digest of named tensors (names, dtypes, shapes, bytes), whatever their order, device or strides.
+
+    At most one tensor at a time is copied.
+
+    Raises:
+        ValueError: a tensor is on the meta device, and so has no bytes.
+    """
+    hasher = _new_hash()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        if tensor.is_meta:
+            raise ValueError(
+                f"tensor {name!r} is on the meta device and has no bytes; load the weights before the digest"
+            )
+        _field(hasher, b"n", name.encode())
+        _field(hasher, b"t", f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.cpu().resolve_conj().resolve_neg().reshape(-1)
+        _field(hasher, b"d", flat.view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Everything that decides the values of a store's states; two recipes are equal when their digests are.
+
+    Attributes:
+        format: version of the store's layout.
+        weights: digest of every parameter and buffer read before the cut (`tensors_digest`).
+        architecture: digest of the modules called before the cut.
+        cut: where the network was split, readable.
+        preprocessing: what turns a content into inputs of the prefix.
+        view: name of the augmented view; None for the plain one.
+        compute_dtype: dtype the prefix ran in.
+        storage: codec and dtype of the stored states, such as "raw:float16".
+    """
+
+    format: int
+    weights: str
+    architecture: str
+    cut: str
+    preprocessing: Mapping[str, JSON]
+    view: str | None
+    compute_dtype: str
+    storage: str
+
+    def __post_init__(self) -> None:
+        # A private copy in JSON's own types: later changes to the caller's dict do not reach it, tuples become lists.
+        object.__setattr__(self, "preprocessing", json.loads(_canonical(self.preprocessing)))
+
+    @property
+    def digest(self) -> str:
+        """The store's identity, 32 hex digits."""
+        return digest(self._fields())
+
+    def to_json(self) -> str:
+        """Return the recipe as indented JSON, fields in their order, with a final newline."""
+        return json.dumps(self._fields(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Return the recipe written by `to_json`.
+
+        Raises:
+            ValueError: the text is not a recipe; the message names the field.
+        """
+        raw = json.loads(text, parse_constant=_refuse_constant)
+        if not isinstance(raw, dict):
+            raise ValueError(f"a recipe is a JSON object, not {type(raw).__name__}")
+        for name in dict.fromkeys([*_FIELD_TYPES, *raw]):
+            if name not in _FIELD_TYPES:
+                raise ValueError(f"unknown field {name!r}; a recipe has {', '.join(_FIELD_TYPES)}")
+            if name not in raw:
+                raise ValueError(f"field {name!r} is missing")
+            if not isinstance(raw[name], _FIELD_TYPES[name]) or isinstance(raw[name], bool):
+                raise ValueError(f"field {name!r} is {raw[name]!r}, which is no {_FIELD_TYPES[name]}")
+        return cls(**raw)
+
+    def first_difference(self, other: Recipe) -> tuple[str, JSON, JSON] | None:
+        """Return (path of the first field that differs, the value here, the value in `other`); None when equal.
+
+        The path reads like `preprocessing.image_size`; a value that one side lacks is given as "(absent)".
+        """
+        return next(_differences(self._fields(), other._fields(), ""), None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return int(self.digest, 16)
+
+    def _fields(self) -> dict[str, JSON]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+_FIELD_TYPES: dict[str, Any] = {field.name: str for field in dataclasses.fields(Recipe)} | {
+    "format": int,
+    "preprocessing": dict,
+    "view": str | None,
+}
+
+
+def _differences(ours: Mapping[str, JSON], theirs: Mapping[str, JSON], prefix: str) -> Iterator[tuple[str, JSON, JSON]]:
+    for name in dict.fromkeys([*ours, *theirs]):
+        mine, other = ours.get(name, ABSENT), theirs.get(name, ABSENT)
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            yield from _differences(mine, other, f"{prefix}{name}.")
+        elif _canonical(mine) != _canonical(other):
+            yield f"{prefix}{name}", mine, other
+
+
+def _canonical(value: JSON) -> str:
+    _refuse_other_keys(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _refuse_other_keys(value: JSON) -> None:
+    """json.dumps writes the key 1 as "1"; two different settings must not share a digest."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"mapping key {key!r} is {type(key).__name__}; a digest needs string keys")
+            _refuse_other_keys(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_other_keys(item)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _new_hash() -> _Hash:
+    return hashlib.blake2b(digest_size=KEY_BYTES)
+
+
+def _field(hasher: _Hash, tag: bytes, data: bytes | memoryview) -> None:
+    size = data.nbytes if isinstance(data, memoryview) else len(data)
+    hasher.update(tag + size.to_bytes(8, "little"))
+    hasher.update(data)
+
+
+def _feed(hasher: _Hash, content: Content) -> None:
+    match content:
+        case str():
+            _field(hasher, b"s", content.encode("utf-8", "surrogatepass"))
+        case bytes():
+            _field(hasher, b"b", content)
+        case np.ndarray() | np.generic():
+            _feed_array(hasher, np.asarray(content))
+        case None | bool() | int() | float():
+            _field(hasher, b"j", repr(content).encode())
+        case Mapping():
+            _field(hasher, b"m", len(content).to_bytes(8, "little"))
+            for name in sorted(content):
+                _feed(hasher, name)
+                _feed(hasher, content[name])
+        case list() | tuple():
+            _field(hasher, b"l", len(content).to_bytes(8, "little"))
+            for item in content:
+                _feed(hasher, item)
+        case _:
+            raise TypeError(
+                f"{type(content).__name__} has no content key; give bytes, text, an array, or mappings and lists"
+            )
+
+
+def _feed_array(hasher: _Hash, array: np.ndarray) -> None:
+    if array.dtype.kind not in _HASHED_KINDS:
+        raise TypeError(f"an array of dtype {array.dtype} has no content key; give booleans, integers or floats")
+    little = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+    _field(hasher, b"a", f"{little.dtype.str} {little.shape}".encode())
+    _field(hasher, b"d", little.tobytes())

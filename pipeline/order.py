@@ -1,0 +1,99 @@
+"""Which rows are trained on at which step: a pure function of seed, epoch, rank and sizes.
+
+A unit is a set of rows that stay together: one row for classification, anchor and positive for pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Window:
+    """Shuffle within a moving set of segments, for a store that exceeds the page cache.
+
+    Attributes:
+        groups: (U,) integers; the segment that unit u lies in.
+        size: how many groups are mixed at a time. A unit can meet only the units of these groups within a batch,
+            and reads stay within as many segments.
+    """
+
+    groups: np.ndarray
+    size: int
+
+
+def batches(
+    units: Sequence[np.ndarray] | np.ndarray,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    rank: int = 0,
+    world: int = 1,
+    drop_last: bool = False,
+    window: Window | None = None,
+) -> list[np.ndarray]:
+    """Return the row indices of each of this rank's batches in this epoch, int64, unit-major.
+
+    `units` is (U,) rows, (U, R) rows, or U arrays of rows; `batch_size` counts units per rank. Every rank gets the
+    same number of batches. A step takes `batch_size * world` units and deals them out evenly, so each unit comes
+    exactly once per epoch. Of the units left over at the end, `drop_last` drops a step that is not full; otherwise
+    the last step is smaller, and when it has fewer units than ranks some of the epoch's first units fill it up.
+    The shuffle is exact: each permutation is equally likely, unless a `window` limits it.
+
+    Raises:
+        ValueError: a size is out of its range.
+    """
+    _check(len(units), batch_size, seed, epoch, rank, world, window)
+    rng = np.random.default_rng([seed, epoch])
+    if not shuffle:
+        order = np.arange(len(units))
+    elif window is None:
+        order = rng.permutation(len(units))
+    else:
+        order = _windowed(window, rng)
+    step_units = batch_size * world
+    if drop_last:
+        order = order[: len(order) // step_units * step_units]
+    elif 0 < len(order) % step_units < world:
+        order = np.append(order, np.resize(order, world - len(order) % step_units))
+    mine = [order[start : start + step_units][rank::world] for start in range(0, len(order), step_units)]
+    return [_rows(units, chosen) for chosen in mine]
+
+
+def _windowed(window: Window, rng: np.random.Generator) -> np.ndarray:
+    """Put the groups in random order, then shuffle the units of `size` consecutive groups together."""
+    _, group_of_unit = np.unique(window.groups, return_inverse=True)
+    rank_of_group = rng.permutation(group_of_unit.max(initial=-1) + 1)
+    window_of_unit = rank_of_group[group_of_unit] // window.size
+    order: np.ndarray = np.lexsort([rng.random(len(group_of_unit)), window_of_unit])
+    return order
+
+
+def _rows(units: Sequence[np.ndarray] | np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    if isinstance(units, np.ndarray):
+        return units[chosen].reshape(-1).astype(np.int64, copy=False)
+    return np.concatenate([units[unit] for unit in chosen]).astype(np.int64, copy=False)
+
+
+def _check(n_units: int, batch_size: int, seed: int, epoch: int, rank: int, world: int, window: Window | None) -> None:
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("epoch", epoch, 0),
+        ("world", world, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank is {rank}; it must be at least 0 and below world, which is {world}")
+    if window is not None and window.size < 1:
+        raise ValueError(f"window.size is {window.size}; it must be at least 1")
+    if window is not None and len(window.groups) != n_units:
+        raise ValueError(
+            f"window.groups has {len(window.groups)} entries; it must have one for each of the {n_units} units"
+        )

@@ -1,0 +1,108 @@
+"""The order of an epoch: a permutation, pure, the same number of steps for every rank."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from pipeline.order import Window, batches
+
+SIZES = [(n, size, world) for n in (0, 1, 2, 7, 16, 33) for size in (1, 3, 8) for world in (1, 2, 5)]
+
+
+def every_rank(units, size, world, **options):
+    return [batches(units, size, rank=rank, world=world, **options) for rank in range(world)]
+
+
+@pytest.mark.parametrize(("n", "size", "world"), SIZES)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_each_unit_comes_once_and_ranks_step_together(n, size, world, shuffle):
+    ranks = every_rank(np.arange(n), size, world, seed=3, epoch=1, shuffle=shuffle)
+    assert len({len(mine) for mine in ranks}) == 1
+    assert all(0 < len(batch) <= size for mine in ranks for batch in mine)
+    rows = np.concatenate([batch for mine in ranks for batch in mine] or [np.array([], int)])
+    assert set(rows) == set(range(n))
+    assert len(rows) - n < world
+    if n % (size * world) >= world:
+        assert len(rows) == n
+
+
+@pytest.mark.parametrize(("n", "size", "world"), SIZES)
+def test_drop_last_gives_full_batches_alone(n, size, world):
+    ranks = every_rank(np.arange(n), size, world, seed=0, epoch=0, shuffle=True, drop_last=True)
+    assert {len(batch) for mine in ranks for batch in mine} <= {size}
+    assert sum(len(mine) for mine in ranks) == n // (size * world) * world
+    rows = [row for mine in ranks for batch in mine for row in batch]
+    assert len(rows) == len(set(rows))
+
+
+def test_order_is_a_pure_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        return np.concatenate(batches(np.arange(100), 7, seed=seed, epoch=epoch, shuffle=True)).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    orders = {tuple(order(seed, epoch)) for seed, epoch in itertools.product(range(3), range(3))}
+    assert len(orders) == 9
+
+
+def test_without_shuffle_the_order_is_that_of_the_units():
+    got = batches(np.array([5, 3, 9]), 2, seed=0, epoch=4, shuffle=False)
+    assert [batch.tolist() for batch in got] == [[5, 3], [9]]
+
+
+@pytest.mark.parametrize(
+    "units",
+    [
+        np.arange(20).reshape(10, 2),
+        [np.array([2 * i, 2 * i + 1], np.int32) for i in range(10)],
+    ],
+)
+def test_rows_of_a_unit_stay_together(units):
+    for batch in batches(units, 3, seed=1, epoch=0, shuffle=True):
+        assert batch.dtype == np.int64
+        assert (batch[1::2] == batch[::2] + 1).all()
+        assert (batch[::2] % 2 == 0).all()
+
+
+def test_units_may_have_different_sizes():
+    units = [np.arange(start, start + size) for start, size in ((0, 1), (1, 3), (4, 2))]
+    got = batches(units, 2, seed=0, epoch=0, shuffle=False)
+    assert [batch.tolist() for batch in got] == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_shuffle_reaches_every_permutation():
+    seen = {tuple(np.concatenate(batches(np.arange(4), 4, seed=0, epoch=epoch, shuffle=True))) for epoch in range(400)}
+    assert len(seen) == 24
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 50])
+def test_window_keeps_reads_within_its_segments(size):
+    groups = np.repeat(np.arange(10) * 3, 7)
+    window = Window(groups, size)
+    order = np.concatenate(batches(np.arange(70), 4, seed=2, epoch=0, shuffle=True, window=window))
+    assert sorted(order) == list(range(70))
+    per_window = 7 * size
+    for start in range(0, 70, per_window):
+        assert len(set(groups[order[start : start + per_window]])) <= size
+    other = np.concatenate(batches(np.arange(70), 4, seed=2, epoch=1, shuffle=True, window=window))
+    assert order.tolist() != other.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"epoch": -1}, "epoch is -1"),
+        ({"world": 0}, "world is 0"),
+        ({"rank": 2, "world": 2}, "rank is 2"),
+        ({"window": Window(np.zeros(5), 0)}, "window.size is 0"),
+        ({"window": Window(np.zeros(4), 1)}, "window.groups has 4 entries"),
+    ],
+)
+def test_sizes_out_of_range_are_named(options, message):
+    arguments = {"batch_size": 2, "seed": 0, "epoch": 0, "shuffle": True} | options
+    with pytest.raises(ValueError, match=message):
+        batches(np.arange(5), **arguments)
