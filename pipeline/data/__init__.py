@@ -1,0 +1,37 @@
+"""Sources of samples, and the table that says what is known of each of them."""
+
+from __future__ import annotations
+
+from pipeline.data.config import DataConfig
+from pipeline.data.images import open_images
+from pipeline.data.pairs import open_pairs
+from pipeline.data.pixels import open_pixels
+from pipeline.data.source import Content, Row, Source
+from pipeline.data.table import SampleTable, build
+from pipeline.data.texts import open_texts
+from pipeline.errors import ConfigError
+from pipeline.files import check_sha256, load_function, locate
+
+__all__ = ["Content", "DataConfig", "Row", "SampleTable", "Source", "build", "open_source"]
+
+_OPEN = {"images": open_images, "pixels": open_pixels, "text": open_texts, "pairs": open_pairs}
+
+
+def open_source(config: DataConfig) -> Source:
+    """Open the data set that `config` describes; its digest is checked before a byte of it is read.
+
+    Raises:
+        ConfigError: a setting names nothing that exists; the message names what does.
+        DataError: the data cannot be read as described.
+    """
+    path = None if config.path is None else locate(config.path, "data.path")
+    if path is not None:
+        check_sha256(path, config.sha256, "data")
+    if config.source in _OPEN and path is not None:
+        return _OPEN[config.source](config, path)
+    source = load_function(config.source, "data.source")(config)
+    if not isinstance(source, Source):
+        raise ConfigError(
+            f"data.source is {config.source!r}, which returned {type(source).__name__}; expected a Source"
+        )
+    return source

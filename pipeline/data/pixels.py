@@ -1,0 +1,147 @@
+"""Pixels in a table (a row per image, CSV) or in an array file (.npy, .npz)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from pipeline.data.config import DataConfig
+from pipeline.data.source import Row, Source, Target
+from pipeline.errors import ConfigError, DataError
+
+CHANNELS = (1, 3)
+
+
+class Pixels(Source):
+    """Images of one size, held in memory: `images` (N, H, W) or (N, H, W, C), `labels` one per image."""
+
+    def __init__(self, name: str, images: np.ndarray, labels: list[Target]) -> None:
+        self.name, self._images, self._labels = name, images, labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def row(self, i: int) -> Row:
+        return Row(f"{self.name}#{i}", None, {"label": self._labels[i]})
+
+    def content(self, i: int) -> np.ndarray:
+        image: np.ndarray = self._images[i]
+        return image
+
+
+def open_pixels(config: DataConfig, path: Path) -> Pixels:
+    """Read the table (.csv, .csv.gz) or the arrays (.npy, .npz) at `path`; pickled objects are refused."""
+    if path.suffix not in (".npy", ".npz"):
+        return _read_table(config, path)
+    try:
+        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
+        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"data.path {path} cannot be read as {path.suffix}: {error}") from error
+    return _from_array(config, path, arrays[""]) if path.suffix == ".npy" else _from_arrays(config, path, arrays)
+
+
+def _read_table(config: DataConfig, path: Path) -> Pixels:
+    header = _has_header(path) if config.header is None else config.header
+    try:
+        table = pa.csv.read_csv(path, read_options=pa.csv.ReadOptions(autogenerate_column_names=not header))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"data.path {path} cannot be read as CSV: {error}") from error
+    column = _label_column(config, table.column_names, named=header)
+    pixels = table.remove_column(column)
+    for name, values in zip(pixels.column_names, pixels.columns, strict=True):
+        _check_bytes(path, name, values)
+    flat = np.empty((table.num_rows, pixels.num_columns), np.uint8)
+    for i, values in enumerate(pixels.columns):
+        flat[:, i] = values.to_numpy()
+    shape = config.shape or _guess_shape(path, pixels.num_columns)
+    if math.prod(shape) != pixels.num_columns:
+        raise ConfigError(f"data.shape is {list(shape)}, {math.prod(shape)} pixels; {path} has {pixels.num_columns}")
+    labels = table.column(column)
+    if labels.null_count:
+        raise DataError(f"{path}: {labels.null_count} rows have no label (column {column})")
+    return Pixels(path.name, flat.reshape(-1, *shape), labels.to_pylist())
+
+
+def _has_header(path: Path) -> bool:
+    try:
+        with pa.input_stream(str(path), compression="detect") as stream:
+            first = stream.read(1 << 20).split(b"\n", 1)[0].decode("utf-8", errors="replace")
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"data.path {path} cannot be read: {error}") from error
+    return not any(_is_number(field.strip().strip('"')) for field in first.split(","))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _label_column(config: DataConfig, names: list[str], *, named: bool) -> int:
+    label = -1 if config.label is None else config.label
+    if isinstance(label, str):
+        if not named or label not in names:
+            known = f"the columns {_few(names)}" if named else f"{len(names)} columns without names; give its number"
+            raise ConfigError(f"data.label is {label!r}; {config.path} has {known}")
+        return names.index(label)
+    if not -len(names) <= label < len(names):
+        raise ConfigError(f"data.label is {label}; {config.path} has {len(names)} columns")
+    return label % len(names)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 12 else [*names[:6], "...", *names[-5:]])
+
+
+def _check_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:
+    remedy = "pixels of a table are whole numbers in 0..255; .npy holds other ranges"
+    if not pa.types.is_integer(values.type) or values.null_count:
+        raise DataError(f"{path}: column {name} holds {values.type}, {values.null_count} of them empty; {remedy}")
+    bounds = pc.min_max(values).as_py()
+    if bounds["min"] is not None and (bounds["min"] < 0 or bounds["max"] > 255):
+        raise DataError(f"{path}: column {name} holds {bounds['min']}..{bounds['max']}; {remedy}")
+
+
+def _guess_shape(path: Path, pixels: int) -> tuple[int, ...]:
+    for channels in CHANNELS:
+        side = math.isqrt(pixels // channels)
+        if side * side * channels == pixels:
+            return (side, side) if channels == 1 else (side, side, channels)
+    raise ConfigError(f"{path} has {pixels} pixels a row, which is no square image; set data.shape")
+
+
+def _from_array(config: DataConfig, path: Path, images: np.ndarray) -> Pixels:
+    """Pair a .npy of images with the .npy of labels beside it."""
+    beside = path.with_name(config.label if isinstance(config.label, str) else f"{path.stem}.labels.npy")
+    if not beside.is_file():
+        raise ConfigError(f"data.label: {path} holds images alone and {beside} is missing; name the .npy of labels")
+    try:
+        labels = np.load(beside, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{beside} cannot be read as .npy: {error}") from error
+    return _checked(path, images, labels)
+
+
+def _from_arrays(config: DataConfig, path: Path, arrays: dict[str, np.ndarray]) -> Pixels:
+    """Take the labels' array by name; the one other array holds the images."""
+    name = config.label if isinstance(config.label, str) else "y"
+    others = sorted(set(arrays) - {name})
+    if name not in arrays or len(others) != 1:
+        raise ConfigError(f"data.label is {name!r}; {path} holds {', '.join(sorted(arrays))}; expected it and one more")
+    return _checked(path, arrays[others[0]], arrays[name])
+
+
+def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> Pixels:
+    if images.ndim < 2 or labels.shape != images.shape[:1]:
+        raise DataError(f"{path}: images {images.shape} and labels {labels.shape}; expected (N, ...) and (N,)")
+    if images.dtype.kind not in "uifb" or labels.dtype.kind not in "uifbU":
+        raise DataError(f"{path}: images {images.dtype}, labels {labels.dtype}; expected numbers, and numbers or text")
+    return Pixels(path.name, images, labels.tolist())

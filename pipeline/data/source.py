@@ -1,0 +1,68 @@
+"""What a data source is: rows with targets, and the content of each row on demand."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+Content = bytes | np.ndarray | str | tuple[str, str]
+"""One sample as its source holds it: an encoded image, an array (pixels), a text, or a text and its partner."""
+
+Target = str | int | float
+
+SPLITS = ("train", "validation", "test")
+_SPLIT_NAMES = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a sample without reading it."""
+
+    source: str
+    """Where it comes from, in the user's words: a path below the data set, or file and row number."""
+    split: str | None
+    """One of `SPLITS`, or None where the data set leaves the choice to the held-out rule of the sample table."""
+    targets: Mapping[str, Target]
+    """Target columns of the sample table: `label`, or `pair` and `role` ("anchor" or "positive")."""
+
+
+class Source(ABC):
+    """A data set. Rows are in a fixed order; an instance can be pickled, because worker processes read from a copy."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    @abstractmethod
+    def row(self, i: int) -> Row:
+        """Return what is known of row `i`, without reading its content."""
+
+    @abstractmethod
+    def content(self, i: int) -> Content:
+        """Return the content of row `i`; equal contents are equal samples. Called from several threads.
+
+        Raises:
+            BadSampleError: this row cannot be read; the others can.
+        """
+
+
+def split_named(name: object, where: str) -> str:
+    """Return the split that a folder or a cell of the split column names ("val" is "validation").
+
+    Raises:
+        DataError: it names none.
+    """
+    if (known := find_split(str(name))) is None:
+        raise DataError(f"{where}: split {name!r}; expected one of {', '.join([*SPLITS, *_SPLIT_NAMES])}")
+    return known
+
+
+def find_split(name: str) -> str | None:
+    """Return the split that `name` stands for, or None."""
+    name = name.strip().lower()
+    return name if name in SPLITS else _SPLIT_NAMES.get(name)

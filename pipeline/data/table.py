@@ -1,0 +1,178 @@
+"""The sample table: one row per sample of the data set, as Parquet. Labels live here: fixing one encodes nothing.
+
+Columns: `key` (16 bytes), `split`, `source`, then the target columns of the data set: `label`, or `pair`, `role` and
+`group`. Equal tables are equal files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from pipeline.data.config import DataConfig
+from pipeline.data.source import SPLITS, Row, Source
+from pipeline.errors import DataError
+from pipeline.keys import KEY_BYTES
+
+_FIXED = ("key", "split", "source")
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """One row per sample; N rows."""
+
+    keys: np.ndarray
+    """Sample keys, (N, 16) uint8."""
+    split: np.ndarray
+    """"train", "validation" or "test", (N,) str."""
+    source: Sequence[str]
+    """Where each sample comes from, for people."""
+    targets: Mapping[str, np.ndarray]
+    """Target columns by name, each (N,): int64, float64 or str."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def rows(self, split: str) -> np.ndarray:
+        """Return the row numbers of a split, ascending, int64."""
+        return np.flatnonzero(self.split == split)
+
+    def write(self, path: Path) -> None:
+        """Write the table to `path`, whole or not at all."""
+        keys = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(KEY_BYTES), len(self), [None, pa.py_buffer(np.ascontiguousarray(self.keys))]
+        )
+        columns = {
+            "key": keys,
+            "split": pa.array(self.split.tolist()),
+            "source": pa.array(list(self.source), pa.string()),
+        }
+        columns |= {name: pa.array(values.tolist()) for name, values in self.targets.items()}
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            pa.parquet.write_table(pa.table(columns), beside, compression="zstd")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: Path) -> SampleTable:
+        """Read a table that `write` wrote.
+
+        Raises:
+            DataError: `path` is missing, or is no sample table.
+        """
+        try:
+            table = pa.parquet.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: the sample table cannot be read ({error}); encode the data set again") from error
+        missing = [name for name in _FIXED if name not in table.column_names]
+        if missing or table.schema.field("key").type != pa.binary(KEY_BYTES):
+            raise DataError(f"{path} is no sample table: it has {', '.join(table.column_names)}; encode again")
+        keys = np.frombuffer(b"".join(table.column("key").to_pylist()), np.uint8).reshape(-1, KEY_BYTES)
+        targets = {name: np.array(table.column(name).to_pylist()) for name in table.column_names if name not in _FIXED}
+        return cls(keys, np.array(table.column("split").to_pylist(), str), table.column("source").to_pylist(), targets)
+
+
+def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray | None = None) -> SampleTable:
+    """Return the sample table of the `rows` of `source` (all, if None), whose keys (N, 16) uint8 are `keys`.
+
+    A pair of which one half is not among the rows is left out. Where the data set has no validation split, the share
+    `config.validation` of its training samples is held out, each by a hash of its key (pairs: of its group) alone: a
+    sample stays where it is when others come or go, and duplicates land on one side.
+
+    Raises:
+        DataError: no row is left, or rows disagree in their targets.
+    """
+    numbers = np.arange(len(source)) if rows is None else np.asarray(rows)
+    described = [source.row(int(i)) for i in numbers]
+    if described and "pair" in described[0].targets:
+        kept = _complete_pairs(described)
+        described, keys = [described[i] for i in kept], keys[kept]
+    if not described:
+        raise DataError(f"data.path {config.path}: no usable sample is left; see the samples set aside")
+    targets = {name: np.array([_target(row, name) for row in described]) for name in described[0].targets}
+    if "pair" in targets:
+        targets["group"] = _groups(targets["pair"], targets["role"], keys)
+    split = _decide_splits(described, _identities(keys, targets, config.hold_out), config)
+    return SampleTable(np.ascontiguousarray(keys), split, [row.source for row in described], targets)
+
+
+def _target(row: Row, name: str) -> str | int | float:
+    if name not in row.targets:
+        raise DataError(f"{row.source} has the targets {', '.join(row.targets)}; expected {name}, as other rows have")
+    return row.targets[name]
+
+
+def _complete_pairs(described: list[Row]) -> list[int]:
+    members: dict[object, list[int]] = defaultdict(list)
+    for i, row in enumerate(described):
+        members[row.targets["pair"]].append(i)
+    return [i for pair in members.values() if len(pair) == 2 for i in pair]
+
+
+def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return a name per row that pairs share when a chain of equal anchors or equal positives joins them.
+
+    Such pairs are no negatives of each other, and must not be parted by a split. The name is the smallest key among the
+    positives, so that a further question to a known answer renames nothing.
+    """
+    names = [key.tobytes().hex() for key in keys]
+    parent = {name: name for name in names}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    first_of_pair: dict[int, str] = {}
+    for pair, name in zip(pairs.tolist(), names, strict=True):
+        parent[root(name)] = root(first_of_pair.setdefault(pair, name))
+    smallest: dict[str, str] = {}
+    for role, name in zip(roles.tolist(), names, strict=True):
+        if role == "positive":
+            smallest[root(name)] = min(name, smallest.get(root(name), name))
+    return np.array([smallest[root(name)] for name in names])
+
+
+def _identities(keys: np.ndarray, targets: Mapping[str, np.ndarray], hold_out: str) -> list[bytes]:
+    """Return what decides the split of each row: rows with equal identities land on one side."""
+    if hold_out == "labels":
+        if "label" not in targets:
+            raise DataError(
+                f"data.hold_out is 'labels', but the samples have {', '.join(targets)}; set it to 'samples'"
+            )
+        return [f"label {value}".encode() for value in targets["label"].tolist()]
+    if "group" in targets:
+        return [str(value).encode() for value in targets["group"].tolist()]
+    return [key.tobytes() for key in keys]
+
+
+def _decide_splits(described: list[Row], identities: list[bytes], config: DataConfig) -> np.ndarray:
+    given = {row.split for row in described}
+    if unknown := sorted(str(split) for split in given - {None, *SPLITS}):
+        raise DataError(f"the source gives the split {unknown[0]!r}; expected one of {', '.join(SPLITS)}")
+    held_out = 0.0 if "validation" in given else config.validation
+    return np.array(
+        [
+            "validation"
+            if row.split in (None, "train") and _fraction(identity, config.seed) < held_out
+            else row.split or "train"
+            for row, identity in zip(described, identities, strict=True)
+        ]
+    )
+
+
+def _fraction(identity: bytes, seed: int) -> float:
+    """Return a number in 0..1 that looks random and depends on the arguments alone."""
+    digest = hashlib.blake2b(identity, digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "big") / 2**64

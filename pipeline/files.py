@@ -1,0 +1,102 @@
+"""Where settings point: files on disk, files inside installed packages, and functions of the user's own modules.
+
+Data and weights are both found through here, so that a path means the same in every section of params.yaml.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+PACKAGE = "package:"
+CHUNK_BYTES = 1 << 20
+
+
+def locate(path: str, setting: str) -> Path:
+    """Return the existing file or folder that `path` names, for the setting called `setting` (`data.path`).
+
+    `path` is a path on disk or `package:PKG/inner/path`, a file that the installed package PKG ships. The package is
+    looked up, never imported.
+
+    Raises:
+        ConfigError: nothing is there, the package is not installed, or the inner path leaves the package.
+    """
+    if path.startswith(PACKAGE):
+        return _in_package(path, setting)
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise ConfigError(f"{setting} is {path!r}; nothing is there (looked in {found.absolute().parent}); set it")
+    return found
+
+
+def _in_package(path: str, setting: str) -> Path:
+    package, _, inner = path.removeprefix(PACKAGE).partition("/")
+    parts = PurePosixPath(inner).parts
+    if not package.isidentifier() or not inner or PurePosixPath(inner).is_absolute() or ".." in parts:
+        raise ConfigError(f"{setting} is {path!r}; expected package:PKG/inner/path, relative and without '..'")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{setting} is {path!r}; no package {package} is installed; install it or set another path")
+    roots = [Path(root) for root in spec.submodule_search_locations]
+    for root in roots:
+        if (root / inner).exists():
+            return root / inner
+    raise ConfigError(f"{setting} is {path!r}; package {package} holds no {inner} (looked in {roots[0]})")
+
+
+def check_sha256(file: Path, expected: str | None, setting: str) -> None:
+    """Check that `file` has the SHA-256 digest `expected` (hex); None asks for no check.
+
+    Raises:
+        ConfigError: the digest differs, or `file` is not one readable file.
+    """
+    if expected is None:
+        return
+    if not file.is_file():
+        raise ConfigError(f"{setting}.sha256 is set, but {file} is not a file; remove sha256 or name one file")
+    found = sha256(file)
+    if found != expected.lower():
+        raise ConfigError(
+            f"{setting}.sha256 is {expected}; {file} has {found}; fetch the file again, or set the new digest"
+        )
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 digest of a file's bytes, in hex, read a piece at a time."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_function(name: str) -> bool:
+    """Say whether `name` has the form `module:function`."""
+    module, colon, function = name.partition(":")
+    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def load_function(name: str, setting: str) -> Callable[..., Any]:
+    """Import and return the user's own `module:function`.
+
+    Raises:
+        ConfigError: the module cannot be imported, or has no such function.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{setting} is {name!r}; module {module_name} cannot be imported ({error}); install it or set PYTHONPATH"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"{setting} is {name!r}; {module_name} has no function {function_name}")
+    loaded: Callable[..., Any] = function
+    return loaded
