@@ -1,0 +1,91 @@
+"""A backbone as the pipeline uses it, and the head that makes an embedding of its features."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ModelError
+from pipeline.models.preprocess import Preprocess
+from pipeline.tasks.base import Head
+
+# B batch, T token, D channel; images of convolutional networks: H height, W width
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network with its head, in fp32 on the CPU, and what makes its inputs."""
+
+    model: nn.Module
+    """`model(**inputs)` gives logits or embeddings, as the head asked."""
+    preprocess: Preprocess
+    name: str
+
+
+class Embedder(nn.Module):
+    """Features of a backbone -> one vector per sample, (B, D)."""
+
+    def __init__(self, backbone: nn.Module, pooling: str, projection: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.pooling, self.projection = backbone, pooling, projection
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        pooled_BD = self.pool(self.backbone(**inputs), inputs.get("attention_mask"))
+        projected_BD: Tensor = self.projection(pooled_BD)
+        return projected_BD
+
+    def pool(self, output: Any, mask_BT: Tensor | None) -> Tensor:
+        """Return one vector per sample of what the backbone returned, (B, D)."""
+        if self.pooling == "pooled":
+            pooled: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+            return pooled.flatten(1)
+        states: Tensor = output if isinstance(output, Tensor) else output.last_hidden_state
+        if states.ndim == 4:
+            states = states.flatten(2).transpose(1, 2)
+        if self.pooling == "cls":
+            return states[:, 0]
+        if mask_BT is None:
+            return states.mean(dim=1)
+        weights_BT1 = mask_BT.unsqueeze(-1).to(states.dtype)
+        return (states * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1).clamp(min=1)
+
+
+def embed(backbone: nn.Module, head: Head, pooling: str, example: Mapping[str, Tensor]) -> Embedder:
+    """Return `backbone` with an embedding head.
+
+    The backbone's width is found by running it once on `example`, one sample's inputs without a batch axis.
+
+    Raises:
+        ModelError: its output cannot be pooled this way.
+    """
+    embedder = Embedder(backbone, pooling, nn.Identity())
+    batch = {name: tensor.unsqueeze(0) for name, tensor in example.items()}
+    training = backbone.training
+    try:
+        with torch.no_grad():
+            width = embedder.eval()(**batch).shape[-1]
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ModelError(
+            f"task.pooling is {pooling!r}; the output of {type(backbone).__name__} cannot be pooled so ({error}); "
+            "set mean, cls or pooled"
+        ) from error
+    widths = [int(width), *head.layers]
+    layers: list[nn.Module] = []
+    for ins, outs in pairwise(widths):
+        layers += [nn.Linear(ins, outs), nn.ReLU()]
+    embedder.projection = nn.Sequential(*layers[:-1]) if layers else nn.Identity()
+    return embedder.train(training)
+
+
+def first_input(model: nn.Module) -> str:
+    """Return the name of the first argument of the model's forward."""
+    names = list(inspect.signature(model.forward).parameters)
+    if not names:
+        raise ModelError(f"{type(model).__name__}.forward takes no input")
+    return names[0]

@@ -1,0 +1,251 @@
+"""Backbones of Hugging Face, from a directory or the hub."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.utils import logging as transformers_log
+
+from pipeline.errors import ConfigError, ModelError
+from pipeline.files import PACKAGE, check_sha256, locate
+from pipeline.models.backbone import Backbone, embed
+from pipeline.models.config import ModelConfig, PreprocessConfig
+from pipeline.models.images import ImageDefaults, ImagePreprocess
+from pipeline.models.preprocess import Preprocess
+from pipeline.models.texts import load_tokenizer, make_text_preprocess
+from pipeline.models.weights import first, read_weights, seeded
+from pipeline.tasks.base import Head
+
+log = logging.getLogger(__name__)
+
+CLASSIFIERS = ("SequenceClassification", "ImageClassification")
+INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""PIL's numbers, in which image processors say how they resize."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where configuration, weights and tokenizer come from: a directory, or a repository of the hub."""
+
+    source: str
+    revision: str | None
+    trust_remote_code: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Origin:
+        name = config.name
+        if name.startswith(PACKAGE) or Path(name).expanduser().is_dir():
+            name = str(locate(name, "model.backbone"))
+        elif name.startswith((".", "/", "~")):
+            raise ConfigError(f"model.backbone is {config.backbone!r}; there is no such directory")
+        return cls(name, config.revision, config.trust_remote_code)
+
+    @property
+    def folder(self) -> Path | None:
+        """The directory; None for a repository of the hub."""
+        return Path(self.source) if Path(self.source).is_dir() else None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of every `from_pretrained`. A directory is never looked up on the network."""
+        return {
+            "revision": self.revision or "main",
+            "trust_remote_code": self.trust_remote_code,
+            "local_files_only": self.folder is not None,
+        }
+
+
+def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
+    """Build the network with the head, and fill in its weights.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        ModelError: the network cannot be built, or the weights do not fit.
+    """
+    origin = Origin.of(config)
+    with _quiet():
+        settings = _read_config(origin, config, head)
+        auto = _auto_class(settings, config, head)
+        with torch.device("meta"):
+            blueprint = _build(auto, settings, config, {})
+        pooling = head.pooling or _usual_pooling(blueprint)
+        extra = _without_pooler(blueprint) if head.kind == "embedding" and pooling != "pooled" else {}
+        made = _make_preprocess(origin, preprocess, settings, blueprint)
+        with seeded(config.seed):
+            model = _load(auto, settings, origin, config, extra)
+            if head.kind == "embedding":
+                model = embed(model, head, pooling, made(_example(made)))
+        return Backbone(model, made, config.backbone)
+
+
+def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
+    options = dict(config.options)
+    if head.kind == "classes":
+        options["num_labels"] = head.size
+    try:
+        settings, unused = AutoConfig.from_pretrained(
+            origin.source, return_unused_kwargs=True, **origin.arguments, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.backbone {config.backbone!r} cannot be loaded: {_first_line(error)}") from error
+    if unknown := sorted(set(unused) & set(config.options)):
+        raise ConfigError(f"model.options has {', '.join(unknown)}, which {type(settings).__name__} does not have")
+    if getattr(settings, "use_cache", False):
+        settings.use_cache = False  # keys and values for the next token: of no use here, and would cross the cut
+    return settings
+
+
+def _auto_class(settings: Any, config: ModelConfig, head: Head) -> Any:
+    if head.kind == "embedding":
+        return AutoModel
+    for kind in CLASSIFIERS:
+        auto = getattr(transformers, f"AutoModelFor{kind}")
+        native = getattr(transformers, f"MODEL_FOR_{'SEQUENCE' if kind[0] == 'S' else 'IMAGE'}_CLASSIFICATION_MAPPING")
+        if type(settings) in native or auto.__name__ in (getattr(settings, "auto_map", None) or {}):
+            return auto
+    raise ModelError(f"{config.backbone}: {settings.model_type} has no classifier for texts or images")
+
+
+def _build(auto: Any, settings: Any, config: ModelConfig, extra: Mapping[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = auto.from_config(
+            settings, trust_remote_code=config.trust_remote_code, dtype=torch.float32, **extra
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ModelError(f"model.backbone {config.backbone!r} cannot be built: {_first_line(error)}") from error
+    return model
+
+
+def _usual_pooling(blueprint: Any) -> str:
+    images = blueprint.main_input_name == "pixel_values"
+    return "pooled" if images and getattr(blueprint, "pooler", None) is not None else "mean"
+
+
+def _without_pooler(blueprint: nn.Module) -> dict[str, Any]:
+    """Leave out a pooler that nothing reads: its weights would train on no gradient."""
+    accepts = "add_pooling_layer" in inspect.signature(type(blueprint).__init__).parameters
+    return {"add_pooling_layer": False} if accepts else {}
+
+
+def _load(auto: Any, settings: Any, origin: Origin, config: ModelConfig, extra: Mapping[str, Any]) -> nn.Module:
+    if config.weights is None:
+        return _build(auto, settings, config, extra)
+    asked = {"config": settings, "dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        if config.has_file:
+            architecture: Any = type(_build(auto, settings, config, extra))
+            model, info = architecture.from_pretrained(None, state_dict=read_weights(config), **asked, **extra)
+        else:
+            _check_digest(origin, config)
+            model, info = auto.from_pretrained(origin.source, **origin.arguments, **asked, **extra)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"weights of {config.backbone!r} cannot be loaded: {_first_line(error)}") from error
+    _check_fit(model, info, config)
+    network: nn.Module = model.train()  # as other libraries give their networks
+    return network
+
+
+def _check_digest(origin: Origin, config: ModelConfig) -> None:
+    if config.sha256 is None:
+        return
+    if origin.folder is None:
+        raise ConfigError("model.sha256 is for files; fix what a hub repository holds by model.revision")
+    files = sorted(origin.folder.glob("*.safetensors")) or sorted(origin.folder.glob("*.bin"))
+    if len(files) != 1:
+        raise ConfigError(f"model.sha256 is set, and {origin.folder} has {len(files)} files of weights; expected one")
+    check_sha256(files[0], config.sha256, "model")
+
+
+def _check_fit(model: Any, info: Mapping[str, Any], config: ModelConfig) -> None:
+    """Let heads alone be missing or left over: what lies outside the base model, and its pooler."""
+    base = model.base_model
+    prefix = f"{model.base_model_prefix}."
+    trunk = {name for name, _ in base.named_children()} | {model.base_model_prefix}
+
+    def is_head(name: str) -> bool:
+        outside = base is not model and not name.startswith(prefix)
+        return outside or "pooler" in name.split(".")
+
+    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    faults = {
+        "missing": [name for name in info["missing_keys"] if not is_head(name)],
+        "of another shape": [name for name in mismatched if not is_head(name)],
+        "unexpected": [
+            name
+            for name in info["unexpected_keys"]
+            if name.partition(".")[0] in trunk and "pooler" not in name.split(".")
+        ],
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{len(names)} {kind}: {first(sorted(names))}" for kind, names in faults.items() if names)
+        raise ModelError(f"model.weights {config.weights} does not fit {config.backbone}: {told}")
+    if fresh := sorted({*info["missing_keys"], *mismatched}):
+        log.info("%s: the classifier is new (%s)", config.backbone, first(fresh))
+
+
+def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, blueprint: Any) -> Preprocess:
+    kind = "image" if blueprint.main_input_name == "pixel_values" else "text"
+    if config.kind not in (None, kind):
+        raise ConfigError(f"preprocess.kind is {config.kind!r}; the backbone takes {kind}s; remove it")
+    if kind == "image":
+        return ImagePreprocess(config, _image_defaults(origin, settings), blueprint.main_input_name)
+    tokenizer = (
+        load_tokenizer(config.tokenizer) if config.tokenizer else load_tokenizer(origin.source, **origin.arguments)
+    )
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked; a classifier of a decoder must know its id
+    if getattr(settings, "pad_token_id", None) is None:
+        settings.pad_token_id = tokenizer.pad_token_id
+    return make_text_preprocess(config, blueprint, tokenizer, getattr(settings, "max_position_embeddings", None))
+
+
+def _image_defaults(origin: Origin, settings: Any) -> ImageDefaults:
+    """Read the image processor's settings; a directory without one gets the usual values."""
+    usual = ImageDefaults()
+    try:
+        load: Any = AutoImageProcessor.from_pretrained
+        processor = load(origin.source, **origin.arguments).to_dict()
+    except (OSError, ValueError, ImportError):
+        processor = {}
+    size = getattr(settings, "image_size", None) or (processor.get("size") or {}).get("height") or usual.image_size
+    normalises = processor.get("do_normalize", True)
+    return ImageDefaults(
+        size if isinstance(size, int) else size[0],
+        INTERPOLATIONS.get(processor.get("resample"), usual.interpolation),
+        tuple(processor.get("image_mean") or usual.mean) if normalises else (0.0, 0.0, 0.0),
+        tuple(processor.get("image_std") or usual.std) if normalises else (1.0, 1.0, 1.0),
+    )
+
+
+def _example(preprocess: Preprocess) -> object:
+    return np.zeros((8, 8), np.uint8) if isinstance(preprocess, ImagePreprocess) else "a"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the library's own report: what it would say is checked here, and raised where it matters."""
+    control: Any = transformers_log
+    verbosity, bars = control.get_verbosity(), control.is_progress_bar_enabled()
+    control.set_verbosity_error()
+    control.disable_progress_bar()
+    try:
+        yield
+    finally:
+        control.set_verbosity(verbosity)
+        if bars:
+            control.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,123 @@
+"""Images: encoded bytes or pixel arrays -> one normalised square, (3, S, S) float32."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps
+from torch import Tensor
+from torchvision.transforms import v2
+
+from pipeline.errors import BadSampleError
+from pipeline.keys import JSON
+from pipeline.models.config import PreprocessConfig
+from pipeline.models.preprocess import Preprocess
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are decoded. PIL knows more, some of which start other programs (EPS)."""
+MAX_PIXELS = 89_478_485
+"""Larger images are taken for decompression bombs: 256 MiB in RGB."""
+
+
+@dataclass(frozen=True)
+class ImageDefaults:
+    """How a backbone wants its images, as its library says."""
+
+    image_size: int = 224
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class ImagePreprocess(Preprocess):
+    """Decode, make RGB, resize, crop, scale to 0..1, normalise."""
+
+    def __init__(self, config: PreprocessConfig, defaults: ImageDefaults, input_name: str) -> None:
+        self.input_name = input_name
+        self.size = config.image_size or defaults.image_size
+        self.interpolation = config.interpolation or defaults.interpolation
+        self.resize, self.crop = config.resize, config.crop
+        self.mean, self.std = config.mean or defaults.mean, config.std or defaults.std
+        mode = v2.InterpolationMode(self.interpolation)
+        before = [self.size, self.size] if self.resize == "squash" else [round(self.size / self.crop)]
+        self._transform = v2.Compose(
+            [
+                v2.Resize(before, interpolation=mode, antialias=True),
+                v2.CenterCrop(self.size),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(self.mean, self.std),
+            ]
+        )
+
+    def __call__(self, content: object) -> dict[str, Tensor]:
+        if isinstance(content, bytes):
+            image: Image.Image | Tensor = decode(content)
+        elif isinstance(content, np.ndarray):
+            image = from_array(content)
+        else:
+            raise BadSampleError(f"content is {type(content).__name__}; an image is bytes or an array")
+        # as_subclass: workers ship plain tensors, not torchvision's.
+        return {self.input_name: self._transform(image).as_subclass(Tensor)}
+
+    def recipe(self) -> Mapping[str, JSON]:
+        return {
+            "kind": "image",
+            "input": self.input_name,
+            "image_size": self.size,
+            "resize": self.resize,
+            "crop": self.crop,
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+def decode(content: bytes) -> Image.Image | Tensor:
+    """Return an encoded image, upright, in RGB; 16-bit grey comes as (3, H, W) float32 in 0..1.
+
+    Raises:
+        BadSampleError: it is truncated, too large, or no image.
+    """
+    if not content:
+        raise BadSampleError("the image file is empty")
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = MAX_PIXELS, False
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise BadSampleError(
+                f"the image has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are decoded"
+            )
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            return from_array(np.asarray(image).astype(np.float32) / 65535)
+        # RGB drops transparency; a palette's is translated first, so that PIL needs no guess.
+        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSampleError(f"the image is too large: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
+        raise BadSampleError(f"the image cannot be decoded: {error}") from error
+
+
+def from_array(pixels: np.ndarray) -> Image.Image | Tensor:
+    """Return pixels (H, W) or (H, W, C), C 1, 3 or 4, in RGB: uint8 as an image, floats in 0..1 as (3, H, W) float32.
+
+    Raises:
+        BadSampleError: another shape, type or range.
+    """
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)) or 0 in pixels.shape:
+        raise BadSampleError(f"the array is {pixels.shape}; an image is (H, W), or (H, W, C) with 1, 3 or 4 channels")
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    pixels = pixels[:, :, :3].repeat(3 if pixels.shape[2] == 1 else 1, axis=2)
+    if pixels.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(pixels))
+    if pixels.dtype.kind != "f":
+        raise BadSampleError(f"the array is {pixels.dtype}; an image is uint8, or floats in 0..1")
+    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+        raise BadSampleError(f"the array holds {pixels.min()}..{pixels.max()}; an image of floats lies in 0..1")
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32))

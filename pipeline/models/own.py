@@ -1,0 +1,57 @@
+"""Backbones of the user's own: a function that makes one for a head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from pipeline.errors import ConfigError, ModelError
+from pipeline.files import load_function
+from pipeline.models.backbone import Backbone, first_input
+from pipeline.models.config import ModelConfig, PreprocessConfig
+from pipeline.models.images import ImageDefaults, ImagePreprocess
+from pipeline.models.preprocess import ArrayPreprocess, Preprocess
+from pipeline.models.texts import make_text_preprocess
+from pipeline.models.weights import Layout, fit_weights, read_weights, seeded
+from pipeline.tasks.base import Head
+
+
+def load_own(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
+    """Call the user's function with the head; what it returns already ends in that head.
+
+    Raises:
+        ConfigError: the function is missing, or preprocessing is not described.
+        ModelError: it returned something else than a network, or the weights do not fit it.
+    """
+    function = load_function(config.backbone, "model.backbone")
+    with seeded(config.seed):
+        made = function(head)
+    model = _network(made)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{config.backbone} returned {type(made).__name__}; expected an nn.Module or a Backbone")
+    if config.has_file:
+        layout = Layout({name: tensor.shape for name, tensor in model.state_dict().items()}, frozenset())
+        if head.kind == "classes":
+            layout = Layout.of(lambda classes: _network(function(replace(head, size=classes))))
+        fit_weights(model, read_weights(config), layout, f"model.weights {config.weights}")
+    if isinstance(made, Backbone):
+        return made
+    return Backbone(model, _make_preprocess(model, preprocess, config), config.backbone)
+
+
+def _network(made: nn.Module | Backbone) -> nn.Module:
+    return made.model if isinstance(made, Backbone) else made
+
+
+def _make_preprocess(model: nn.Module, preprocess: PreprocessConfig, config: ModelConfig) -> Preprocess:
+    if preprocess.kind == "image":
+        return ImagePreprocess(preprocess, ImageDefaults(), first_input(model))
+    if preprocess.kind == "array":
+        return ArrayPreprocess(first_input(model))
+    if preprocess.kind == "text":
+        return make_text_preprocess(preprocess, model)
+    raise ConfigError(
+        f"preprocess.kind is not set; {config.backbone} returned a network alone: set image, text or array, "
+        "or return a Backbone with its own Preprocess"
+    )

@@ -1,0 +1,52 @@
+"""What turns one content into the inputs of a network."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import BadSampleError
+from pipeline.keys import JSON
+
+
+class Preprocess(ABC):
+    """A pure function of the content. Can be pickled: worker processes get a copy."""
+
+    @property
+    def pad(self) -> dict[str, float]:
+        """Value that fills up an input to the longest of its batch, by input name; 0 where not given."""
+        return {}
+
+    @abstractmethod
+    def __call__(self, content: object) -> dict[str, Tensor]:
+        """Return the inputs of one sample by name, without a batch axis.
+
+        Raises:
+            BadSampleError: the content cannot be used; the message says why.
+        """
+
+    @abstractmethod
+    def recipe(self) -> Mapping[str, JSON]:
+        """Return everything that decides the values of the inputs."""
+
+
+class ArrayPreprocess(Preprocess):
+    """Hands an array on as it is, in float32."""
+
+    def __init__(self, input_name: str) -> None:
+        self.input_name = input_name
+
+    def __call__(self, content: object) -> dict[str, Tensor]:
+        if not isinstance(content, np.ndarray):
+            raise BadSampleError(f"content is {type(content).__name__}; preprocess.kind array expects an array")
+        tensor = torch.from_numpy(np.array(content, np.float32))
+        if not tensor.isfinite().all():
+            raise BadSampleError("the array holds NaN or infinite values")
+        return {self.input_name: tensor}
+
+    def recipe(self) -> Mapping[str, JSON]:
+        return {"kind": "array", "input": self.input_name}

@@ -1,0 +1,150 @@
+"""Image backbones of torchvision and timm."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torchvision
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError, ModelError
+from pipeline.models.backbone import Backbone, embed, first_input
+from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
+from pipeline.models.images import ImageDefaults, ImagePreprocess
+from pipeline.models.weights import Layout, fit_weights, read_weights, seeded
+from pipeline.tasks.base import Head
+
+
+class Library(ABC):
+    """A library of image networks; `name` is one of its networks, `options` further arguments of its constructor."""
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        self.name, self.options = name, dict(options)
+
+    @abstractmethod
+    def build(self, classes: int) -> nn.Module:
+        """Return the network with random weights and a classifier of so many classes; 0: without, it gives features."""
+
+    @abstractmethod
+    def pretrained(self) -> Mapping[str, Tensor]:
+        """Return the library's own weights."""
+
+    @abstractmethod
+    def defaults(self, model: nn.Module) -> ImageDefaults:
+        """Return how the network wants its images."""
+
+
+class Torchvision(Library):
+    """Classification networks of torchvision."""
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        super().__init__(name, options)
+        known = torchvision.models.list_models(module=torchvision.models)
+        if name not in known:
+            raise ConfigError(f"model.backbone is 'torchvision:{name}'; torchvision has {', '.join(known)}")
+
+    def build(self, classes: int) -> nn.Module:
+        if classes == 0:
+            return self._headless()
+        # What torchvision sets itself when it loads these networks' weights.
+        old = {"init_weights": True, "transform_input": True} if self.name in ("googlenet", "inception_v3") else {}
+        model: nn.Module = torchvision.models.get_model(
+            self.name, weights=None, num_classes=classes, **old | self.options
+        )
+        return model
+
+    def _headless(self) -> nn.Module:
+        model = self.build(1)
+        for path in {name.rpartition(".")[0] for name in Layout.of(self.build).head}:
+            model.set_submodule(path, nn.Identity())
+        return model
+
+    def pretrained(self) -> Mapping[str, Tensor]:
+        weights: Mapping[str, Tensor] = self._weights().get_state_dict(progress=False, check_hash=True)
+        return weights
+
+    def defaults(self, model: nn.Module) -> ImageDefaults:
+        preset = self._weights().transforms()
+        return ImageDefaults(preset.crop_size[0], preset.interpolation.value, _triple(preset.mean), _triple(preset.std))
+
+    def _weights(self) -> Any:
+        return torchvision.models.get_model_weights(self.name).DEFAULT
+
+
+class Timm(Library):
+    """Networks of timm, an optional dependency."""
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        super().__init__(name, options)
+        try:
+            import timm  # noqa: PLC0415  (optional, and slow to import)
+        except ImportError as error:
+            raise ConfigError(f"model.backbone is 'timm:{name}'; pip install layer-recycling[timm]") from error
+        self.timm = timm
+        if not timm.is_model(name):
+            near = ", ".join(timm.list_models(f"*{name.partition('.')[0][:8]}*")[:8]) or "see timm.list_models()"
+            raise ConfigError(f"model.backbone is 'timm:{name}'; timm has no such network (near: {near})")
+
+    def build(self, classes: int) -> nn.Module:
+        model: nn.Module = self.timm.create_model(self.name, num_classes=classes, **self.options)
+        return model
+
+    def pretrained(self) -> Mapping[str, Tensor]:
+        model: nn.Module = self.timm.create_model(self.name, pretrained=True, **self.options)
+        return model.state_dict()
+
+    def defaults(self, model: nn.Module) -> ImageDefaults:
+        data = self.timm.data.config.resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+        return ImageDefaults(data["input_size"][-1], data["interpolation"], _triple(data["mean"]), _triple(data["std"]))
+
+
+def load_vision(library: Library, config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
+    """Build the network with the head, and fill in its weights.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        ModelError: the network cannot be built, or the weights do not fit.
+    """
+    if preprocess.kind not in (None, "image"):
+        raise ConfigError(f"preprocess.kind is {preprocess.kind!r}; {config.backbone} takes images; remove it")
+    classes = head.size or 0 if head.kind == "classes" else 0
+    try:
+        with seeded(config.seed):
+            model = library.build(classes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{config.backbone} cannot be built with model.options {config.options}: {error}") from error
+    if config.weights is not None:
+        state = _pretrained(library, config) if config.weights == PRETRAINED else read_weights(config)
+        fit_weights(model, state, Layout.of(library.build), f"model.weights {config.weights}")
+    return finish(model, ImagePreprocess(preprocess, library.defaults(model), first_input(model)), config, head)
+
+
+def _pretrained(library: Library, config: ModelConfig) -> Mapping[str, Tensor]:
+    try:
+        return library.pretrained()
+    except Exception as error:  # a download fails in as many ways as there are libraries
+        raise ModelError(
+            f"the pretrained weights of {config.backbone} cannot be had ({type(error).__name__}: {error}); "
+            "connect to the network, or set model.weights to a file, or to null for random weights"
+        ) from error
+
+
+def finish(model: nn.Module, preprocess: ImagePreprocess, config: ModelConfig, head: Head) -> Backbone:
+    """Add the embedding head where one is asked for."""
+    if head.kind == "classes":
+        return Backbone(model, preprocess, config.backbone)
+    example = preprocess(np.zeros((preprocess.size, preprocess.size), np.uint8))
+    with seeded(config.seed):
+        embedder = embed(model, head, head.pooling or "pooled", example)
+    return Backbone(embedder, preprocess, config.backbone)
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+LIBRARIES = {"torchvision": Torchvision, "timm": Timm}

@@ -1,0 +1,144 @@
+"""Weights from a file into a network: matched by name, or else by position when every shape agrees."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError, ModelError
+from pipeline.files import check_sha256, locate
+from pipeline.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+WRAPPERS = ("state_dict", "model")
+NAMED = 5
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw random numbers from `seed` inside, and leave those outside as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors of a network with its classifier, in the order of its state dict."""
+
+    shapes: Mapping[str, torch.Size]
+    head: frozenset[str]
+    """Names of the classifier's tensors: they may be absent from a file, or of another size."""
+
+    @classmethod
+    def of(cls, build: Callable[[int], nn.Module]) -> Layout:
+        """Find the classifier of what `build(classes)` makes: the tensors whose size follows the classes."""
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in build(2).state_dict().items()}
+            others = {name: tensor.shape for name, tensor in build(3).state_dict().items()}
+        return cls(shapes, frozenset(name for name in shapes if shapes[name] != others.get(name)))
+
+
+def read_weights(config: ModelConfig) -> dict[str, Tensor]:
+    """Return the tensors of the file that `config.weights` names; its digest is checked first. Nothing is unpickled.
+
+    Raises:
+        ConfigError: the file is missing, of unknown kind, or has another digest.
+        ModelError: it holds no state dict.
+    """
+    path = locate(str(config.weights), "model.weights")
+    check_sha256(path, config.sha256, "model")
+    if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
+        known = ", ".join((".safetensors", *TORCH_SUFFIXES))
+        raise ConfigError(f"model.weights is {config.weights!r}; expected a name that ends in {known}")
+    try:
+        loaded = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ModelError(f"model.weights {path} cannot be read: {error}") from error
+    state = {name.removeprefix("module."): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
+    if not state:
+        raise ModelError(
+            f"model.weights {path} holds no tensors by name, but {', '.join(map(str, loaded)) or 'nothing'}"
+        )
+    return state
+
+
+def _read_torch(path: Path) -> Mapping[str, object]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"model.weights {path} holds Python objects, which are never unpickled; save model.state_dict() alone"
+        ) from error
+    for key in WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping):
+        raise ModelError(f"model.weights {path} holds {type(loaded).__name__}; expected a state dict")
+    return loaded
+
+
+def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Layout, where: str) -> None:
+    """Copy `state` into `model`. The classifier keeps its fresh weights where `state` has none of its size.
+
+    `model` may lack the classifier of `layout`.
+
+    Raises:
+        ModelError: any other tensor is missing, unexpected or of another shape.
+    """
+    faults = _name_faults(state, layout)
+    if faults:
+        renamed = _by_position(state, layout)
+        if renamed is None:
+            raise ModelError(f"{where} does not fit the backbone: {'; '.join(faults)}")
+        log.warning("%s: no names match, but all %d shapes do in their order; matched by position", where, len(state))
+        state = renamed
+    own = model.state_dict()
+    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    fresh = [name for name in own if name not in fitting and name in layout.head]
+    if fresh:
+        log.info("%s: the classifier is new (%s)", where, ", ".join(fresh))
+    model.load_state_dict(own | fitting)
+
+
+def _name_faults(state: Mapping[str, Tensor], layout: Layout) -> list[str]:
+    body = set(layout.shapes) - layout.head
+    # Files from before batch norm counted its batches lack this count, which evaluation does not use.
+    missing = [name for name in layout.shapes if name in body - set(state) and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in layout.shapes]
+    mismatched = [
+        f"{name} {list(tensor.shape)} for {list(layout.shapes[name])}"
+        for name, tensor in state.items()
+        if name in body and tensor.shape != layout.shapes[name]
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    return [f"{len(names)} {kind}: {first(names)}" for kind, names in kinds.items() if names]
+
+
+def _by_position(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor] | None:
+    """Rename `state` to the names of `layout` in order; None unless shapes and kinds (weight, bias, ...) all agree."""
+    for names in (list(layout.shapes), [name for name in layout.shapes if name not in layout.head]):
+        if len(names) == len(state) and all(
+            name in layout.head
+            or (tensor.shape == layout.shapes[name] and other.rpartition(".")[2] == name.rpartition(".")[2])
+            for name, (other, tensor) in zip(names, state.items(), strict=True)
+        ):
+            return dict(zip(names, state.values(), strict=True))
+    return None
+
+
+def first(names: Iterable[str]) -> str:
+    """Join the first few of `names`, and say whether there are more."""
+    known = list(names)
+    return ", ".join(known[:NAMED]) + (", ..." if len(known) > NAMED else "")

@@ -1,0 +1,1 @@
+"""What is learnt: heads, targets, losses and scores."""

@@ -1,0 +1,126 @@
+"""What a task is: it asks for a head, turns labels into numbers, groups rows, and scores outputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from pipeline.errors import DataError, TrainError
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the suffix must end in."""
+
+    kind: Literal["classes", "embedding"]
+    """"classes": logits (B, size) from the architecture's own classifier. "embedding": one vector per sample (B, D)."""
+    size: int | None = None
+    """classes: how many."""
+    pooling: Literal["mean", "cls", "pooled"] | None = None
+    """embedding: how the vectors of a sample become one: the mean over its unmasked tokens, the first token, or what
+    the backbone itself pools. None takes the usual one: mean for texts, the backbone's own for images."""
+    layers: tuple[int, ...] = ()
+    """embedding: widths of linear layers after pooling (ReLU between them); the last is D. Without, D is the
+    backbone's."""
+
+
+class Table(Protocol):
+    """What a task reads of a sample table: N rows."""
+
+    @property
+    def split(self) -> np.ndarray:
+        """Return the split of each row, (N,) str."""
+
+    @property
+    def targets(self) -> Mapping[str, np.ndarray]:
+        """Return the target columns, each (N,)."""
+
+
+class Metrics(Protocol):
+    """A running score over batches; on the CPU, whatever device the outputs are on."""
+
+    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
+        """Take in one batch: the model's output, and the prepared targets of its rows."""
+
+    def compute(self) -> dict[str, float]:
+        """Return the scores over all batches since `reset`."""
+
+    def reset(self) -> None:
+        """Forget all batches."""
+
+
+class Task(ABC):
+    """A task; `prepare` is called once before `loss`."""
+
+    name: str
+    monitor: str
+    """Name of the score that decides which epoch is best; higher is better."""
+
+    @property
+    def loss_module(self) -> nn.Module | None:
+        """The loss's own trainable parameters (class weights of ArcFace), for the optimiser; None if it has none."""
+        return None
+
+    @abstractmethod
+    def head(self, table: Table) -> Head:
+        """Return the head this task needs on this data.
+
+        Raises:
+            DataError: the labels do not allow the task.
+        """
+
+    @abstractmethod
+    def prepare(self, table: Table) -> dict[str, np.ndarray]:
+        """Return numeric targets, one row per row of the table; they come back batch by batch, in `loss` and `update`.
+
+        Raises:
+            DataError: the labels do not allow the task; the message names rows or labels.
+        """
+
+    @abstractmethod
+    def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray | list[np.ndarray]:
+        """Return the rows of a split in units that stay together in a batch, for `order.batches`.
+
+        (U, R) int64, or U arrays where units differ in size. A pure function of its arguments.
+        """
+
+    @abstractmethod
+    def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of a batch, a scalar; `output` is whatever the model returns."""
+
+    @abstractmethod
+    def metrics(self) -> Metrics:
+        """Return fresh scores."""
+
+
+def column(table: Table, name: str, task: str) -> np.ndarray:
+    """Return a target column.
+
+    Raises:
+        DataError: the sample table lacks it; the message names those it has.
+    """
+    if name not in table.targets:
+        known = ", ".join(table.targets) or "none"
+        raise DataError(f"task {task} needs the target {name}; the samples have {known}; set another task or source")
+    return table.targets[name]
+
+
+def read_tensor(output: Any) -> Tensor:
+    """Return the tensor that a model's output carries: itself, its `logits`, or the first of a tuple.
+
+    Raises:
+        TrainError: it carries none.
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TrainError(
+            f"the model returned {type(output).__name__}; expected a tensor, an output with .logits, or a tuple"
+        )
+    return found
