@@ -1,0 +1,99 @@
+"""Imports go down only: a module imports from lower floors alone. The floors, from the top of the house to its ground."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = [
+    {"stages.cli"},
+    {"stages.encode", "stages.train", "stages.report", "stages.export", "stages.fetch"},
+    {"stages.options"},
+    {"pipeline.flow", "pipeline.export"},
+    {"pipeline.project"},
+    {"pipeline.train", "pipeline.encode", "pipeline.report"},
+    {"pipeline.loader", "pipeline.recipe", "pipeline.timing", "pipeline.unit"},
+    {"pipeline.feed"},
+    {"pipeline.ragged"},
+    {"pipeline.models", "pipeline.store"},
+    {"pipeline.data", "pipeline.tasks"},
+    {"pipeline.split"},
+    {"pipeline.keys", "pipeline.files"},
+    {"pipeline.config", "pipeline.order"},
+    {"pipeline.errors"},
+]
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+
+DOORS = {
+    "click": {"stages"},
+    "dvclive": {"pipeline.train"},
+    "accelerate": {"pipeline.train", "pipeline.flow"},
+    "matplotlib": {"pipeline.report"},
+    "numcodecs": {"pipeline.store"},
+    "pyarrow": {"pipeline.data"},
+    "pytorch_metric_learning": {"pipeline.tasks"},
+    "timm": {"pipeline.models"},
+    "torchmetrics": {"pipeline.tasks"},
+    "torchvision": {"pipeline.models"},
+    "transformers": {"pipeline.models"},
+    "zarr": {"pipeline.store"},
+}
+"""Library -> the rooms that may import it."""
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/**/*.py")]):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return found
+
+
+def room(module: str) -> str:
+    """`pipeline.split.phantom` is in the room `pipeline.split`: a package is one room."""
+    return ".".join(module.split(".")[:2])
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, type-only imports included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module} if node.module not in ("pipeline", "stages") else {f"{node.module}.{a.name}" for a in node.names}
+    return names
+
+
+MODULES = [(name, path) for name, path in modules() if "." in name]
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES, ids=[name for name, _ in MODULES])
+def test_imports_go_down(name: str, path: Path) -> None:
+    assert room(name) in FLOOR, f"{name} stands on no floor; add it to FLOORS"
+    for imported in imports(path):
+        if imported.split(".")[0] in ("pipeline", "stages") and room(imported) != room(name):
+            assert FLOOR[room(imported)] > FLOOR[room(name)], f"{name} imports {imported}, which is not below it"
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES, ids=[name for name, _ in MODULES])
+def test_one_library_one_door(name: str, path: Path) -> None:
+    for imported in imports(path):
+        doors = DOORS.get(imported.split(".")[0])
+        inside = doors is None or room(name) in doors or name.split(".")[0] in doors
+        assert inside, f"{name} imports {imported}; only {doors} may"
+
+
+@pytest.mark.parametrize("package", sorted({room(name) for name, _ in MODULES}))
+def test_no_circles_inside_a_package(package: str) -> None:
+    inside = {name: imports(path) for name, path in MODULES if room(name) == package}
+    graph = {name: {other for other in inside if other != name and other in found} for name, found in inside.items()}
+    while graph:
+        leaves = {name for name, needs in graph.items() if not needs & graph.keys()}
+        assert leaves, f"imports go in a circle: {sorted(graph)}"
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
