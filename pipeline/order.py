@@ -75,9 +75,12 @@ def _windowed(window: Window, rng: np.random.Generator) -> np.ndarray:
 
 
 def _rows(units: Sequence[np.ndarray] | np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    rows: np.ndarray
     if isinstance(units, np.ndarray):
-        return units[chosen].reshape(-1).astype(np.int64, copy=False)
-    return np.concatenate([units[unit] for unit in chosen]).astype(np.int64, copy=False)
+        rows = units[chosen].reshape(-1)
+    else:
+        rows = np.concatenate([units[unit] for unit in chosen])
+    return rows.astype(np.int64, copy=False)
 
 
 def _check(n_units: int, batch_size: int, seed: int, epoch: int, rank: int, world: int, window: Window | None) -> None:

@@ -1,0 +1,157 @@
+"""Write beside, sync, rename: a folder appears whole or not at all, and what a kill leaves is cleared later.
+
+A temporary folder is locked (flock) by its writer for as long as the writer lives; the kernel lets go at any death. So
+a temporary folder that can be locked is nobody's. Locks may not reach from one machine to another, so folders of other
+machines, whose names tell, are left alone until they are a day old.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+PREFIX = ".tmp-"
+FOREIGN_STALE_SECONDS = 24 * 3600
+_HOST = re.sub(r"[^A-Za-z0-9.]", "_", platform.node())[:64] or "host"
+
+
+@contextmanager
+def scratch(root: Path) -> Iterator[Path]:
+    """Give a new folder under `root` that no `sweep` removes meanwhile; what is left of it is removed at the end."""
+    with ExitStack() as locks:
+        while True:
+            path = _new_path(root)
+            path.mkdir()
+            try:
+                descriptor = _lock(path, wait=True)
+            except OSError:  # a file system without locks, where `sweep` goes by age
+                break
+            if descriptor is not None:  # else a sweep came between creation and lock
+                locks.callback(os.close, descriptor)
+                break
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Remove temporary folders under `root` whose writer is dead."""
+    for path in sorted(root.glob(f"{PREFIX}*")):
+        is_ours = path.name.startswith(f"{PREFIX}{_HOST}-")
+        if not is_ours and not _is_old(path):
+            continue
+        try:
+            descriptor = _lock(path, wait=False)
+        except OSError:
+            if _is_old(path):
+                shutil.rmtree(path, ignore_errors=True)
+            continue
+        if descriptor is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
+    """Rename the folder `temporary` to `final`, once all of it is on disk; keep a `final` that is whole already.
+
+    A `final` that is there without being whole, as a broken copy leaves it, is replaced.
+    """
+    sync_tree(temporary)
+    while not is_whole(final):
+        try:
+            temporary.rename(final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            _set_aside(final, is_whole)
+        else:
+            sync(final.parent)
+            return
+
+
+def publish_file(temporary: Path, final: Path) -> None:
+    """Give the file `temporary` the name `final`, once it is on disk, unless a file of that name exists."""
+    sync(temporary)
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        if not final.exists():
+            temporary.replace(final)
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: Path) -> None:
+    """Wait until a folder is on disk with all that is in it, the deepest first."""
+    for folder, _, files in os.walk(root, topdown=False):
+        for name in sorted(files):
+            sync(Path(folder, name))
+        sync(Path(folder))
+
+
+def _set_aside(leftover: Path, is_whole: Callable[[Path], bool]) -> None:
+    """Move a broken folder out of the way. The lock keeps a competitor from moving what was just put in its place."""
+    descriptor = _lock(leftover, wait=True)
+    if descriptor is None:
+        return
+    try:
+        if not is_whole(leftover):
+            aside = _new_path(leftover.parent)
+            leftover.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """Lock the folder `path`; None when somebody else has it or it is no longer there.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _new_path(root: Path) -> Path:
+    return root / f"{PREFIX}{_HOST}-{secrets.token_hex(8)}"
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > FOREIGN_STALE_SECONDS
+    except OSError:
+        return False

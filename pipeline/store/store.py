@@ -1,0 +1,129 @@
+"""A folder of immutable segments that share one recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import CorruptStoreError, StaleStoreError, StoreError
+from pipeline.keys import Recipe
+from pipeline.store.codecs import Values, check_storage
+from pipeline.store.format import FORMAT, RECIPE_FILE, committed_segments
+from pipeline.store.index import KeyIndex, Rows
+from pipeline.store.scratch import publish_file, scratch, sweep
+from pipeline.store.writer import SegmentInfo, write_segment
+
+
+class Store:
+    """The states of one recipe. Any number of processes may write to it and read from it at the same time.
+
+    What other processes commit is seen after `refresh`.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        """Use `Store.create` or `Store.open`, which prove that `path` holds states of `recipe`."""
+        self.path = path
+        self.recipe = recipe
+        self._index: KeyIndex | None = None
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> Store:
+        """Open the store at `path` for writing, and make it if nothing is there; leftovers of killed writers go.
+
+        Raises:
+            StaleStoreError: a store of another recipe is there.
+            StoreError: the folder holds something else, or cannot be written.
+        """
+        check_storage(recipe.storage)
+        if recipe.format != FORMAT:
+            raise StoreError(f"recipe.format is {recipe.format}; this version writes format {FORMAT}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            sweep(path)
+            if not (path / RECIPE_FILE).exists():
+                _write_recipe(path, recipe)
+        except OSError as error:
+            raise StoreError(f"{path}: no store can be made here ({error.strerror}); choose another folder") from error
+        return cls.open(path, recipe)
+
+    @classmethod
+    def open(cls, path: Path, expected: Recipe | None = None) -> Store:
+        """Open the store at `path`, of the recipe `expected` if one is given.
+
+        Raises:
+            StoreError: no store is there, or one of a format that this version does not read.
+            StaleStoreError: the recipe differs; the message names the first field that does, and both values.
+            CorruptStoreError: `recipe.json` is no recipe.
+        """
+        where = path / RECIPE_FILE
+        try:
+            recipe = Recipe.from_json(where.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StoreError(f"{where}: cannot be read ({error.strerror}); no store is here, encode first") from error
+        except ValueError as error:
+            raise CorruptStoreError(f"{where}: {error}; restore it, or remove the store and encode again") from error
+        if recipe.format != FORMAT:
+            raise StoreError(f"{where}: format is {recipe.format}, this version reads {FORMAT}; encode again")
+        difference = None if expected is None else recipe.first_difference(expected)
+        if difference is not None:
+            field, stored, wanted = difference
+            raise StaleStoreError(
+                f"{path} was encoded with {field} = {stored!r}, expected {wanted!r}; "
+                "set it back, or encode into a new folder"
+            )
+        return cls(path, recipe)
+
+    def segments(self) -> list[str]:
+        """Return the ids of all committed segments, sorted."""
+        return committed_segments(self.path)
+
+    def keys(self) -> np.ndarray:
+        """Return the keys (N, 16) uint8 of all committed samples, segment by segment."""
+        return self._open_index().keys
+
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """Return (n,) bool: which of `keys` (n, 16) uint8 are not stored."""
+        return self._open_index().missing(keys)
+
+    def rows(self, keys: np.ndarray) -> Rows:
+        """Return where the samples `keys` (n, 16) uint8 lie, in their order.
+
+        Raises:
+            MissingKeysError: some were never encoded; the message names up to five.
+        """
+        return self._open_index().rows(keys)
+
+    def refresh(self) -> None:
+        """Look again for segments; places that `rows` gave before stay valid."""
+        self._index = None
+
+    def write_segment(self, unit_keys: np.ndarray, tensors: Mapping[str, Values]) -> SegmentInfo:
+        """Commit one unit: its keys (n, 16) uint8 and its tensors by name, `state.NAME` and `input.NAME`.
+
+        A tensor is one array (n, ...), or a sequence of n arrays whose shapes may differ in one axis. Floating-point
+        values are stored in the recipe's dtype, or in a wider one where this unit's values need its range; int64 is
+        stored as int32 where it fits. A unit that is there already is left alone, whatever its tensors.
+
+        Raises:
+            StoreError: keys, names, shapes or dtypes cannot be stored, or the disk refuses; nothing is committed then.
+        """
+        info = write_segment(self.path, unit_keys, tensors, self.recipe.storage)
+        self.refresh()
+        return info
+
+    def _open_index(self) -> KeyIndex:
+        if self._index is None:
+            self._index = KeyIndex(self.path, self.segments())
+        return self._index
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    others = [entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != RECIPE_FILE]
+    if others:
+        raise StoreError(f"{path} holds {others[0]!r} and no {RECIPE_FILE}; choose an empty folder for the store")
+    with scratch(path) as temporary:
+        draft = temporary / RECIPE_FILE
+        draft.write_text(recipe.to_json(), encoding="utf-8")
+        publish_file(draft, path / RECIPE_FILE)
