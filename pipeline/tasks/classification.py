@@ -1,0 +1,93 @@
+"""One label per sample: cross entropy, accuracy and macro-F1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from pipeline.errors import DataError
+from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.config import SCORES, TaskConfig
+
+NAMED = 5
+
+
+class Classification(Task):
+    """Single-label classification; classes are the labels of the training split, in sorted order."""
+
+    name = "classification"
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.label_smoothing = config.label_smoothing
+        self.monitor = config.monitor or SCORES[self.name][0]
+
+    def head(self, table: Table) -> Head:
+        return Head("classes", size=len(self.classes(table)))
+
+    def classes(self, table: Table) -> list[Any]:
+        """Return the labels in the order of the logits.
+
+        Raises:
+            DataError: there are fewer than two, or labels are fractions.
+        """
+        labels = column(table, "label", self.name)
+        if labels.dtype.kind == "f":
+            raise DataError(f"the labels are {labels.dtype}; classification needs names or whole numbers")
+        classes: list[Any] = np.unique(labels[table.split == "train"]).tolist()
+        if len(classes) < 2:
+            raise DataError(
+                f"the training split has {len(classes)} classes ({classes}); classification needs two or more"
+            )
+        return classes
+
+    def prepare(self, table: Table) -> dict[str, np.ndarray]:
+        labels, classes = column(table, "label", self.name), np.array(self.classes(table))
+        unseen = ~np.isin(labels, classes)
+        if unseen.any():
+            names = np.unique(labels[unseen]).tolist()
+            told = ", ".join(map(repr, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
+            raise DataError(
+                f"{unseen.sum()} held-out samples have {len(names)} labels that training lacks ({told}); "
+                "add training samples of them, leave them out, or set another data.seed or data.validation"
+            )
+        return {"label": np.searchsorted(classes, labels).astype(np.int64)}
+
+    def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
+        return np.flatnonzero(table.split == split)
+
+    def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
+        return F.cross_entropy(read_tensor(output).float(), targets["label"], label_smoothing=self.label_smoothing)
+
+    def metrics(self) -> Metrics:
+        return ClassificationScores()
+
+
+class ClassificationScores:
+    """`accuracy` and `macro_f1` (the mean of the classes' F1), both in 0..1."""
+
+    def __init__(self) -> None:
+        self._scores: dict[str, MulticlassAccuracy | MulticlassF1Score] = {}
+
+    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
+        logits_BC = read_tensor(output).detach().float().cpu()
+        if not self._scores:
+            classes = logits_BC.shape[1]
+            self._scores = {
+                "accuracy": MulticlassAccuracy(classes, average="micro"),
+                "macro_f1": MulticlassF1Score(classes, average="macro"),
+            }
+        for score in self._scores.values():
+            score.update(logits_BC, targets["label"].cpu())
+
+    def compute(self) -> dict[str, float]:
+        if not self._scores:
+            return dict.fromkeys(SCORES["classification"], float("nan"))
+        return {name: float(score.compute()) for name, score in self._scores.items()}
+
+    def reset(self) -> None:
+        self._scores = {}
