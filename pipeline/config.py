@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 
 
 class Section(BaseModel):
-    """One section of params.yaml. Unknown keys are faults, values are not coerced from other types, nothing changes later."""
+    """One section of params.yaml. Unknown keys are faults, no value is coerced to another type, nothing changes later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
@@ -30,7 +30,9 @@ def load_sections(path: Path, schema: Mapping[str, type[Section]]) -> dict[str, 
             each with its path in the file, the value met, the bound and the remedy.
     """
     raw = _read(path)
-    faults = [f"{path}: {key}: unknown section{_nearest(key, list(schema))}; remove it" for key in raw if key not in schema]
+    faults = [
+        f"{path}: {key}: unknown section{_nearest(key, list(schema))}; remove it" for key in raw if key not in schema
+    ]
     sections: dict[str, Section] = {}
     for name, section in schema.items():
         try:

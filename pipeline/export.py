@@ -1,0 +1,154 @@
+"""A finished run -> the full fine-tuned model, in the form its library reads, proved against the cached path."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.data import SampleTable, open_source
+from pipeline.errors import DataError, RecyclingError
+from pipeline.keys import content_key
+from pipeline.loader import Loader
+from pipeline.project import Project, Workbench
+from pipeline.ragged import Sample, pad_batch
+from pipeline.split import Prefix, Suffix, merge
+from pipeline.store import Store
+from pipeline.tasks import read_tensor
+
+PROVED_ON = 32
+MERGED_TOLERANCE = 1e-5
+"""Largest difference between the merged model and prefix + suffix in fp32, relative to the largest output."""
+STORED_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""The same between the merged model and the suffix on stored states, by the type they were stored in."""
+
+
+class ParityError(RecyclingError):
+    """The exported model does not give the outputs of the cached path."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the exported model is from the cached path on some samples."""
+
+    samples: int
+    merged: float
+    """Largest output difference to prefix + suffix, relative to the largest output."""
+    stored: float
+    """Largest output difference to the suffix on stored states, relative to the largest output."""
+    agreement: float
+    """Share of samples whose largest output is the same one."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.samples} samples: outputs within {self.merged:.1e} of prefix + suffix and {self.stored:.1e} of the "
+            f"cached path (relative); {self.agreement:.0%} agree on the largest output"
+        )
+
+
+def export_run(project: Project, name: str, to: Path) -> Parity:
+    """Write the finished run of a cut to the folder `to` and return the proof that it is what was trained.
+
+    `to` appears only once the proof has passed.
+
+    Raises:
+        DataError: the run does not exist, or the samples of its store are not in the data set any more.
+        ParityError: the full model's outputs differ from the cached path's.
+    """
+    cut = project.cut(name)
+    weights = project.run_path(cut) / "model.safetensors"
+    if not weights.exists():
+        raise DataError(f"cut {name}: {weights} does not exist; train it first (dvc repro train)")
+    if to.exists() and any(to.iterdir()):
+        raise DataError(f"{to} is not empty; name a new folder, an export overwrites nothing")
+    table = SampleTable.read(project.samples)
+    bench = Workbench.open(project, table)
+    store, prefix, suffix = bench.open_store(cut, table)
+    suffix.load_state_dict(load_file(weights))
+    contents, rows = _samples(project, bench, table)
+    outputs = _outputs(bench, store, table, prefix, suffix, contents, rows)
+    parity = _compare(*outputs)
+    bound = STORED_TOLERANCE[project.encode.dtype]
+    if parity.merged > MERGED_TOLERANCE or parity.stored > bound:
+        raise ParityError(
+            f"cut {name}: the full model's outputs are {parity.merged:.1e} from prefix + suffix (bound "
+            f"{MERGED_TOLERANCE}) and {parity.stored:.1e} from the cached path (bound {bound}); nothing was exported"
+        )
+    beside = to.with_name(f".{to.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    bench.backbone.save(beside)
+    (beside / "parity.json").write_text(json.dumps(asdict(parity), indent=2) + "\n")
+    if to.exists():
+        to.rmdir()
+    beside.rename(to)
+    return parity
+
+
+def _samples(project: Project, bench: Workbench, table: SampleTable) -> tuple[list[Sample], np.ndarray]:
+    """Return some samples of the data set, preprocessed, and their rows in the sample table; held-out ones first."""
+    source = open_source(project.data)
+    row_of = {key.tobytes(): row for row, key in enumerate(table.keys)}
+    by_source = {name: row for row, name in enumerate(table.source)}
+    wanted = {
+        table.source[row]
+        for row in np.concatenate([table.rows(s) for s in ("validation", "test", "train")])[:PROVED_ON]
+    }
+    samples, rows = [], []
+    for i in range(len(source)):
+        described = source.row(i).source
+        if described in wanted and described in by_source:
+            content = source.content(i)
+            row = row_of.get(content_key(content))
+            if row is not None:
+                samples.append(bench.backbone.preprocess(content))
+                rows.append(row)
+    if not samples:
+        raise DataError(
+            "no sample of the store is in the data set any more, so the export cannot be proved; run dvc repro"
+        )
+    return samples[:PROVED_ON], np.asarray(rows[:PROVED_ON])
+
+
+def _outputs(
+    bench: Workbench,
+    store: Store,
+    table: SampleTable,
+    prefix: Prefix,
+    suffix: Suffix,
+    samples: list[Sample],
+    rows: np.ndarray,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the outputs (B, C) of the full model, of prefix + suffix, and of the suffix on stored states.
+
+    The model is merged in place: the last thing that needs the prefix runs before.
+    """
+    batch = pad_batch(samples, bench.backbone.preprocess.pad)
+    suffix.eval()
+    with torch.no_grad():
+        live = read_tensor(suffix(prefix(**batch), **batch))
+        cached = torch.cat([_cached(bench, store, table, suffix, rows[i : i + 1]) for i in range(len(rows))])
+        full = read_tensor(merge(bench.backbone.model, suffix).eval()(**batch))
+    return full, live, cached
+
+
+def _cached(bench: Workbench, store: Store, table: SampleTable, suffix: Suffix, row: np.ndarray) -> Tensor:
+    loader = Loader(store, table.keys, {}, [row], pad=bench.backbone.preprocess.pad, device=torch.device("cpu"))
+    batch = next(iter(loader))
+    return read_tensor(suffix(batch.state, **batch.inputs))
+
+
+def _compare(full: Tensor, live: Tensor, cached: Tensor) -> Parity:
+    scale = full.abs().max().clamp(min=1e-12)
+    return Parity(
+        samples=len(full),
+        merged=float((full - live).abs().max() / scale),
+        stored=float((full - cached).abs().max() / scale),
+        agreement=float((full.argmax(-1) == cached.argmax(-1)).float().mean()),
+    )

@@ -1,0 +1,134 @@
+"""Samples from a source, keyed and preprocessed off the main process; a bad one is a value, not an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from pipeline.data.source import Source
+from pipeline.errors import DataError
+from pipeline.keys import KEY_BYTES, content_key
+from pipeline.models import Preprocess
+from pipeline.ragged import Sample, shapes
+
+KEYED_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that was set aside."""
+
+    row: int
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Preprocessed samples of some rows, without the bad ones."""
+
+    rows: np.ndarray
+    """Rows of the good samples, (n,) int64."""
+    inputs: dict[str, Tensor] | list[Sample]
+    """Stacked along a new first axis where all have equal shapes, else one by one."""
+    bad: list[BadSample]
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """The keys of a data set."""
+
+    keys: np.ndarray
+    """(N, 16) uint8, one per row; zeros where the row cannot be read."""
+    sizes: np.ndarray
+    """(N,) int64, size of the content in bytes, characters or items."""
+    bad: list[BadSample]
+    """Rows that cannot be read."""
+
+    @property
+    def good(self) -> np.ndarray:
+        """Rows that have a key, (n,) int64."""
+        return np.setdiff1d(np.arange(len(self.keys)), [sample.row for sample in self.bad])
+
+    def extremes(self) -> np.ndarray:
+        """Return the two rows of the shortest and the two of the longest contents."""
+        by_size = self.good[np.argsort(self.sizes[self.good], kind="stable")]
+        return np.unique(np.concatenate([by_size[:2], by_size[-2:]]))
+
+
+def key_contents(source: Source, *, workers: int) -> Keyed:
+    """Read every content of `source` once, for its key."""
+    count = len(source)
+    keys, sizes = np.zeros((count, KEY_BYTES), np.uint8), np.zeros(count, np.int64)
+
+    def key_some(begin: int) -> list[BadSample]:
+        bad = []
+        for row in range(begin, min(begin + KEYED_AT_ONCE, count)):
+            try:
+                content = source.content(row)
+                keys[row] = np.frombuffer(content_key(content), np.uint8)
+                sizes[row] = sum(map(len, content)) if isinstance(content, tuple) else len(content)
+            except Exception as error:
+                bad.append(_set_aside(source, row, error))
+        return bad
+
+    bad: list[BadSample] = []
+    with (
+        ThreadPoolExecutor(max_workers=max(1, workers)) as pool,
+        tqdm(total=count, desc="keys", unit="sample", disable=None) as progress,
+    ):
+        for found in pool.map(key_some, range(0, count, KEYED_AT_ONCE)):
+            bad += found
+            progress.update(min(KEYED_AT_ONCE, count - progress.n))
+    return Keyed(keys, sizes, bad)
+
+
+def decode(source: Source, preprocess: Preprocess, chunks: Sequence[np.ndarray], *, workers: int) -> Iterator[Decoded]:
+    """Yield the samples of each of `chunks` (row numbers), in order, read and preprocessed by `workers` processes."""
+    if not chunks:
+        return iter(())
+    return iter(DataLoader(_Chunks(source, preprocess, chunks), batch_size=None, num_workers=min(workers, len(chunks))))
+
+
+class _Chunks(Dataset[Decoded]):
+    def __init__(self, source: Source, preprocess: Preprocess, chunks: Sequence[np.ndarray]) -> None:
+        self.source, self.preprocess, self.chunks = source, preprocess, chunks
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> Decoded:
+        return decode_rows(self.source, self.preprocess, self.chunks[index])
+
+
+def decode_rows(source: Source, preprocess: Preprocess, rows: np.ndarray) -> Decoded:
+    """Read and preprocess `rows` in this process."""
+    good, samples, bad = [], [], []
+    for row in rows.tolist():
+        try:
+            samples.append(preprocess(source.content(row)))
+            good.append(row)
+        except Exception as error:
+            bad.append(_set_aside(source, row, error))
+    alike = len({shapes(sample) for sample in samples}) == 1
+    inputs = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]} if alike else samples
+    return Decoded(np.asarray(good, np.int64), inputs, bad)
+
+
+def _set_aside(source: Source, row: int, error: Exception) -> BadSample:
+    reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+    return BadSample(row, source.row(row).source, " ".join(reason.split()))
+
+
+def unstack(inputs: dict[str, Tensor] | list[Sample]) -> list[Sample]:
+    """Return decoded inputs sample by sample."""
+    if isinstance(inputs, list):
+        return inputs
+    return [dict(zip(inputs, tensors, strict=True)) for tensors in zip(*inputs.values(), strict=True)]

@@ -1,0 +1,217 @@
+"""The three stages of dvc.yaml, told from top to bottom: encode, train, report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from pipeline import order
+from pipeline.data import SampleTable, Source, build, open_source
+from pipeline.encode import Encoded, encode
+from pipeline.errors import DataError, StaleStoreError
+from pipeline.feed import BadSample, Keyed, decode_rows, key_contents, unstack
+from pipeline.files import sha256
+from pipeline.keys import Recipe, digest
+from pipeline.loader import Loader
+from pipeline.project import Project, Workbench, pick_device
+from pipeline.ragged import pad_batch
+from pipeline.report import Cost, Row, Run, curves, plot, summarise
+from pipeline.split import Prefix
+from pipeline.store import Store
+from pipeline.timing import seconds_per_sample
+from pipeline.train import fit
+
+log = logging.getLogger("recycle")
+
+
+def encode_project(project: Project) -> bool:
+    """Bring every sample into the store of every cut; write the sample table, the samples set aside and the costs.
+
+    Returns whether the bad samples stay within `encode.max_bad`.
+    """
+    source = open_source(project.data)
+    keyed = key_contents(source, workers=project.encode.workers)
+    table = build(source, keyed.keys[keyed.good], project.data, rows=keyed.good)
+    bench = Workbench.open(project, table)
+    bench.backbone.model.to(pick_device(project.encode.device))
+    example = _example_of_source(bench, source, keyed)
+    prefixes = [bench.split(cut, example)[0] for cut in project.encode.cuts]
+    stores = [
+        _open_or_replace(project.store_path(cut), bench.recipe(prefix))
+        for cut, prefix in zip(project.encode.cuts, prefixes, strict=True)
+    ]
+    done = encode(source, keyed, bench.backbone.preprocess, prefixes, stores, project.encode)
+    build(source, keyed.keys[done.good], project.data, rows=done.good).write(project.samples)
+    _write_quarantine(project.quarantine, done.bad)
+    _write_costs(project, prefixes, stores, done)
+    return _tell(project, done, len(source))
+
+
+def train_project(project: Project, name: str) -> Run:
+    """Fine-tune the suffix of one cut from its store; the raw data is not read."""
+    cut = project.cut(name)
+    set_seed(project.train.seed)
+    accelerator = Accelerator(
+        mixed_precision=project.train.precision, gradient_accumulation_steps=project.train.gradient_accumulation
+    )
+    table = SampleTable.read(project.samples)
+    bench = Workbench.open(project, table)
+    store, prefix, suffix = bench.open_store(cut, table)
+    training, validation = (_loader(bench, store, table, part, accelerator.device) for part in ("train", "validation"))
+    run = project.run_path(cut)
+    shutil.rmtree(run, ignore_errors=True)
+    settings = [section.model_dump(mode="json") for section in (project.model, project.task, project.train)]
+    identity = digest([store.recipe.digest, sha256(project.samples), *settings])
+    summary = fit(
+        suffix,
+        bench.task,
+        training,
+        validation,
+        project.train,
+        out=run,
+        checkpoint=project.scratch / "checkpoints" / identity,
+        accelerator=accelerator,
+        fresh=bench.backbone.fresh,
+    )
+    finished = Run(
+        cut=cut,
+        recycled=prefix.cut.share,
+        metric=summary.metric,
+        value=summary.value,
+        best_epoch=summary.best_epoch,
+        train_samples=len(table.rows("train")),
+        train_seconds_per_epoch=summary.train_seconds_per_epoch,
+        frozen_seconds_per_sample=_frozen_cost(prefix, bench, store, table, accelerator.device),
+        history=summary.history,
+    )
+    (run / "run.json").write_text(json.dumps(asdict(finished), indent=2) + "\n")
+    log.info("cut %s: %s %.3f after epoch %d", cut, summary.metric, summary.value, summary.best_epoch)
+    return finished
+
+
+def report_project(project: Project) -> list[Row]:
+    """Write the result table, the curves and the plot of all finished runs."""
+    costs = _read_costs(project)
+    runs = []
+    for cut in project.encode.cuts:
+        file = project.run_path(cut) / "run.json"
+        if not file.exists():
+            raise DataError(f"cut {cut}: {file} does not exist; train it (dvc repro train)")
+        runs.append(Run(**json.loads(file.read_text())))
+    rows = summarise(runs, costs)
+    (project.results / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    curves(runs, costs).to_csv(project.results / "curves.csv", index=False)
+    plot(runs, costs, project.results / "accuracy.png")
+    return rows
+
+
+def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> dict[str, Tensor]:
+    """The shortest and the longest samples: the batch on which a split is proved."""
+    preprocess = bench.backbone.preprocess
+    for rows in (keyed.extremes(), keyed.good[:64]):
+        samples = unstack(decode_rows(source, preprocess, rows).inputs)
+        if samples:
+            samples = [samples[0], samples[-1]] if len(samples) > 1 else samples * 2
+            device = next(bench.backbone.model.parameters()).device
+            return {name: tensor.to(device) for name, tensor in pad_batch(samples, preprocess.pad).items()}
+    raise DataError("none of the first 64 samples can be decoded; see what data.path and data.source say")
+
+
+def _open_or_replace(path: Path, recipe: Recipe) -> Store:
+    """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings."""
+    try:
+        return Store.create(path, recipe)
+    except StaleStoreError as stale:
+        log.warning("%s; encoding anew", stale)
+        shutil.rmtree(path)
+        return Store.create(path, recipe)
+
+
+def _loader(bench: Workbench, store: Store, table: SampleTable, part: str, device: torch.device) -> Loader:
+    config = bench.project.train
+
+    def batches(epoch: int) -> list[np.ndarray]:
+        units = bench.task.units(table, part, seed=config.seed, epoch=epoch)
+        return order.batches(units, config.batch_size, seed=config.seed, epoch=epoch, shuffle=part == "train")
+
+    return Loader(
+        store, table.keys, bench.task.prepare(table), batches, pad=bench.backbone.preprocess.pad, device=device
+    )
+
+
+def _frozen_cost(prefix: Prefix, bench: Workbench, store: Store, table: SampleTable, device: torch.device) -> float:
+    """Seconds per sample of the prefix on a training batch: what it costs at every epoch where nothing is kept."""
+    if prefix.cut.share == 0:
+        return 0.0
+    bench.backbone.model.to(device)
+    inputs = bench.stored_inputs(store, table, table.rows("train")[: bench.project.train.batch_size])
+    return seconds_per_sample(prefix, {name: tensor.to(device) for name, tensor in inputs.items()})
+
+
+def _write_quarantine(path: Path, bad: Sequence[BadSample]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "source", "reason"])
+        writer.writerows([sample.row, sample.source, sample.reason] for sample in sorted(bad, key=lambda s: s.row))
+
+
+def _write_costs(project: Project, prefixes: Sequence[Prefix], stores: Sequence[Store], done: Encoded) -> None:
+    """Write results/encode.json. Times are those of the last run that encoded something for the cut."""
+    path = project.results / "encode.json"
+    before: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
+    cuts = {}
+    for number, (cut, prefix, store) in enumerate(zip(project.encode.cuts, prefixes, stores, strict=True)):
+        samples = len(store.keys())
+        seconds = done.costs.seconds_per_sample(number) or before.get(str(cut), {}).get("seconds_per_sample", {})
+        cuts[str(cut)] = {
+            "at": str(prefix.cut),
+            "samples": samples,
+            "state_bytes_per_sample": store.nbytes() / max(1, samples),
+            "seconds_per_sample": seconds,
+            "encode_seconds": sum(seconds.values()) * samples,
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"bad": len(done.bad), "cuts": cuts}, indent=2) + "\n")
+
+
+def _read_costs(project: Project) -> dict[str, Cost]:
+    path = project.results / "encode.json"
+    if not path.exists():
+        raise DataError(f"{path} does not exist; encode first (dvc repro encode)")
+    cuts: dict[str, Any] = json.loads(path.read_text())["cuts"]
+    return {name: Cost(cut["state_bytes_per_sample"], cut["encode_seconds"]) for name, cut in cuts.items()}
+
+
+def _tell(project: Project, done: Encoded, total: int) -> bool:
+    for cut, new, promoted in zip(project.encode.cuts, done.new, done.promoted, strict=True):
+        log.info(
+            "cut %s: %d samples encoded, %d were there", cut, new, len(np.unique(done.keys[done.good], axis=0)) - new
+        )
+        if promoted:
+            log.info("cut %s: beyond float16, stored as bfloat16: %s", cut, ", ".join(sorted(promoted)))
+    allowed = project.encode.max_bad if project.encode.max_bad >= 1 else int(project.encode.max_bad * total)
+    if done.bad:
+        first = done.bad[0]
+        log.warning(
+            "%d bad samples set aside in %s (%s: %s)", len(done.bad), project.quarantine, first.source, first.reason
+        )
+    if len(done.bad) > allowed:
+        log.error(
+            "%d bad samples, encode.max_bad allows %d of %d; mend or remove them, or raise it",
+            len(done.bad),
+            allowed,
+            total,
+        )
+    return len(done.bad) <= allowed

@@ -1,0 +1,164 @@
+"""One params.yaml: its settings, where its files lie, and the model they describe."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import Section, load_sections
+from pipeline.data import DataConfig, SampleTable
+from pipeline.encode import EncodeConfig
+from pipeline.errors import ConfigError
+from pipeline.keys import Recipe
+from pipeline.loader import Loader
+from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load
+from pipeline.recipe import recipe_of
+from pipeline.split import Prefix, Suffix, split
+from pipeline.store import Store
+from pipeline.tasks import Task, TaskConfig, open_task
+from pipeline.train import TrainConfig
+
+CutName = float | int | str
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "preprocess": PreprocessConfig,
+    "task": TaskConfig,
+    "encode": EncodeConfig,
+    "train": TrainConfig,
+}
+
+
+@dataclass(frozen=True)
+class Project:
+    """The settings of a project; its files lie in the folder it is run from."""
+
+    data: DataConfig
+    model: ModelConfig
+    preprocess: PreprocessConfig
+    task: TaskConfig
+    encode: EncodeConfig
+    train: TrainConfig
+    activations: Path = Path("data/activations")
+    samples: Path = Path("data/samples.parquet")
+    quarantine: Path = Path("data/quarantine.csv")
+    results: Path = Path("results")
+    scratch: Path = Path(".recycle")
+
+    @classmethod
+    def load(cls, path: Path) -> Project:
+        """Read params.yaml.
+
+        Raises:
+            ConfigError: with one line per fault of the file.
+        """
+        sections: dict[str, Any] = load_sections(path, SECTIONS)
+        return cls(**sections)
+
+    def cut(self, name: str) -> CutName:
+        """Return the cut of params.yaml that is written `name`."""
+        for cut in self.encode.cuts:
+            if str(cut) == name:
+                return cut
+        known = ", ".join(map(str, self.encode.cuts))
+        raise ConfigError(f"the cut is {name!r}; encode.cuts has {known}; name one of these, or add it and encode")
+
+    def store_path(self, cut: CutName) -> Path:
+        """Return the folder of a cut's store."""
+        return self.activations / str(cut)
+
+    def run_path(self, cut: CutName) -> Path:
+        """Return the folder of a cut's finished run."""
+        return self.results / "runs" / str(cut)
+
+    @property
+    def storage(self) -> str:
+        """Codec and dtype of the stores, as the recipe names them."""
+        return f"raw:{self.encode.dtype}"
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """The task and the backbone of a project, with a head for the targets of its samples."""
+
+    project: Project
+    task: Task
+    backbone: Backbone
+
+    @classmethod
+    def open(cls, project: Project, table: SampleTable) -> Workbench:
+        """Build the model that `project` describes; the head is drawn from `model.seed`."""
+        task = open_task(project.task)
+        return cls(project, task, load(project.model, project.preprocess, task.head(table)))
+
+    def split(self, cut: CutName, example: dict[str, Tensor]) -> tuple[Prefix, Suffix]:
+        """Split the model at `cut`, proved on `example`."""
+        return split(self.backbone.model, at=cut, example=example)
+
+    def open_store(self, cut: CutName, table: SampleTable) -> tuple[Store, Prefix, Suffix]:
+        """Return the store of `cut` and the model split there; neither the raw data nor another recipe's store is read.
+
+        Raises:
+            ConfigError: the cut was never encoded.
+            StaleStoreError: the store was encoded under another recipe; the message names the first field that differs.
+        """
+        path = self.project.store_path(cut)
+        if not path.exists():
+            raise ConfigError(f"cut {cut}: there is no store at {path}; encode it (dvc repro encode)")
+        store = Store.open(path, None)
+        self._check_settings(store)
+        prefix, suffix = self.split(cut, self.stored_inputs(store, table, np.asarray([0, len(table) - 1])))
+        return Store.open(path, self.recipe(prefix)), prefix, suffix
+
+    def stored_inputs(self, store: Store, table: SampleTable, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return the model's inputs of some rows, on the CPU: ids and masks as stored.
+
+        Values of floating-point inputs are drawn: the store keeps their shape alone.
+        """
+        loader = Loader(store, table.keys, {}, [rows], pad=self.backbone.preprocess.pad, device=torch.device("cpu"))
+        inputs = next(iter(loader)).inputs
+        draw = torch.Generator().manual_seed(0)
+        return {n: torch.randn(t.shape, generator=draw) if t.is_floating_point() else t for n, t in inputs.items()}
+
+    def recipe(self, prefix: Prefix) -> Recipe:
+        """Return the recipe of what `prefix` makes under this project's settings."""
+        project = self.project
+        return recipe_of(
+            prefix, self.backbone.preprocess.recipe(), storage=project.storage, compute_dtype=project.encode.precision
+        )
+
+    def _check_settings(self, store: Store) -> None:
+        """Refuse a store whose settings differ before the model is run on inputs of their shape."""
+        expected = dataclasses.replace(
+            store.recipe,
+            preprocessing=self.backbone.preprocess.recipe(),
+            storage=self.project.storage,
+            compute_dtype=self.project.encode.precision,
+        )
+        Store.open(store.path, expected)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that a setting names; "auto" is the accelerator if there is one.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"encode.device is {name!r}; torch has no such device here; set auto, cpu or cuda:N"
+        ) from error
+    return device

@@ -1,0 +1,118 @@
+"""Samples of different lengths in one batch: right padding on the way in, trimming on the way out.
+
+A state is stored without padding. Padded batches are the fast way to compute it, and give the same values only where
+the network ignores padding; so whether to pad is decided by trying it on real samples of this data set, never assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.split import State
+
+Sample = dict[str, Tensor]
+"""The inputs of one sample by name, without a batch axis."""
+
+TOLERANCE = 1e-4
+"""Largest difference, relative to the state's largest value, that another batch shape may cause in fp32."""
+
+
+@dataclass(frozen=True)
+class Trimming:
+    """How the states of a padded batch become states without padding.
+
+    `axes` gives for each ragged state tensor its ragged axis (without the batch axis) and the input whose length it
+    has. `pads` is False where the network lets padding leak into a state: then only samples of equal shapes share a
+    batch.
+    """
+
+    pads: bool = True
+    axes: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+
+    def __call__(self, state: State, samples: Sequence[Sample]) -> dict[str, Tensor | list[Tensor]]:
+        """Return `state` sample by sample where it is ragged; a tensor of one shape for all stays whole."""
+        trimmed: dict[str, Tensor | list[Tensor]] = {}
+        for name, tensor in state.items():
+            if name not in self.axes:
+                trimmed[name] = tensor
+                continue
+            axis, source = self.axes[name]
+            lengths = [_length(sample[source]) for sample in samples]
+            trimmed[name] = [tensor[i].narrow(axis, 0, n) for i, n in enumerate(lengths)]
+        return trimmed
+
+
+def pad_batch(samples: Sequence[Sample], pad: Mapping[str, float]) -> dict[str, Tensor]:
+    """Stack `samples` along a new first axis, padded on the right to the longest with `pad[name]`, or 0."""
+    batch = {}
+    for name in samples[0]:
+        tensors = [sample[name] for sample in samples]
+        if all(tensor.shape == tensors[0].shape for tensor in tensors):
+            batch[name] = torch.stack(tensors)
+            continue
+        longest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+        padded = tensors[0].new_full((len(tensors), *longest), pad.get(name, 0))
+        for i, tensor in enumerate(tensors):
+            padded[(i, *(slice(n) for n in tensor.shape))] = tensor
+        batch[name] = padded
+    return batch
+
+
+def shapes(sample: Sample) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of a sample's inputs: samples with equal shapes share a batch without padding."""
+    return tuple(tuple(tensor.shape) for tensor in sample.values())
+
+
+def find_trimming(
+    prefix: Callable[..., State], samples: Sequence[Sample], pad: Mapping[str, float], *, exact: bool = True
+) -> Trimming:
+    """Find out, on the shortest and the longest of `samples`, how the states of a padded batch are trimmed.
+
+    Each sample's state alone is the truth. A state axis that has the length of a ragged input in both is cut to it; if
+    what remains of the shorter sample's state in the padded batch is not what it is alone, padding leaks and is not
+    used. `exact=False` allows for the rounding of 16-bit arithmetic.
+    """
+    by_size = sorted(samples, key=lambda sample: sum(tensor.numel() for tensor in sample.values()))
+    short, long = by_size[0], by_size[-1]
+    if shapes(short) == shapes(long):
+        return Trimming()
+    alone_short, alone_long = prefix(**pad_batch([short], pad)), prefix(**pad_batch([long], pad))
+    axes = {}
+    for name, tensor in alone_short.items():
+        differing = [a for a, (m, n) in enumerate(zip(tensor.shape, alone_long[name].shape, strict=True)) if m != n]
+        if not differing:
+            continue
+        source = _input_of_length(short, long, tensor.shape[differing[0]], alone_long[name].shape[differing[0]])
+        if len(differing) > 1 or source is None:
+            return Trimming(pads=False)
+        axes[name] = (differing[0] - 1, source)
+    trimming = Trimming(axes=axes)
+    padded = trimming(prefix(**pad_batch([short, long], pad)), [short, long])
+    tolerance = TOLERANCE if exact else 100 * TOLERANCE
+    same = all(_close(padded[name][0], tensor[0], tolerance) for name, tensor in alone_short.items())
+    return trimming if same else Trimming(pads=False)
+
+
+def _input_of_length(short: Sample, long: Sample, in_short: int, in_long: int) -> str | None:
+    for name in short:
+        if short[name].dim() and (_length(short[name]), _length(long[name])) == (in_short, in_long):
+            return name
+    return None
+
+
+def _length(tensor: Tensor) -> int:
+    """The ragged axis of an input is its first (tokens, frames, rows)."""
+    return tensor.shape[0]
+
+
+def _close(left: Tensor, right: Tensor, tolerance: float) -> bool:
+    if left.shape != right.shape:
+        return False
+    if not right.is_floating_point():
+        return torch.equal(left, right)
+    scale = right.abs().max().clamp(min=1e-12)
+    return bool((left - right).abs().max() <= tolerance * scale)

@@ -1,0 +1,292 @@
+"""Flow 2: store + sample table -> order -> loader -> suffix -> loss -> metrics.
+
+`fit` takes iterables of batches, not a store: the loop knows nothing of where states come from. `accelerate` drives
+device, precision and checkpoints; a killed run goes on from its last whole epoch and ends with the weights it would have
+had.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Sized
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from dvclive import Live
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from tqdm import tqdm
+
+from pipeline.config import Section
+from pipeline.errors import TrainError
+from pipeline.loader import Batch
+from pipeline.split import Suffix
+from pipeline.tasks import Task
+
+
+class TrainConfig(Section):
+    """How the suffix is trained. None of these settings concerns the store."""
+
+    epochs: int = Field(default=3, ge=1)
+    """Passes over the training samples."""
+    batch_size: int = Field(default=64, ge=1)
+    """Units per step: samples, or pairs where the task learns from pairs."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    head_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the parameters that were not pretrained (the head); `lr` where not given."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay; biases and normalisation weights have none."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or down to zero at the last step."""
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """Share of all steps over which the learning rate rises from zero."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Gradients are scaled down to this norm; None leaves them."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Batches per optimiser step."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision, by accelerate."""
+    patience: int | None = Field(default=None, ge=1)
+    """Epochs without a better validation metric after which training stops; None trains them all."""
+    keep: Literal["best", "last"] = "best"
+    """Which epoch's weights the run ends with: the best by the task's validation metric, or the last."""
+    seed: int = 0
+    """Seed of the head's initial weights, of the order of batches and of dropout."""
+
+
+@dataclass
+class Summary:
+    """What a finished run reports."""
+
+    metric: str
+    """Name of the task's leading validation metric; higher is better."""
+    value: float
+    """That metric for the weights the run ended with."""
+    best_epoch: int
+    """Epoch these weights come from, counted from 1."""
+    train_seconds_per_epoch: float
+    """Median over the epochs; validation and checkpoints are not in it."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Per epoch: training loss, validation metrics, seconds."""
+
+
+class Batches(Iterable[Batch], Sized, Protocol):
+    """Batches of one epoch, the same number every epoch; `set_epoch` chooses the order."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+
+
+class Objective(nn.Module):
+    """Batch -> loss: the one module that is trained, with the loss's own parameters where it has any."""
+
+    def __init__(self, suffix: Suffix, task: Task) -> None:
+        super().__init__()
+        self.suffix = suffix
+        self.task = task
+        self.loss = task.loss_module
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss of `batch`, a scalar."""
+        loss: Tensor = self.task.loss(self.suffix(batch.state, **batch.inputs), batch.targets)
+        return loss
+
+
+@dataclass
+class Progress:
+    """Where a run stands; written after every epoch, beside what accelerate saves."""
+
+    epoch: int = 0
+    best: float = float("-inf")
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def take(self, row: dict[str, float], value: float) -> bool:
+        """Add an epoch's figures; tell whether `value` is the best so far."""
+        self.epoch += 1
+        self.history.append(row)
+        better = value > self.best
+        if better:
+            self.best, self.best_epoch = value, self.epoch
+        return better
+
+    def exhausted(self, config: TrainConfig) -> bool:
+        """Tell whether training is over."""
+        waited = self.epoch - self.best_epoch
+        return self.epoch >= config.epochs or (config.patience is not None and waited >= config.patience)
+
+
+def fit(
+    suffix: Suffix,
+    task: Task,
+    training: Batches,
+    validation: Batches,
+    config: TrainConfig,
+    *,
+    out: Path,
+    checkpoint: Path,
+    accelerator: Accelerator,
+    fresh: frozenset[str] = frozenset(),
+) -> Summary:
+    """Train `suffix` and leave its weights in `out/model.safetensors`, its curves beside them.
+
+    A run that was killed is continued from `checkpoint`, the folder of this run and no other; it is removed at the end.
+    `fresh` names the suffix's parameters that were not pretrained.
+    """
+    objective = Objective(suffix, task)
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))
+    scheduler = _schedule(optimizer, config, steps=config.epochs * len(training))
+    objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
+    progress = _resume(accelerator, checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    with Live(str(out), save_dvc_exp=False, dvcyaml=None, report=None) as live:
+        for row in progress.history:
+            _log(live, row)
+        while not progress.exhausted(config):
+            training.set_epoch(progress.epoch)
+            start = time.perf_counter()
+            loss = _train_epoch(objective, training, optimizer, scheduler, accelerator, config, progress.epoch)
+            seconds = time.perf_counter() - start
+            metrics = evaluate(suffix, task, validation, accelerator)
+            row = {"train/loss": loss, "train/seconds": seconds} | {f"validation/{k}": v for k, v in metrics.items()}
+            better = progress.take(row, metrics[task.monitor])
+            _log(live, row)
+            _save(accelerator, suffix, checkpoint, progress, better=better)
+    best = config.keep == "best"
+    shutil.copyfile(checkpoint / ("best.safetensors" if best else "last.safetensors"), out / "model.safetensors")
+    suffix.load_state_dict(load_file(out / "model.safetensors"))
+    shutil.rmtree(checkpoint)
+    epoch = progress.best_epoch if best else progress.epoch
+    return Summary(
+        metric=task.monitor,
+        value=progress.history[epoch - 1][f"validation/{task.monitor}"],
+        best_epoch=epoch,
+        train_seconds_per_epoch=statistics.median(row["train/seconds"] for row in progress.history),
+        history=progress.history,
+    )
+
+
+def evaluate(suffix: Suffix, task: Task, batches: Batches, accelerator: Accelerator) -> dict[str, float]:
+    """Return the task's metrics over `batches`, in eval mode and without gradients."""
+    suffix.eval()
+    metrics = task.metrics()
+    with torch.no_grad():
+        for batch in batches:
+            with accelerator.autocast():
+                output = suffix(batch.state, **batch.inputs)
+            metrics.update(output, batch.targets)
+    return metrics.compute()
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig, fresh: frozenset[str]) -> list[dict[str, Any]]:
+    """Return AdamW's groups: pretrained and fresh parameters, each with and without weight decay."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_fresh = name.removeprefix("suffix.") in fresh or name.startswith("loss.")
+            groups.setdefault((is_fresh, parameter.dim() > 1), []).append(parameter)
+    if not groups:
+        raise TrainError(
+            "nothing trains after this cut: no parameter is left; choose a cut below 1.0 or a head with parameters"
+        )
+    return [
+        {
+            "params": parameters,
+            "lr": (config.head_lr or config.lr) if is_fresh else config.lr,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (is_fresh, decays), parameters in groups.items()
+    ]
+
+
+def _train_epoch(
+    objective: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    accelerator: Accelerator,
+    config: TrainConfig,
+    epoch: int,
+) -> float:
+    """Run one epoch; return its mean loss."""
+    objective.train()
+    total, count = torch.zeros((), device=accelerator.device), 0
+    label = f"epoch {epoch + 1}/{config.epochs}"
+    for batch in tqdm(batches, desc=label, unit="batch", disable=None, leave=False):
+        with accelerator.accumulate(objective):
+            with accelerator.autocast():
+                loss = objective(batch)
+            accelerator.backward(loss)
+            if config.max_grad_norm is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        total += loss.detach()
+        count += 1
+    mean = float(total) / count
+    if not math.isfinite(mean):
+        raise TrainError(
+            f"the training loss is {mean} in epoch {epoch + 1}; lower train.lr (now {config.lr}) "
+            "or set train.max_grad_norm"
+        )
+    return mean
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    steps = max(1, steps // config.gradient_accumulation)
+    warmup = round(config.warmup * steps)
+    rest = max(1, steps - warmup)
+    after: LRScheduler
+    if config.schedule == "cosine":
+        after = CosineAnnealingLR(optimizer, rest)
+    elif config.schedule == "linear":
+        after = LinearLR(optimizer, 1.0, 0.0, rest)
+    else:
+        after = ConstantLR(optimizer, 1.0)
+    if not warmup:
+        return after
+    return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup), after], milestones=[warmup])
+
+
+def _log(live: Live, row: dict[str, float]) -> None:
+    for name, value in row.items():
+        live.log_metric(name, value)
+    live.next_step()
+
+
+def _resume(accelerator: Accelerator, checkpoint: Path) -> Progress:
+    """Load what a killed run of this folder left, if anything."""
+    latest = next((folder for name in ("latest", "previous") if (folder := checkpoint / name).exists()), None)
+    if latest is None:
+        return Progress()
+    accelerator.load_state(str(latest))
+    return Progress(**json.loads((latest / "progress.json").read_text()))
+
+
+def _save(accelerator: Accelerator, suffix: Suffix, checkpoint: Path, progress: Progress, *, better: bool) -> None:
+    """Commit the epoch: everything is written beside, the folder `latest` is swapped by renames, last."""
+    beside, latest, previous = (checkpoint / name for name in ("beside", "latest", "previous"))
+    shutil.rmtree(beside, ignore_errors=True)
+    accelerator.save_state(str(beside), safe_serialization=True)
+    (beside / "progress.json").write_text(json.dumps(asdict(progress)))
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in suffix.state_dict().items()}
+    for name in ["last", "best"] if better else ["last"]:
+        save_file(weights, checkpoint / f".{name}.safetensors")
+        os.replace(checkpoint / f".{name}.safetensors", checkpoint / f"{name}.safetensors")
+    shutil.rmtree(previous, ignore_errors=True)
+    if latest.exists():
+        os.rename(latest, previous)
+    os.rename(beside, latest)
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,0 +1,101 @@
+"""The unit of work of an encode: samples that are computed, committed and skipped together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Samples that become one segment in each of some stores."""
+
+    rows: np.ndarray
+    """Row numbers in the data set, (n,) int64."""
+    cuts: tuple[int, ...]
+    """Numbers of the cuts whose stores lack these samples."""
+
+
+def plan(keys: np.ndarray, rows: np.ndarray, stores: Sequence[Store], size: int) -> list[Unit]:
+    """Return the units that bring `rows` into every store, identical samples once, in the order of the data set.
+
+    What a store lacks is cut into units of `size`. Whole units missing from the middle leave the others where they
+    were, so an interrupted run is continued with the very same units.
+    """
+    _, first = np.unique(keys[rows].view(f"V{keys.shape[1]}"), return_index=True)
+    distinct = rows[np.sort(first)]
+    wanted: dict[bytes, tuple[np.ndarray, list[int]]] = {}
+    for cut, store in enumerate(stores):
+        lacking = distinct[store.missing(keys[distinct])]
+        for begin in range(0, len(lacking), size):
+            unit = lacking[begin : begin + size]
+            wanted.setdefault(unit.tobytes(), (unit, []))[1].append(cut)
+    return sorted(
+        (Unit(unit, tuple(cuts)) for unit, cuts in wanted.values()), key=lambda unit: (unit.rows[0], unit.cuts)
+    )
+
+
+class UnitBuffer:
+    """The tensors of one unit at one cut, filled batch by batch in any order, given back in the unit's order."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows
+        self.place = {row: i for i, row in enumerate(rows.tolist())}
+        self.whole: dict[str, Tensor] = {}
+        self.single: dict[str, list[Tensor | None]] = {}
+        self.infinite: set[int] = set()
+        self.dropped: set[int] = set()
+
+    def put(self, rows: np.ndarray, tensors: dict[str, Tensor | list[Tensor]]) -> None:
+        """Take the tensors of `rows`: (len(rows), ...) where all have one shape, else one tensor for each."""
+        places = [self.place[row] for row in rows.tolist()]
+        for name, tensor in tensors.items():
+            if name.startswith("state."):
+                self.infinite.update(int(rows[i]) for i in _infinite(tensor))
+            if isinstance(tensor, Tensor) and self._fits(name, tensor):
+                self.whole[name][places] = tensor.to("cpu")
+            else:
+                single = self._single(name)
+                for place, one in zip(places, tensor, strict=True):
+                    single[place] = one.to("cpu", copy=True)
+
+    def drop(self, rows: set[int]) -> None:
+        """Leave `rows` out of what `finish` returns."""
+        self.dropped |= rows
+
+    def finish(self) -> tuple[np.ndarray, dict[str, Tensor | list[Tensor]]]:
+        """Return the rows kept, in the unit's order, and their tensors by name."""
+        kept = [i for i, row in enumerate(self.rows.tolist()) if row not in self.dropped]
+        everything = len(kept) == len(self.rows)
+        tensors: dict[str, Tensor | list[Tensor]] = {}
+        for name, tensor in self.whole.items():
+            tensors[name] = tensor if everything else tensor[kept]
+        for name, single in self.single.items():
+            tensors[name] = [one for i in kept if (one := single[i]) is not None]
+        return self.rows[kept], tensors
+
+    def _fits(self, name: str, tensor: Tensor) -> bool:
+        if name not in self.whole and name not in self.single:
+            self.whole[name] = torch.empty((len(self.rows), *tensor.shape[1:]), dtype=tensor.dtype)
+        return name in self.whole and self.whole[name].shape[1:] == tensor.shape[1:]
+
+    def _single(self, name: str) -> list[Tensor | None]:
+        """Samples of other shapes turn up: from here on this tensor is kept sample by sample."""
+        if name not in self.single:
+            self.single[name] = list(self.whole.pop(name)) if name in self.whole else [None] * len(self.rows)
+        return self.single[name]
+
+
+def _infinite(tensor: Tensor | list[Tensor]) -> list[int]:
+    """Places of the samples with a NaN or an infinity."""
+    if isinstance(tensor, Tensor):
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
+            return []
+        return torch.nonzero(~torch.isfinite(tensor).flatten(1).all(1)).flatten().tolist()
+    return [i for i, one in enumerate(tensor) if one.is_floating_point() and not bool(torch.isfinite(one).all())]

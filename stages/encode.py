@@ -1,0 +1,26 @@
+"""Stage `encode`: raw data -> data/activations, data/samples.parquet."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from pipeline.flow import encode_project
+from pipeline.project import Project
+from stages.options import params_option
+
+TOO_MANY_BAD = 3
+
+
+@click.command("encode")
+@params_option
+def command(params: Path) -> None:
+    """Run the frozen layers once over the data set and store what they give.
+
+    Samples already in a store are not encoded again. Exits with 3 when more samples are bad than encode.max_bad allows;
+    the good ones are stored all the same.
+    """
+    if not encode_project(Project.load(params)):
+        sys.exit(TOO_MANY_BAD)

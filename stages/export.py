@@ -1,0 +1,24 @@
+"""`recycle export`: a finished run -> a plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.export import export_run
+from pipeline.project import Project
+from stages.options import params_option
+
+
+@click.command("export")
+@click.argument("to", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--cut", required=True, help="The run to export: one of encode.cuts.")
+@params_option
+def command(to: Path, params: Path, cut: str) -> None:
+    """Write a finished run to the folder TO: a Hugging Face directory, or a safetensors state dict with its settings.
+
+    The full model is proved on 32 samples to give what the suffix gives from the store.
+    """
+    proof = export_run(Project.load(params), cut, to)
+    click.echo(f"{to}: {proof}")

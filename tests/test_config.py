@@ -1,0 +1,83 @@
+"""All faults of params.yaml at once, each with its path, the value, the bound and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Section, load_sections
+from pipeline.errors import ConfigError
+from pipeline.project import Project
+
+ROOT = Path(__file__).parents[1]
+
+
+class Oven(Section):
+    heat: int
+    door: str = "shut"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_sections_are_read_and_frozen(tmp_path: Path) -> None:
+    oven = load_sections(write(tmp_path, "oven: {heat: 200}"), {"oven": Oven})["oven"]
+    assert oven == Oven(heat=200)
+    with pytest.raises(ValueError, match="frozen"):
+        oven.heat = 3  # type: ignore[attr-defined]
+
+
+def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "oven: {heat: hot, dor: open}\ngrill: {}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_sections(path, {"oven": Oven})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert "grill: unknown section" in lines[0]
+    assert any("oven.heat: 'hot'" in line and "integer" in line for line in lines)
+    assert any("oven.dor: unknown setting (did you mean door?)" in line for line in lines)
+
+
+def test_a_missing_setting_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"oven\.heat: missing"):
+        load_sections(write(tmp_path, "oven: {}"), {"oven": Oven})
+
+
+@pytest.mark.parametrize(("text", "message"), [("- 1", "holds list"), ("a: [", "not valid YAML")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_sections(write(tmp_path, text), {"oven": Oven})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        load_sections(tmp_path / "nowhere.yaml", {"oven": Oven})
+
+
+@pytest.mark.parametrize("path", [ROOT / "params.yaml", ROOT / "examples/faq/params.yaml"], ids=["demo", "faq"])
+def test_the_settings_that_are_shipped_are_valid(path: Path) -> None:
+    assert Project.load(path).encode.cuts == [0, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("cuts", "message"),
+    [
+        ("[1.5]", "lies in 0..1"),
+        ("[0.5, 0.5]", "listed twice"),
+        ("['../up']", "no module path"),
+        ("[]", "at least 1 item"),
+    ],
+)
+def test_cuts_that_cannot_be_are_refused(tmp_path: Path, cuts: str, message: str) -> None:
+    text = (ROOT / "params.yaml").read_text().replace("[0, 0.5, 0.75, 1.0]", cuts)
+    with pytest.raises(ConfigError, match=message):
+        Project.load(write(tmp_path, text))
+
+
+def test_a_cut_that_is_not_encoded_is_answered_with_those_that_are() -> None:
+    with pytest.raises(ConfigError, match=r"'0.6'; encode.cuts has 0, 0.5, 0.75, 1.0"):
+        Project.load(ROOT / "params.yaml").cut("0.6")

@@ -1,0 +1,54 @@
+"""The arithmetic of the result table."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from pipeline.report import Cost, Run, curves, plot, summarise, table
+
+FULL = Run(
+    cut=0,
+    recycled=0.0,
+    metric="accuracy",
+    value=0.9,
+    best_epoch=2,
+    train_samples=1000,
+    train_seconds_per_epoch=40.0,
+    frozen_seconds_per_sample=0.0,
+    history=[{"train/loss": 1.0, "train/seconds": 40.0, "validation/accuracy": value} for value in (0.8, 0.9)],
+)
+HALF = dataclasses.replace(FULL, cut=0.5, recycled=0.5, train_seconds_per_epoch=10.0, frozen_seconds_per_sample=0.005)
+COSTS = {"0": Cost(100.0, 3.0), "0.5": Cost(2048.4, 12.0)}
+
+
+def test_speedups_and_break_even() -> None:
+    full, half = summarise([HALF, FULL], COSTS)
+    assert (full.cut, full.speedup_over_full, full.speedup_over_frozen, full.break_even_epoch) == (0, 1.0, 1.0, None)
+    # The frozen prefix takes 0.005 s x 1000 samples = 5 s an epoch: 15 s against 10 s.
+    assert (half.speedup_over_full, half.speedup_over_frozen) == (4.0, 1.5)
+    # Encoding costs 12 s and saves 5 s an epoch: 2 epochs save 10 s, 3 save 15 s.
+    assert half.break_even_epoch == 3
+    assert half.state_bytes_per_sample == 2048
+    assert half.epochs == 2
+
+
+def test_without_full_fine_tuning_there_is_nothing_to_compare_with() -> None:
+    (half,) = summarise([HALF], COSTS)
+    assert half.speedup_over_full is None
+    assert " - " in table([half])
+
+
+def test_the_table_has_a_line_per_run() -> None:
+    lines = table(summarise([FULL, HALF], COSTS)).splitlines()
+    assert len(lines) == 3
+    assert "accuracy" in lines[0]
+    assert "2,048" in lines[2]
+
+
+def test_curves_start_after_the_encode(tmp_path: Path) -> None:
+    frame = curves([HALF], COSTS)
+    assert frame["seconds"].tolist() == [52.0, 92.0]
+    assert frame["value"].tolist() == [0.8, 0.9]
+    plot([FULL, HALF], COSTS, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
