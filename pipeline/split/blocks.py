@@ -1,0 +1,215 @@
+"""Where a network can be cut: its calls in execution order, the blocks among them, and the place a user's `at` names.
+
+A cut is a point in time, not a place in the module tree: the entry to one call of one module. Everything the model
+executed earlier is prefix. Blocks are the repeated units of the network; fractions count them in execution order.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from torch import nn
+
+from pipeline.errors import NoSuchCutError
+from pipeline.split.trace import Call
+
+FEW_BLOCKS = 4
+MOST = 0.5  # an inner container that holds more than this share of a block's parameters is a stage of smaller blocks
+SHARED = 0.3  # a module that holds more than this share of the model and is called often is a layer with shared weights
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut: entry to call number `call` of module `path` (the empty path is the model itself)."""
+
+    path: str
+    call: int
+    blocks_before: int
+    blocks: int
+
+    @property
+    def share(self) -> float:
+        """The share of the blocks that lie before the cut, 0 to 1."""
+        return self.blocks_before / self.blocks if self.blocks else 0.0
+
+    def __str__(self) -> str:
+        place = self.path or "the inputs"
+        again = f" (call {self.call})" if self.call else ""
+        return f"{place}{again}, after {self.blocks_before} of {self.blocks} blocks"
+
+
+def find_blocks(model: nn.Module, calls: list[Call]) -> list[Call]:
+    """Return the repeated units of `model` in execution order; the head, what runs after the last one, is never one."""
+    finder = _BlockFinder(model, calls)
+    finder.visit("", model)
+    blocks = sorted(finder.without_stems(), key=lambda call: call.start)
+    if len(blocks) < FEW_BLOCKS:
+        blocks = finder.shared_layer() or finder.top_level()
+    return _without_head(model, calls, blocks)
+
+
+def resolve(model: nn.Module, at: float | str, calls: list[Call], blocks: list[Call]) -> Cut:
+    """Return the cut that `at` names: a fraction of the blocks, or a module path (`path#2` for its third call).
+
+    Raises:
+        NoSuchCutError: the fraction is outside 0..1, or no such module is called; the message names the nearest ones.
+    """
+    if isinstance(at, str):
+        return _by_path(model, at, calls, blocks)
+    if not 0 <= at <= 1:
+        raise NoSuchCutError(
+            f"cut {at!r} is outside 0..1; give a share of the blocks, 0 (inputs) to 1 (head only), or a path"
+        )
+    before = round(at * len(blocks))
+    if before == 0:
+        return Cut("", 0, 0, len(blocks))
+    if before < len(blocks):
+        return Cut(blocks[before].path, blocks[before].index, before, len(blocks))
+    head = _head(model, calls, blocks)
+    if head is None:  # a bare encoder: its last block is all there is to train
+        return Cut(blocks[-1].path, blocks[-1].index, before - 1, before)
+    return Cut(head.path, head.index, before, before)
+
+
+def _by_path(model: nn.Module, at: str, calls: list[Call], blocks: list[Call]) -> Cut:
+    path, _, number = at.partition("#")
+    called = [call for call in calls if call.path == path]
+    index = int(number) if number.isdigit() else 0
+    if index < len(called):
+        before = sum(block.start < called[index].start for block in blocks)
+        return Cut(path, index, before, len(blocks))
+    if called:
+        raise NoSuchCutError(
+            f"cut {at!r}: module {path!r} is called {len(called)} time(s) on the example; use 0..{len(called) - 1}"
+        )
+    names = list(dict.fromkeys(call.path for call in calls if call.path))
+    near = difflib.get_close_matches(path, names, n=3, cutoff=0.4) or [block.path for block in blocks[:3]]
+    known = path in dict(model.named_modules())
+    fault = "is never called on the example" if known else "does not exist"
+    raise NoSuchCutError(f"cut {at!r}: module {path!r} {fault}; the nearest are {', '.join(map(repr, near))}")
+
+
+def _head(model: nn.Module, calls: list[Call], blocks: list[Call]) -> Call | None:
+    """The first call with parameters that starts after the last block ended."""
+    modules = dict(model.named_modules())
+    end = max((block.end for block in blocks), default=0)
+    return next((call for call in calls if call.start > end and parameter_count(modules[call.path])), None)
+
+
+def _without_head(model: nn.Module, calls: list[Call], blocks: list[Call]) -> list[Call]:
+    """Drop a trailing classifier: a container of single layers at the end, else a single layer that nothing follows."""
+    modules = dict(model.named_modules())
+    if blocks:
+        last = _parent(blocks[-1].path)
+        tail = [block for block in blocks if _parent(block.path) == last]
+        if len(tail) < len(blocks) and all(is_layer(modules[block.path]) for block in tail):
+            blocks = [block for block in blocks if block not in tail]
+    if len(blocks) > 1 and is_layer(modules[blocks[-1].path]) and _head(model, calls, blocks) is None:
+        blocks = blocks[:-1]
+    return blocks
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Tell whether `module` is a single layer (a convolution with its norm), too small to be a block among blocks."""
+    return sum(parameter.dim() > 1 for parameter in module.parameters()) <= 1
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return how many numbers the parameters of `module` hold."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class _BlockFinder:
+    """Walks the containers of a model and collects their called, parameter-holding children."""
+
+    def __init__(self, model: nn.Module, calls: list[Call]) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.calls = calls
+        self.called: dict[str, list[Call]] = {}
+        for call in calls:
+            self.called.setdefault(call.path, []).append(call)
+        self.found: list[Call] = []
+
+    def visit(self, path: str, module: nn.Module) -> None:
+        containers = {path: module} if _is_container(module) else self.containers(path, module)
+        for prefix, container in containers.items():
+            owner = _parent(prefix)
+            if path not in (owner, prefix) and any(is_layer(child) for child in container.children()):
+                self.consider(owner, self.modules[owner])  # layers inside a module that stands in no container itself
+                continue
+            for name, child in container.named_children():
+                self.consider(f"{prefix}.{name}" if prefix else name, child)
+
+    def consider(self, path: str, child: nn.Module) -> None:
+        if not parameter_count(child):
+            return
+        if _is_container(child) or self.is_stage(path, child):
+            self.visit(path, child)
+        elif path not in self.called:
+            # `block.forward(...)` called directly never fires a hook: enter at the first child that does
+            inner = [
+                call for call in self.calls if call.path.startswith(f"{path}.") and len(self.called[call.path]) == 1
+            ]
+            self.found += inner[:1]
+        elif len(self.called[path]) == 1 and self.called[path][0] not in self.found:
+            self.found.append(self.called[path][0])
+
+    def without_stems(self) -> list[Call]:
+        """What was found, less the containers of mere layers (a stem, a downsampling) where there are larger blocks."""
+        composed = {_parent(call.path) for call in self.found if not is_layer(self.modules[call.path])}
+        return [call for call in self.found if not composed or _parent(call.path) in composed]
+
+    def is_stage(self, path: str, module: nn.Module) -> bool:
+        """A stage is mostly one container of blocks of one type, each of them called."""
+        return any(
+            parameter_count(inner) > MOST * parameter_count(module)
+            and _is_homogeneous(inner)
+            and not any(is_layer(child) for child in inner.children())
+            and all(f"{inner_path}.{name}" in self.called for name, _ in inner.named_children())
+            for inner_path, inner in self.containers(path, module).items()
+        )
+
+    def containers(self, path: str, module: nn.Module) -> dict[str, nn.Module]:
+        """The outermost plain containers strictly inside `module`."""
+        found: dict[str, nn.Module] = {}
+        for name, inner in module.named_modules(prefix=path):
+            if name != path and _is_container(inner) and not any(name.startswith(f"{outer}.") for outer in found):
+                found[name] = inner
+        return found
+
+    def shared_layer(self) -> list[Call]:
+        """The calls of one big layer that is called again and again (ALBERT): each call is a block."""
+        total = parameter_count(self.model)
+        for path, calls in self.called.items():
+            if path and len(calls) >= FEW_BLOCKS and parameter_count(self.modules[path]) > SHARED * total:
+                return calls
+        return []
+
+    def top_level(self) -> list[Call]:
+        """The called children of a small model without repeated units."""
+        found: list[Call] = []
+        for name, child in self.model.named_children():
+            inner = (
+                {f"{name}.{key}": item for key, item in child.named_children()}
+                if _is_container(child)
+                else {name: child}
+            )
+            found += [
+                self.called[path][0] for path, item in inner.items() if path in self.called and parameter_count(item)
+            ]
+        return sorted(found, key=lambda call: call.start)
+
+
+def _is_container(module: nn.Module) -> bool:
+    return type(module) in (nn.Sequential, nn.ModuleList)
+
+
+def _is_homogeneous(container: nn.Module) -> bool:
+    kinds = [type(child) for child in container.children() if parameter_count(child)]
+    return len(kinds) > 1 and len(set(kinds)) == 1

@@ -1,0 +1,141 @@
+"""Splitting a model, writing a trained suffix back into it, and listing the places to cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.errors import SplitError
+from pipeline.split.blocks import Cut, find_blocks, resolve
+from pipeline.split.check import check_outputs, check_repeatable, full_output
+from pipeline.split.layout import batch_size, prove_layout, regroup
+from pipeline.split.plan import Plan, make_plan
+from pipeline.split.prefix import Prefix, Slot, TensorSpec
+from pipeline.split.record import Tap, record
+from pipeline.split.sources import Source, state_names
+from pipeline.split.suffix import Suffix
+from pipeline.split.trace import Trace, trace
+from pipeline.split.tree import Args, Kwargs, as_call
+
+
+def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suffix]:
+    """Cut `model` in two: `suffix(prefix(x), x)` equals `model(x)`, in eval and train mode, gradients too.
+
+    Args:
+        model: any module; it is left unchanged. The suffix holds copies of the weights it trains.
+        at: a share of the blocks (0: full fine-tuning from the inputs, 1: head only), a module path, or `path#2` for
+            the third call of a module.
+        example: a batch of at least 2 samples: a mapping (called as `model(**example)`), a tuple, or one tensor.
+
+    Raises:
+        NoSuchCutError: `at` names no place in the model.
+        SplitError: the model cannot be split exactly there; the message names the reason.
+    """
+    args, kwargs = as_call(example)
+    if batch_size(args, kwargs) < 2:
+        raise SplitError("the example holds 1 sample; give a batch of at least 2, so that the batch axis can be told")
+    seen = trace(model, args, kwargs)
+    cut = resolve(model, at, seen.calls, find_blocks(model, seen.calls))
+    plan = make_plan(model, cut, seen, args, kwargs)
+    second = regroup(args, kwargs)
+    slots, constants = prove_state(model, plan, (args, kwargs), second)
+    prefix, suffix = Prefix(model, plan, slots), Suffix(model, plan, slots, constants)
+    check_outputs(seen.output, prefix, suffix, args, kwargs)
+    check_outputs(full_output(model, second[0], second[1]), prefix, suffix, second[0], second[1])
+    return prefix, suffix
+
+
+def merge(model: nn.Module, suffix: Suffix) -> nn.Module:
+    """Write the trained weights and buffers of `suffix` into `model`, and return it.
+
+    Raises:
+        SplitError: `model` is not of the architecture that was split.
+    """
+    trained = suffix.state_dict()
+    own = model.state_dict()
+    wrong = [name for name, item in trained.items() if name not in own or own[name].shape != item.shape]
+    if wrong:
+        raise SplitError(
+            f"the suffix's {wrong[0]!r} does not fit the model; merge into the architecture that was split"
+        )
+    model.load_state_dict(trained, strict=False)
+    return model
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place to cut, and what it costs.
+
+    Attributes:
+        path: what to give `split` as `at`; the empty path is the cut 0.
+        share: share of the blocks before it, 0 to 1.
+        parameters: how many parameters the prefix freezes.
+        flops: floating-point operations that the prefix spends on one sample.
+        state_bytes: size of one sample's state, stored in 16 bits per number, at the example's lengths.
+    """
+
+    path: str
+    share: float
+    parameters: int
+    flops: int
+    state_bytes: int
+
+
+def candidates(model: nn.Module, example: Any) -> list[Candidate]:
+    """Return the block boundaries where `model` can be cut, in execution order, from the inputs to the head."""
+    args, kwargs = as_call(example)
+    seen = trace(model, args, kwargs)
+    blocks = find_blocks(model, seen.calls)
+    found = []
+    for number in range(len(blocks) + 1):
+        try:
+            cut = resolve(model, number / len(blocks) if blocks else 0.0, seen.calls, blocks)
+            found.append(_candidate(model, cut, seen, args, kwargs))
+        except SplitError:
+            continue
+    return found
+
+
+def prove_state(
+    model: nn.Module, plan: Plan, first: tuple[Args, Kwargs], second: tuple[Args, Kwargs, Tensor]
+) -> tuple[list[Slot], dict[Source, Tensor]]:
+    """Return the tensors of the state with their proved layouts, and the constants that belong to no sample.
+
+    Raises:
+        SplitError: a value has no provable batch axis, or differs between two runs on the same batch.
+    """
+    taps = []
+    for args, kwargs in (first, first, second[:2]):
+        taps.append(Tap(plan.cut, plan.sources))
+        record(model, taps[-1:], args, kwargs)
+    batch = batch_size(*first)
+    slots, constants = [], {}
+    for source, name in state_names(model, dict(model.named_modules())[plan.cut.path], plan.sources).items():
+        value, again, other = (tap.values[source] for tap in taps)
+        check_repeatable(name, value, again)
+        layout = prove_layout(name, value, other, second[2])
+        if layout is None:
+            constants[source] = value.clone()
+        else:
+            shape = tuple(layout.state(value, batch).shape[1:])
+            slots.append(Slot(name, source, layout, TensorSpec(value.dtype, shape)))
+    return slots, constants
+
+
+def _candidate(model: nn.Module, cut: Cut, seen: Trace, args: Args, kwargs: Kwargs) -> Candidate:
+    plan = make_plan(model, cut, seen, args, kwargs)
+    slots, _ = prove_state(model, plan, (args, kwargs), regroup(args, kwargs))
+    with FlopCounterMode(display=False) as counter:
+        record(model, [Tap(cut, ())], args, kwargs)
+    weights = dict(model.named_parameters())
+    return Candidate(
+        path=f"{cut.path}#{cut.call}" if cut.call else cut.path,
+        share=cut.share,
+        parameters=sum(weights[name].numel() for name in set(plan.frozen.values())),
+        flops=counter.get_total_flops() // batch_size(args, kwargs),
+        state_bytes=sum(2 * torch.Size(slot.spec.shape).numel() for slot in slots),
+    )

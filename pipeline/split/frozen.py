@@ -1,0 +1,85 @@
+"""The weights that a suffix reads nothing of, or reads without training them.
+
+A parameter read before the cut leaves its module's `_parameters`, so that `parameters()`, `state_dict()`, `.to()`, DDP
+and optimizers see only what trains. At rest a plain attribute stands in its place: the real tensor where the suffix
+reads its values (a tied embedding), else a stand-in of one element, expanded: NaN, so that a forgotten read shows.
+While a replay runs phantoms stand in both places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.split.phantom import Phantom
+from pipeline.split.sources import Weight
+
+
+def dummy(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of `shape` with one element of storage: NaN, or zero for other than floating point."""
+    fill = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
+    return torch.full((), fill, dtype=dtype, device=device).expand(shape)
+
+
+class Frozen:
+    """The frozen parameters of one suffix's module tree.
+
+    Attributes:
+        kept: real values by canonical name, of the parameters that the suffix reads.
+    """
+
+    def __init__(self, root: nn.Module, names: Mapping[str, str], kept: Mapping[str, Tensor]) -> None:
+        """`names`: every frozen name in `root` -> the canonical one among those that are tied together."""
+        modules = dict(root.named_modules(remove_duplicate=False))
+        self.kept = dict(kept)
+        self._places: list[tuple[nn.Module, str, str]] = []
+        self._resting: dict[str, Tensor] = {}
+        for name, canonical in names.items():
+            path, _, attribute = name.rpartition(".")
+            parameter = modules[path]._parameters.pop(attribute, None)
+            if parameter is None:  # the same module under a second path
+                continue
+            self._places.append((modules[path], attribute, canonical))
+            resting = (
+                kept[canonical] if canonical in kept else dummy(parameter.shape, parameter.dtype, parameter.device)
+            )
+            self._resting.setdefault(canonical, resting)
+        self._haunt: dict[str, Phantom] = {}
+        self._rest()
+
+    @contextmanager
+    def as_phantoms(self) -> Iterator[None]:
+        """Put phantoms in place of the frozen parameters; those that are kept know their values."""
+        self._haunt = self._haunt or {name: self._phantom(name) for name in self._resting}
+        for module, attribute, name in self._places:
+            module.__dict__.pop(attribute, None)
+            module._parameters[attribute] = self._haunt[name]  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module, attribute, _ in self._places:
+                module._parameters.pop(attribute, None)
+            self._rest()
+
+    def move(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` (a move to a device or dtype) to the kept values, and let the stand-ins follow."""
+        self.kept = {name: change(tensor) for name, tensor in self.kept.items()}
+        for name, tensor in self._resting.items():
+            like = change(torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+            self._resting[name] = self.kept[name] if name in self.kept else dummy(tensor.shape, like.dtype, like.device)
+        self._haunt = {}
+        self._rest()
+
+    def _phantom(self, name: str) -> Phantom:
+        resting = self._resting[name]
+        shadow = torch.empty(resting.shape, dtype=resting.dtype, device="meta")
+        phantom = Phantom(shadow, resting.device, Weight(name))
+        phantom.value = self.kept.get(name)
+        return phantom
+
+    def _rest(self) -> None:
+        for module, attribute, name in self._places:
+            module.__dict__[attribute] = self._resting[name]

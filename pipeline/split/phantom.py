@@ -1,0 +1,223 @@
+"""Phantoms: tensors with shape, dtype and device but without values.
+
+Before the cut the suffix runs the model's own `forward` on phantoms in place of the parameters it does not hold.
+An operation on phantoms runs on the meta device, which costs microseconds, and its result is a phantom that remembers
+how it was made: a `Step`. So a value can still be had later, if it should turn out that the suffix reads it and that
+everything it is made from is at hand. Operations on real tensors (token ids, masks, rotary tables) run as usual.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import SplitError
+from pipeline.split.sources import Input, Output, Weight
+from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, map_tensors, tensors
+
+Operator: TypeAlias = Any  # torch._ops.OpOverload
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The operation that made a phantom: result number `index` of `function(*args, **kwargs)`.
+
+    An in-place operation changes the phantom it writes to; the arguments then hold that phantom's former self.
+    """
+
+    function: Operator
+    args: Args
+    kwargs: Kwargs
+    index: int
+
+    def parents(self) -> list[Phantom]:
+        """Return the phantoms among the arguments."""
+        return [item for item in arguments(self.args, self.kwargs).values() if isinstance(item, Phantom)]
+
+    def result(self) -> Tensor:
+        """Carry the operation out; every parent has its value."""
+        args, kwargs = map_arguments(value_or_self, self.args, self.kwargs)
+        if self.function._schema.is_mutable:
+            args, kwargs = map_arguments(lambda _, item: item.clone(), args, kwargs)
+        with torch.no_grad():
+            return list(tensors(self.function(*args, **kwargs)).values())[self.index]
+
+
+class Interpreter(Protocol):
+    """Decides what an operation on phantoms does; there is one per running replay."""
+
+    def operate(self, function: Operator, args: Args, kwargs: Kwargs) -> Any:
+        """Return the result of `function` on arguments of which some are phantoms."""
+
+
+class Phantom(Tensor):
+    """A tensor without values.
+
+    Attributes:
+        shadow: the same tensor on the meta device; operations run on it.
+        origin: the operation or the leaf it comes from; None where its making was not seen.
+        tag: the module output it is, if it is one: a place from which the prefix can store it.
+        base: the phantom it is a view of.
+        value: its values, once they are known.
+    """
+
+    shadow: Tensor
+    origin: Step | Weight | Input | None
+    tag: Output | None
+    base: Phantom | None
+    value: Tensor | None
+
+    @staticmethod
+    def __new__(cls, shadow: Tensor, device: torch.device, origin: Step | Weight | Input | None) -> Phantom:
+        self: Phantom = torch.Tensor._make_wrapper_subclass(
+            cls,
+            shadow.shape,
+            strides=shadow.stride(),
+            storage_offset=int(shadow.storage_offset()),
+            dtype=shadow.dtype,
+            device=device,
+            requires_grad=False,
+        )
+        self.shadow, self.origin = shadow, origin
+        self.tag = self.base = self.value = None
+        return self
+
+    @classmethod
+    def like(cls, tensor: Tensor, origin: Weight | Input | None) -> Phantom:
+        """Return a phantom with the shape, strides, dtype and device of `tensor`."""
+        shadow = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return cls(shadow, tensor.device, origin)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Operator, types: Any, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
+        interpreter: Interpreter | None = getattr(_running, "interpreter", None)
+        return (interpreter or _AFTERWARDS).operate(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Phantom(shape={tuple(self.shape)}, dtype={self.dtype}, origin={self.origin!r})"
+
+    def forget(self) -> None:
+        """A view was written to: how this phantom and its bases were made no longer tells their values."""
+        self.origin = self.tag = None
+        if self.base is not None:
+            self.base.forget()
+
+
+_running = threading.local()
+
+
+@contextmanager
+def interpreting(interpreter: Interpreter) -> Iterator[None]:
+    """Let `interpreter` decide on operations with phantoms in this thread."""
+    former = getattr(_running, "interpreter", None)
+    _running.interpreter = interpreter
+    try:
+        yield
+    finally:
+        _running.interpreter = former
+
+
+class _Afterwards:
+    """Outside of a replay (in the backward pass) a phantom stands for the value it was given, or cannot be used."""
+
+    def operate(self, function: Operator, args: Args, kwargs: Kwargs) -> Any:
+        missing = [item for item in phantoms(args, kwargs) if item.value is None]
+        if missing:
+            raise SplitError(
+                f"{function} needs a value that only the recycled layers have (shape {tuple(missing[0].shape)}); "
+                "it is not part of the suffix's output"
+            )
+        args, kwargs = map_arguments(value_or_self, args, kwargs)
+        return function(*args, **kwargs)
+
+
+_AFTERWARDS = _Afterwards()
+
+
+def phantoms(args: Args, kwargs: Kwargs) -> list[Phantom]:
+    """Return the phantoms among the arguments of a call."""
+    return [item for item in arguments(args, kwargs).values() if isinstance(item, Phantom)]
+
+
+def needs_values(function: Operator, args: Args) -> bool:
+    """Tell whether the shape or result of `function` depends on values, so that it cannot run on phantoms."""
+    if function is torch.ops.aten.index.Tensor:  # tagged dynamic, but integer indices fix the shape
+        indices = tensors(args[1]).values()
+        return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+    dynamic = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return function is torch.ops.aten._local_scalar_dense.default or not dynamic.isdisjoint(function.tags)
+
+
+def imagine(function: Operator, args: Args, kwargs: Kwargs) -> Any:
+    """Return what `function` gives on phantoms: phantoms that remember this operation.
+
+    Raises:
+        SplitError: a phantom would be written into a real tensor.
+    """
+    device = _device(args, kwargs)
+    shadow_args, shadow_kwargs = map_arguments(_shadow, args, kwargs)
+    if shadow_kwargs.get("device") is not None:
+        shadow_kwargs["device"] = torch.device("meta")
+    with torch.no_grad():
+        result = function(*shadow_args, **shadow_kwargs)
+    if function._schema.is_mutable:
+        return _written(function, args, kwargs)
+    index = iter(range(len(tensors(result))))
+    views = any(item.alias_info is not None for item in function._schema.returns)
+    base = args[0] if views and isinstance(args[0], Phantom) else None
+
+    def phantom(_: str, shadow: Tensor) -> Phantom:
+        made = Phantom(shadow, device, Step(function, args, kwargs, next(index)))
+        made.base = base
+        return made
+
+    return map_tensors(phantom, result)
+
+
+def _written(function: Operator, args: Args, kwargs: Kwargs) -> Phantom:
+    """Give the phantom that an in-place operation writes to its new origin; its former self keeps the old one."""
+    target = _write_target(function, args, kwargs)
+    if not isinstance(target, Phantom):
+        raise SplitError(f"{function} writes a value of the recycled layers into a tensor that is not one of them")
+    former = Phantom(target.shadow, target.device, None)
+    former.origin, former.tag, former.value = target.origin, target.tag, target.value
+    args, kwargs = map_arguments(lambda _, item: former if item is target else item, args, kwargs)
+    if target.base is not None:
+        target.base.forget()
+    target.origin, target.tag, target.value = Step(function, args, kwargs, 0), None, None
+    return target
+
+
+def _write_target(function: Operator, args: Args, kwargs: Kwargs) -> Any:
+    for position, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return args[position] if position < len(args) else kwargs.get(argument.name)
+    return None
+
+
+def _device(args: Args, kwargs: Kwargs) -> torch.device:
+    """The device of the result: the one asked for, else that of the largest-dimensional phantom."""
+    if kwargs.get("device") is not None:
+        return torch.device(kwargs["device"])
+    return max(phantoms(args, kwargs), key=lambda item: item.dim() > 0).device
+
+
+def _shadow(_: str, tensor: Tensor) -> Tensor:
+    if isinstance(tensor, Phantom):
+        return tensor.shadow
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def value_or_self(_: str, tensor: Tensor) -> Tensor:
+    """Return the value of a phantom that has one, any other tensor itself."""
+    return tensor.value if isinstance(tensor, Phantom) and tensor.value is not None else tensor

@@ -1,0 +1,81 @@
+"""Where a value that crosses the cut comes from, and what it is called in the state.
+
+Three places can be observed without touching the model's code: the arguments of the cut call, the output of an earlier
+module call (a skip connection), and an input of the model. Parameters are named the same way, as leaves of recipes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The tensor at `leaf` among the arguments of the cut call."""
+
+    leaf: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """The tensor at `leaf` in the output of call number `call` of module `path`."""
+
+    path: str
+    call: int
+    leaf: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """The tensor at `leaf` among the inputs of the model."""
+
+    leaf: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The parameter `name` of the model."""
+
+    name: str
+
+
+Source: TypeAlias = Argument | Output | Input
+
+
+def state_names(model: nn.Module, cut_module: nn.Module, sources: list[Source]) -> dict[Source, str]:
+    """Return a readable, unique, file-safe name for each source: `hidden_states`, `layer2.1.out`, `pixel_values`."""
+    names: dict[Source, str] = {}
+    for source in sources:
+        match source:
+            case Argument(leaf):
+                name = argument_name(cut_module, leaf)
+            case Output(path, call, leaf):
+                name = ".".join(part for part in (path, f"call{call}" if call else "", "out", leaf) if part)
+            case Input(leaf):
+                name = argument_name(model, leaf)
+                name = f"input.{name}" if name in names.values() else name
+        base = name = re.sub(r"[^A-Za-z0-9_.\-]", "_", name)
+        number = 2
+        while name in names.values():
+            name, number = f"{base}-{number}", number + 1
+        names[source] = name
+    return names
+
+
+def argument_name(module: nn.Module, leaf: str) -> str:
+    """Return `leaf` with a leading position replaced by the name of that parameter of `module.forward`."""
+    position, dot, rest = leaf.partition(".")
+    if not position.isdigit():
+        return leaf
+    named = [
+        parameter.name
+        for parameter in inspect.signature(module.forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    index = int(position)
+    return (named[index] if index < len(named) else f"arg{index}") + dot + rest

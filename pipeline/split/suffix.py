@@ -1,0 +1,102 @@
+"""The trainable part of a split: takes the state and runs the rest of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import SplitError
+from pipeline.split.blocks import Cut
+from pipeline.split.frozen import Frozen, dummy
+from pipeline.split.plan import Plan
+from pipeline.split.prefix import Slot, State, TensorSpec
+from pipeline.split.replay import Replay
+from pipeline.split.sources import Source
+
+
+class Suffix(nn.Module):
+    """The layers after the cut, as a function from state and inputs to the model's own output.
+
+    The suffix adopts the children of a copy of the model, so every name in `named_parameters()` and `state_dict()` is
+    the full model's own, and only what trains has one.
+
+    Attributes:
+        cut: where the model is cut.
+        spec: dtype and shape of each tensor of the state.
+    """
+
+    root: nn.Module
+
+    def __init__(self, model: nn.Module, plan: Plan, slots: Sequence[Slot], constants: Mapping[Source, Tensor]) -> None:
+        """Use `split`, which finds the arguments and proves them."""
+        super().__init__()
+        self.cut: Cut = plan.cut
+        self.spec: Mapping[str, TensorSpec] = {slot.name: slot.spec for slot in slots}
+        self.slots = tuple(slots)
+        root, self._frozen = trainable_copy(model, plan)
+        self.__dict__["root"] = root  # not a child: its children are adopted, under their own names
+        self._modules, self._parameters, self._buffers = root._modules, root._parameters, root._buffers
+        self._non_persistent_buffers_set = root._non_persistent_buffers_set
+        self._dtypes = {slot.name: slot.spec.dtype for slot in slots}
+        self._constants = dict(constants)
+        self._written = frozenset(plan.written)
+        self.train(model.training)
+
+    def forward(self, state: State, *args: Any, **inputs: Any) -> Any:
+        """Return the model's output for a batch, given its state (each tensor (B, ...)) and the model's inputs.
+
+        Floating-point inputs may be storage-less stand-ins of the right shape: their values are never read here, those
+        that matter are part of the state. State tensors take the dtype that the model had there.
+
+        Raises:
+            SplitError: the state lacks a tensor, or does not fit the inputs.
+        """
+        values = self.values(state)
+        with self._frozen.as_phantoms():
+            return Replay(self.root, self.cut, values).run(args, inputs)
+
+    def values(self, state: State) -> dict[Source, Tensor]:
+        """Return the tensors that the model meets at the cut, as it has them; copies where it writes into them."""
+        if state.keys() != self.spec.keys():
+            raise SplitError(f"the state holds {sorted(state)}, the suffix at {self.cut} takes {sorted(self.spec)}")
+        values: dict[Source, Tensor] = dict(self._constants)
+        for slot in self.slots:
+            stored = state[slot.name]
+            value = slot.layout.value(stored.to(self._dtypes[slot.name]))
+            shared = value.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
+            values[slot.source] = value.clone() if shared and slot.source in self._written else value
+        return values
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; what runs before the cut stays in eval mode whatever it is."""
+        super().train(mode)
+        self.root.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._frozen.move(fn)
+        self._constants = {source: fn(value) for source, value in self._constants.items()}
+        self._dtypes = {name: fn(torch.empty(0, dtype=dtype)).dtype for name, dtype in self._dtypes.items()}
+        return self
+
+
+def trainable_copy(model: nn.Module, plan: Plan) -> tuple[nn.Module, Frozen]:
+    """Return a copy of `model` that holds only what trains after the cut, and its frozen parameters, set aside.
+
+    Parameters that train are copied, and so are all buffers; those of modules that only the prefix runs are left out of
+    the state dict.
+    """
+    weights = {name: item for name, item in model.named_parameters() if name in set(plan.frozen.values())}
+    memo: dict[int, Any] = {id(item): dummy(item.shape, item.dtype, item.device) for item in weights.values()}
+    root = copy.deepcopy(model, memo)
+    frozen = Frozen(root, plan.frozen, {name: weights[name].detach().clone() for name in plan.kept})
+    before = set(plan.before) - plan.after
+    for path, module in root.named_modules():
+        here = {name for name in module._buffers if path in before or f"{path}.{name}".lstrip(".") in plan.read}
+        module._non_persistent_buffers_set |= here if path not in plan.after else set()
+    return root, frozen
