@@ -2,7 +2,7 @@
 
     <store>/recipe.json
     <store>/<segment id>/zarr.json                  zarr v3 group; with it the segment exists, without it it does not
-    <store>/<segment id>/<array>/zarr.json          keys | state.<name> | input.<name>, ragged ones with <array>.offsets
+    <store>/<segment id>/<array>/zarr.json          keys | state.<name> | input.<name> | shape.<name> | <array>.offsets
     <store>/<segment id>/<array>/c.0.0              the one chunk: the array in little-endian C order, then its crc32c
 
 Metadata is parsed here and not by zarr because more must hold than zarr asks: only an array in exactly this layout may
@@ -28,6 +28,9 @@ FORMAT = 1
 RECIPE_FILE = "recipe.json"
 METADATA_FILE = "zarr.json"
 KEYS = "keys"
+STATE_PREFIX = "state."
+INPUT_PREFIX = "input."
+SHAPE_PREFIX = "shape."
 OFFSETS = ".offsets"
 CHUNK_SEPARATOR = "."
 CHECKSUM_BYTES = 4
@@ -38,7 +41,7 @@ CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "cr
 BYTE_CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # zarr names no endianness for types of one byte
 
 _SEGMENT_ID = re.compile(r"[0-9a-f]{32}")
-_TENSOR_NAME = re.compile(r"(state|input)\.[A-Za-z0-9_.\-]{1,200}")
+_TENSOR_NAME = re.compile(r"(state|input|shape)\.[A-Za-z0-9_.\-]{1,200}")
 
 # What the values are -> the zarr types they may be stored as.
 STORED_AS: dict[str, tuple[str, ...]] = {
@@ -124,12 +127,17 @@ def committed_segments(root: Path) -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if _SEGMENT_ID.fullmatch(entry.name) and is_committed(entry))
 
 
+def segment_nbytes(segment: Path) -> int:
+    """Return the size of a segment's files in bytes."""
+    return sum(path.stat().st_size for path in segment.rglob("*") if path.is_file())
+
+
 def check_tensor_name(name: str) -> None:
     """Raise StoreError unless `name` can name a tensor of a segment; names become folder names."""
     if not _TENSOR_NAME.fullmatch(name) or name.endswith(OFFSETS):
         raise StoreError(
-            f"tensor name {name!r}: expected state.NAME or input.NAME, NAME of letters, digits, '_', '.', '-' "
-            f"and not ending in {OFFSETS!r}; rename it"
+            f"tensor name {name!r}: expected state.NAME, input.NAME or shape.NAME, of letters, digits, '_', '.', '-', "
+            f"not ending in {OFFSETS!r}; rename it"
         )
 
 

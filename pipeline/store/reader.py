@@ -77,15 +77,15 @@ class Reader:
         Raises:
             CorruptStoreError: a segment is not what was written, or has other tensors than the first one.
         """
-        runs = [(self.segment(segment), within, begin) for segment, within, begin in _runs(rows)]
-        names = runs[0][0].keys() if runs else ()
-        for tensors, _, begin in runs:
+        opened = [(self.segment(segment), within, begin) for segment, within, begin in runs(rows)]
+        names = opened[0][0].keys() if opened else ()
+        for tensors, _, begin in opened:
             if tensors.keys() != names:
                 where = self._root / rows.segments[rows.segment[begin]]
                 raise CorruptStoreError(f"{where} has tensors {sorted(tensors)}, others {sorted(names)}; encode again")
         return {
             name: _gather(
-                [(tensors[name], within, begin) for tensors, within, begin in runs], (pad or {}).get(name, 0), pin
+                [(tensors[name], within, begin) for tensors, within, begin in opened], (pad or {}).get(name, 0), pin
             )
             for name in names
         }
@@ -130,8 +130,8 @@ def _map(array: Path, spec: ArraySpec) -> Tensor:
     return raw.view(dtype).view(spec.shape)
 
 
-def _runs(rows: Rows) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Divide rows into stretches of one segment: its id, the rows within it, and where the stretch begins."""
+def runs(rows: Rows) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Divide `rows` into stretches of one segment: its id, the rows within it, and where the stretch begins."""
     if not len(rows):
         return
     begins = [0, *(np.flatnonzero(np.diff(rows.segment)) + 1).tolist(), len(rows)]

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.errors import CorruptStoreError, StaleStoreError, StoreError
 from pipeline.keys import Recipe
 from pipeline.store.codecs import Values, check_storage
-from pipeline.store.format import FORMAT, RECIPE_FILE, committed_segments
+from pipeline.store.format import FORMAT, RECIPE_FILE, committed_segments, segment_nbytes
 from pipeline.store.index import KeyIndex, Rows
 from pipeline.store.scratch import publish_file, scratch, sweep
 from pipeline.store.writer import SegmentInfo, write_segment
@@ -95,15 +95,20 @@ class Store:
         """
         return self._open_index().rows(keys)
 
+    def nbytes(self) -> int:
+        """Return the size of all committed segments in bytes, as files."""
+        return sum(segment_nbytes(self.path / segment) for segment in self.segments())
+
     def refresh(self) -> None:
         """Look again for segments; places that `rows` gave before stay valid."""
         self._index = None
 
     def write_segment(self, unit_keys: np.ndarray, tensors: Mapping[str, Values]) -> SegmentInfo:
-        """Commit one unit: its keys (n, 16) uint8 and its tensors by name, `state.NAME` and `input.NAME`.
+        """Commit one unit: its keys (n, 16) uint8 and its tensors by name: `state.NAME`, `input.NAME`, `shape.NAME`.
 
-        A tensor is one array (n, ...), or a sequence of n arrays whose shapes may differ in one axis. Floating-point
-        values are stored in the recipe's dtype, or in a wider one where this unit's values need its range; int64 is
+        A tensor is one array (n, ...), or a sequence of n arrays whose shapes may differ in one axis. `shape.NAME`
+        (n, axes) stands for a floating-point input of which the suffix needs the shape alone. Floating-point values
+        are stored in the recipe's dtype, or in a wider one where this unit's values need its range; int64 is
         stored as int32 where it fits. A unit that is there already is left alone, whatever its tensors.
 
         Raises:
@@ -114,9 +119,10 @@ class Store:
         return info
 
     def _open_index(self) -> KeyIndex:
-        if self._index is None:
-            self._index = KeyIndex(self.path, self.segments())
-        return self._index
+        index = self._index  # a thread that writes may forget it meanwhile
+        if index is None:
+            index = self._index = KeyIndex(self.path, self.segments())
+        return index
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:

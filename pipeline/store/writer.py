@@ -25,6 +25,7 @@ from pipeline.store.format import (
     read_array_spec,
     read_segment_spec,
     segment_id,
+    segment_nbytes,
 )
 from pipeline.store.scratch import publish, scratch
 
@@ -107,7 +108,7 @@ def _describe(segment: Path, storage: str) -> SegmentInfo:
     specs = {name: read_array_spec(segment / name) for name in read_segment_spec(segment).tensors}
     return SegmentInfo(
         id=segment.name,
-        bytes=sum(path.stat().st_size for path in segment.rglob("*") if path.is_file()),
+        bytes=segment_nbytes(segment),
         promoted=tuple(
             name for name, spec in specs.items() if spec.torch_dtype.is_floating_point and spec.dtype != usual
         ),

@@ -1,0 +1,207 @@
+"""Rows of the sample table -> batches on the training device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import TrainError
+from pipeline.split import State
+from pipeline.store import INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Reader, Resident, Rows, Store
+
+Residency: TypeAlias = Literal["auto", "device", "host"]
+Order: TypeAlias = Sequence[np.ndarray] | Callable[[int], Sequence[np.ndarray]]
+"""The batches of every epoch, or a function of the epoch; a batch is rows of the sample table."""
+
+DEVICE_SHARE = 0.5
+"""Share of the free device memory that "auto" gives to the store; weights, gradients and optimizer need the rest."""
+PREFETCHED = 2
+
+
+class Source(Protocol):
+    """Where batches are gathered from: memory maps, or the device's own memory."""
+
+    def gather(self, rows: Rows, pad: Mapping[str, float] | None = None, *, pin: bool = False) -> dict[str, Tensor]:
+        """Return the tensors of `rows` by name, each (B, ...)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples on the training device.
+
+    Attributes:
+        state: what crosses the cut, each (B, ...) in its stored dtype, padded with 0 on the right where ragged.
+        inputs: the suffix's other inputs, each (B, ...); those in floating point have a shape and no values.
+        targets: each (B,), in the order of the samples.
+        rows: (B,) int64, the samples' rows in the sample table; always on the CPU.
+    """
+
+    state: State
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    rows: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`; from page-locked memory the copy does not wait."""
+
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+        return replace(self, state=moved(self.state), inputs=moved(self.inputs), targets=moved(self.targets))
+
+
+def place(store: Store, keys: np.ndarray, device: torch.device, residency: Residency = "auto") -> Source:
+    """Choose where the samples `keys` (N, 16) uint8 are gathered from. Loaders of one store may share the result.
+
+    "auto" copies them to an accelerator when they fit in half of its free memory, and else reads memory maps.
+
+    Raises:
+        MissingKeysError: some samples were never encoded; the message names up to five.
+        TrainError: "device" was asked for and there is not enough memory; the message has both sizes.
+    """
+    reader = Reader(store.path)
+    if residency == "host" or device.type == "cpu":
+        return reader
+    rows = store.rows(keys)
+    needed, free = Resident.nbytes(reader, rows), _free_memory(device)
+    if residency == "auto" and needed > DEVICE_SHARE * free:
+        return reader
+    if needed > free:
+        raise TrainError(
+            f"residency is device; the samples need {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free; "
+            "set it to auto"
+        )
+    return Resident(reader, rows, device)
+
+
+class Loader:
+    """The batches of an epoch; can be iterated again and again.
+
+    Within a batch, samples come in the order of the store, state, inputs, targets and rows alike.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        keys: np.ndarray,
+        targets: Mapping[str, np.ndarray],
+        batches: Order,
+        *,
+        pad: Mapping[str, float] | None = None,
+        floats: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
+        device: torch.device | str = "cpu",
+        residency: Residency = "auto",
+        prefetch: int | None = None,
+        source: Source | None = None,
+    ) -> None:
+        """Prepare to load samples of a table; nothing of their states is read yet, unless they go to the device.
+
+        Args:
+            store: holds the samples.
+            keys: (N, 16) uint8, the key of every row of the sample table.
+            targets: numeric, each (N, ...), one entry for every row of the table.
+            batches: rows of the table for every batch; see `pipeline.order`.
+            pad: what ragged inputs are padded with, by input name; 0 where not given.
+            floats: floating-point inputs of which the suffix needs shape (without batch axis) and dtype alone; those
+                that the store has shapes of need not be named.
+            device: where batches are wanted.
+            residency: "device" holds all samples there, "host" none; "auto" decides by the free memory.
+            prefetch: batches read ahead by a thread; by default 2 for an accelerator, and none on the CPU, where
+                reading ahead takes a core from training.
+            source: shared with another loader (its `source`), instead of one made from `keys` and `residency`.
+
+        Raises:
+            MissingKeysError: some samples were never encoded; the message names up to five.
+            TrainError: targets do not fit the table, or there is not enough device memory.
+        """
+        self.device = torch.device(device)
+        self._places = store.rows(keys)
+        self._targets = {name: _checked_target(name, values, len(keys)) for name, values in targets.items()}
+        self._batches = batches
+        self._pad = {f"{INPUT_PREFIX}{name}": value for name, value in (pad or {}).items()}
+        self._floats = dict(floats or {})
+        self.source = place(store, keys, self.device, residency) if source is None else source
+        on_host = not isinstance(self.source, Resident)
+        self._pin = on_host and self.device.type == "cuda"
+        self._prefetch = (PREFETCHED if on_host and self.device.type != "cpu" else 0) if prefetch is None else prefetch
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that is iterated, and the batch it starts at (a run that goes on where it was stopped)."""
+        whole = self._batches(epoch) if callable(self._batches) else self._batches
+        if not 0 <= start <= len(whole):
+            raise TrainError(f"start is {start}; epoch {epoch} has {len(whole)} batches; choose one of them")
+        self._epoch = whole[start:]
+
+    def __len__(self) -> int:
+        """Return the number of batches that the next iteration gives."""
+        return len(self._epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of the epoch on the device."""
+        for batch in _ahead(self._read, self._epoch, self._prefetch):
+            yield batch.to(self.device)
+
+    def _read(self, rows: np.ndarray) -> Batch:
+        rows = rows[np.lexsort((self._places.row[rows], self._places.segment[rows]))]
+        tensors = self.source.gather(self._places[rows], self._pad, pin=self._pin)
+        inputs = _with_prefix(tensors, INPUT_PREFIX)
+        for name, (shape, dtype) in self._floats.items():
+            inputs[name] = self._dummy(len(rows), shape, dtype)
+        for name, shapes in _with_prefix(tensors, SHAPE_PREFIX).items():
+            if name not in inputs:
+                inputs[name] = self._dummy(len(rows), shapes.amax(0).tolist(), torch.float32)
+        targets = {name: torch.from_numpy(values[rows]) for name, values in self._targets.items()}
+        if self._pin:
+            targets = {name: tensor.pin_memory() for name, tensor in targets.items()}
+        return Batch(_with_prefix(tensors, STATE_PREFIX), inputs, targets, torch.from_numpy(rows))
+
+    def _dummy(self, n_rows: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An input that is never read: one zero, seen as the whole shape."""
+        return torch.zeros((), dtype=dtype, device=self.device).expand(n_rows, *shape)
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _checked_target(name: str, values: np.ndarray, n_rows: int) -> np.ndarray:
+    if values.dtype.kind not in "biuf":
+        raise TrainError(
+            f"target {name} has dtype {values.dtype}; a loader takes numbers, the task makes them of labels"
+        )
+    if len(values) != n_rows:
+        raise TrainError(f"target {name} has {len(values)} entries, the sample table {n_rows} rows; give one for each")
+    return values
+
+
+def _ahead(read: Callable[[np.ndarray], Batch], batches: Sequence[np.ndarray], depth: int) -> Iterator[Batch]:
+    """Yield `read` of each batch, in order; with a `depth` that many are read by a thread before they are asked for."""
+    if depth == 0:
+        yield from map(read, batches)
+        return
+    pending: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
+        try:
+            for rows in batches:
+                pending.append(pool.submit(read, rows))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0  # no other backend says; "auto" stays on the host
+    return torch.cuda.mem_get_info(device)[0]

@@ -1,0 +1,161 @@
+"""Samples of a store, whole in an accelerator's memory: where they fit, no epoch waits for the host.
+
+N samples held, B batch, L length along the ragged axis, E entries of all samples end to end.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import StoreError
+from pipeline.store.format import SHAPE_PREFIX
+from pipeline.store.index import Rows
+from pipeline.store.reader import Reader, StoredTensor, runs
+
+Parts: TypeAlias = Sequence[tuple[StoredTensor, np.ndarray]]
+"""The segments of one tensor, each with the rows that are held, (n,) int64."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one tensor will lie: `shape` is (N, ...), or for a ragged one (E, ...) with its axis and the lengths (N,)."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    axis: int | None = None
+    lengths: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Block:
+    """One tensor of all held samples."""
+
+    plan: Plan
+    values: Tensor
+    starts: Tensor | None
+
+    def gather(self, index: np.ndarray, pad: float) -> Tensor:
+        """Return the samples `index` (B,), (B, ...), padded on the right to the longest."""
+        index_B = torch.from_numpy(index).to(self.values.device, non_blocking=True)
+        if self.starts is None or self.plan.lengths is None or self.plan.axis is None:
+            return self.values.index_select(0, index_B)
+        lengths = self.plan.lengths[index]  # on the host, so that the shape of the batch needs no wait for the device
+        longest = int(lengths.max(initial=0))
+        lengths_B = torch.from_numpy(lengths).to(self.values.device, non_blocking=True)
+        steps_L = torch.arange(longest, device=self.values.device)
+        outside_BL = steps_L >= lengths_B[:, None]
+        entry_BL = (self.starts[index_B][:, None] + steps_L).masked_fill(outside_BL, 0)
+        if not len(self.values):
+            batch = self.values.new_full((len(index), longest, *self.values.shape[1:]), pad)
+        else:
+            batch = self.values.index_select(0, entry_BL.flatten()).view(*entry_BL.shape, *self.values.shape[1:])
+        outside = outside_BL.reshape(*outside_BL.shape, *(1 for _ in self.values.shape[1:]))
+        return batch.masked_fill_(outside, pad).movedim(1, self.plan.axis + 1)
+
+
+class Resident:
+    """Gathers batches as `Reader` does, from samples that were copied to a device once."""
+
+    def __init__(self, reader: Reader, rows: Rows, device: torch.device) -> None:
+        """Copy the samples `rows` to `device`. Memory on the host: one segment at a time."""
+        self._segments = rows.segments
+        self._codes, first = np.unique(_codes(rows), return_index=True)
+        self._blocks: dict[str, Block] = {}
+        for name, parts in _parts(reader, rows[first]).items():
+            # Shapes of inputs are needed on the host, to make batches of their shape.
+            home = torch.device("cpu") if name.startswith(SHAPE_PREFIX) else device
+            self._blocks[name] = _load(_plan(name, parts), parts, home)
+
+    @staticmethod
+    def nbytes(reader: Reader, rows: Rows) -> int:
+        """Return how many bytes of device memory the samples `rows` need."""
+        _, first = np.unique(_codes(rows), return_index=True)
+        return sum(_plan(name, parts).nbytes for name, parts in _parts(reader, rows[first]).items())
+
+    def gather(self, rows: Rows, pad: Mapping[str, float] | None = None, *, pin: bool = False) -> dict[str, Tensor]:
+        """Return the tensors of `rows` by name, each (B, ...), on the device. `pin` has no meaning here.
+
+        Raises:
+            StoreError: a sample is not among those that are held.
+        """
+        wanted = _codes(rows)
+        index = np.searchsorted(self._codes, wanted)
+        held = rows.segments == self._segments and index.max(initial=-1) < len(self._codes)
+        if not held or not np.array_equal(self._codes[index], wanted):
+            raise StoreError("some samples are not held on the device; give their keys when the source is made")
+        return {name: block.gather(index, (pad or {}).get(name, 0)) for name, block in self._blocks.items()}
+
+
+def _codes(rows: Rows) -> np.ndarray:
+    """One number for each place, in the order of segments and rows."""
+    codes: np.ndarray = (rows.segment.astype(np.int64) << 32) + rows.row
+    return codes
+
+
+def _parts(reader: Reader, rows: Rows) -> dict[str, Parts]:
+    opened = [(reader.segment(segment), within) for segment, within, _ in runs(rows)]
+    names = opened[0][0] if opened else {}
+    return {name: [(tensors[name], within) for tensors, within in opened] for name in names}
+
+
+def _plan(name: str, parts: Parts) -> Plan:
+    tensors = [tensor for tensor, _ in parts]
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    axes = {tensor.axis for tensor in tensors if tensor.offsets is not None}
+    fixed = np.unique([tensor.values.shape[1:] for tensor in tensors if tensor.offsets is None], axis=0)
+    if len(fixed) > 1:
+        axes |= set(np.flatnonzero((fixed != fixed[0]).any(axis=0)).tolist())
+    if not axes:
+        return Plan(dtype, (sum(len(within) for _, within in parts), *fixed[0].astype(int).tolist()))
+    if len(axes) > 1:
+        raise StoreError(f"{name} is ragged in axes {sorted(axes)}; set residency to host, which pads any axis")
+    axis = axes.pop()
+    lengths = np.concatenate([_lengths(tensor, within, axis) for tensor, within in parts])
+    rest = next(_end_to_end(tensor, within[:1], axis).shape[1:] for tensor, within in parts)
+    return Plan(dtype, (int(lengths.sum()), *rest), axis, lengths)
+
+
+def _load(plan: Plan, parts: Parts, device: torch.device) -> Block:
+    values = torch.empty(plan.shape, dtype=plan.dtype, device=device)
+    begin = 0
+    for tensor, within in parts:
+        for piece in _pieces(tensor, within, plan.axis):
+            values[begin : begin + len(piece)].copy_(piece)
+            begin += len(piece)
+    if plan.lengths is None:
+        return Block(plan, values, None)
+    return Block(plan, values, torch.from_numpy(np.cumsum(plan.lengths) - plan.lengths).to(device))
+
+
+def _pieces(tensor: StoredTensor, within: np.ndarray, axis: int | None) -> Iterator[Tensor]:
+    """What is held of a segment, in the order of its rows; whole segments are not copied on the host."""
+    if axis is not None:
+        yield _end_to_end(tensor, within, axis)
+    elif len(within) == len(tensor):
+        yield tensor.values
+    else:
+        yield tensor.values[torch.from_numpy(within)]
+
+
+def _lengths(tensor: StoredTensor, within: np.ndarray, axis: int) -> np.ndarray:
+    if tensor.offsets is None:
+        return np.full(len(within), tensor.values.shape[axis + 1], np.int64)
+    lengths: np.ndarray = np.diff(tensor.offsets)[within]
+    return lengths
+
+
+def _end_to_end(tensor: StoredTensor, within: np.ndarray, axis: int) -> Tensor:
+    return torch.cat([tensor.sample(row).movedim(axis, 0) for row in within.tolist()])
