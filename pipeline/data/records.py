@@ -40,11 +40,11 @@ def read_records(path: Path, fields: dict[str, str], *, records: str | None) -> 
         table = kinds[kind](path)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, pa.ArrowException) as error:
         raise DataError(f"data.path {path} cannot be read as {kind}: {error}") from error
+    if table.num_rows == 0:
+        raise DataError(f"data.path {path} holds no records")
     for setting, name in fields.items():
         if name not in table.column_names:
             raise ConfigError(f"data.{setting} is {name!r}; {path} has the fields {', '.join(table.column_names)}")
-    if table.num_rows == 0:
-        raise DataError(f"data.path {path} holds no records")
     return {setting: table.column(name) for setting, name in fields.items()}
 
 
