@@ -56,8 +56,8 @@ def pad_batch(samples: Sequence[Sample], pad: Mapping[str, float]) -> dict[str, 
             continue
         longest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
         padded = tensors[0].new_full((len(tensors), *longest), pad.get(name, 0))
-        for i, tensor in enumerate(tensors):
-            padded[(i, *(slice(n) for n in tensor.shape))] = tensor
+        for row, tensor in zip(padded, tensors, strict=True):
+            row[tuple(slice(n) for n in tensor.shape)] = tensor
         batch[name] = padded
     return batch
 

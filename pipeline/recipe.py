@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from pipeline.keys import Recipe, digest, tensors_digest
+from pipeline.keys import JSON, Recipe, digest, tensors_digest
 from pipeline.split import Prefix
 
 FORMAT = 1
 """Version of the store's layout and of the meaning of a recipe's fields."""
 
 
-def recipe_of(prefix: Prefix, preprocessing: dict[str, Any], *, storage: str, compute_dtype: str) -> Recipe:
+def recipe_of(prefix: Prefix, preprocessing: Mapping[str, JSON], *, storage: str, compute_dtype: str) -> Recipe:
     """Return the recipe of the states that `prefix` makes.
 
     Batch size, workers and device are not in it; neither is anything after the cut: heads and tasks share a store.

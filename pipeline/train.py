@@ -1,8 +1,8 @@
 """Flow 2: store + sample table -> order -> loader -> suffix -> loss -> metrics.
 
 `fit` takes iterables of batches, not a store: the loop knows nothing of where states come from. `accelerate` drives
-device, precision and checkpoints; a killed run goes on from its last whole epoch and ends with the weights it would have
-had.
+device, precision and checkpoints; a killed run goes on from its last whole epoch and ends with the weights it would
+have had.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from dvclive import Live
+from dvclive.live import Live
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -263,7 +263,7 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
 def _log(live: Live, row: dict[str, float]) -> None:
     for name, value in row.items():
         live.log_metric(name, value)
-    live.next_step()
+    live.next_step()  # type: ignore[no-untyped-call]
 
 
 def _resume(accelerator: Accelerator, checkpoint: Path) -> Progress:

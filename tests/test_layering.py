@@ -1,4 +1,4 @@
-"""Imports go down only: a module imports from lower floors alone. The floors, from the top of the house to its ground."""
+"""Imports go down only: a module imports from lower floors alone, and each large library through one door."""
 
 from __future__ import annotations
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError
@@ -26,6 +29,27 @@ class Backbone:
     """`model(**inputs)` gives logits or embeddings, as the head asked."""
     preprocess: Preprocess
     name: str
+    fresh: frozenset[str] = frozenset()
+    """Parameters of the head that no file of weights gave, by their names in `model`."""
+
+    def save(self, folder: Path) -> None:
+        """Write the network to the existing `folder`, in the form its library reads.
+
+        A network of Hugging Face is a directory for `from_pretrained`, with its tokenizer; any other is a state dict,
+        `model.safetensors`. `backbone.json` says what it is.
+        """
+        network: Any = self.model.backbone if isinstance(self.model, Embedder) else self.model
+        description: dict[str, Any] = {"backbone": self.name, "preprocess": self.preprocess.recipe()}
+        if hasattr(network, "save_pretrained"):
+            network.save_pretrained(folder)
+            self.preprocess.save(folder)
+        else:
+            save_model(network, str(folder / "model.safetensors"))
+        if isinstance(self.model, Embedder):
+            description["pooling"] = self.model.pooling
+            if projection := self.model.projection.state_dict():
+                save_file(projection, folder / "projection.safetensors")
+        (folder / "backbone.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 class Embedder(nn.Module):
@@ -81,6 +105,11 @@ def embed(backbone: nn.Module, head: Head, pooling: str, example: Mapping[str, T
         layers += [nn.Linear(ins, outs), nn.ReLU()]
     embedder.projection = nn.Sequential(*layers[:-1]) if layers else nn.Identity()
     return embedder.train(training)
+
+
+def projection_names(embedder: Embedder) -> frozenset[str]:
+    """Return the names of the parameters that come after pooling: all of them are fresh."""
+    return frozenset(f"projection.{name}" for name, _ in embedder.projection.named_parameters())
 
 
 def first_input(model: nn.Module) -> str:

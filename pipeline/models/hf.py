@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_log
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import PACKAGE, check_sha256, locate
-from pipeline.models.backbone import Backbone, embed
+from pipeline.models.backbone import Backbone, embed, projection_names
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
 from pipeline.models.preprocess import Preprocess
@@ -83,10 +83,11 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Ba
         extra = _without_pooler(blueprint) if head.kind == "embedding" and pooling != "pooled" else {}
         made = _make_preprocess(origin, preprocess, settings, blueprint)
         with seeded(config.seed):
-            model = _load(auto, settings, origin, config, extra)
+            model, fresh = _load(auto, settings, origin, config, extra)
             if head.kind == "embedding":
                 model = embed(model, head, pooling, made(_example(made)))
-        return Backbone(model, made, config.backbone)
+                fresh = projection_names(model)
+        return Backbone(model, made, config.backbone, fresh)
 
 
 def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
@@ -138,9 +139,12 @@ def _without_pooler(blueprint: nn.Module) -> dict[str, Any]:
     return {"add_pooling_layer": False} if accepts else {}
 
 
-def _load(auto: Any, settings: Any, origin: Origin, config: ModelConfig, extra: Mapping[str, Any]) -> nn.Module:
+def _load(
+    auto: Any, settings: Any, origin: Origin, config: ModelConfig, extra: Mapping[str, Any]
+) -> tuple[nn.Module, frozenset[str]]:
+    """Return the network with its weights, and the names of those that no file gave."""
     if config.weights is None:
-        return _build(auto, settings, config, extra)
+        return _build(auto, settings, config, extra), frozenset()
     asked = {"config": settings, "dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         if config.has_file:
@@ -151,9 +155,8 @@ def _load(auto: Any, settings: Any, origin: Origin, config: ModelConfig, extra: 
             model, info = auto.from_pretrained(origin.source, **origin.arguments, **asked, **extra)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"weights of {config.backbone!r} cannot be loaded: {_first_line(error)}") from error
-    _check_fit(model, info, config)
-    network: nn.Module = model.train()  # as other libraries give their networks
-    return network
+    fresh = _check_fit(model, info, config)
+    return model.train(), fresh  # in training mode, as other libraries give their networks
 
 
 def _check_digest(origin: Origin, config: ModelConfig) -> None:
@@ -167,8 +170,8 @@ def _check_digest(origin: Origin, config: ModelConfig) -> None:
     check_sha256(files[0], config.sha256, "model")
 
 
-def _check_fit(model: Any, info: Mapping[str, Any], config: ModelConfig) -> None:
-    """Let heads alone be missing or left over: what lies outside the base model, and its pooler."""
+def _check_fit(model: Any, info: Mapping[str, Any], config: ModelConfig) -> frozenset[str]:
+    """Let heads alone be missing or left over: what lies outside the base model, and its pooler. Return the fresh."""
     base = model.base_model
     prefix = f"{model.base_model_prefix}."
     trunk = {name for name, _ in base.named_children()} | {model.base_model_prefix}
@@ -192,6 +195,7 @@ def _check_fit(model: Any, info: Mapping[str, Any], config: ModelConfig) -> None
         raise ModelError(f"model.weights {config.weights} does not fit {config.backbone}: {told}")
     if fresh := sorted({*info["missing_keys"], *mismatched}):
         log.info("%s: the classifier is new (%s)", config.backbone, first(fresh))
+    return frozenset(fresh)
 
 
 def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, blueprint: Any) -> Preprocess:

@@ -30,14 +30,15 @@ def load_own(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> B
     model = _network(made)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{config.backbone} returned {type(made).__name__}; expected an nn.Module or a Backbone")
+    fresh: frozenset[str] = frozenset()
     if config.has_file:
         layout = Layout({name: tensor.shape for name, tensor in model.state_dict().items()}, frozenset())
         if head.kind == "classes":
             layout = Layout.of(lambda classes: _network(function(replace(head, size=classes))))
-        fit_weights(model, read_weights(config), layout, f"model.weights {config.weights}")
+        fresh = fit_weights(model, read_weights(config), layout, f"model.weights {config.weights}")
     if isinstance(made, Backbone):
-        return made
-    return Backbone(model, _make_preprocess(model, preprocess, config), config.backbone)
+        return replace(made, fresh=made.fresh | fresh)
+    return Backbone(model, _make_preprocess(model, preprocess, config), config.backbone, fresh)
 
 
 def _network(made: nn.Module | Backbone) -> nn.Module:

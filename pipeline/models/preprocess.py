@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +33,10 @@ class Preprocess(ABC):
     @abstractmethod
     def recipe(self) -> Mapping[str, JSON]:
         """Return everything that decides the values of the inputs."""
+
+    def save(self, folder: Path) -> None:
+        """Write what a network's own library reads of the preprocessing (a tokenizer) to the existing `folder`."""
+        return None
 
 
 class ArrayPreprocess(Preprocess):

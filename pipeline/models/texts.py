@@ -52,6 +52,10 @@ class TextPreprocess(Preprocess):
             "tokenizer": self._digest,
         }
 
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
+
 
 def load_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a directory (of a package, too) or hub repository.

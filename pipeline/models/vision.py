@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models.backbone import Backbone, embed, first_input
+from pipeline.models.backbone import Backbone, embed, first_input, projection_names
 from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
 from pipeline.models.weights import Layout, fit_weights, read_weights, seeded
@@ -116,10 +116,12 @@ def load_vision(library: Library, config: ModelConfig, preprocess: PreprocessCon
             model = library.build(classes)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{config.backbone} cannot be built with model.options {config.options}: {error}") from error
+    fresh: frozenset[str] = frozenset()
     if config.weights is not None:
         state = _pretrained(library, config) if config.weights == PRETRAINED else read_weights(config)
-        fit_weights(model, state, Layout.of(library.build), f"model.weights {config.weights}")
-    return finish(model, ImagePreprocess(preprocess, library.defaults(model), first_input(model)), config, head)
+        fresh = fit_weights(model, state, Layout.of(library.build), f"model.weights {config.weights}")
+    made = ImagePreprocess(preprocess, library.defaults(model), first_input(model))
+    return finish(model, made, config, head, fresh)
 
 
 def _pretrained(library: Library, config: ModelConfig) -> Mapping[str, Tensor]:
@@ -132,14 +134,16 @@ def _pretrained(library: Library, config: ModelConfig) -> Mapping[str, Tensor]:
         ) from error
 
 
-def finish(model: nn.Module, preprocess: ImagePreprocess, config: ModelConfig, head: Head) -> Backbone:
+def finish(
+    model: nn.Module, preprocess: ImagePreprocess, config: ModelConfig, head: Head, fresh: frozenset[str]
+) -> Backbone:
     """Add the embedding head where one is asked for."""
     if head.kind == "classes":
-        return Backbone(model, preprocess, config.backbone)
+        return Backbone(model, preprocess, config.backbone, fresh)
     example = preprocess(np.zeros((preprocess.size, preprocess.size), np.uint8))
     with seeded(config.seed):
         embedder = embed(model, head, head.pooling or "pooled", example)
-    return Backbone(embedder, preprocess, config.backbone)
+    return Backbone(embedder, preprocess, config.backbone, projection_names(embedder))
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

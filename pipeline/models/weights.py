@@ -89,10 +89,10 @@ def _read_torch(path: Path) -> Mapping[str, object]:
     return loaded
 
 
-def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Layout, where: str) -> None:
-    """Copy `state` into `model`. The classifier keeps its fresh weights where `state` has none of its size.
+def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Layout, where: str) -> frozenset[str]:
+    """Copy `state` into `model`; return the names of the classifier's tensors of which `state` has none of their size.
 
-    `model` may lack the classifier of `layout`.
+    Those keep their fresh weights. `model` may lack the classifier of `layout`.
 
     Raises:
         ModelError: any other tensor is missing, unexpected or of another shape.
@@ -110,6 +110,7 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Layout, w
     if fresh:
         log.info("%s: the classifier is new (%s)", where, ", ".join(fresh))
     model.load_state_dict(own | fitting)
+    return frozenset(fresh)
 
 
 def _name_faults(state: Mapping[str, Tensor], layout: Layout) -> list[str]:

@@ -1,0 +1,143 @@
+"""A tiny project on real files: small images in a folder per class, a small convolutional network of the user's own."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.data import DataConfig, Row, Source
+from pipeline.errors import BadSampleError
+from pipeline.tasks import Head
+
+TESTS = Path(__file__).parent
+CLASSES = ("circle", "square", "stripe")
+
+
+class ConvNet(nn.Module):
+    """Four blocks with batch norm and in-place ReLU, and a head with dropout."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        widths = [3, 8, 8, 12, 12]
+        self.blocks = nn.Sequential(*(block(i, o) for i, o in zip(widths, widths[1:], strict=False)))
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.blocks(x).mean((2, 3))))
+
+
+def block(ins: int, outs: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(ins, outs, 3, padding=1), nn.BatchNorm2d(outs), nn.ReLU(inplace=True))
+
+
+def conv_net(head: Head) -> nn.Module:
+    return ConvNet(head.size or 0)
+
+
+class Overflowing(ConvNet):
+    """Its first block gives values beyond float16's range."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x) * 1e6
+        for later in self.blocks[1:]:
+            x = later(x)
+        return self.classifier(x.mean((2, 3)))
+
+
+def overflowing(head: Head) -> nn.Module:
+    return Overflowing(head.size or 0)
+
+
+class Poisoned(Source):
+    """Arrays of which some lead to NaN, and one cannot be read."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.rows: int = config.options["rows"]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def row(self, i: int) -> Row:
+        return Row(f"row {i}", None, {"label": CLASSES[i % 3]})
+
+    def content(self, i: int) -> np.ndarray:
+        if i == 5:
+            raise BadSampleError("the disk has a hole here")
+        array = np.full((3, 8, 8), float(i), np.float32)
+        if i == 7:
+            array[:] = 3e38  # finite, but not after a convolution
+        return array
+
+
+def draw(label: int, seed: int, size: int = 24) -> bytes:
+    """A PNG file with a noisy shape of the class `label`."""
+    noise = np.random.default_rng([label, seed])
+    y, x = np.mgrid[:size, :size]
+    middle = noise.integers(8, size - 8, 2)
+    shapes = [
+        (x - middle[0]) ** 2 + (y - middle[1]) ** 2 < 36,
+        (abs(x - middle[0]) < 6) & (abs(y - middle[1]) < 6),
+        (x + middle[0]) % 6 < 3,
+    ]
+    pixels = noise.integers(0, 60, (size, size, 3)) + 180 * shapes[label][..., None]
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_images(folder: Path, seeds: range) -> None:
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for seed in seeds:
+            (folder / name / f"{seed:04}.png").write_bytes(draw(label, seed))
+
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "data": {"source": "images", "path": "photos", "validation": 0.25},
+    "model": {"backbone": "tiny:conv_net"},
+    "preprocess": {"kind": "image", "image_size": 16},
+    "task": {"kind": "classification"},
+    "encode": {"cuts": [0, 0.5, 1.0], "batch_size": 8, "segment_samples": 20, "workers": 0},
+    "train": {"epochs": 2, "batch_size": 16, "lr": 0.01},
+}
+
+
+def write_params(folder: Path, **changes: dict[str, object]) -> Path:
+    """Write params.yaml with `changes` to some sections' settings."""
+    settings = {name: section | changes.get(name, {}) for name, section in SETTINGS.items()}
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def recycle(folder: Path, *args: str) -> subprocess.Popen[str]:
+    """Start the command line in `folder`, in a process that can be killed."""
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages.cli", *args],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def seeded_model() -> nn.Module:
+    torch.manual_seed(0)
+    return ConvNet(3).eval()
