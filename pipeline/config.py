@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 
 
 class Section(BaseModel):
-    """One section of params.yaml. Unknown keys are faults, no value is coerced to another type, nothing changes later."""
+    """One section of params.yaml. Unknown keys are faults, no value is coerced, nothing changes later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 

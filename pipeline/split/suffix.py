@@ -44,6 +44,7 @@ class Suffix(nn.Module):
         self._dtypes = {slot.name: slot.spec.dtype for slot in slots}
         self._constants = dict(constants)
         self._written = frozenset(plan.written)
+        self.register_load_state_dict_post_hook(_forgive_frozen_counts)
         self.train(model.training)
 
     def forward(self, state: State, *args: Any, **inputs: Any) -> Any:
@@ -83,6 +84,13 @@ class Suffix(nn.Module):
         self._constants = {source: fn(value) for source, value in self._constants.items()}
         self._dtypes = {name: fn(torch.empty(0, dtype=dtype)).dtype for name, dtype in self._dtypes.items()}
         return self
+
+
+def _forgive_frozen_counts(suffix: nn.Module, incompatible: Any) -> None:
+    """A frozen batch norm adds its own count to a state dict without version, and is then reported for it."""
+    frozen = set(dict(suffix.named_buffers())) - set(suffix.state_dict())
+    counts = tuple(name for name in frozen if name.endswith("num_batches_tracked"))
+    incompatible.unexpected_keys[:] = [key for key in incompatible.unexpected_keys if not key.endswith(counts)]
 
 
 def trainable_copy(model: nn.Module, plan: Plan) -> tuple[nn.Module, Frozen]:
