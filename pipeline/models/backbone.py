@@ -93,13 +93,13 @@ def embed(backbone: nn.Module, head: Head, pooling: str, example: Mapping[str, T
     training = backbone.training
     try:
         with torch.no_grad():
-            width = embedder.eval()(**batch).shape[-1]
-    except (AttributeError, IndexError, TypeError) as error:
+            _, width = embedder.eval()(**batch).shape
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise ModelError(
             f"task.pooling is {pooling!r}; the output of {type(backbone).__name__} cannot be pooled so ({error}); "
             "set mean, cls or pooled"
         ) from error
-    widths = [int(width), *head.layers]
+    widths = [width, *head.layers]
     layers: list[nn.Module] = []
     for ins, outs in pairwise(widths):
         layers += [nn.Linear(ins, outs), nn.ReLU()]

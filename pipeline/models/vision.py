@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class Timm(Library):
             raise ConfigError(f"model.backbone is 'timm:{name}'; pip install layer-recycling[timm]") from error
         self.timm = timm
         if not timm.is_model(name):
-            near = ", ".join(timm.list_models(f"*{name.partition('.')[0][:8]}*")[:8]) or "see timm.list_models()"
+            near = ", ".join(get_close_matches(name, timm.list_models(), n=5)) or "see timm.list_models()"
             raise ConfigError(f"model.backbone is 'timm:{name}'; timm has no such network (near: {near})")
 
     def build(self, classes: int) -> nn.Module:

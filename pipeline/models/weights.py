@@ -62,16 +62,21 @@ def read_weights(config: ModelConfig) -> dict[str, Tensor]:
     if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
         known = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise ConfigError(f"model.weights is {config.weights!r}; expected a name that ends in {known}")
-    try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ModelError(f"model.weights {path} cannot be read: {error}") from error
+    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     state = {name.removeprefix("module."): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
     if not state:
         raise ModelError(
             f"model.weights {path} holds no tensors by name, but {', '.join(map(str, loaded)) or 'nothing'}"
         )
     return state
+
+
+def _read_safetensors(path: Path) -> Mapping[str, object]:
+    try:
+        tensors: Mapping[str, object] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"model.weights {path} cannot be read: {error}") from error
+    return tensors
 
 
 def _read_torch(path: Path) -> Mapping[str, object]:
@@ -81,6 +86,8 @@ def _read_torch(path: Path) -> Mapping[str, object]:
         raise ModelError(
             f"model.weights {path} holds Python objects, which are never unpickled; save model.state_dict() alone"
         ) from error
+    except Exception as error:  # on damaged bytes the reader fails in many ways
+        raise ModelError(f"model.weights {path} cannot be read: {type(error).__name__}: {error}") from error
     for key in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]

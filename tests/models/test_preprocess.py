@@ -1,0 +1,235 @@
+"""What every preprocessing promises, and what images and texts become."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from pipeline.errors import BadSampleError, ConfigError
+from pipeline.keys import digest
+from pipeline.models import Preprocess, PreprocessConfig
+from pipeline.models.images import MAX_PIXELS, ImageDefaults, ImagePreprocess
+from pipeline.models.preprocess import ArrayPreprocess
+from pipeline.models.texts import TextPreprocess, load_tokenizer, longest_input
+
+GREY = np.arange(30 * 20, dtype=np.uint8).reshape(30, 20)
+
+
+class PreprocessContract:
+    """A subclass makes a preprocessing, and gives good and bad contents."""
+
+    good: tuple[Any, ...]
+    bad: tuple[Any, ...]
+
+    @pytest.fixture
+    def preprocess(self, text_folder: Path) -> Preprocess:
+        return self.make(text_folder)
+
+    def make(self, text_folder: Path) -> Preprocess:
+        raise NotImplementedError
+
+    def test_inputs_are_finite_tensors_of_the_same_names_and_types(self, preprocess: Preprocess) -> None:
+        made = [preprocess(content) for content in self.good]
+        assert all(type(tensor) is torch.Tensor for inputs in made for tensor in inputs.values())
+        assert all(tensor.isfinite().all() for inputs in made for tensor in inputs.values())
+        assert (
+            len({tuple((name, tensor.dtype, tensor.ndim) for name, tensor in inputs.items()) for inputs in made}) == 1
+        )
+
+    def test_same_content_same_values_from_a_copy_too(self, preprocess: Preprocess) -> None:
+        copy = pickle.loads(pickle.dumps(preprocess))
+        assert copy.recipe() == preprocess.recipe()
+        for content in self.good:
+            first, second = preprocess(content), copy(content)
+            assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def test_ships_cheaply(self, preprocess: Preprocess) -> None:
+        assert len(pickle.dumps(preprocess)) < 2_000_000
+
+    def test_recipe_is_json_and_steady(self, preprocess: Preprocess, text_folder: Path) -> None:
+        before = digest(preprocess.recipe())
+        preprocess(self.good[0])
+        assert digest(json.loads(json.dumps(preprocess.recipe()))) == before == digest(self.make(text_folder).recipe())
+
+    def test_pad_names_inputs(self, preprocess: Preprocess) -> None:
+        assert set(preprocess.pad) <= set(preprocess(self.good[0]))
+
+    def test_bad_contents_say_why(self, preprocess: Preprocess) -> None:
+        for content in self.bad:
+            with pytest.raises(BadSampleError, match=r".+"):
+                preprocess(content)
+
+
+def encoded(kind: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(GREY).convert(mode).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims a size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+
+
+class TestImages(PreprocessContract):
+    good = (
+        encoded(),
+        encoded("JPEG"),
+        encoded("WEBP"),
+        encoded("PNG", "P", transparency=b"\x10" * 256),
+        encoded("PNG", "LA"),
+        encoded("PNG", "1"),
+        GREY,
+        GREY[:, :, None],
+        np.stack([GREY] * 4, axis=2),
+        (GREY / 255).astype(np.float64),
+    )
+    bad = (
+        b"",
+        b"no image",
+        encoded()[:-40],
+        encoded("JPEG")[:-80],
+        encoded("EPS"),
+        bomb(MAX_PIXELS, 1)[:40],
+        bomb(1 << 16, 1 << 16),
+        bomb(MAX_PIXELS // 1000, 1001),
+        "text",
+        np.zeros((0, 4), np.uint8),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros((4, 4), np.int64),
+        np.full((4, 4), 255.0),
+        np.full((4, 4), np.nan),
+    )
+
+    def make(self, text_folder: Path) -> Preprocess:
+        return ImagePreprocess(PreprocessConfig(image_size=16), ImageDefaults(), "pixels")
+
+
+class TestSquashedImages(TestImages):
+    def make(self, text_folder: Path) -> Preprocess:
+        config = PreprocessConfig(image_size=16, resize="squash", interpolation="bicubic")
+        return ImagePreprocess(config, ImageDefaults(), "pixels")
+
+
+class TestArrays(PreprocessContract):
+    good = (np.arange(6, dtype=np.int16), np.zeros((3,), np.float64))
+    bad = (b"bytes", "text", np.array([np.inf]))
+
+    def make(self, text_folder: Path) -> Preprocess:
+        return ArrayPreprocess("x")
+
+
+class TestTexts(PreprocessContract):
+    good = ("one two", ("one", "two three"), "unknown words", "one " * 50)
+    bad = ("", " \n", ("one", ""), b"bytes", np.zeros(3))
+
+    def make(self, text_folder: Path) -> Preprocess:
+        inputs = ("input_ids", "token_type_ids", "attention_mask")
+        return TextPreprocess(load_tokenizer(str(text_folder)), 8, inputs)
+
+    def test_no_padding_and_cut_off(self, preprocess: Preprocess) -> None:
+        short, long = preprocess("one two"), preprocess("one " * 50)
+        assert short["input_ids"].tolist() == [2, 5, 6, 3]
+        assert short["attention_mask"].tolist() == [1] * 4
+        assert len(long["input_ids"]) == 8
+        assert preprocess.pad == {"input_ids": 0, "token_type_ids": 0, "attention_mask": 0}
+
+    def test_partner_is_the_second_segment(self, preprocess: Preprocess) -> None:
+        both = preprocess(("one", "two three"))
+        assert both["input_ids"].tolist() == [2, 5, 3, 6, 7, 3]
+        assert both["token_type_ids"].tolist() == [0, 0, 0, 1, 1, 1]
+
+    def test_another_vocabulary_is_another_recipe(self, preprocess: Preprocess, text_folder: Path) -> None:
+        file = text_folder / "tokenizer.json"
+        file.write_text(file.read_text().replace('"three"', '"drei"'))
+        assert self.make(text_folder).recipe()["tokenizer"] != preprocess.recipe()["tokenizer"]
+
+
+def image(content: object, **settings: Any) -> torch.Tensor:
+    settings = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "nearest"} | settings
+    return ImagePreprocess(PreprocessConfig(**settings), ImageDefaults(), "x")(content)["x"]
+
+
+def test_crop_keeps_proportions_and_squash_the_whole() -> None:
+    half = np.zeros((8, 16), np.uint8)
+    half[:, 12:] = 255
+    assert image(half, image_size=8).max() == 0
+    assert image(half, image_size=8, resize="squash").mean() == 0.25
+    assert image(half, image_size=4, crop=0.5).shape == (3, 4, 4)
+
+
+def test_values_are_normalised_by_channel() -> None:
+    made = image(np.full((4, 4, 3), 255, np.uint8), image_size=4, mean=[0.0, 0.5, 1.0], std=[1.0, 0.5, 2.0])
+    assert made.mean(dim=(1, 2)).tolist() == [1.0, 1.0, 0.0]
+
+
+def test_bytes_and_arrays_of_an_image_agree() -> None:
+    assert torch.equal(image(encoded(), image_size=10), image(GREY, image_size=10))
+    floats = image((GREY / 255).astype(np.float32), image_size=10, interpolation="bilinear")
+    assert torch.allclose(floats, image(GREY, image_size=10, interpolation="bilinear"), atol=1.01 / 255)
+
+
+def test_sixteen_bits_are_scaled() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 65535, np.uint16)).save(stream, "PNG")
+    assert image(stream.getvalue(), image_size=4).unique().tolist() == [1.0]
+
+
+def test_orientation_of_the_camera_is_followed() -> None:
+    upright = np.zeros((8, 8), np.uint8)
+    upright[:4] = 255
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned right by 90 degrees
+    Image.fromarray(np.rot90(upright).copy()).save(stream, "PNG", exif=exif)
+    assert torch.equal(image(stream.getvalue(), image_size=8), image(upright, image_size=8))
+
+
+def test_a_bomb_is_told_by_its_size_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadSampleError, match=r"too large|pixels"):
+            image(bomb(MAX_PIXELS // 1000, 1001), image_size=4)
+
+
+def test_longest_input(text_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(text_folder))
+    tokenizer.model_max_length = 64
+    assert longest_input(None, tokenizer, None) == 64
+    assert longest_input(None, tokenizer, 32) == 32
+    assert longest_input(16, tokenizer, 32) == 16
+    with pytest.raises(ConfigError, match=r"max_length is 48; the backbone has 32 positions"):
+        longest_input(48, tokenizer, 32)
+    tokenizer.model_max_length = int(1e30)
+    with pytest.raises(ConfigError, match="max_length is not set and the tokenizer states none"):
+        longest_input(None, tokenizer, 32)
+
+
+def test_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no tokenizer can be loaded .* set preprocess\.tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"image_size": 0}, {"crop": 0.0}, {"max_length": 1}, {"std": [0.0, 1.0, 1.0]}, {"resize": "squash", "crop": 0.5}],
+)
+def test_bounds(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        PreprocessConfig(**settings)
