@@ -177,7 +177,8 @@ def test_corrupt_files_are_set_aside_and_the_rest_is_stored(folder: Path) -> Non
 
 def test_a_state_that_is_not_finite_is_set_aside(folder: Path) -> None:
     data = {"source": "tiny:Poisoned", "path": None, "options": {"rows": 30}}
-    settings = project(folder, data=data, preprocess={"kind": "array", "image_size": None})
+    model = {"backbone": "tiny:logarithmic"}
+    settings = project(folder, data=data, model=model, preprocess={"kind": "array", "image_size": None})
     assert not encode_project(settings)
     reasons = (folder / "data/quarantine.csv").read_text()
     assert "row 5,the disk has a hole here" in reasons

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ class ConvNet(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
         widths = [3, 8, 8, 12, 12]
-        self.blocks = nn.Sequential(*(block(i, o) for i, o in zip(widths, widths[1:], strict=False)))
+        self.blocks = nn.Sequential(*(block(i, o) for i, o in pairwise(widths)))
         self.dropout = nn.Dropout(0.1)
         self.classifier = nn.Linear(widths[-1], classes)
 
@@ -58,8 +59,19 @@ def overflowing(head: Head) -> nn.Module:
     return Overflowing(head.size or 0)
 
 
+class Logarithmic(ConvNet):
+    """Gives NaN for a negative input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.log(x))
+
+
+def logarithmic(head: Head) -> nn.Module:
+    return Logarithmic(head.size or 0)
+
+
 class Poisoned(Source):
-    """Arrays of which some lead to NaN, and one cannot be read."""
+    """Arrays of which one is negative, and one cannot be read."""
 
     def __init__(self, config: DataConfig) -> None:
         self.rows: int = config.options["rows"]
@@ -73,10 +85,7 @@ class Poisoned(Source):
     def content(self, i: int) -> np.ndarray:
         if i == 5:
             raise BadSampleError("the disk has a hole here")
-        array = np.full((3, 8, 8), float(i), np.float32)
-        if i == 7:
-            array[:] = 3e38  # finite, but not after a convolution
-        return array
+        return np.full((3, 8, 8), -1.0 if i == 7 else i + 1.0, np.float32)
 
 
 def draw(label: int, seed: int, size: int = 24) -> bytes:
@@ -136,8 +145,3 @@ def recycle(folder: Path, *args: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-
-
-def seeded_model() -> nn.Module:
-    torch.manual_seed(0)
-    return ConvNet(3).eval()
