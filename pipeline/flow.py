@@ -6,8 +6,9 @@ import csv
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import BadSample, Keyed, decode_rows, key_contents, unstack
 from pipeline.files import sha256
 from pipeline.keys import Recipe, digest
-from pipeline.loader import Loader
+from pipeline.loader import Loader, place
 from pipeline.project import Project, Workbench, pick_device
 from pipeline.ragged import pad_batch
 from pipeline.report import Cost, Row, Run, curves, plot, summarise
@@ -69,7 +70,16 @@ def train_project(project: Project, name: str) -> Run:
     table = SampleTable.read(project.samples)
     bench = Workbench.open(project, table)
     store, prefix, suffix = bench.open_store(cut, table)
-    training, validation = (_loader(bench, store, table, part, accelerator.device) for part in ("train", "validation"))
+    load = partial(
+        Loader,
+        store,
+        table.keys,
+        bench.task.prepare(table),
+        pad=bench.backbone.preprocess.pad,
+        device=accelerator.device,
+        source=place(store, table.keys, accelerator.device),
+    )
+    training, validation = (load(_order(bench, table, part)) for part in ("train", "validation"))
     run = project.run_path(cut)
     shutil.rmtree(run, ignore_errors=True)
     settings = [section.model_dump(mode="json") for section in (project.model, project.task, project.train)]
@@ -139,16 +149,15 @@ def _open_or_replace(path: Path, recipe: Recipe) -> Store:
         return Store.create(path, recipe)
 
 
-def _loader(bench: Workbench, store: Store, table: SampleTable, part: str, device: torch.device) -> Loader:
+def _order(bench: Workbench, table: SampleTable, part: str) -> Callable[[int], list[np.ndarray]]:
+    """Return the batches of a split as a function of the epoch; only training samples are shuffled."""
     config = bench.project.train
 
     def batches(epoch: int) -> list[np.ndarray]:
         units = bench.task.units(table, part, seed=config.seed, epoch=epoch)
         return order.batches(units, config.batch_size, seed=config.seed, epoch=epoch, shuffle=part == "train")
 
-    return Loader(
-        store, table.keys, bench.task.prepare(table), batches, pad=bench.backbone.preprocess.pad, device=device
-    )
+    return batches
 
 
 def _frozen_cost(prefix: Prefix, bench: Workbench, store: Store, table: SampleTable, device: torch.device) -> float:

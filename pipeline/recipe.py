@@ -9,9 +9,7 @@ from torch import nn
 
 from pipeline.keys import JSON, Recipe, digest, tensors_digest
 from pipeline.split import Prefix
-
-FORMAT = 1
-"""Version of the store's layout and of the meaning of a recipe's fields."""
+from pipeline.store import FORMAT
 
 
 def recipe_of(prefix: Prefix, preprocessing: Mapping[str, JSON], *, storage: str, compute_dtype: str) -> Recipe:

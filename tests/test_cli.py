@@ -14,7 +14,9 @@ from stages import cli
 
 
 def test_help_loads_no_torch() -> None:
-    code = "import sys; from stages.cli import recycle; recycle(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    code = (
+        "import sys, stages.cli as cli; cli.recycle(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip().endswith("False")
     for command in cli.COMMANDS:

@@ -44,7 +44,7 @@ class Suffix(nn.Module):
         self._dtypes = {slot.name: slot.spec.dtype for slot in slots}
         self._constants = dict(constants)
         self._written = frozenset(plan.written)
-        self.register_load_state_dict_post_hook(_forgive_frozen_counts)
+        self.register_load_state_dict_post_hook(_forgive_frozen_counts)  # type: ignore[no-untyped-call]
         self.train(model.training)
 
     def forward(self, state: State, *args: Any, **inputs: Any) -> Any:
