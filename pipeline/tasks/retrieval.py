@@ -6,14 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
 from torch import Tensor
-from torchmetrics.retrieval import RetrievalMRR, RetrievalPrecision, RetrievalRPrecision
 
 from pipeline.tasks.base import read_tensor
 from pipeline.tasks.config import SCORES
 
 # Q query, R reference, D channel
+
+CALCULATED = {
+    "precision_at_1": "precision_at_1",
+    "reciprocal_rank": "mean_reciprocal_rank",
+    "r_precision": "r_precision",
+}
+"""Our names of the scores -> those of pytorch-metric-learning."""
 
 MAX_SIMILARITIES = 1 << 21
 """Similarities held at a time; with what the scores derive from them this is about 100 MB."""
@@ -32,7 +40,7 @@ class RetrievalScores:
     def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
         embeddings = read_tensor(output).detach().float().cpu()
         roles = targets["role"] if "role" in targets else torch.full((len(embeddings),), -1)
-        self._embeddings.append(F.normalize(embeddings, dim=1))
+        self._embeddings.append(embeddings)
         self._groups.append(targets["group"].cpu())
         self._roles.append(roles.cpu())
 
@@ -53,29 +61,32 @@ class RetrievalScores:
 def rank(
     queries_QD: Tensor, query_groups: Tensor, references_RD: Tensor, reference_groups: Tensor, *, same: bool = False
 ) -> dict[str, float]:
-    """Return the scores of normalised queries among normalised references, some queries at a time.
+    """Return the scores of queries among references, some queries at a time.
 
     With `same`, queries and references are the same samples, and none is compared with itself.
     """
-    scores = {
-        "precision_at_1": RetrievalPrecision(top_k=1),
-        "reciprocal_rank": RetrievalMRR(),
-        "r_precision": RetrievalRPrecision(),
-    }
-    sums, counted = dict.fromkeys(scores, 0.0), 0
+    calculator = AccuracyCalculator(
+        include=tuple(CALCULATED.values()), device=torch.device("cpu"), knn_func=CustomKNN(CosineSimilarity())
+    )
+    counted = torch.nonzero(_has_match(query_groups, reference_groups, least=2 if same else 1)).flatten()
+    sums = dict.fromkeys(CALCULATED, 0.0)
     step = max(1, MAX_SIMILARITIES // max(1, len(references_RD)))
-    for start in range(0, len(queries_QD), step):
-        similar_QR = queries_QD[start : start + step] @ references_RD.T
-        belongs_QR = query_groups[start : start + step, None] == reference_groups[None]
-        others_QR = torch.ones_like(belongs_QR)
-        if same:
-            others_QR.diagonal(offset=start).fill_(False)
-        others_QR &= (belongs_QR & others_QR).any(dim=1, keepdim=True)
-        numbers_QR = torch.arange(len(similar_QR))[:, None].expand_as(similar_QR)
-        found = int(others_QR.any(dim=1).sum())
-        for name, score in scores.items() if found else ():
-            score.update(similar_QR[others_QR], belongs_QR[others_QR], indexes=numbers_QR[others_QR])
-            sums[name] += float(score.compute()) * found
-            score.reset()
-        counted += found
-    return {name: total / counted if counted else float("nan") for name, total in sums.items()}
+    for start in range(0, len(counted), step):
+        chosen = counted[start : start + step]
+        if same:  # the calculator finds a query among the references by its place: the first ones are the queries
+            rest = torch.ones(len(references_RD), dtype=torch.bool).index_fill_(0, chosen, False)
+            order = torch.cat([chosen, torch.nonzero(rest).flatten()])
+        else:
+            order = torch.arange(len(references_RD))
+        found = calculator.get_accuracy(
+            queries_QD[chosen], query_groups[chosen], references_RD[order], reference_groups[order], same
+        )
+        for name, theirs in CALCULATED.items():
+            sums[name] += found[theirs] * len(chosen)
+    return {name: total / len(counted) if len(counted) else float("nan") for name, total in sums.items()}
+
+
+def _has_match(query_groups: Tensor, reference_groups: Tensor, *, least: int) -> Tensor:
+    """Say for each query whether at least so many references are of its group, (Q,) bool."""
+    groups, counts = torch.unique(reference_groups, return_counts=True)
+    return torch.isin(query_groups, groups[counts >= least])

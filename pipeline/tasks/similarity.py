@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, TrainError
 from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor
 from pipeline.tasks.config import LABEL_LOSSES, SCORES, TaskConfig
 from pipeline.tasks.losses import make_loss, make_miner
@@ -96,9 +96,7 @@ class Similarity(Task):
         self, embeddings: Tensor, groups: Tensor, others: Tensor | None = None, their: Tensor | None = None
     ) -> Tensor:
         if self._loss is None:
-            raise ConfigError(
-                f"task.loss {self.config.loss} has weights per label; call prepare(table) before the loss"
-            )
+            raise TrainError(f"task.loss {self.config.loss} has weights per label; call prepare(table) before the loss")
         references = {} if others is None else {"ref_emb": others, "ref_labels": their}
         chosen = None if self.miner is None else self.miner(embeddings, groups, **references)
         loss: Tensor = self._loss(embeddings, groups, chosen, **references)
