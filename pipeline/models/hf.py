@@ -29,7 +29,11 @@ from pipeline.tasks.base import Head
 
 log = logging.getLogger(__name__)
 
-CLASSIFIERS = ("SequenceClassification", "ImageClassification")
+CLASSIFIERS = {
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+}
+"""The library's classifiers -> its mapping from the configurations that have one."""
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, in which image processors say how they resize."""
 
@@ -110,11 +114,10 @@ def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
 def _auto_class(settings: Any, config: ModelConfig, head: Head) -> Any:
     if head.kind == "embedding":
         return AutoModel
-    for kind in CLASSIFIERS:
-        auto = getattr(transformers, f"AutoModelFor{kind}")
-        native = getattr(transformers, f"MODEL_FOR_{'SEQUENCE' if kind[0] == 'S' else 'IMAGE'}_CLASSIFICATION_MAPPING")
-        if type(settings) in native or auto.__name__ in (getattr(settings, "auto_map", None) or {}):
-            return auto
+    brought = getattr(settings, "auto_map", None) or {}  # classes of the repository's own code
+    for name, mapping in CLASSIFIERS.items():
+        if type(settings) in getattr(transformers, mapping) or name in brought:
+            return getattr(transformers, name)
     raise ModelError(f"{config.backbone}: {settings.model_type} has no classifier for texts or images")
 
 
