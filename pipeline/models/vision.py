@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -152,4 +152,4 @@ def _triple(values: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
-LIBRARIES = {"torchvision": Torchvision, "timm": Timm}
+LIBRARIES: dict[str, Callable[[str, Mapping[str, Any]], Library]] = {"torchvision": Torchvision, "timm": Timm}
