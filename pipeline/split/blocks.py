@@ -100,14 +100,13 @@ def _head(model: nn.Module, calls: list[Call], blocks: list[Call]) -> Call | Non
 def _without_head(model: nn.Module, calls: list[Call], blocks: list[Call]) -> list[Call]:
     """Drop a trailing classifier: a container of single layers at the end, else a single layer that nothing follows."""
     modules = dict(model.named_modules())
-    if blocks:
-        last = _parent(blocks[-1].path)
-        tail = [block for block in blocks if _parent(block.path) == last]
-        if len(tail) < len(blocks) and all(is_layer(modules[block.path]) for block in tail):
-            blocks = [block for block in blocks if block not in tail]
-    if len(blocks) > 1 and is_layer(modules[blocks[-1].path]) and _head(model, calls, blocks) is None:
-        blocks = blocks[:-1]
-    return blocks
+    if not blocks or _head(model, calls, blocks) is not None:
+        return blocks
+    last = _parent(blocks[-1].path)
+    tail = [block for block in blocks if _parent(block.path) == last]
+    if len(tail) < len(blocks) and all(is_layer(modules[block.path]) for block in tail):
+        return [block for block in blocks if block not in tail]
+    return blocks[:-1] if len(blocks) > 1 and is_layer(modules[blocks[-1].path]) else blocks
 
 
 def _parent(path: str) -> str:

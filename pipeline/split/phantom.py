@@ -8,6 +8,7 @@ everything it is made from is at hand. Operations on real tensors (token ids, ma
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +106,11 @@ class Phantom(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Phantom(shape={tuple(self.shape)}, dtype={self.dtype}, origin={self.origin!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Phantom:
+        twin = Phantom(self.shadow, self.device, self.origin)
+        twin.value = copy.deepcopy(self.value, memo)
+        return twin
 
     def forget(self) -> None:
         """A view was written to: how this phantom and its bases were made no longer tells their values."""

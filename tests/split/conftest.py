@@ -1,0 +1,28 @@
+"""One split per model and cut, shared by the tests of the contract."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from split_contract import SEED, assert_same
+
+from pipeline.split import split
+
+torch.set_num_threads(1)  # small tensors: threads only wait for each other
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", metafunc.cls.cuts, indirect=True, scope="class")
+
+
+@pytest.fixture(scope="class")
+def case(request):
+    torch.manual_seed(SEED)
+    tests = request.cls()
+    model, example = tests.model(), tests.example(2)
+    before = copy.deepcopy(model.state_dict())
+    prefix, suffix = split(model, request.param, example)
+    assert_same(before, model.state_dict(), 0.0)
+    return SimpleNamespace(model=model, prefix=prefix, suffix=suffix, example=example)
