@@ -88,7 +88,7 @@ def table(rows: Sequence[Row]) -> str:
     frame = pd.DataFrame([asdict(row) for row in rows])
     shown = pd.DataFrame(
         {
-            "cut": frame["cut"].astype(str),
+            "cut": [str(row.cut) for row in rows],
             "recycled": frame["recycled"].map("{:.0%}".format),
             rows[0].metric: frame["value"].map("{:.3f}".format),
             "bytes/sample": frame["state_bytes_per_sample"].map("{:,}".format),

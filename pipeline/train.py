@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from dvclive.live import Live
 from pydantic import Field
 from safetensors.torch import load_file, save_file
+from scmrepo.exceptions import SCMError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
@@ -150,7 +151,7 @@ def fit(
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
     progress = _resume(accelerator, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    with Live(str(out), save_dvc_exp=False, dvcyaml=None, report=None) as live:
+    with _open_live(out) as live:
         for row in progress.history:
             _log(live, row)
         while not progress.exhausted(config):
@@ -258,6 +259,13 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
     if not warmup:
         return after
     return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup), after], milestones=[warmup])
+
+
+def _open_live(out: Path) -> Live:
+    try:
+        return Live(str(out), save_dvc_exp=False, dvcyaml=None, report=None)
+    except SCMError as error:
+        raise TrainError(f"DVCLive cannot read this git repository ({error}); commit something first") from error
 
 
 def _log(live: Live, row: dict[str, float]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-MOMENTS = 4
+MOMENTS = int(os.environ.get("RECYCLE_KILLS", "4"))
+"""Kills of one encode; the acceptance run sets 20."""
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,112 @@
+"""The pipeline under DVC: what runs again after which change, and what DVC can show."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git and DVC repository with the shipped dvc.yaml and 60 images, reproduced once."""
+    folder = tmp_path_factory.mktemp("project")
+    run(folder, "git", "init", "--quiet")
+    run(folder, "dvc", "init", "--quiet")
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    shutil.copy(ROOT / ".dvcignore", folder)
+    (folder / ".gitignore").write_text(".recycle/\n/photos\n")
+    tiny.write_images(folder / "photos", range(20))
+    dtypes = {"dtype": "float16", "precision": "float32"}
+    tiny.write_params(folder, encode={"cuts": [0.5, 1.0], **dtypes}, train={"epochs": 1})
+    commit(folder)
+    said = run(folder, "dvc", "repro")
+    assert stages(said) == ["encode", "train@0.5", "train@1.0", "report"]
+    commit(folder)
+    return folder
+
+
+def commit(folder: Path) -> None:
+    run(folder, "git", "add", ".")
+    run(folder, "git", "commit", "--quiet", "--message", "as it is")
+
+
+def run(folder: Path, *command: str) -> str:
+    person = {f"GIT_{who}_{what}": "somebody" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environment = (
+        os.environ
+        | person
+        | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(tiny.TESTS),
+            "OMP_NUM_THREADS": "1",
+            "DVC_NO_ANALYTICS": "1",
+        }
+    )
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def stages(said: str) -> list[str]:
+    return [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
+
+
+def set_param(folder: Path, section: str, name: str, value: object) -> None:
+    path = folder / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    params[section][name] = value
+    path.write_text(yaml.safe_dump(params))
+
+
+def test_nothing_changed_runs_nothing(project: Path) -> None:
+    assert stages(run(project, "dvc", "repro")) == []
+    assert "up to date" in run(project, "dvc", "status")
+
+
+def test_dvc_shows_metrics_and_plots(project: Path) -> None:
+    shown = run(project, "dvc", "metrics", "show")
+    assert "results/runs/0.5/metrics.json" in shown
+    assert "accuracy" in shown
+    page = run(project, "dvc", "plots", "show", "--out", "plots").strip().splitlines()[-1]
+    assert Path(page.removeprefix("file://")).exists()
+    shutil.rmtree(project / "plots")
+
+
+def test_a_changed_learning_rate_trains_and_does_not_encode(project: Path) -> None:
+    said = run(project, "dvc", "exp", "run", "--set-param", "train.lr=0.02")
+    assert stages(said) == ["train@0.5", "train@1.0", "report"]
+
+
+def test_ten_more_images_encode_ten(project: Path) -> None:
+    before = tiny.files(project / "data/activations")
+    for seed in range(100, 110):
+        (project / "photos/stripe" / f"{seed}.png").write_bytes(tiny.draw(2, seed))
+    assert "photos" in run(project, "dvc", "status", "encode")
+    said = run(project, "dvc", "repro")
+    assert stages(said) == ["encode", "train@0.5", "train@1.0", "report"]
+    assert "cut 0.5: 10 samples encoded, 60 were there" in said
+    after = tiny.files(project / "data/activations")
+    assert before.items() < after.items()
+    new = {Path(name).parts[:2] for name in after.keys() - before.keys()}
+    assert len(new) == 2, "one new segment for each cut"
+    data = run(project, "dvc", "diff", "HEAD", "--targets", "data/activations")
+    assert "Deleted" not in data
+
+
+def test_a_new_cut_trains_only_itself(project: Path) -> None:
+    set_param(project, "encode", "cuts", [0.5, 0.75, 1.0])
+    said = run(project, "dvc", "repro")
+    assert stages(said) == ["encode", "train@0.75", "report"]
+    assert "cut 0.5: 0 samples encoded" in said
+    assert "cut 0.75: 70 samples encoded" in said
