@@ -34,7 +34,8 @@ class Layout:
 
     def value(self, state: Tensor) -> Tensor:
         """Undo `state`."""
-        return (state.flatten(0, 1) if self.folded else state).movedim(0, self.axis)
+        rows = state.flatten(0, 1) if self.folded else state
+        return rows.movedim(0, self.axis) if self.axis else rows
 
 
 def batch_size(args: Args, kwargs: Kwargs) -> int:

@@ -123,8 +123,9 @@ class Discovery(Replay):
         return super().enter(args, kwargs)
 
     def judge(self, leaf: str, argument: Phantom) -> None:
-        """Decide whether an argument of the cut call is stored or recomputed."""
-        weights = self.cheap_weights(argument)
+        """Decide whether an argument of the cut call is stored or recomputed; a bare parameter is kept."""
+        bare: list[Source | Weight] = [argument.origin] if isinstance(argument.origin, Weight) else []
+        weights = bare or self.cheap_weights(argument)
         if weights:
             raise Lacking(weights)
         if weights is None:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
+from pipeline.split.fast import FastPath
 from pipeline.split.frozen import Frozen, dummy
 from pipeline.split.plan import Plan
 from pipeline.split.prefix import Slot, State, TensorSpec
 from pipeline.split.replay import Replay
 from pipeline.split.sources import Source
+from pipeline.split.tree import Args, Kwargs
 
 
 class Suffix(nn.Module):
@@ -27,6 +29,8 @@ class Suffix(nn.Module):
     Attributes:
         cut: where the model is cut.
         spec: dtype and shape of each tensor of the state.
+        root: the copy of the model whose children these are; its `forward` is what runs.
+        written: the values that the model writes into, so that it gets copies.
     """
 
     root: nn.Module
@@ -37,13 +41,15 @@ class Suffix(nn.Module):
         self.cut: Cut = plan.cut
         self.spec: Mapping[str, TensorSpec] = {slot.name: slot.spec for slot in slots}
         self.slots = tuple(slots)
-        root, self._frozen = trainable_copy(model, plan)
+        root, self.frozen = trainable_copy(model, plan)
         self.__dict__["root"] = root  # not a child: its children are adopted, under their own names
         self._modules, self._parameters, self._buffers = root._modules, root._parameters, root._buffers
         self._non_persistent_buffers_set = root._non_persistent_buffers_set
         self._dtypes = {slot.name: slot.spec.dtype for slot in slots}
         self._constants = dict(constants)
-        self._written = frozenset(plan.written)
+        self.written = frozenset(plan.written)
+        self._recycled = [root.get_submodule(path) for path in plan.before if path not in plan.after]
+        self.fast: FastPath | None = None  # set by `split` once it gave the same outputs as the phantoms
         self.register_load_state_dict_post_hook(_forgive_frozen_counts)  # type: ignore[no-untyped-call]
         self.train(model.training)
 
@@ -57,7 +63,15 @@ class Suffix(nn.Module):
             SplitError: the state lacks a tensor, or does not fit the inputs.
         """
         values = self.values(state)
-        with self._frozen.as_phantoms():
+        if self.fast is not None:
+            script = self.fast.script(values, args, inputs)
+            if script is not None:
+                return self.fast.run(script, values, args, inputs)
+        return self.replay(values, args, inputs)
+
+    def replay(self, values: Mapping[Source, Tensor], args: Args, inputs: Kwargs) -> Any:
+        """Return the model's output by way of phantoms, which serve for every input."""
+        with self.frozen.as_phantoms():
             return Replay(self.root, self.cut, values).run(args, inputs)
 
     def values(self, state: State) -> dict[Source, Tensor]:
@@ -68,22 +82,30 @@ class Suffix(nn.Module):
         for slot in self.slots:
             stored = state[slot.name]
             value = slot.layout.value(stored.to(self._dtypes[slot.name]))
-            shared = value.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
-            values[slot.source] = value.clone() if shared and slot.source in self._written else value
+            values[slot.source] = value.clone() if slot.source in self.written and shares(value, stored) else value
         return values
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode; what runs before the cut stays in eval mode whatever it is."""
         super().train(mode)
         self.root.training = mode
+        for module in self._recycled:
+            module.training = False
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._frozen.move(fn)
+        self.frozen.move(fn)
+        if self.fast is not None:
+            self.fast.forget()
         self._constants = {source: fn(value) for source, value in self._constants.items()}
         self._dtypes = {name: fn(torch.empty(0, dtype=dtype)).dtype for name, dtype in self._dtypes.items()}
         return self
+
+
+def shares(tensor: Tensor, other: Tensor) -> bool:
+    """Tell whether a write into one of the tensors may be seen in the other."""
+    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _forgive_frozen_counts(suffix: nn.Module, incompatible: Any) -> None:

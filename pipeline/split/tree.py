@@ -61,6 +61,14 @@ def as_call(example: Any) -> tuple[Args, Kwargs]:
     return (tuple(example), {}) if isinstance(example, Sequence) else ((example,), {})
 
 
+def is_plain(value: Any) -> bool:
+    """Tell whether `value` consists of containers, tensors, numbers, strings and None alone."""
+    items = _items(value)
+    if items is not None:
+        return all(is_plain(item) for item in items.values())
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
+
+
 def _items(value: Any) -> dict[Any, Any] | None:
     if isinstance(value, Mapping):
         return dict(value)

@@ -25,4 +25,4 @@ def case(request):
     before = copy.deepcopy(model.state_dict())
     prefix, suffix = split(model, request.param, example)
     assert_same(before, model.state_dict(), 0.0)
-    return SimpleNamespace(model=model, prefix=prefix, suffix=suffix, example=example)
+    return SimpleNamespace(at=request.param, model=model, prefix=prefix, suffix=suffix, example=example)

@@ -145,6 +145,8 @@ class TestBatchAxisSecond(OwnContract):
 
 
 class TestInPlaceAtTheCut(OwnContract):
+    slow_cuts = ("c", "head")
+
     class Model(Three):
         def __init__(self):
             super().__init__()

@@ -132,5 +132,5 @@ def test_the_prefix_names_its_weights_and_modules():
     assert list(prefix.weights()) == expected
     assert [path for path, _ in prefix.modules()] == [
         "",
-        *(f"layers.{p}" for p in ("0", "0.0", "0.1", "1", "1.0", "1.1")),
+        *(f"layers.{p}" for p in ("0", "0.0", "0.1", "1", "1.0", "1.1", "2")),
     ]

@@ -1,0 +1,117 @@
+"""The fast path of a suffix: a script per input signature instead of phantoms.
+
+Phantoms find out what a step before the cut amounts to; they cost milliseconds. Done once per signature of the inputs
+(shapes, dtypes, devices, other arguments), their replay is recorded, and later steps follow the recording: calls before
+the cut are shells, everything else is the model's own code on plain tensors, without hooks or wrappers. A suffix takes
+the fast path only after it gave the same outputs as the phantoms; inputs that lead another way are left to them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import SplitError
+from pipeline.split.blocks import Cut
+from pipeline.split.frozen import Frozen
+from pipeline.split.modes import eval_mode
+from pipeline.split.recording import Recorder, skippable_calls
+from pipeline.split.shells import Script, Shell, Stage, write_script
+from pipeline.split.sources import Source
+from pipeline.split.tree import Args, Kwargs
+
+SIGNATURES = 256  # scripts kept; each holds a few objects per skipped call
+
+
+class FastPath:
+    """Runs the suffix's modules from stored values, by scripts."""
+
+    def __init__(self, root: nn.Module, cut: Cut, frozen: Frozen) -> None:
+        self.root, self.cut, self.frozen = root, cut, frozen
+        self._scripts: OrderedDict[Hashable, Script | None] = OrderedDict()
+        self._stage = Stage(cut)
+        self._running: list[nn.Module] | None = None
+        self._skipped: set[tuple[str, int]] = set()
+        self._own: list[tuple[nn.Module, Any]] = []
+
+    def script(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Script | None:
+        """Return the script for these inputs, recording it the first time; None where phantoms must serve."""
+        key = signature(args, kwargs)
+        if key in self._scripts:
+            self._scripts.move_to_end(key)
+            return self._scripts[key]
+        script = self._record(values, args, kwargs)
+        self._scripts[key] = script
+        if len(self._scripts) > SIGNATURES:
+            self._scripts.popitem(last=False)
+        return script
+
+    def run(self, script: Script, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Any:
+        """Return the model's output.
+
+        Raises:
+            SplitError: the cut is not reached.
+        """
+        args, kwargs = script.inputs(values, args, kwargs)
+        self._stage.begin(script, values, self._running or [])
+        try:
+            output = self.root(*args, **kwargs)
+            if self._stage.before:
+                raise SplitError(
+                    f"the cut {self.cut} was not reached with these inputs; give inputs like the example's"
+                )
+        finally:
+            if self._stage.before:
+                self._stage.end()
+        return output
+
+    def remove(self) -> None:
+        """Give the modules their own `forward` back."""
+        for module, forward in self._own:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+    def forget(self) -> None:
+        """Drop all scripts: the suffix moved to another device or dtype."""
+        self._scripts.clear()
+
+    def _record(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Script | None:
+        copies = {source: value.clone() for source, value in values.items()}
+        recorder = Recorder(self.root, self.cut, copies)
+        with torch.no_grad(), eval_mode(self.root), self.frozen.as_phantoms():
+            recorder.run(args, kwargs)
+        skipped, opened = skippable_calls(recorder)
+        if self._running is None:
+            self._install({visit.path for visit in skipped}, opened)
+            self._skipped = {(visit.path, visit.index) for visit in skipped}
+        if self._skipped != {(visit.path, visit.index) for visit in skipped}:
+            return None
+        return write_script(recorder, skipped, args, kwargs)
+
+    def _install(self, paths: set[str], opened: set[str]) -> None:
+        modules = dict(self.root.named_modules())
+        for path in paths | {self.cut.path}:
+            self._own.append((modules[path], modules[path].__dict__.get("forward")))
+            modules[path].forward = Shell(path, modules[path].forward, self._stage)
+        self._running = [modules[path] for path in opened]
+
+
+def signature(args: Args, kwargs: Kwargs) -> Hashable:
+    """Return what the way to the cut depends on: all of the inputs except the values of tensors."""
+    named = [(name, _mark(item)) for name, item in kwargs.items()]
+    return (*map(_mark, args), *named, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
+def _mark(item: Any) -> Any:
+    if isinstance(item, Tensor):
+        return item.shape, item.dtype, item.device
+    if isinstance(item, Mapping):
+        return tuple((key, _mark(value)) for key, value in item.items())
+    if isinstance(item, list | tuple):
+        return tuple(map(_mark, item))
+    return item if isinstance(item, Hashable) else type(item)

@@ -1,0 +1,163 @@
+"""Stand-ins for the calls before the cut, so that a step reaches it within microseconds.
+
+A shell takes the place of a module's `forward`. While a step is before the cut it replies with what was recorded:
+stored tensors where the state holds them, so that every later reference to that output is right, arguments passed
+through, and storage-less dummies for the values that nobody reads. From the cut on every shell is the module's own
+`forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.split.blocks import Cut
+from pipeline.split.frozen import dummy
+from pipeline.split.recording import Recorder, Visit
+from pipeline.split.sources import Argument, Input, Output, Source
+from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, map_tensors
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a skipped call returns.
+
+    Attributes:
+        output: the recorded output, with dummies in place of phantoms.
+        stored: leaf of the output -> the source that the state holds for it.
+        passed: leaf of the output -> the argument of the same call that it is.
+    """
+
+    output: Any
+    stored: Mapping[str, Source]
+    passed: Mapping[str, str]
+
+    def __call__(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Any:
+        """Return the output of the call for this step's stored `values` and arguments."""
+        if isinstance(self.output, Tensor) and not self.passed:
+            return values[self.stored[""]] if self.stored else self.output
+        taken = arguments(args, kwargs) if self.passed else {}
+
+        def leaf(path: str, item: Tensor) -> Tensor:
+            if path in self.stored:
+                return values[self.stored[path]]
+            return taken[self.passed[path]] if path in self.passed else item
+
+        return map_tensors(leaf, self.output)
+
+
+@dataclass
+class Script:
+    """How to reach the cut with inputs of one signature.
+
+    Attributes:
+        replies: the skipped calls, by path and number of the call.
+        late: stored arguments of the cut call that no skipped call returns; they are put in on entry.
+        dummies: floating-point inputs, by leaf; None for one that the state holds.
+    """
+
+    replies: dict[tuple[str, int], Reply]
+    late: frozenset[str]
+    dummies: dict[str, Tensor | None]
+
+    def inputs(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Return the model's inputs without the values that only the prefix reads."""
+        if not self.dummies:
+            return args, kwargs
+
+        def replace(leaf: str, item: Tensor) -> Tensor:
+            known = self.dummies.get(leaf, item)
+            return values[Input(leaf)] if known is None else known
+
+        return map_arguments(replace, args, kwargs)
+
+
+def write_script(recorder: Recorder, skipped: Sequence[Visit], args: Args, kwargs: Kwargs) -> Script:
+    """Return the script for inputs like those of the recording."""
+    replies = {(visit.path, visit.index): _reply(visit, recorder) for visit in skipped}
+    delivered = {
+        source.leaf for reply in replies.values() for source in reply.stored.values() if isinstance(source, Argument)
+    }
+    late = {source.leaf for source in recorder.values if isinstance(source, Argument)} - delivered
+    floats = {leaf: item for leaf, item in arguments(args, kwargs).items() if item.is_floating_point()}
+    dummies = {
+        leaf: None if Input(leaf) in recorder.values else dummy(item.shape, item.dtype, item.device)
+        for leaf, item in floats.items()
+    }
+    return Script(replies, frozenset(late), dummies)
+
+
+def _reply(visit: Visit, recorder: Recorder) -> Reply:
+    stored: dict[str, Source] = {}
+    passed: dict[str, str] = {}
+    taken = {id(item): leaf for leaf, item in visit.taken.items()}
+
+    def leaf(path: str, item: Tensor) -> Tensor:
+        place = Output(visit.path, visit.index, path)
+        if place in recorder.values:
+            stored[path] = place
+        elif place in recorder.arrivals:
+            stored[path] = recorder.arrivals[place]
+        elif id(item) in taken:
+            passed[path] = taken[id(item)]
+        return dummy(item.shape, item.dtype, item.device)
+
+    return Reply(map_tensors(leaf, visit.output), stored, passed)
+
+
+@dataclass
+class Stage:
+    """The state of a running step, which all shells of one suffix look at."""
+
+    cut: Cut
+    before: bool = False
+    values: Mapping[Source, Tensor] = field(default_factory=dict)
+    script: Script = field(default_factory=lambda: Script({}, frozenset(), {}))
+    counts: dict[str, int] = field(default_factory=dict)
+    modes: list[tuple[nn.Module, bool]] = field(default_factory=list)
+
+    def begin(self, script: Script, values: Mapping[Source, Tensor], running: Sequence[nn.Module]) -> None:
+        """A step starts: the modules that run before the cut are in eval mode until it."""
+        self.script, self.values, self.before = script, values, True
+        self.counts.clear()
+        self.modes = [(module, module.training) for module in running]
+        for module in running:
+            module.training = False
+
+    def end(self) -> None:
+        """The cut is reached, or the step failed before it."""
+        self.before = False
+        for module, training in self.modes:
+            module.training = training
+
+    def enter(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Return the arguments of the cut call with the stored values that are still missing."""
+        values, late = self.values, self.script.late
+        self.end()
+        self.values = {}
+        if not late:
+            return args, kwargs
+        return map_arguments(lambda leaf, item: values[Argument(leaf)] if leaf in late else item, args, kwargs)
+
+
+class Shell:
+    """A module's `forward`, except before the cut."""
+
+    def __init__(self, path: str, forward: Callable[..., Any], stage: Stage) -> None:
+        self.path, self.forward, self.stage = path, forward, stage
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stage = self.stage
+        if stage.before:
+            index = stage.counts.get(self.path, 0)
+            stage.counts[self.path] = index + 1
+            if index == stage.cut.call and self.path == stage.cut.path:
+                args, kwargs = stage.enter(args, kwargs)
+            else:
+                reply = stage.script.replies.get((self.path, index))
+                if reply is not None:
+                    return reply(stage.values, args, kwargs)
+        return self.forward(*args, **kwargs)
