@@ -1,0 +1,149 @@
+"""What a training step costs before and after recycling, and how long the suffix takes to reach the cut.
+
+    python benchmarks/split_cost.py [--threads 1] [--repeats 5] [case ...]
+
+Each row is one run of one process: medians of forward plus backward for the full model, for the model with its prefix
+frozen but run each step, and for the suffix alone; then medians of the time from the call of the suffix to its cut, by
+way of phantoms and on the fast path. Weights are random; values do not change what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torchvision.models as tv
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from pipeline.split import Suffix, split
+
+STEPS_TO_CUT = 100
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a batch, and the cut to measure."""
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[], dict[str, torch.Tensor]]
+    at: str | float
+
+
+def images(size: int, pixels: int = 224, name: str = "x") -> Callable[[], dict[str, torch.Tensor]]:
+    """Return a maker of image batches."""
+    return lambda: {name: torch.randn(size, 3, pixels, pixels)}
+
+
+def text(size: int, length: int, ragged: bool) -> Callable[[], dict[str, torch.Tensor]]:
+    """Return a maker of batches of token ids, full or padded on the right."""
+    lengths = torch.linspace(length / 2 if ragged else length, length, size).long()
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    return lambda: {"input_ids": torch.randint(1, 30_000, (size, length)) * mask, "attention_mask": mask}
+
+
+CASES = {
+    "BERT-base @6, 8x128, full mask": Case(
+        lambda: BertForSequenceClassification(BertConfig()), text(8, 128, False), 0.5
+    ),
+    "BERT-base @6, 8x128, ragged": Case(lambda: BertForSequenceClassification(BertConfig()), text(8, 128, True), 0.5),
+    "BERT-base @9, 8x128, ragged": Case(lambda: BertForSequenceClassification(BertConfig()), text(8, 128, True), 0.75),
+    "ResNet-34 @layer3, 4x224px": Case(tv.resnet34, images(4), "layer3"),
+    "ResNet-34 @layer4, 4x224px": Case(tv.resnet34, images(4), "layer4"),
+    "EfficientNet-Lite0 @0.75, 4x224px": Case(lambda: timm.create_model("tf_efficientnet_lite0"), images(4), 0.75),
+    "ViT-B/16 @6, 2x224px": Case(tv.vit_b_16, images(2), 0.5),
+}
+
+
+def seconds(step: Callable[[], Any], repeats: int) -> float:
+    """Return the median time of `step`, after one to warm up."""
+    taken = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def step(call: Callable[[], Any], module: nn.Module) -> Callable[[], None]:
+    """Return a training step less the optimizer: forward, a stand-in for the loss, backward."""
+
+    def run() -> None:
+        module.zero_grad()
+        output = call()
+        (output if isinstance(output, torch.Tensor) else output.logits).square().mean().backward()
+
+    return run
+
+
+class _CutReached(BaseException):
+    pass
+
+
+def microseconds_to_cut(suffix: Suffix, call: Callable[[], Any]) -> float:
+    """Return the median time from the call of the suffix to the entry of its cut module."""
+    reached = []
+
+    def stop(*_: Any) -> None:
+        reached.append(time.perf_counter())
+        raise _CutReached
+
+    call()
+    handle = suffix.root.get_submodule(suffix.cut.path).register_forward_pre_hook(stop)
+    taken = []
+    for _ in range(STEPS_TO_CUT):
+        start = time.perf_counter()
+        try:
+            call()
+        except _CutReached:
+            taken.append(reached[-1] - start)
+    handle.remove()
+    return 1e6 * statistics.median(taken)
+
+
+def measure(case: Case, repeats: int) -> list[str]:
+    """Return the cells of one row."""
+    torch.manual_seed(0)
+    model, batch = case.model().train(), case.batch()
+    prefix, suffix = split(model, case.at, batch)
+    state, suffix = prefix(**batch), suffix.train()
+    full = seconds(step(lambda: model(**batch), model), repeats)
+    for name in prefix.weights():
+        if name in dict(model.named_parameters()):
+            model.get_parameter(name).requires_grad_(False)
+    frozen = seconds(step(lambda: model(**batch), model), repeats)
+    rest = seconds(step(lambda: suffix(state, **batch), suffix), repeats)
+    suffix.eval()
+    fast = microseconds_to_cut(suffix, lambda: suffix(state, **batch))
+    phantoms = microseconds_to_cut(suffix, lambda: suffix.replay(suffix.values(state), (), batch))
+    times = [f"{full:.3f}", f"{frozen:.3f}", f"{rest:.3f}", f"{frozen / rest:.1f}x"]
+    return [*times, f"{phantoms:,.0f}", f"{fast:,.0f}" if suffix.fast else "-"]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", help="words that a case's name must contain (default: all cases)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(
+        f"torch {torch.__version__}, {options.threads} thread(s), medians of {options.repeats} steps, "
+        f"{STEPS_TO_CUT} for the time to the cut\n"
+    )
+    heads = ["full s", "frozen s", "suffix s", "gain", "phantoms us", "fast us"]
+    print("| case |", " | ".join(heads), "|\n|---|" + "---|" * len(heads))
+    for name, case in CASES.items():
+        if not options.cases or any(word.lower() in name.lower() for word in options.cases):
+            print(f"| {name} |", " | ".join(measure(case, options.repeats)), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
