@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.split.check import tolerance
 from pipeline.split.fast import FastPath
 from pipeline.split.layout import difference
+from pipeline.split.modes import random_state_kept
 from pipeline.split.prefix import Prefix
 from pipeline.split.sources import Source
 from pipeline.split.suffix import Suffix
@@ -22,19 +23,23 @@ def take_fast_path(prefix: Prefix, suffix: Suffix, batches: Sequence[tuple[Args,
 
     Same means: outputs, running statistics, and stored tensors left as they are. Otherwise phantoms go on to serve.
     """
-    fast = FastPath(suffix.root, suffix.cut, suffix.frozen)
     training = suffix.training
-    try:
-        for args, kwargs in batches:
-            state = prefix(*args, **kwargs)
-            for mode in (False, True):
-                suffix.train(mode)
-                if not _agrees(suffix, fast, suffix.values(state), args, kwargs):
-                    fast.remove()
-                    return
-        suffix.fast = fast
-    finally:
-        suffix.train(training)
+    for dense in (False, True):
+        fast = FastPath(suffix.root, suffix.cut, suffix.frozen, dense=dense)
+        if _passes(prefix, suffix, fast, batches):
+            suffix.fast = fast
+            break
+        fast.remove()
+    suffix.train(training)
+
+
+def _passes(prefix: Prefix, suffix: Suffix, fast: FastPath, batches: Sequence[tuple[Args, Kwargs]]) -> bool:
+    for args, kwargs in batches:
+        state = prefix(*args, **kwargs)
+        for mode in (False, True):
+            if not _agrees(suffix.train(mode), fast, suffix.values(state), args, kwargs):
+                return False
+    return True
 
 
 def _agrees(suffix: Suffix, fast: FastPath, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> bool:
@@ -65,7 +70,7 @@ def _same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> bool:
 def _undone(root: nn.Module) -> Iterator[None]:
     """Run with a fixed seed, and leave the random state and the buffers of `root` as they were."""
     buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
-    with torch.random.fork_rng():
+    with random_state_kept(root):
         torch.manual_seed(0)
         try:
             yield

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import SplitError
 from pipeline.split.acceptance import take_fast_path
+from pipeline.split.advice import warn_about_padding, warn_about_shared_layers
 from pipeline.split.blocks import Cut, find_blocks, resolve
 from pipeline.split.check import check_outputs, check_repeatable, full_output
 from pipeline.split.layout import batch_size, prove_layout, regroup
@@ -47,6 +48,8 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
     prefix, suffix = Prefix(model, plan, slots), Suffix(model, plan, slots, constants)
     check_outputs(seen.output, prefix, suffix, args, kwargs)
     check_outputs(full_output(model, second[0], second[1]), prefix, suffix, second[0], second[1])
+    warn_about_shared_layers(model, plan)
+    warn_about_padding(model, plan, slots, args, kwargs)
     take_fast_path(prefix, suffix, [(args, kwargs), second[:2]])
     return prefix, suffix
 

@@ -28,14 +28,17 @@ SIGNATURES = 256  # scripts kept; each holds a few objects per skipped call
 
 
 class FastPath:
-    """Runs the suffix's modules from stored values, by scripts."""
+    """Runs the suffix's modules from stored values, by scripts.
 
-    def __init__(self, root: nn.Module, cut: Cut, frozen: Frozen) -> None:
-        self.root, self.cut, self.frozen = root, cut, frozen
+    Dummies are `dense` for models that write in place into what a recycled layer returned.
+    """
+
+    def __init__(self, root: nn.Module, cut: Cut, frozen: Frozen, *, dense: bool) -> None:
+        self.root, self.cut, self.frozen, self.dense = root, cut, frozen, dense
         self._scripts: OrderedDict[Hashable, Script | None] = OrderedDict()
         self._stage = Stage(cut)
-        self._running: list[nn.Module] | None = None
-        self._skipped: set[tuple[str, int]] = set()
+        self._running: list[nn.Module] = []
+        self._skipped: set[tuple[str, int]] | None = None
         self._own: list[tuple[nn.Module, Any]] = []
 
     def script(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Script | None:
@@ -57,7 +60,7 @@ class FastPath:
             SplitError: the cut is not reached.
         """
         args, kwargs = script.inputs(values, args, kwargs)
-        self._stage.begin(script, values, self._running or [])
+        self._stage.begin(script, values, self._running)
         try:
             output = self.root(*args, **kwargs)
             if self._stage.before:
@@ -81,17 +84,18 @@ class FastPath:
         self._scripts.clear()
 
     def _record(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Script | None:
-        copies = {source: value.clone() for source, value in values.items()}
-        recorder = Recorder(self.root, self.cut, copies)
+        recorder = Recorder(self.root, self.cut, {source: value.clone() for source, value in values.items()})
+        known = self._skipped
         with torch.no_grad(), eval_mode(self.root), self.frozen.as_phantoms():
-            recorder.run(args, kwargs)
-        skipped, opened = skippable_calls(recorder)
-        if self._running is None:
-            self._install({visit.path for visit in skipped}, opened)
-            self._skipped = {(visit.path, visit.index) for visit in skipped}
-        if self._skipped != {(visit.path, visit.index) for visit in skipped}:
+            (recorder.run if known is None else recorder.run_to_cut)(args, kwargs)
+        skipped, opened = skippable_calls(recorder, known)
+        keys = {(visit.path, visit.index) for visit in skipped}
+        if known is None:
+            self._skipped = keys
+            self._install({path for path, _ in keys}, opened)
+        elif keys != known:
             return None
-        return write_script(recorder, skipped, args, kwargs)
+        return write_script(recorder, skipped, args, kwargs, dense=self.dense)
 
     def _install(self, paths: set[str], opened: set[str]) -> None:
         modules = dict(self.root.named_modules())

@@ -18,10 +18,13 @@ from pipeline.split.phantom import Phantom
 from pipeline.split.sources import Weight
 
 
-def dummy(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of `shape` with one element of storage: NaN, or zero for other than floating point."""
-    fill = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
-    return torch.full((), fill, dtype=dtype, device=device).expand(shape)
+def dummy(like: Tensor, *, dense: bool = False) -> Tensor:
+    """Return a tensor of the shape, dtype and device of `like`: NaN, or zero for other than floating point.
+
+    It has one element of storage; `dense` gives it memory of its own, so that it can be written to.
+    """
+    fill = float("nan") if like.dtype.is_floating_point or like.dtype.is_complex else 0
+    return torch.full(like.shape if dense else (), fill, dtype=like.dtype, device=like.device).expand(like.shape)
 
 
 class Frozen:
@@ -43,9 +46,7 @@ class Frozen:
             if parameter is None:  # the same module under a second path
                 continue
             self._places.append((modules[path], attribute, canonical))
-            resting = (
-                kept[canonical] if canonical in kept else dummy(parameter.shape, parameter.dtype, parameter.device)
-            )
+            resting = kept[canonical] if canonical in kept else dummy(parameter)
             self._resting.setdefault(canonical, resting)
         self._haunt: dict[str, Phantom] = {}
         self._rest()
@@ -68,15 +69,13 @@ class Frozen:
         """Apply `change` (a move to a device or dtype) to the kept values, and let the stand-ins follow."""
         self.kept = {name: change(tensor) for name, tensor in self.kept.items()}
         for name, tensor in self._resting.items():
-            like = change(torch.zeros((), dtype=tensor.dtype, device=tensor.device))
-            self._resting[name] = self.kept[name] if name in self.kept else dummy(tensor.shape, like.dtype, like.device)
+            moved = change(torch.zeros((), dtype=tensor.dtype, device=tensor.device)).expand(tensor.shape)
+            self._resting[name] = self.kept[name] if name in self.kept else dummy(moved)
         self._haunt = {}
         self._rest()
 
     def _phantom(self, name: str) -> Phantom:
-        resting = self._resting[name]
-        shadow = torch.empty(resting.shape, dtype=resting.dtype, device="meta")
-        phantom = Phantom(shadow, resting.device, Weight(name))
+        phantom = Phantom.like(self._resting[name], Weight(name))
         phantom.value = self.kept.get(name)
         return phantom
 

@@ -91,8 +91,8 @@ class Phantom(Tensor):
 
     @classmethod
     def like(cls, tensor: Tensor, origin: Weight | Input | None) -> Phantom:
-        """Return a phantom with the shape, strides, dtype and device of `tensor`."""
-        shadow = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        """Return a phantom with the shape, dtype and device of `tensor`, which may be a stand-in without strides."""
+        shadow = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         return cls(shadow, tensor.device, origin)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -162,6 +162,17 @@ def needs_values(function: Operator, args: Args) -> bool:
         return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
     dynamic = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     return function is torch.ops.aten._local_scalar_dense.default or not dynamic.isdisjoint(function.tags)
+
+
+def with_integer_indices(function: Operator, args: Args) -> Args:
+    """Return the arguments of an indexing operation with its real boolean masks replaced by the places they hold."""
+    if function is not torch.ops.aten.index.Tensor:
+        return args
+    places: list[Tensor | None] = []
+    for index in args[1]:
+        is_mask = isinstance(index, Tensor) and not isinstance(index, Phantom) and index.dtype is torch.bool
+        places += index.nonzero(as_tuple=True) if is_mask else [index]
+    return (args[0], places, *args[2:])
 
 
 def imagine(function: Operator, args: Args, kwargs: Kwargs) -> Any:

@@ -9,15 +9,16 @@ The suffix is replayed on the example, in eval and in train mode, until it lacks
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
 from pipeline.split.frozen import Frozen
+from pipeline.split.modes import random_state_kept
 from pipeline.split.phantom import Phantom, Step
 from pipeline.split.reads import Reads
 from pipeline.split.record import Tap, record
@@ -67,16 +68,30 @@ def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwar
     while True:
         root = share(model, copy_buffers=True)
         frozen = Frozen(root, plan.frozen, {name: weights[name].detach() for name in plan.kept})
+        size = sum(item.numel() for item in weights.values())
         try:
             for training in (False, True):
-                with torch.random.fork_rng(), frozen.as_phantoms():
-                    Discovery(
-                        root.train(training), plan, tap.values, sum(item.numel() for item in weights.values())
-                    ).run(args, kwargs)
+                with random_state_kept(root), frozen.as_phantoms(), _told(cut, training):
+                    Discovery(root.train(training), plan, tap.values, size).run(args, kwargs)
             return plan
         except Lacking as lack:
             _add(plan, lack, len(plan.sources) + len(plan.kept) < ROUNDS)
             tap = _tap(model, plan, args, kwargs)
+
+
+@contextmanager
+def _told(cut: Cut, training: bool) -> Iterator[None]:
+    """Say where it was that the model's own code failed."""
+    try:
+        yield
+    except SplitError:
+        raise
+    except Exception as error:
+        mode = "train" if training else "eval"
+        raise SplitError(
+            f"split at {cut}: in {mode} mode the model fails on the example with its recycled layers left out "
+            f"({type(error).__name__}: {error}); give an example that it can train on, or cut elsewhere"
+        ) from error
 
 
 class Lacking(BaseException):

@@ -7,6 +7,7 @@ as it is: the callers of the cut, and whatever makes a value that is read, such 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,10 @@ class Visit:
             yield from child.inside()
 
 
+class _CutReached(BaseException):
+    """Ends a recording at the cut; no `except Exception` in a model's code stops it."""
+
+
 class Recorder(Replay):
     """A replay that keeps the tree of calls before the cut.
 
@@ -57,10 +62,17 @@ class Recorder(Replay):
         super().__init__(root, cut, values)
         self.calls = Visit("", -1, {})
         self.arrivals: dict[Output, Argument] = {}
+        self._stops = False
         self._open = [self.calls]
         self._makers: dict[int, tuple[Visit, Step]] = {}
         self._producers: dict[int, tuple[Output, Phantom, object]] = {}
         self._paths = {id(module): path for path, module in root.named_modules()}
+
+    def run_to_cut(self, args: Args, kwargs: Kwargs) -> None:
+        """Record without running what comes after the cut; which values it reads is then not seen."""
+        self._stops = True
+        with contextlib.suppress(_CutReached):
+            self.run(args, kwargs)
 
     def run(self, args: Args, kwargs: Kwargs) -> Any:
         handles = [module.register_forward_pre_hook(self._visit, with_kwargs=True) for module in self.root.modules()]
@@ -103,7 +115,10 @@ class Recorder(Replay):
                 output, phantom, origin = self._producers[id(item)]
                 if phantom.origin is origin:  # not changed in place since
                     self.arrivals[output] = Argument(leaf)
-        return super().enter(args, kwargs)
+        entered = super().enter(args, kwargs)
+        if self._stops:
+            raise _CutReached
+        return entered
 
     def _visit(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         if not self.entered:
@@ -113,15 +128,18 @@ class Recorder(Replay):
             self._open.append(visit)
 
 
-def skippable_calls(recorder: Recorder) -> tuple[list[Visit], set[str]]:
-    """Return the outermost calls that can be skipped, and the paths of the modules that run all the same."""
+def skippable_calls(recorder: Recorder, among: set[tuple[str, int]] | None = None) -> tuple[list[Visit], set[str]]:
+    """Return the outermost calls that can be skipped, and the paths of the modules that run all the same.
+
+    `among`: the calls to choose from, by path and number, as an earlier recording found them; all if not given.
+    """
     stored = {(source.path, source.call) for source in recorder.values if isinstance(source, Output)}
     skipped: list[Visit] = []
     opened: set[str] = set()
     pending = list(recorder.calls.children)
     while pending:
         visit = pending.pop()
-        if _is_skippable(visit, stored):
+        if (among is None or (visit.path, visit.index) in among) and _is_skippable(visit, stored):
             skipped.append(visit)
         else:
             opened.add(visit.path)

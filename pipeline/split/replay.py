@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
-from pipeline.split.phantom import Phantom, Step, imagine, interpreting, needs_values, phantoms
+from pipeline.split.phantom import Phantom, Step, imagine, interpreting, needs_values, phantoms, with_integer_indices
 from pipeline.split.sources import Argument, Input, Output, Source
 from pipeline.split.tree import Args, Kwargs, map_arguments, map_tensors, tensors
 
@@ -55,6 +55,7 @@ class Replay:
 
     def operate(self, function: Any, args: Args, kwargs: Kwargs) -> Any:
         """Carry out an operation that some phantom takes part in."""
+        args = with_integer_indices(function, args)
         if not self.entered and not needs_values(function, args):
             return imagine(function, args, kwargs)
         if not self.entered:

@@ -75,22 +75,19 @@ class Script:
         return map_arguments(replace, args, kwargs)
 
 
-def write_script(recorder: Recorder, skipped: Sequence[Visit], args: Args, kwargs: Kwargs) -> Script:
-    """Return the script for inputs like those of the recording."""
-    replies = {(visit.path, visit.index): _reply(visit, recorder) for visit in skipped}
+def write_script(recorder: Recorder, skipped: Sequence[Visit], args: Args, kwargs: Kwargs, *, dense: bool) -> Script:
+    """Return the script for inputs like those of the recording; `dense` dummies can be written to."""
+    replies = {(visit.path, visit.index): _reply(visit, recorder, dense) for visit in skipped}
     delivered = {
         source.leaf for reply in replies.values() for source in reply.stored.values() if isinstance(source, Argument)
     }
     late = {source.leaf for source in recorder.values if isinstance(source, Argument)} - delivered
     floats = {leaf: item for leaf, item in arguments(args, kwargs).items() if item.is_floating_point()}
-    dummies = {
-        leaf: None if Input(leaf) in recorder.values else dummy(item.shape, item.dtype, item.device)
-        for leaf, item in floats.items()
-    }
+    dummies = {leaf: None if Input(leaf) in recorder.values else dummy(item) for leaf, item in floats.items()}
     return Script(replies, frozenset(late), dummies)
 
 
-def _reply(visit: Visit, recorder: Recorder) -> Reply:
+def _reply(visit: Visit, recorder: Recorder, dense: bool) -> Reply:
     stored: dict[str, Source] = {}
     passed: dict[str, str] = {}
     taken = {id(item): leaf for leaf, item in visit.taken.items()}
@@ -103,7 +100,7 @@ def _reply(visit: Visit, recorder: Recorder) -> Reply:
             stored[path] = recorder.arrivals[place]
         elif id(item) in taken:
             passed[path] = taken[id(item)]
-        return dummy(item.shape, item.dtype, item.device)
+        return dummy(item, dense=dense and path not in stored and path not in passed)
 
     return Reply(map_tensors(leaf, visit.output), stored, passed)
 

@@ -122,7 +122,7 @@ def trainable_copy(model: nn.Module, plan: Plan) -> tuple[nn.Module, Frozen]:
     the state dict.
     """
     weights = {name: item for name, item in model.named_parameters() if name in set(plan.frozen.values())}
-    memo: dict[int, Any] = {id(item): dummy(item.shape, item.dtype, item.device) for item in weights.values()}
+    memo: dict[int, Any] = {id(item): dummy(item) for item in weights.values()}
     root = copy.deepcopy(model, memo)
     frozen = Frozen(root, plan.frozen, {name: weights[name].detach().clone() for name in plan.kept})
     before = set(plan.before) - plan.after

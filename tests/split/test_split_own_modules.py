@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from split_contract import SplitContract, recycle
 from torch import Tensor, nn
@@ -145,8 +146,6 @@ class TestBatchAxisSecond(OwnContract):
 
 
 class TestInPlaceAtTheCut(OwnContract):
-    slow_cuts = ("c", "head")
-
     class Model(Three):
         def __init__(self):
             super().__init__()
@@ -172,6 +171,22 @@ class TestInPlaceAtTheCut(OwnContract):
             assert all(torch.equal(state[name], copies[name]) for name in copies)
 
 
+class TestMaskedRows(OwnContract):
+    """A mask made from integer inputs tells the shape of what it selects."""
+
+    class Model(Three):
+        def forward(self, x, ids):
+            x = self.b(self.a(x))
+            return self.head(self.c(x[ids == 2]))
+
+    model = Model
+    cuts = (0, "b", "head")
+
+    def example(self, size):
+        return rows(size, 3, 8), torch.tensor([[1, 2, 3], [2, 1, 1], [1, 1, 2]])[:size]
+
+
+@pytest.mark.filterwarnings("ignore:split at .* share layers")
 class TestModuleCalledTwice(OwnContract):
     cuts = (0, "b", "a#1", "head")
 

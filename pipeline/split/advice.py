@@ -1,0 +1,62 @@
+"""What a user should know about a split that is exact on the example, and yet may not be what they want."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from pipeline.split.layout import SAMPLE_TOLERANCE, batch_size, difference
+from pipeline.split.plan import Plan
+from pipeline.split.prefix import Slot
+from pipeline.split.record import Tap, record
+from pipeline.split.tree import Args, Kwargs, map_arguments
+
+MASK = "attention_mask"
+
+
+def warn_about_shared_layers(model: nn.Module, plan: Plan) -> None:
+    """Warn when layers after the cut do not train, because the prefix runs the same layers (ALBERT)."""
+    calls_again = set(plan.before) & plan.after
+    shared = [name for name in plan.kept if name.rpartition(".")[0] in calls_again]
+    if shared:
+        size = sum(model.get_parameter(name).numel() for name in shared)
+        warnings.warn(
+            f"split at {plan.cut}: the prefix and the suffix share layers ({shared[0]!r} and others, {size:,} "
+            "parameters); shared layers do not train, so that only the rest of the suffix does",
+            stacklevel=3,
+        )
+
+
+def warn_about_padding(model: nn.Module, plan: Plan, slots: Sequence[Slot], args: Args, kwargs: Kwargs) -> None:
+    """Warn when the state of a padded sample changes with the length of its padding (FNet, XLNet).
+
+    A state is stored without padding and meets other samples later, padded to another length. The shortest sample of
+    the example is run again without its padding; an example without a padded sample shows nothing.
+    """
+    mask = kwargs.get(MASK)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return
+    row = int(mask.sum(1).argmin())
+    length, padded = int(mask[row].sum()), mask.shape[1]
+    if length in (0, padded) or not bool(mask[row, :length].all()):
+        return
+    batch = batch_size(args, kwargs)
+
+    def trim(_: str, item: Tensor) -> Tensor:
+        item = item[[row] * batch] if item.dim() and item.shape[0] == batch else item
+        return item[:, :length] if item.shape[:2] == mask.shape else item
+
+    whole, alone = (Tap(plan.cut, plan.sources) for _ in range(2))
+    record(model, [whole], args, kwargs)
+    record(model, [alone], *map_arguments(trim, args, kwargs))
+    for slot in slots:
+        ours = slot.layout.state(whole.values[slot.source], batch)[row]
+        theirs = slot.layout.state(alone.values[slot.source], batch)[0]
+        if ours.dim() and ours.shape[0] == padded and difference(ours[:length], theirs) > SAMPLE_TOLERANCE:
+            warnings.warn(
+                f"split at {plan.cut}: state {slot.name!r} of a sample depends on how far it is padded; "
+                "pad every batch to one fixed length, or what is recycled differs from what the full model computes",
+                stacklevel=3,
+            )
