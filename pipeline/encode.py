@@ -156,14 +156,9 @@ class Encoder:
         config: EncodeConfig,
         probes: np.ndarray,
     ) -> None:
-        self.source, self.preprocess, self.prefixes, self.stores, self.config = (
-            source,
-            preprocess,
-            prefixes,
-            stores,
-            config,
-        )
-        self.probes = probes
+        """Prepare to run units; `probes` are the rows on which it is found out how ragged states are trimmed."""
+        self.source, self.preprocess, self.probes = source, preprocess, probes
+        self.prefixes, self.stores, self.config = prefixes, stores, config
         self.device = model_device(prefixes)
         self.captures: dict[tuple[int, ...], Capture] = {}
         self.trimmings: dict[int, Trimming] = {}
@@ -197,8 +192,10 @@ class Encoder:
                 self._forward(unit.cuts, buffers, chunk.rows, chunk.inputs, None, costs)
             else:
                 ragged += zip(chunk.rows.tolist(), chunk.inputs, strict=True)
-        for rows, samples in self._by_length(unit.cuts, ragged):
-            self._forward(unit.cuts, buffers, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
+        for places in self._alike_in_padding(unit.cuts) if ragged else []:
+            cuts, own = tuple(unit.cuts[i] for i in places), [buffers[i] for i in places]
+            for rows, samples in self._by_length(ragged, pads=self._trimming(cuts[0]).pads):
+                self._forward(cuts, own, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
         costs.samples += len(unit.rows)
         infinite = set().union(*(buffer.infinite for buffer in buffers))
         bad += [
@@ -230,12 +227,14 @@ class Encoder:
             costs.forward[cut] = costs.forward.get(cut, 0.0) + seconds
             costs.forward_samples[cut] = costs.forward_samples.get(cut, 0) + len(rows)
 
-    def _by_length(
-        self, cuts: tuple[int, ...], ragged: list[tuple[int, Sample]]
-    ) -> Iterator[tuple[np.ndarray, list[Sample]]]:
-        """Group samples into batches of similar length; of equal shapes where some prefix does not ignore padding."""
+    def _alike_in_padding(self, cuts: tuple[int, ...]) -> list[list[int]]:
+        """Divide places in `cuts` by whether padding may be used: a cut's bytes must not depend on its company."""
+        pads = [self._trimming(cut).pads for cut in cuts]
+        return [[i for i, one in enumerate(pads) if one is choice] for choice in (True, False) if choice in pads]
+
+    def _by_length(self, ragged: list[tuple[int, Sample]], *, pads: bool) -> Iterator[tuple[np.ndarray, list[Sample]]]:
+        """Group samples into batches of similar length, or of equal shapes where padding may not be used."""
         ragged = sorted(ragged, key=lambda item: (shapes(item[1]), item[0]))
-        pads = all(self._trimming(cut).pads for cut in cuts) if ragged else True
         batch: list[tuple[int, Sample]] = []
         for item in ragged:
             if len(batch) == self.config.batch_size or (batch and not pads and shapes(batch[0][1]) != shapes(item[1])):
@@ -248,8 +247,7 @@ class Encoder:
     def _trimming(self, cut: int) -> Trimming:
         """How this cut's states are trimmed, found on the shortest and the longest samples of the data set."""
         if cut not in self.trimmings:
-            inputs = decode_rows(self.source, self.preprocess, self.probes).inputs
-            samples = unstack(inputs)
+            samples = unstack(decode_rows(self.source, self.preprocess, self.probes).inputs)
             prefix = self.prefixes[cut]
 
             def run(**batch: Tensor) -> dict[str, Tensor]:

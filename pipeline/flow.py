@@ -47,6 +47,8 @@ def encode_project(project: Project) -> bool:
     table = build(source, keyed.keys[keyed.good], project.data, rows=keyed.good)
     bench = Workbench.open(project, table)
     bench.backbone.model.to(pick_device(project.encode.device))
+    if project.encode.channels_last:
+        bench.backbone.model.to(memory_format=torch.channels_last)
     example = _example_of_source(bench, source, keyed)
     prefixes = [bench.split(cut, example)[0] for cut in project.encode.cuts]
     stores = [
@@ -100,6 +102,7 @@ def train_project(project: Project, name: str) -> Run:
         recycled=prefix.cut.share,
         metric=summary.metric,
         value=summary.value,
+        initial=summary.initial,
         best_epoch=summary.best_epoch,
         train_samples=len(table.rows("train")),
         train_seconds_per_epoch=summary.train_seconds_per_epoch,

@@ -23,6 +23,8 @@ class Run:
     """Share of the blocks before the cut, 0..1."""
     metric: str
     value: float
+    initial: float
+    """The metric before any training."""
     best_epoch: int
     train_samples: int
     train_seconds_per_epoch: float

@@ -74,6 +74,8 @@ class Summary:
     """Name of the task's leading validation metric; higher is better."""
     value: float
     """That metric for the weights the run ended with."""
+    initial: float
+    """That metric before any training: what the pretrained network does by itself."""
     best_epoch: int
     """Epoch these weights come from, counted from 1."""
     train_seconds_per_epoch: float
@@ -111,6 +113,7 @@ class Progress:
     epoch: int = 0
     best: float = float("-inf")
     best_epoch: int = 0
+    initial: float | None = None
     history: list[dict[str, float]] = field(default_factory=list)
 
     def take(self, row: dict[str, float], value: float) -> bool:
@@ -150,6 +153,8 @@ def fit(
     scheduler = _schedule(optimizer, config, steps=config.epochs * len(training))
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
     progress = _resume(accelerator, checkpoint)
+    if progress.initial is None:
+        progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
     out.mkdir(parents=True, exist_ok=True)
     with _open_live(out) as live:
         for row in progress.history:
@@ -172,6 +177,7 @@ def fit(
     return Summary(
         metric=task.monitor,
         value=progress.history[epoch - 1][f"validation/{task.monitor}"],
+        initial=progress.initial,
         best_epoch=epoch,
         train_seconds_per_epoch=statistics.median(row["train/seconds"] for row in progress.history),
         history=progress.history,

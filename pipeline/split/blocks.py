@@ -45,7 +45,7 @@ def find_blocks(model: nn.Module, calls: list[Call]) -> list[Call]:
     finder.visit("", model)
     blocks = sorted(finder.without_stems(), key=lambda call: call.start)
     if len(blocks) < FEW_BLOCKS:
-        blocks = finder.shared_layer() or finder.top_level()
+        blocks = finder.shared_layer() or max(blocks, finder.top_level(), key=len)
     return _without_head(model, calls, blocks)
 
 

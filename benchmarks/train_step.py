@@ -1,0 +1,99 @@
+"""Training steps fed from the store against the same steps fed from RAM.
+
+EfficientNet-Lite0 on digits at 96 px: forward, backward and AdamW of the suffix, batches of 64. RAM: the very
+batches, read beforehand. Epochs of both alternate in one process; shown are medians of steps per second.
+
+    python benchmarks/train_step.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import DIGITS, digits
+
+from pipeline import order
+from pipeline.data import build
+from pipeline.encode import EncodeConfig, encode
+from pipeline.feed import decode_rows, key_contents
+from pipeline.loader import Batch, Loader
+from pipeline.models import ModelConfig, PreprocessConfig, load
+from pipeline.recipe import recipe_of
+from pipeline.split import split
+from pipeline.store import Store
+from pipeline.tasks import TaskConfig, open_task
+from pipeline.train import Objective
+
+STEPS = 20
+
+
+def main() -> None:
+    """Print both rates and their ratio for each cut."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    print(
+        f"batch {options.batch}, {options.threads} torch threads, medians of {options.rounds} epochs of {STEPS} steps"
+    )
+    print(f"{'cut':>5} {'RAM, steps/s':>14} {'store, steps/s':>16} {'ratio':>7}")
+    for cut in (0.5, 0.75, 1.0):
+        ram, store = measure(cut, options)
+        print(f"{cut:5} {ram:14.2f} {store:16.2f} {store / ram:7.3f}", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    return parser.parse_args()
+
+
+def measure(cut: float, options: argparse.Namespace) -> tuple[float, float]:
+    """Return steps per second fed from RAM and fed from the store: medians."""
+    source = digits(STEPS * options.batch)
+    keyed = key_contents(source, workers=1)
+    table, task = build(source, keyed.keys, DIGITS), open_task(TaskConfig())
+    backbone = load(
+        ModelConfig(backbone="timm:tf_efficientnet_lite0", weights=None),
+        PreprocessConfig(image_size=96),
+        task.head(table),
+    )
+    example = decode_rows(source, backbone.preprocess, np.arange(2)).inputs
+    prefix, suffix = split(backbone.model, at=cut, example=example)
+    recipe = recipe_of(prefix, backbone.preprocess.recipe(), storage="raw:float16", compute_dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store.create(Path(folder, "store"), recipe)
+        encode(source, keyed, backbone.preprocess, [prefix], [store], EncodeConfig(cuts=[cut]))
+        batches = order.batches(np.arange(len(table)), options.batch, seed=0, epoch=0, shuffle=True)
+        loader = Loader(store, table.keys, task.prepare(table), batches)
+        in_ram = list(loader)
+        objective = Objective(suffix, task).train()
+        optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
+        rates: dict[str, list[float]] = {"ram": [], "store": []}
+        for round_ in range(options.rounds + 1):
+            for name, feed in (("ram", in_ram), ("store", loader)):
+                rate = steps_per_second(objective, optimizer, feed)
+                rates[name] += [rate] if round_ else []
+    return statistics.median(rates["ram"]), statistics.median(rates["store"])
+
+
+def steps_per_second(objective: Objective, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> float:
+    """Train on `batches` once."""
+    start, count = time.perf_counter(), 0
+    for batch in batches:
+        objective(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
