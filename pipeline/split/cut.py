@@ -15,7 +15,8 @@ from pipeline.split.advice import warn_about_padding, warn_about_shared_layers
 from pipeline.split.blocks import Cut, find_blocks, resolve
 from pipeline.split.check import check_outputs, check_repeatable, full_output
 from pipeline.split.layout import batch_size, prove_layout, regroup
-from pipeline.split.plan import Plan, make_plan
+from pipeline.split.plan import Plan
+from pipeline.split.planner import make_plan
 from pipeline.split.prefix import Prefix, Slot, TensorSpec
 from pipeline.split.record import Tap, record
 from pipeline.split.sources import Source, state_names

@@ -53,6 +53,8 @@ class Step:
 class Interpreter(Protocol):
     """Decides what an operation on phantoms does; there is one per running replay."""
 
+    entered: bool
+
     def operate(self, function: Operator, args: Args, kwargs: Kwargs) -> Any:
         """Return the result of `function` on arguments of which some are phantoms."""
 
@@ -133,8 +135,16 @@ def interpreting(interpreter: Interpreter) -> Iterator[None]:
         _running.interpreter = former
 
 
+def before_the_cut() -> bool:
+    """Tell whether a replay is running in this thread that has not reached its cut."""
+    interpreter: Interpreter | None = getattr(_running, "interpreter", None)
+    return interpreter is not None and not interpreter.entered
+
+
 class _Afterwards:
     """Outside of a replay (in the backward pass) a phantom stands for the value it was given, or cannot be used."""
+
+    entered = True
 
     def operate(self, function: Operator, args: Args, kwargs: Kwargs) -> Any:
         missing = [item for item in phantoms(args, kwargs) if item.value is None]

@@ -8,26 +8,20 @@ The suffix is replayed on the example, in eval and in train mode, until it lacks
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
-from pipeline.split.frozen import Frozen
-from pipeline.split.modes import random_state_kept
+from pipeline.split.opaque import Sketch
 from pipeline.split.phantom import Phantom, Step
-from pipeline.split.reads import Reads
-from pipeline.split.record import Tap, record
 from pipeline.split.replay import Replay, ancestry
 from pipeline.split.sources import Argument, Output, Source, Weight
-from pipeline.split.trace import Trace
 from pipeline.split.tree import Args, Kwargs, arguments
 
-ROUNDS = 64
 CHEAP_STEPS = 200
 CHEAP_WEIGHTS = 0.005  # share of the model's parameters that a recomputed argument may keep in the suffix
 
@@ -44,6 +38,7 @@ class Plan:
         sources: what the state holds.
         kept: canonical names of the frozen parameters that the suffix reads.
         written: sources whose values the suffix writes into.
+        opaque: modules before the cut that phantoms cannot go through.
     """
 
     cut: Cut
@@ -54,44 +49,7 @@ class Plan:
     sources: list[Source] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     written: set[Source] = field(default_factory=set)
-
-
-def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwargs) -> Plan:
-    """Return what the suffix of `model` after `cut` needs, as found on one batch.
-
-    Raises:
-        SplitError: it needs something that no module before the cut returns.
-    """
-    plan = _survey(model, cut, trace, args, kwargs)
-    weights = dict(model.named_parameters())
-    tap = _tap(model, plan, args, kwargs)
-    while True:
-        root = share(model, copy_buffers=True)
-        frozen = Frozen(root, plan.frozen, {name: weights[name].detach() for name in plan.kept})
-        size = sum(item.numel() for item in weights.values())
-        try:
-            for training in (False, True):
-                with random_state_kept(root), frozen.as_phantoms(), _told(cut, training):
-                    Discovery(root.train(training), plan, tap.values, size).run(args, kwargs)
-            return plan
-        except Lacking as lack:
-            _add(plan, lack, len(plan.sources) + len(plan.kept) < ROUNDS)
-            tap = _tap(model, plan, args, kwargs)
-
-
-@contextmanager
-def _told(cut: Cut, training: bool) -> Iterator[None]:
-    """Say where it was that the model's own code failed."""
-    try:
-        yield
-    except SplitError:
-        raise
-    except Exception as error:
-        mode = "train" if training else "eval"
-        raise SplitError(
-            f"split at {cut}: in {mode} mode the model fails on the example with its recycled layers left out "
-            f"({type(error).__name__}: {error}); give an example that it can train on, or cut elsewhere"
-        ) from error
+    opaque: dict[str, Sketch] = field(default_factory=dict)
 
 
 class Lacking(BaseException):
@@ -110,17 +68,30 @@ class Discovery(Replay):
         self.plan = plan
         self.paths = dict.fromkeys(path for path in plan.before if path)
         self.parameters = parameters
+        self._open: list[str] = []
 
     def run(self, args: Args, kwargs: Kwargs) -> object:
         output = super().run(args, kwargs)
         self.plan.written |= {source for source, value in self.values.items() if value._version}
         return output
 
+    def stuck_in(self) -> str | None:
+        """Return the outermost call before the cut that did not return, other than the callers of the cut."""
+        return None if self.entered else next((path for path in self._open if path not in self.plan.after), None)
+
     def output_paths(self) -> set[str]:
         return set(self.paths)
 
+    def _hooks(self) -> list[Any]:
+        def visit(path: str) -> Any:
+            return lambda *_: None if self.entered else self._open.append(path)
+
+        modules = dict(self.root.named_modules())
+        return [modules[path].register_forward_pre_hook(visit(path)) for path in self.paths] + super()._hooks()
+
     def leave(self, path: str, call: int, args: Args, kwargs: Kwargs, output: object) -> None:
         super().leave(path, call, args, kwargs, output)
+        self._open.pop()
         taken = {id(item) for item in arguments(args, kwargs).values()}
         for leaf, item in arguments((output,), {}).items():
             if (
@@ -188,56 +159,3 @@ class Discovery(Replay):
                     "place before it and that no module returns; cut elsewhere"
                 )
         return found
-
-
-def share(model: nn.Module, *, copy_buffers: bool) -> nn.Module:
-    """Return a copy of the modules of `model` that shares its parameters, and its buffers unless they are copied."""
-    memo: dict[int, object] = {id(item): item for item in model.parameters()}
-    if not copy_buffers:
-        memo |= {id(item): item for item in model.buffers()}
-    return copy.deepcopy(model, memo)
-
-
-def _add(plan: Plan, lack: Lacking, more_allowed: bool) -> None:
-    new = [
-        need
-        for need in lack.needs
-        if need not in plan.sources and not (isinstance(need, Weight) and need.name in plan.kept)
-    ]
-    if not new or not more_allowed:
-        raise SplitError(f"no state at {plan.cut} gives the suffix what it reads: {lack.needs}; cut elsewhere")
-    for need in new:
-        if isinstance(need, Weight):
-            plan.kept.append(need.name)
-        else:
-            plan.sources.append(need)
-
-
-def _tap(model: nn.Module, plan: Plan, args: Args, kwargs: Kwargs) -> Tap:
-    tap = Tap(plan.cut, plan.sources)
-    record(model, [tap], args, kwargs)
-    return tap
-
-
-def _survey(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwargs) -> Plan:
-    """See what is read and called before the cut; what is read there is frozen."""
-    with Reads(model) as reads:
-        record(model, [Tap(cut, ())], args, kwargs)
-    start = next(call.start for call in trace.calls if (call.path, call.index) == (cut.path, cut.call))
-    before = list(dict.fromkeys(call.path for call in trace.calls if call.start < start))
-    after = {call.path for call in trace.calls if call.end > start}
-    unused = _held(model, set(before) - after) - trace.reads
-    return Plan(cut, _tied(model, reads.names | unused), sorted(reads.names), before, after)
-
-
-def _held(model: nn.Module, paths: set[str]) -> set[str]:
-    """The parameters that the modules at `paths` hold themselves."""
-    return {name for name, _ in model.named_parameters(remove_duplicate=False) if name.rpartition(".")[0] in paths}
-
-
-def _tied(model: nn.Module, frozen: set[str]) -> dict[str, str]:
-    """Every name of the frozen parameters -> the canonical name, under which the model lists it once."""
-    canonical = {id(item): name for name, item in model.named_parameters()}
-    everything = list(model.named_parameters(remove_duplicate=False))
-    identities = {id(item) for name, item in everything if name in frozen}
-    return {name: canonical[id(item)] for name, item in everything if id(item) in identities}

@@ -3,7 +3,7 @@
 On entry to the cut call, phantom arguments take their stored values, or are recomputed from how they were made;
 outputs of earlier calls that the state holds take theirs when the call returns. From then on a phantom that an
 operation touches is *forced*: its value is computed from what is at hand. A value that cannot be had ends the run;
-while a plan is made, that is how what must be stored is discovered (see `plan`).
+while a plan is made, that is how what must be stored is discovered (see `planner`).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
 from pipeline.split.fast import FastPath
 from pipeline.split.frozen import Frozen, dummy
+from pipeline.split.opaque import close
 from pipeline.split.plan import Plan
 from pipeline.split.prefix import Slot, State, TensorSpec
 from pipeline.split.replay import Replay
@@ -124,6 +125,7 @@ def trainable_copy(model: nn.Module, plan: Plan) -> tuple[nn.Module, Frozen]:
     weights = {name: item for name, item in model.named_parameters() if name in set(plan.frozen.values())}
     memo: dict[int, Any] = {id(item): dummy(item) for item in weights.values()}
     root = copy.deepcopy(model, memo)
+    close(root, plan.opaque)
     frozen = Frozen(root, plan.frozen, {name: weights[name].detach().clone() for name in plan.kept})
     before = set(plan.before) - plan.after
     for path, module in root.named_modules():

@@ -9,7 +9,14 @@ from split_contract import SEED, assert_same
 
 from pipeline.split import split
 
-torch.set_num_threads(1)  # small tensors: threads only wait for each other
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors are small: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_generate_tests(metafunc):

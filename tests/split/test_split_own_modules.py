@@ -186,6 +186,32 @@ class TestMaskedRows(OwnContract):
         return rows(size, 3, 8), torch.tensor([[1, 2, 3], [2, 1, 1], [1, 1, 2]])[:size]
 
 
+class TestExperts(OwnContract):
+    """A layer that goes by values cannot run on phantoms; it is seen from outside."""
+
+    class Model(Three):
+        class Experts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+            def forward(self, x):
+                out = torch.zeros_like(x)
+                for number, expert in enumerate(self.experts):
+                    chosen = (x[:, 0] > 0) == bool(number)
+                    out[chosen] = expert(x[chosen])
+                return out if x.isfinite().all() else x
+
+        def __init__(self):
+            super().__init__()
+            self.a = self.Experts()
+
+        def forward(self, x):
+            return self.head(self.c(self.b(self.a(x))))
+
+    model = Model
+
+
 @pytest.mark.filterwarnings("ignore:split at .* share layers")
 class TestModuleCalledTwice(OwnContract):
     cuts = (0, "b", "a#1", "head")

@@ -34,7 +34,7 @@ class TestResNet34(SplitContract):
         return tv.resnet34(num_classes=10)
 
     def example(self, size):
-        return images(size, 48)
+        return images(size, 32)
 
 
 class TestMobileNetV3Small(SplitContract):

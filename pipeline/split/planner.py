@@ -1,0 +1,113 @@
+"""Making a plan: the suffix is replayed on the example, in eval and in train mode, until it lacks nothing."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from pipeline.errors import SplitError
+from pipeline.split.blocks import Cut
+from pipeline.split.frozen import Frozen
+from pipeline.split.modes import random_state_kept
+from pipeline.split.opaque import close, sketch
+from pipeline.split.plan import Discovery, Lacking, Plan
+from pipeline.split.reads import Reads
+from pipeline.split.record import Tap, record
+from pipeline.split.sources import Weight
+from pipeline.split.trace import Trace
+from pipeline.split.tree import Args, Kwargs
+
+ROUNDS = 64
+
+
+def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwargs) -> Plan:
+    """Return what the suffix of `model` after `cut` needs, as found on one batch.
+
+    Raises:
+        SplitError: it needs something that no module before the cut returns.
+    """
+    plan = _survey(model, cut, trace, args, kwargs)
+    for _ in range(ROUNDS):
+        tap = Tap(cut, plan.sources)
+        record(model, [tap], args, kwargs)
+        if _found_nothing_lacking(model, plan, tap, args, kwargs):
+            return plan
+    raise SplitError(f"split at {cut}: after {ROUNDS} rounds the suffix still lacks something; cut elsewhere")
+
+
+def _found_nothing_lacking(model: nn.Module, plan: Plan, tap: Tap, args: Args, kwargs: Kwargs) -> bool:
+    weights = dict(model.named_parameters())
+    size = sum(item.numel() for item in weights.values())
+    root = _skeleton(model)
+    close(root, plan.opaque)
+    frozen = Frozen(root, plan.frozen, {name: weights[name].detach() for name in plan.kept})
+    for training in (False, True):
+        discovery = Discovery(root.train(training), plan, tap.values, size)
+        try:
+            with random_state_kept(root), frozen.as_phantoms():
+                discovery.run(args, kwargs)
+        except Lacking as lack:
+            _add(plan, lack)
+            return False
+        except Exception as error:
+            stuck = discovery.stuck_in()
+            if stuck is None or stuck in plan.opaque:
+                raise _told(plan.cut, training, error) from error
+            plan.opaque[stuck] = sketch(model, stuck, args, kwargs)
+            return False
+    return True
+
+
+def _told(cut: Cut, training: bool, error: Exception) -> SplitError:
+    """Say where it was that the model's own code failed."""
+    if isinstance(error, SplitError):
+        return error
+    return SplitError(
+        f"split at {cut}: in {'train' if training else 'eval'} mode the model fails on the example with its recycled "
+        f"layers left out ({type(error).__name__}: {error}); give an example that it can train on, or cut elsewhere"
+    )
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """Return a copy of the modules and buffers of `model` that shares its parameters."""
+    return copy.deepcopy(model, {id(item): item for item in model.parameters()})
+
+
+def _add(plan: Plan, lack: Lacking) -> None:
+    new = [
+        need
+        for need in lack.needs
+        if need not in plan.sources and not (isinstance(need, Weight) and need.name in plan.kept)
+    ]
+    if not new:
+        raise SplitError(f"no state at {plan.cut} gives the suffix what it reads: {lack.needs}; cut elsewhere")
+    for need in new:
+        if isinstance(need, Weight):
+            plan.kept.append(need.name)
+        else:
+            plan.sources.append(need)
+
+
+def _survey(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwargs) -> Plan:
+    """See what is read and called before the cut; what is read there is frozen."""
+    with Reads(model) as reads:
+        record(model, [Tap(cut, ())], args, kwargs)
+    start = next(call.start for call in trace.calls if (call.path, call.index) == (cut.path, cut.call))
+    before = list(dict.fromkeys(call.path for call in trace.calls if call.start < start))
+    after = {call.path for call in trace.calls if call.end > start}
+    unused = _held(model, set(before) - after) - trace.reads
+    return Plan(cut, _tied(model, reads.names | unused), sorted(reads.names), before, after)
+
+
+def _held(model: nn.Module, paths: set[str]) -> set[str]:
+    """The parameters that the modules at `paths` hold themselves."""
+    return {name for name, _ in model.named_parameters(remove_duplicate=False) if name.rpartition(".")[0] in paths}
+
+
+def _tied(model: nn.Module, frozen: set[str]) -> dict[str, str]:
+    """Every name of the frozen parameters -> the canonical name, under which the model lists it once."""
+    canonical = {id(item): name for name, item in model.named_parameters()}
+    everything = list(model.named_parameters(remove_duplicate=False))
+    identities = {id(item) for name, item in everything if name in frozen}
+    return {name: canonical[id(item)] for name, item in everything if id(item) in identities}
