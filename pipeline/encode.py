@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -85,16 +85,19 @@ class Costs:
     forward_samples: dict[int, int] = field(default_factory=dict)
     writing: dict[int, float] = field(default_factory=dict)
 
-    def seconds_per_sample(self, cut: int) -> dict[str, float] | None:
-        """Return what one sample costs at `cut` by step, or None where nothing was encoded for it."""
+    def of(self, cut: int) -> dict[str, Any]:
+        """Return how many samples were encoded for `cut`, and what one of them cost by step."""
         count = self.forward_samples.get(cut, 0)
-        if not count:
-            return None
-        return {
-            "read": self.reading / self.samples,
-            "forward": self.forward[cut] / count,
-            "write": self.writing.get(cut, 0.0) / count,
-        }
+        seconds = (
+            {
+                "read": self.reading / self.samples,
+                "forward": self.forward[cut] / count,
+                "write": self.writing.get(cut, 0.0) / count,
+            }
+            if count
+            else {}
+        )
+        return {"samples": count, "seconds_per_sample": seconds}
 
 
 @dataclass

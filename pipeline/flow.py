@@ -180,19 +180,22 @@ def _write_quarantine(path: Path, bad: Sequence[BadSample]) -> None:
 
 
 def _write_costs(project: Project, prefixes: Sequence[Prefix], stores: Sequence[Store], done: Encoded) -> None:
-    """Write results/encode.json. Times are those of the last run that encoded something for the cut."""
+    """Write results/encode.json. Of all runs under a recipe, the one that encoded most says what a sample costs."""
     path = project.results / "encode.json"
     before: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
     cuts = {}
     for number, (cut, prefix, store) in enumerate(zip(project.encode.cuts, prefixes, stores, strict=True)):
         samples = len(store.keys())
-        seconds = done.costs.seconds_per_sample(number) or before.get(str(cut), {}).get("seconds_per_sample", {})
+        measured = {"recipe": store.recipe.digest, **done.costs.of(number)}
+        known = before.get(str(cut), {}).get("measured", measured)
+        if known["recipe"] == measured["recipe"] and known["samples"] > measured["samples"]:
+            measured = known
         cuts[str(cut)] = {
             "at": str(prefix.cut),
             "samples": samples,
             "state_bytes_per_sample": store.nbytes() / max(1, samples),
-            "seconds_per_sample": seconds,
-            "encode_seconds": sum(seconds.values()) * samples,
+            "encode_seconds": sum(measured["seconds_per_sample"].values()) * samples if measured["samples"] else None,
+            "measured": measured,
         }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"bad": len(done.bad), "cuts": cuts}, indent=2) + "\n")

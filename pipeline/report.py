@@ -38,8 +38,8 @@ class Cost:
     """What `encode` measured for one cut."""
 
     state_bytes_per_sample: float
-    encode_seconds: float
-    """Read, forward and write time of all samples for this cut alone, without overlap."""
+    encode_seconds: float | None
+    """Read, forward and write time of all samples for this cut alone, without overlap; None where none was timed."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Row:
     metric: str
     value: float
     state_bytes_per_sample: int
-    encode_seconds: float
+    encode_seconds: float | None
     train_seconds_per_epoch: float
     epochs: int
     speedup_over_full: float | None
@@ -81,7 +81,9 @@ def _row(run: Run, cost: Cost, full: float | None) -> Row:
         epochs=len(run.history),
         speedup_over_full=full / run.train_seconds_per_epoch if full else None,
         speedup_over_frozen=(run.train_seconds_per_epoch + saved) / run.train_seconds_per_epoch,
-        break_even_epoch=math.floor(cost.encode_seconds / saved) + 1 if saved else None,
+        break_even_epoch=None
+        if not saved or cost.encode_seconds is None
+        else math.floor(cost.encode_seconds / saved) + 1,
     )
 
 
@@ -94,26 +96,26 @@ def table(rows: Sequence[Row]) -> str:
             "recycled": frame["recycled"].map("{:.0%}".format),
             rows[0].metric: frame["value"].map("{:.3f}".format),
             "bytes/sample": frame["state_bytes_per_sample"].map("{:,}".format),
-            "encode s": frame["encode_seconds"].map("{:.1f}".format),
+            "encode s": frame["encode_seconds"].map(_rounded),
             "train s/epoch": frame["train_seconds_per_epoch"].map("{:.2f}".format),
             "epochs": frame["epochs"].astype(str),
-            "x full": frame["speedup_over_full"].map(_times),
-            "x frozen": frame["speedup_over_frozen"].map(_times),
+            "x full": frame["speedup_over_full"].map(_rounded),
+            "x frozen": frame["speedup_over_frozen"].map(_rounded),
             "break-even epoch": frame["break_even_epoch"].map(lambda epoch: "-" if pd.isna(epoch) else f"{epoch:.0f}"),
         }
     )
     return shown.to_string(index=False)
 
 
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None or pd.isna(ratio) else f"{ratio:.1f}"
+def _rounded(value: float | None) -> str:
+    return "-" if value is None or pd.isna(value) else f"{value:.1f}"
 
 
 def curves(runs: Sequence[Run], costs: Mapping[str, Cost]) -> pd.DataFrame:
     """Return the metric of every epoch of every run against the seconds spent until then, encode included."""
     lines = []
     for run in runs:
-        seconds = costs[str(run.cut)].encode_seconds
+        seconds = costs[str(run.cut)].encode_seconds or 0.0
         for epoch, row in enumerate(run.history, start=1):
             seconds += row["train/seconds"]
             lines.append(

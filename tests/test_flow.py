@@ -90,6 +90,8 @@ def test_ten_more_images_encode_ten_and_leave_what_was(folder: Path, caplog: pyt
     assert encoded(caplog) == [10, 10, 10]
     after, more = tiny.files(folder / "data/activations"), SampleTable.read(folder / "data/samples.parquet")
     assert before.items() < after.items()
+    costs = json.loads((folder / "results/encode.json").read_text())["cuts"]["0.5"]
+    assert (costs["samples"], costs["measured"]["samples"]) == (70, 60)
     split = dict(zip(more.source, more.split, strict=True))
     assert all(split[name] == where for name, where in zip(table.source, table.split, strict=True))
 

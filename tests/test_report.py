@@ -40,6 +40,12 @@ def test_without_full_fine_tuning_there_is_nothing_to_compare_with() -> None:
     assert " - " in table([half])
 
 
+def test_an_encode_that_was_never_timed_says_nothing_of_break_even() -> None:
+    (half,) = summarise([HALF], {"0.5": Cost(2048.0, None)})
+    assert half.encode_seconds is None
+    assert half.break_even_epoch is None
+
+
 def test_the_table_has_a_line_per_run() -> None:
     lines = table(summarise([FULL, HALF], COSTS)).splitlines()
     assert len(lines) == 3
