@@ -148,6 +148,7 @@ def test_a_store_of_other_settings_is_never_trained_on(folder: Path, caplog: pyt
     with pytest.raises(StaleStoreError, match="weights"):
         train_project(project(folder, model={"backbone": "tiny:conv_net", "seed": 1}), "0.5")
     caplog.set_level("INFO", logger="recycle")
+    caplog.clear()
     encode_project(project(folder, preprocess=other))
     assert encoded(caplog) == [60, 60, 60]
     train_project(project(folder, preprocess=other), "0.5")
