@@ -24,7 +24,8 @@ from common import digits
 from PIL import Image
 
 from pipeline.data import Row, Source
-from pipeline.encode import EncodeConfig, encode
+from pipeline.encode import encode
+from pipeline.encoder import EncodeConfig
 from pipeline.feed import decode, key_contents
 from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.recipe import recipe_of

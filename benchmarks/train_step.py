@@ -21,7 +21,8 @@ from common import DIGITS, digits
 
 from pipeline import order
 from pipeline.data import build
-from pipeline.encode import EncodeConfig, encode
+from pipeline.encode import encode
+from pipeline.encoder import EncodeConfig
 from pipeline.feed import decode_rows, key_contents
 from pipeline.loader import Batch, Loader
 from pipeline.models import ModelConfig, PreprocessConfig, load

@@ -1,123 +1,24 @@
 """Flow 1: raw data -> sample -> key -> prefix -> state -> segment -> store.
 
-`encode` keys every sample, plans what each store lacks, and runs the units of the plan. Three things overlap: worker
-processes read and preprocess, this process runs the prefix, and a thread writes segments. A unit is committed whole,
-and the plan depends on nothing but the keys and what is committed: a rerun after a kill makes the same segments.
+`encode` plans what each store lacks, and has the units of the plan run by the encoder. A unit is committed whole, and
+the plan depends on nothing but the keys and what is committed: a rerun after a kill makes the same segments.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from pydantic import Field, field_validator
-from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.config import Section
 from pipeline.data.source import Source
-from pipeline.feed import BadSample, Decoded, Keyed, decode, decode_rows, unstack
+from pipeline.encoder import EncodeConfig, Encoded, Encoder
+from pipeline.feed import BadSample, Keyed
 from pipeline.models import Preprocess
-from pipeline.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
-from pipeline.split import Capture, Prefix, capture
+from pipeline.split import Prefix
 from pipeline.store import Store
-from pipeline.unit import Unit, UnitBuffer, plan
-
-UNITS_IN_FLIGHT = 2
-"""Finished units that may wait for the writer; with the one being computed they bound the encoder's memory."""
-
-
-class EncodeConfig(Section):
-    """How states are made. Of these settings only the cuts, `dtype` and `precision` decide what is stored."""
-
-    cuts: list[float | int | str] = Field(min_length=1)
-    """Where to split: a fraction of the blocks (0.5), or a module path ("layer3"). One pass serves all of them."""
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Type states are stored in; a tensor that leaves float16's range is stored as bfloat16."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type the prefix computes in: below float32 under autocast."""
-    batch_size: int = Field(default=64, ge=1)
-    """Samples per forward pass of the prefix."""
-    segment_samples: int = Field(default=512, ge=1)
-    """Samples per segment: the unit of work that is committed whole."""
-    workers: int = Field(default=1, ge=0)
-    """Processes that read and preprocess samples; 0 does it in this process."""
-    device: str = "auto"
-    """"auto" (the accelerator if there is one), "cpu", "cuda:0", ..."""
-    channels_last: bool = False
-    """Run image backbones in channels-last memory format: faster on most accelerators."""
-    max_bad: int | float = Field(default=0, ge=0)
-    """Bad samples tolerated before the run ends with exit code 3: a count, or below 1 a fraction of the data set."""
-
-    @field_validator("cuts")
-    @classmethod
-    def _distinct(cls, cuts: list[float | int | str]) -> list[float | int | str]:
-        for cut in cuts:
-            if isinstance(cut, (int, float)) and not 0 <= cut <= 1:
-                raise ValueError(f"a fraction of the blocks lies in 0..1, {cut} does not; a module path is a string")
-            if isinstance(cut, str) and not is_module_path(cut):
-                raise ValueError(f"{cut!r} is no module path: names joined by dots, as in encoder.layer.6")
-        if len({str(cut) for cut in cuts}) != len(cuts):
-            raise ValueError("a cut is listed twice; name each once")
-        return cuts
-
-
-def is_module_path(text: str) -> bool:
-    """Tell whether `text` can name a module. A cut names a directory too, so nothing else may pass."""
-    return all(part.replace("_", "a").isalnum() for part in text.split("."))
-
-
-@dataclass
-class Costs:
-    """Seconds spent, added up over the samples of a run."""
-
-    samples: int = 0
-    reading: float = 0.0
-    """Time the prefix waited for samples."""
-    forward: dict[int, float] = field(default_factory=dict)
-    """Per cut, the forward time from the inputs to the cut."""
-    forward_samples: dict[int, int] = field(default_factory=dict)
-    writing: dict[int, float] = field(default_factory=dict)
-
-    def of(self, cut: int) -> dict[str, Any]:
-        """Return how many samples were encoded for `cut`, and what one of them cost by step."""
-        count = self.forward_samples.get(cut, 0)
-        seconds = (
-            {
-                "read": self.reading / self.samples,
-                "forward": self.forward[cut] / count,
-                "write": self.writing.get(cut, 0.0) / count,
-            }
-            if count
-            else {}
-        )
-        return {"samples": count, "seconds_per_sample": seconds}
-
-
-@dataclass
-class Encoded:
-    """What a run of `encode` did."""
-
-    keys: np.ndarray
-    """Key of every row of the data set, (N, 16) uint8."""
-    new: list[int]
-    """Samples encoded for each cut."""
-    promoted: list[set[str]]
-    """Per cut, the state tensors that left float16's range in some segment and were stored as bfloat16 there."""
-    bad: list[BadSample] = field(default_factory=list)
-    costs: Costs = field(default_factory=Costs)
-    seconds: float = 0.0
-
-    @property
-    def good(self) -> np.ndarray:
-        """Rows whose states are in the stores, (n,) int64."""
-        return np.setdiff1d(np.arange(len(self.keys)), [sample.row for sample in self.bad])
+from pipeline.unit import plan
 
 
 def encode(
@@ -147,173 +48,7 @@ def encode(
     return done
 
 
-class Encoder:
-    """Runs units: the same unit gives the same segments, whoever runs it."""
-
-    def __init__(
-        self,
-        source: Source,
-        preprocess: Preprocess,
-        prefixes: Sequence[Prefix],
-        stores: Sequence[Store],
-        config: EncodeConfig,
-        probes: np.ndarray,
-    ) -> None:
-        """Prepare to run units; `probes` are the rows on which it is found out how ragged states are trimmed."""
-        self.source, self.preprocess, self.probes = source, preprocess, probes
-        self.prefixes, self.stores, self.config = prefixes, stores, config
-        self.device = model_device(prefixes)
-        self.captures: dict[tuple[int, ...], Capture] = {}
-        self.trimmings: dict[int, Trimming] = {}
-
-    def run(self, units: Sequence[Unit], done: Encoded) -> Iterator[tuple[Unit, list[BadSample]]]:
-        """Encode `units`; yield each, with the samples it set aside, once its segments are committed."""
-        size = self.config.batch_size
-        chunks = [unit.rows[begin : begin + size] for unit in units for begin in range(0, len(unit.rows), size)]
-        decoded = decode(self.source, self.preprocess, chunks, workers=self.config.workers)
-        waiting: list[tuple[Unit, list[BadSample], Future[None]]] = []
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="segment-writer") as pool:
-            for unit in units:
-                buffers, bad = self._encode(unit, decoded, done.costs)
-                waiting.append((unit, bad, pool.submit(self._write, unit, buffers, done)))
-                while len(waiting) > UNITS_IN_FLIGHT:
-                    yield _committed(waiting.pop(0))
-            while waiting:
-                yield _committed(waiting.pop(0))
-
-    def _encode(self, unit: Unit, decoded: Iterator[Decoded], costs: Costs) -> tuple[list[UnitBuffer], list[BadSample]]:
-        """Run the prefix over one unit. Samples of unequal shapes wait for its end, to be batched by length."""
-        buffers = [UnitBuffer(unit.rows) for _ in unit.cuts]
-        bad: list[BadSample] = []
-        ragged: list[tuple[int, Sample]] = []
-        for _ in range(0, len(unit.rows), self.config.batch_size):
-            start = time.perf_counter()
-            chunk = next(decoded)
-            costs.reading += time.perf_counter() - start
-            bad += chunk.bad
-            if isinstance(chunk.inputs, dict):
-                self._forward(unit.cuts, buffers, chunk.rows, chunk.inputs, None, costs)
-            else:
-                ragged += zip(chunk.rows.tolist(), chunk.inputs, strict=True)
-        for places in self._alike_in_padding(unit.cuts) if ragged else []:
-            cuts, own = tuple(unit.cuts[i] for i in places), [buffers[i] for i in places]
-            for rows, samples in self._by_length(ragged, pads=self._trimming(cuts[0]).pads):
-                self._forward(cuts, own, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
-        costs.samples += len(unit.rows)
-        infinite = set().union(*(buffer.infinite for buffer in buffers))
-        bad += [
-            BadSample(row, self.source.row(row).source, "its state holds NaN or infinity") for row in sorted(infinite)
-        ]
-        for buffer in buffers:
-            buffer.drop({sample.row for sample in bad})
-        return buffers, bad
-
-    def _forward(
-        self,
-        cuts: tuple[int, ...],
-        buffers: list[UnitBuffer],
-        rows: np.ndarray,
-        batch: dict[str, Tensor],
-        samples: list[Sample] | None,
-        costs: Costs,
-    ) -> None:
-        if cuts not in self.captures:
-            self.captures[cuts] = capture([self.prefixes[cut] for cut in cuts])
-        run = self.captures[cuts]
-        with autocast(self.config.precision, self.device):
-            states = run(**to_device(batch, self.device, self.config))
-        for cut, state, buffer, seconds in zip(cuts, states, buffers, run.elapsed, strict=True):
-            whole: dict[str, Tensor | list[Tensor]] = dict(state)
-            tensors = whole if samples is None else self._trimming(cut)(state, samples)
-            buffer.put(rows, {f"state.{name}": tensor for name, tensor in tensors.items()})
-            buffer.put(rows, _suffix_inputs(batch, samples))
-            costs.forward[cut] = costs.forward.get(cut, 0.0) + seconds
-            costs.forward_samples[cut] = costs.forward_samples.get(cut, 0) + len(rows)
-
-    def _alike_in_padding(self, cuts: tuple[int, ...]) -> list[list[int]]:
-        """Divide places in `cuts` by whether padding may be used: a cut's bytes must not depend on its company."""
-        pads = [self._trimming(cut).pads for cut in cuts]
-        return [[i for i, one in enumerate(pads) if one is choice] for choice in (True, False) if choice in pads]
-
-    def _by_length(self, ragged: list[tuple[int, Sample]], *, pads: bool) -> Iterator[tuple[np.ndarray, list[Sample]]]:
-        """Group samples into batches of similar length, or of equal shapes where padding may not be used."""
-        ragged = sorted(ragged, key=lambda item: (shapes(item[1]), item[0]))
-        batch: list[tuple[int, Sample]] = []
-        for item in ragged:
-            if len(batch) == self.config.batch_size or (batch and not pads and shapes(batch[0][1]) != shapes(item[1])):
-                yield _unzip(batch)
-                batch = []
-            batch.append(item)
-        if batch:
-            yield _unzip(batch)
-
-    def _trimming(self, cut: int) -> Trimming:
-        """How this cut's states are trimmed, found on the shortest and the longest samples of the data set."""
-        if cut not in self.trimmings:
-            samples = unstack(decode_rows(self.source, self.preprocess, self.probes).inputs)
-            prefix = self.prefixes[cut]
-
-            def run(**batch: Tensor) -> dict[str, Tensor]:
-                with autocast(self.config.precision, self.device):
-                    return prefix(**to_device(batch, self.device, self.config))
-
-            exact = self.config.precision == "float32"
-            self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, exact=exact)
-        return self.trimmings[cut]
-
-    def _write(self, unit: Unit, buffers: list[UnitBuffer], done: Encoded) -> None:
-        for cut, buffer in zip(unit.cuts, buffers, strict=True):
-            start = time.perf_counter()
-            rows, tensors = buffer.finish()
-            if len(rows):
-                info = self.stores[cut].write_segment(done.keys[rows], tensors)
-                done.promoted[cut].update(info.promoted)
-            done.costs.writing[cut] = done.costs.writing.get(cut, 0.0) + time.perf_counter() - start
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which the model computes in `precision` on `device`."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, precision))
-
-
-def model_device(prefixes: Sequence[Prefix]) -> torch.device:
-    """Return the device of the prefixes' weights; a prefix without any (cut 0) runs wherever its inputs are."""
-    return next((tensor.device for prefix in prefixes for tensor in prefix.weights().values()), torch.device("cpu"))
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device, config: EncodeConfig) -> dict[str, Tensor]:
-    """Return `batch` on `device`, images in channels-last format where asked for."""
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    if not config.channels_last:
-        return moved
-    return {name: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for name, t in moved.items()}
-
-
-def _suffix_inputs(batch: dict[str, Tensor], samples: list[Sample] | None) -> dict[str, Tensor | list[Tensor]]:
-    """What the suffix gets besides the state: ids and masks as they are, of floating-point inputs the shape alone."""
-    inputs: dict[str, Tensor | list[Tensor]] = {}
-    for name, tensor in batch.items():
-        own = list(tensor) if samples is None else [sample[name] for sample in samples]
-        if tensor.is_floating_point():
-            inputs[f"shape.{name}"] = torch.tensor([list(one.shape) for one in own], dtype=torch.int32)
-        else:
-            inputs[f"input.{name}"] = tensor if samples is None else own
-    return inputs
-
-
 def _alike(sample: BadSample, keys: np.ndarray) -> list[BadSample]:
     """`sample` and every other row with the same content."""
     rows = np.flatnonzero((keys == keys[sample.row]).all(1))
     return [BadSample(int(row), sample.source, sample.reason) for row in rows]
-
-
-def _committed(item: tuple[Unit, list[BadSample], Future[None]]) -> tuple[Unit, list[BadSample]]:
-    unit, bad, written = item
-    written.result()
-    return unit, bad
-
-
-def _unzip(batch: list[tuple[int, Sample]]) -> tuple[np.ndarray, list[Sample]]:
-    return np.asarray([row for row, _ in batch], np.int64), [sample for _, sample in batch]

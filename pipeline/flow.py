@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pipeline import order
 from pipeline.data import SampleTable, Source, build, open_source
-from pipeline.encode import Encoded, encode
+from pipeline.encode import encode
+from pipeline.encoder import Encoded
 from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import BadSample, Keyed, decode_rows, key_contents, unstack
 from pipeline.files import sha256

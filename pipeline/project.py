@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config import Section, load_sections
 from pipeline.data import DataConfig, SampleTable
-from pipeline.encode import EncodeConfig
+from pipeline.encoder import EncodeConfig
 from pipeline.errors import ConfigError
 from pipeline.keys import Recipe
 from pipeline.loader import Loader

@@ -7,14 +7,12 @@ have had.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import statistics
 import time
 from collections.abc import Iterable, Sized
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,12 +20,13 @@ import torch
 from accelerate import Accelerator
 from dvclive.live import Live
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scmrepo.exceptions import SCMError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
+from pipeline.checkpoint import resume, save
 from pipeline.config import Section
 from pipeline.errors import TrainError
 from pipeline.loader import Batch
@@ -106,31 +105,6 @@ class Objective(nn.Module):
         return loss
 
 
-@dataclass
-class Progress:
-    """Where a run stands; written after every epoch, beside what accelerate saves."""
-
-    epoch: int = 0
-    best: float = float("-inf")
-    best_epoch: int = 0
-    initial: float | None = None
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def take(self, row: dict[str, float], value: float) -> bool:
-        """Add an epoch's figures; tell whether `value` is the best so far."""
-        self.epoch += 1
-        self.history.append(row)
-        better = value > self.best
-        if better:
-            self.best, self.best_epoch = value, self.epoch
-        return better
-
-    def exhausted(self, config: TrainConfig) -> bool:
-        """Tell whether training is over."""
-        waited = self.epoch - self.best_epoch
-        return self.epoch >= config.epochs or (config.patience is not None and waited >= config.patience)
-
-
 def fit(
     suffix: Suffix,
     task: Task,
@@ -152,14 +126,14 @@ def fit(
     optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))
     scheduler = _schedule(optimizer, config, steps=config.epochs * len(training))
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
-    progress = _resume(accelerator, checkpoint)
+    progress = resume(accelerator, checkpoint)
     if progress.initial is None:
         progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
     out.mkdir(parents=True, exist_ok=True)
     with _open_live(out) as live:
         for row in progress.history:
             _log(live, row)
-        while not progress.exhausted(config):
+        while not progress.exhausted(config.epochs, config.patience):
             training.set_epoch(progress.epoch)
             start = time.perf_counter()
             loss = _train_epoch(objective, training, optimizer, scheduler, accelerator, config, progress.epoch)
@@ -168,7 +142,7 @@ def fit(
             row = {"train/loss": loss, "train/seconds": seconds} | {f"validation/{k}": v for k, v in metrics.items()}
             better = progress.take(row, metrics[task.monitor])
             _log(live, row)
-            _save(accelerator, suffix, checkpoint, progress, better=better)
+            save(accelerator, suffix, checkpoint, progress, better=better)
     best = config.keep == "best"
     shutil.copyfile(checkpoint / ("best.safetensors" if best else "last.safetensors"), out / "model.safetensors")
     suffix.load_state_dict(load_file(out / "model.safetensors"))
@@ -278,29 +252,3 @@ def _log(live: Live, row: dict[str, float]) -> None:
     for name, value in row.items():
         live.log_metric(name, value)
     live.next_step()  # type: ignore[no-untyped-call]
-
-
-def _resume(accelerator: Accelerator, checkpoint: Path) -> Progress:
-    """Load what a killed run of this folder left, if anything."""
-    latest = next((folder for name in ("latest", "previous") if (folder := checkpoint / name).exists()), None)
-    if latest is None:
-        return Progress()
-    accelerator.load_state(str(latest))
-    return Progress(**json.loads((latest / "progress.json").read_text()))
-
-
-def _save(accelerator: Accelerator, suffix: Suffix, checkpoint: Path, progress: Progress, *, better: bool) -> None:
-    """Commit the epoch: everything is written beside, the folder `latest` is swapped by renames, last."""
-    beside, latest, previous = (checkpoint / name for name in ("beside", "latest", "previous"))
-    shutil.rmtree(beside, ignore_errors=True)
-    accelerator.save_state(str(beside), safe_serialization=True)
-    (beside / "progress.json").write_text(json.dumps(asdict(progress)))
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in suffix.state_dict().items()}
-    for name in ["last", "best"] if better else ["last"]:
-        save_file(weights, checkpoint / f".{name}.safetensors")
-        os.replace(checkpoint / f".{name}.safetensors", checkpoint / f"{name}.safetensors")
-    shutil.rmtree(previous, ignore_errors=True)
-    if latest.exists():
-        os.rename(latest, previous)
-    os.rename(beside, latest)
-    shutil.rmtree(previous, ignore_errors=True)

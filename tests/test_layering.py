@@ -16,7 +16,8 @@ FLOORS = [
     {"pipeline.flow", "pipeline.export"},
     {"pipeline.project"},
     {"pipeline.train", "pipeline.encode", "pipeline.report"},
-    {"pipeline.loader", "pipeline.recipe", "pipeline.timing", "pipeline.unit"},
+    {"pipeline.checkpoint", "pipeline.encoder", "pipeline.loader", "pipeline.recipe", "pipeline.timing"},
+    {"pipeline.unit"},
     {"pipeline.feed"},
     {"pipeline.ragged"},
     {"pipeline.models", "pipeline.store"},
@@ -31,7 +32,7 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 DOORS = {
     "click": {"stages"},
     "dvclive": {"pipeline.train"},
-    "accelerate": {"pipeline.train", "pipeline.flow"},
+    "accelerate": {"pipeline.checkpoint", "pipeline.flow", "pipeline.train"},
     "matplotlib": {"pipeline.report"},
     "numcodecs": {"pipeline.store"},
     "pyarrow": {"pipeline.data"},

@@ -1,0 +1,65 @@
+"""What a killed training run goes on from: written after every epoch, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from pipeline.split import Suffix
+
+
+@dataclass
+class Progress:
+    """Where a run stands; written after every epoch, beside what accelerate saves."""
+
+    epoch: int = 0
+    best: float = float("-inf")
+    best_epoch: int = 0
+    initial: float | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def take(self, row: dict[str, float], value: float) -> bool:
+        """Add an epoch's figures; tell whether `value` is the best so far."""
+        self.epoch += 1
+        self.history.append(row)
+        better = value > self.best
+        if better:
+            self.best, self.best_epoch = value, self.epoch
+        return better
+
+    def exhausted(self, epochs: int, patience: int | None) -> bool:
+        """Tell whether training is over: all `epochs` are done, or the last `patience` brought nothing better."""
+        waited = self.epoch - self.best_epoch
+        return self.epoch >= epochs or (patience is not None and waited >= patience)
+
+
+def resume(accelerator: Accelerator, checkpoint: Path) -> Progress:
+    """Load what a killed run of this folder left, if anything."""
+    latest = next((folder for name in ("latest", "previous") if (folder := checkpoint / name).exists()), None)
+    if latest is None:
+        return Progress()
+    accelerator.load_state(str(latest))
+    return Progress(**json.loads((latest / "progress.json").read_text()))
+
+
+def save(accelerator: Accelerator, suffix: Suffix, checkpoint: Path, progress: Progress, *, better: bool) -> None:
+    """Commit the epoch: everything is written beside, the folder `latest` is swapped by renames, last."""
+    beside, latest, previous = (checkpoint / name for name in ("beside", "latest", "previous"))
+    shutil.rmtree(beside, ignore_errors=True)
+    accelerator.save_state(str(beside), safe_serialization=True)
+    (beside / "progress.json").write_text(json.dumps(asdict(progress)))
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in suffix.state_dict().items()}
+    for name in ["last", "best"] if better else ["last"]:
+        save_file(weights, checkpoint / f".{name}.safetensors")
+        os.replace(checkpoint / f".{name}.safetensors", checkpoint / f"{name}.safetensors")
+    shutil.rmtree(previous, ignore_errors=True)
+    if latest.exists():
+        os.rename(latest, previous)
+    os.rename(beside, latest)
+    shutil.rmtree(previous, ignore_errors=True)
