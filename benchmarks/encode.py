@@ -75,7 +75,9 @@ def measure(
     backbone = load(model, PreprocessConfig(image_size=size), Head("classes", 10))
     config = EncodeConfig(cuts=[at], workers=workers)
     chunks = [np.arange(i, min(i + config.batch_size, len(source))) for i in range(0, len(source), config.batch_size)]
-    batches = [chunk.inputs for chunk in decode(source, backbone.preprocess, chunks, workers=0)]
+    batches = [
+        backbone.preprocess.finish(chunk.inputs) for chunk in decode(source, backbone.preprocess, chunks, workers=0)
+    ]
     prefix, _ = split(backbone.model, at=at, example={n: t[:2] for n, t in batches[0].items()})
     recipe = recipe_of(prefix, backbone.preprocess.recipe(), storage="raw:float16", compute_dtype="float32")
     bare, whole = [], []

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import DIGITS, digits
+from torch.utils.data import default_collate
 
 from pipeline import order
 from pipeline.data import build
 from pipeline.encode import encode
 from pipeline.encoder import EncodeConfig
-from pipeline.feed import decode_rows, key_contents
+from pipeline.feed import decode_samples, key_contents
 from pipeline.loader import Batch, Loader
 from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.recipe import recipe_of
@@ -66,7 +67,7 @@ def measure(cut: float, options: argparse.Namespace) -> tuple[float, float]:
         PreprocessConfig(image_size=96),
         task.head(table),
     )
-    example = decode_rows(source, backbone.preprocess, np.arange(2)).inputs
+    example = default_collate(decode_samples(source, backbone.preprocess, np.arange(2)))
     prefix, suffix = split(backbone.model, at=cut, example=example)
     recipe = recipe_of(prefix, backbone.preprocess.recipe(), storage="raw:float16", compute_dtype="float32")
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.config import Section
 from pipeline.data.source import Source
-from pipeline.feed import BadSample, Decoded, decode, decode_rows, unstack
+from pipeline.feed import BadSample, Decoded, decode, decode_samples
 from pipeline.models import Preprocess
 from pipeline.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
 from pipeline.split import Capture, Prefix, capture
@@ -190,8 +190,11 @@ class Encoder:
         if cuts not in self.captures:
             self.captures[cuts] = capture([self.prefixes[cut] for cut in cuts])
         run = self.captures[cuts]
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        if samples is None:
+            batch = self.preprocess.finish(batch)
         with autocast(self.config.precision, self.device):
-            states = run(**to_device(batch, self.device, self.config))
+            states = run(**in_format(batch, self.config))
         for cut, state, buffer, seconds in zip(cuts, states, buffers, run.elapsed, strict=True):
             whole: dict[str, Tensor | list[Tensor]] = dict(state)
             tensors = whole if samples is None else self._trimming(cut)(state, samples)
@@ -220,12 +223,13 @@ class Encoder:
     def _trimming(self, cut: int) -> Trimming:
         """How this cut's states are trimmed, found on the shortest and the longest samples of the data set."""
         if cut not in self.trimmings:
-            samples = unstack(decode_rows(self.source, self.preprocess, self.probes).inputs)
+            samples = decode_samples(self.source, self.preprocess, self.probes)
             prefix = self.prefixes[cut]
 
             def run(**batch: Tensor) -> dict[str, Tensor]:
                 with autocast(self.config.precision, self.device):
-                    return prefix(**to_device(batch, self.device, self.config))
+                    on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                    return prefix(**in_format(on_device, self.config))
 
             exact = self.config.precision == "float32"
             self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, exact=exact)
@@ -253,12 +257,11 @@ def model_device(prefixes: Sequence[Prefix]) -> torch.device:
     return next((tensor.device for prefix in prefixes for tensor in prefix.weights().values()), torch.device("cpu"))
 
 
-def to_device(batch: dict[str, Tensor], device: torch.device, config: EncodeConfig) -> dict[str, Tensor]:
-    """Return `batch` on `device`, images in channels-last format where asked for."""
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+def in_format(batch: dict[str, Tensor], config: EncodeConfig) -> dict[str, Tensor]:
+    """Return `batch`, images in channels-last format where asked for."""
     if not config.channels_last:
-        return moved
-    return {name: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for name, t in moved.items()}
+        return batch
+    return {name: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for name, t in batch.items()}
 
 
 def _suffix_inputs(batch: dict[str, Tensor], samples: list[Sample] | None) -> dict[str, Tensor | list[Tensor]]:

@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from pipeline.data.source import Source
@@ -37,7 +36,8 @@ class Decoded:
     rows: np.ndarray
     """Rows of the good samples, (n,) int64."""
     inputs: dict[str, Tensor] | list[Sample]
-    """Stacked along a new first axis where all have equal shapes, else one by one."""
+    """Where all are alike, stacked along a new first axis and still to be finished (`Preprocess.finish`), on whatever
+    device the batch goes to. Else one by one, finished."""
     bad: list[BadSample]
 
 
@@ -113,22 +113,29 @@ def decode_rows(source: Source, preprocess: Preprocess, rows: np.ndarray) -> Dec
     good, samples, bad = [], [], []
     for row in rows.tolist():
         try:
-            samples.append(preprocess(source.content(row)))
+            samples.append(preprocess.begin(source.content(row)))
             good.append(row)
         except Exception as error:
             bad.append(_set_aside(source, row, error))
-    alike = len({shapes(sample) for sample in samples}) == 1
-    inputs = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]} if alike else samples
+    kinds = {(shapes(sample), tuple(tensor.dtype for tensor in sample.values())) for sample in samples}
+    inputs = default_collate(samples) if len(kinds) == 1 else [_finished(preprocess, sample) for sample in samples]
     return Decoded(np.asarray(good, np.int64), inputs, bad)
+
+
+def decode_samples(source: Source, preprocess: Preprocess, rows: np.ndarray) -> list[Sample]:
+    """Read and preprocess `rows` in this process, sample by sample, without the bad ones."""
+    inputs = decode_rows(source, preprocess, rows).inputs
+    if isinstance(inputs, list):
+        return inputs
+    batch = preprocess.finish(inputs)
+    return [dict(zip(batch, tensors, strict=True)) for tensors in zip(*batch.values(), strict=True)]
+
+
+def _finished(preprocess: Preprocess, sample: Sample) -> Sample:
+    batch = preprocess.finish({name: tensor.unsqueeze(0) for name, tensor in sample.items()})
+    return {name: tensor.squeeze(0) for name, tensor in batch.items()}
 
 
 def _set_aside(source: Source, row: int, error: Exception) -> BadSample:
     reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
     return BadSample(row, source.row(row).source, " ".join(reason.split()))
-
-
-def unstack(inputs: dict[str, Tensor] | list[Sample]) -> list[Sample]:
-    """Return decoded inputs sample by sample."""
-    if isinstance(inputs, list):
-        return inputs
-    return [dict(zip(inputs, tensors, strict=True)) for tensors in zip(*inputs.values(), strict=True)]

@@ -23,7 +23,7 @@ from pipeline.data import SampleTable, Source, build, open_source
 from pipeline.encode import encode
 from pipeline.encoder import Encoded
 from pipeline.errors import DataError, StaleStoreError
-from pipeline.feed import BadSample, Keyed, decode_rows, key_contents, unstack
+from pipeline.feed import BadSample, Keyed, decode_samples, key_contents
 from pipeline.files import sha256
 from pipeline.keys import Recipe, digest
 from pipeline.loader import Loader, place
@@ -135,7 +135,7 @@ def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> dict[s
     """The shortest and the longest samples: the batch on which a split is proved."""
     preprocess = bench.backbone.preprocess
     for rows in (keyed.extremes(), keyed.good[:64]):
-        samples = unstack(decode_rows(source, preprocess, rows).inputs)
+        samples = decode_samples(source, preprocess, rows)
         if samples:
             samples = [samples[0], samples[-1]] if len(samples) > 1 else samples * 2
             device = next(bench.backbone.model.parameters()).device

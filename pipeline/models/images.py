@@ -49,12 +49,20 @@ class ImagePreprocess(Preprocess):
                 v2.Resize(before, interpolation=mode, antialias=True),
                 v2.CenterCrop(self.size),
                 v2.ToImage(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(self.mean, self.std),
             ]
         )
+        self._scale, self._normalise = v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std, True)
 
     def __call__(self, content: object) -> dict[str, Tensor]:
+        begun = {name: tensor.unsqueeze(0).clone() for name, tensor in self.begin(content).items()}
+        return {name: tensor.squeeze(0) for name, tensor in self.finish(begun).items()}
+
+    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scale to 0..1 and normalise."""
+        return {name: self._normalise(self._scale(tensor)) for name, tensor in batch.items()}
+
+    def begin(self, content: object) -> dict[str, Tensor]:
+        """Return the square of one image, (3, S, S), uint8, or float32 in 0..1."""
         if isinstance(content, bytes):
             image: Image.Image | Tensor = decode(content)
         elif isinstance(content, np.ndarray):

@@ -30,6 +30,21 @@ class Preprocess(ABC):
             BadSampleError: the content cannot be used; the message says why.
         """
 
+    def begin(self, content: object) -> dict[str, Tensor]:
+        """Do what must be done sample by sample, small to ship; `finish` does the rest on a batch of these.
+
+        Raises:
+            BadSampleError: the content cannot be used; the message says why.
+        """
+        return self(content)
+
+    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn what `begin` returned, stacked along a new first axis, into the inputs of a batch, on its device.
+
+        It may write into `batch`. Sample by sample or in a batch, it gives the same values.
+        """
+        return batch
+
     @abstractmethod
     def recipe(self) -> Mapping[str, JSON]:
         """Return everything that decides the values of the inputs."""
