@@ -11,6 +11,9 @@ from pipeline.keys import JSON, Recipe, digest, tensors_digest
 from pipeline.split import Prefix
 from pipeline.store import FORMAT
 
+NOT_COMPUTED = frozenset({"training", "name_or_path"})
+"""Attributes that decide no value: the mode, which is always eval, and the folder a network was loaded from."""
+
 
 def recipe_of(prefix: Prefix, preprocessing: Mapping[str, JSON], *, storage: str, compute_dtype: str) -> Recipe:
     """Return the recipe of the states that `prefix` makes.
@@ -44,5 +47,5 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {
         name: repr(value)
         for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and isinstance(value, plain)
+        if not name.startswith("_") and name not in NOT_COMPUTED and isinstance(value, plain)
     }

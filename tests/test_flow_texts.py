@@ -125,6 +125,12 @@ def test_a_head_of_its_own_trains_above_all_blocks(folder: Path) -> None:
     assert len(train_project(pairs(folder, layers=[4]), "1.0").history) == 2
 
 
+def test_a_network_in_another_folder_is_the_same_network(folder: Path) -> None:
+    encode_project(project(folder))
+    (folder / "bert").rename(folder / "moved")
+    assert train_project(project(folder, model={"backbone": f"hf:{folder / 'moved'}"}), "0.5").recycled == 0.5
+
+
 def test_an_empty_text_is_set_aside(folder: Path) -> None:
     with (folder / "texts.jsonl").open("a") as file:
         file.write(json.dumps({"text": "  ", "label": "other"}) + "\n")
