@@ -258,10 +258,9 @@ def model_device(prefixes: Sequence[Prefix]) -> torch.device:
 
 
 def in_format(batch: dict[str, Tensor], config: EncodeConfig) -> dict[str, Tensor]:
-    """Return `batch`, images in channels-last format where asked for."""
-    if not config.channels_last:
-        return batch
-    return {name: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for name, t in batch.items()}
+    """Return `batch` in one memory format, whoever stacked it: the format decides in which order a convolution adds."""
+    images = torch.channels_last if config.channels_last else torch.contiguous_format
+    return {name: t.contiguous(memory_format=images) if t.dim() == 4 else t.contiguous() for name, t in batch.items()}
 
 
 def _suffix_inputs(batch: dict[str, Tensor], samples: list[Sample] | None) -> dict[str, Tensor | list[Tensor]]:
