@@ -6,7 +6,6 @@ the plan depends on nothing but the keys and what is committed: a rerun after a 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +32,6 @@ def encode(
 
     `prefixes` and `stores` go together, one per cut, all prefixes split from one model on the device to use.
     """
-    start = time.perf_counter()
     done = Encoded(keyed.keys, [0] * len(stores), [set() for _ in stores], list(keyed.bad))
     units = plan(keyed.keys, done.good, stores, config.segment_samples)
     encoder = Encoder(source, preprocess, prefixes, stores, config, probes=keyed.extremes())
@@ -44,7 +42,6 @@ def encode(
             for cut in unit.cuts:
                 done.new[cut] += len(unit.rows) - len(bad)
             progress.update(len(unit.rows))
-    done.seconds = time.perf_counter() - start
     return done
 
 

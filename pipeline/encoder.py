@@ -106,10 +106,9 @@ class Encoded:
     new: list[int]
     """Samples encoded for each cut."""
     promoted: list[set[str]]
-    """Per cut, the state tensors that left float16's range in some segment and were stored as bfloat16 there."""
+    """Per cut, the state tensors that left the asked type's range in some segment, and have a wider one there."""
     bad: list[BadSample] = field(default_factory=list)
     costs: Costs = field(default_factory=Costs)
-    seconds: float = 0.0
 
     @property
     def good(self) -> np.ndarray:
@@ -195,11 +194,12 @@ class Encoder:
             batch = self.preprocess.finish(batch)
         with autocast(self.config.precision, self.device):
             states = run(**in_format(batch, self.config))
+        inputs = _suffix_inputs(batch, samples)
         for cut, state, buffer, seconds in zip(cuts, states, buffers, run.elapsed, strict=True):
             whole: dict[str, Tensor | list[Tensor]] = dict(state)
             tensors = whole if samples is None else self._trimming(cut)(state, samples)
             buffer.put(rows, {f"state.{name}": tensor for name, tensor in tensors.items()})
-            buffer.put(rows, _suffix_inputs(batch, samples))
+            buffer.put(rows, inputs)
             costs.forward[cut] = costs.forward.get(cut, 0.0) + seconds
             costs.forward_samples[cut] = costs.forward_samples.get(cut, 0) + len(rows)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from pipeline.data import SampleTable, open_source
 from pipeline.errors import DataError, RecyclingError
 from pipeline.keys import content_key
-from pipeline.loader import Loader
 from pipeline.project import Project, Workbench
 from pipeline.ragged import Sample, pad_batch
 from pipeline.split import Prefix, Suffix, merge
@@ -95,15 +94,13 @@ def _samples(project: Project, bench: Workbench, table: SampleTable) -> tuple[li
     """Return some samples of the data set, preprocessed, and their rows in the sample table; held-out ones first."""
     source = open_source(project.data)
     row_of = {key.tobytes(): row for row, key in enumerate(table.keys)}
-    by_source = {name: row for row, name in enumerate(table.source)}
     wanted = {
         table.source[row]
         for row in np.concatenate([table.rows(s) for s in ("validation", "test", "train")])[:PROVED_ON]
     }
     samples, rows = [], []
     for i in range(len(source)):
-        described = source.row(i).source
-        if described in wanted and described in by_source:
+        if source.row(i).source in wanted:
             content = source.content(i)
             row = row_of.get(content_key(content))
             if row is not None:
@@ -139,8 +136,7 @@ def _outputs(
 
 
 def _cached(bench: Workbench, store: Store, table: SampleTable, suffix: Suffix, row: np.ndarray) -> Tensor:
-    loader = Loader(store, table.keys, {}, [row], pad=bench.backbone.preprocess.pad, device=torch.device("cpu"))
-    batch = next(iter(loader))
+    batch = bench.stored_batch(store, table, row)
     return read_tensor(suffix(batch.state, **batch.inputs))
 
 

@@ -216,7 +216,7 @@ def _tell(project: Project, done: Encoded, total: int) -> bool:
             "cut %s: %d samples encoded, %d were there", cut, new, len(np.unique(done.keys[done.good], axis=0)) - new
         )
         if promoted:
-            log.info("cut %s: beyond float16, stored as bfloat16: %s", cut, ", ".join(sorted(promoted)))
+            log.info("cut %s: beyond float16, stored in a wider type: %s", cut, ", ".join(sorted(promoted)))
     allowed = project.encode.max_bad if project.encode.max_bad >= 1 else int(project.encode.max_bad * total)
     if done.bad:
         first = done.bad[0]

@@ -16,7 +16,7 @@ from pipeline.data import DataConfig, SampleTable
 from pipeline.encoder import EncodeConfig
 from pipeline.errors import ConfigError
 from pipeline.keys import Recipe
-from pipeline.loader import Loader
+from pipeline.loader import Batch, Loader
 from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load
 from pipeline.recipe import recipe_of
 from pipeline.split import Prefix, Suffix, split
@@ -117,13 +117,17 @@ class Workbench:
         prefix, suffix = self.split(cut, self.stored_inputs(store, table, np.asarray([0, len(table) - 1])))
         return Store.open(path, self.recipe(prefix)), prefix, suffix
 
+    def stored_batch(self, store: Store, table: SampleTable, rows: np.ndarray) -> Batch:
+        """Return the states and inputs of some rows of the table as one batch on the CPU, without targets."""
+        pad = self.backbone.preprocess.pad
+        return next(iter(Loader(store, table.keys, {}, [rows], pad=pad, device=torch.device("cpu"))))
+
     def stored_inputs(self, store: Store, table: SampleTable, rows: np.ndarray) -> dict[str, Tensor]:
         """Return the model's inputs of some rows, on the CPU: ids and masks as stored.
 
         Values of floating-point inputs are drawn: the store keeps their shape alone.
         """
-        loader = Loader(store, table.keys, {}, [rows], pad=self.backbone.preprocess.pad, device=torch.device("cpu"))
-        inputs = next(iter(loader)).inputs
+        inputs = self.stored_batch(store, table, rows).inputs
         draw = torch.Generator().manual_seed(0)
         return {n: torch.randn(t.shape, generator=draw) if t.is_floating_point() else t for n, t in inputs.items()}
 
