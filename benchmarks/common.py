@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pipeline.data import Content, DataConfig, Row, Source, open_source
+from pipeline.memory import keep_freed_memory
+
+keep_freed_memory()  # as `recycle` does
 
 
 class First(Source):

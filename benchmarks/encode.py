@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Callable[[int], Source], ModelConfig, int]] = {
 
 
 def measure(
-    source: Source, model: ModelConfig, size: int, at: float, repeats: int, workers: int
+    source: Source, model: ModelConfig, size: int, at: float, repeats: int, workers: int | None
 ) -> tuple[float, float]:
     """Return samples per second of the bare prefix and of encode: medians of `repeats`."""
     backbone = load(model, PreprocessConfig(image_size=size), Head("classes", 10))
@@ -87,7 +87,7 @@ def measure(
             prefix(**batch)
         middle = time.perf_counter()
         folder = Path(tempfile.mkdtemp())
-        keyed = key_contents(source, workers=workers)
+        keyed = key_contents(source, workers=workers or 1)
         encode(source, keyed, backbone.preprocess, [prefix], [Store.create(folder / "store", recipe)], config)
         end = time.perf_counter()
         shutil.rmtree(folder)
@@ -101,7 +101,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1, help="processes that read and preprocess")
+    parser.add_argument("--workers", type=int, default=None, help="processes that read and preprocess")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     return parser.parse_args()
 

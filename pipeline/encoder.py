@@ -43,8 +43,9 @@ class EncodeConfig(Section):
     """Samples per forward pass of the prefix."""
     segment_samples: int = Field(default=512, ge=1)
     """Samples per segment: the unit of work that is committed whole."""
-    workers: int = Field(default=1, ge=0)
-    """Processes that read and preprocess samples; 0 does it in this process."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that read and preprocess samples; 0 does it in this process. null: 0 where the prefix runs on the CPU,
+    whose cores it uses all by itself, else one for every core."""
     device: str = "auto"
     """"auto" (the accelerator if there is one), "cpu", "cuda:0", ..."""
     channels_last: bool = False
@@ -139,9 +140,9 @@ class Encoder:
         """Encode `units`; yield each, with the samples it set aside, once its segments are committed."""
         size = self.config.batch_size
         chunks = [unit.rows[begin : begin + size] for unit in units for begin in range(0, len(unit.rows), size)]
-        decoded = decode(self.source, self.preprocess, chunks, workers=self.config.workers)
+        decoded = decode(self.source, self.preprocess, chunks, workers=self._workers())
         waiting: list[tuple[Unit, list[BadSample], Future[None]]] = []
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="segment-writer") as pool:
+        with _writer() as pool:
             for unit in units:
                 buffers, bad = self._encode(unit, decoded, done.costs)
                 waiting.append((unit, bad, pool.submit(self._write, unit, buffers, done)))
@@ -149,6 +150,11 @@ class Encoder:
                     yield _committed(waiting.pop(0))
             while waiting:
                 yield _committed(waiting.pop(0))
+
+    def _workers(self) -> int:
+        if self.config.workers is not None:
+            return self.config.workers
+        return 0 if self.device.type == "cpu" else torch.get_num_threads()
 
     def _encode(self, unit: Unit, decoded: Iterator[Decoded], costs: Costs) -> tuple[list[UnitBuffer], list[BadSample]]:
         """Run the prefix over one unit. Samples of unequal shapes wait for its end, to be batched by length."""
@@ -261,6 +267,15 @@ def in_format(batch: dict[str, Tensor], config: EncodeConfig) -> dict[str, Tenso
     """Return `batch` in one memory format, whoever stacked it: the format decides in which order a convolution adds."""
     images = torch.channels_last if config.channels_last else torch.contiguous_format
     return {name: t.contiguous(memory_format=images) if t.dim() == 4 else t.contiguous() for name, t in batch.items()}
+
+
+def _writer() -> ThreadPoolExecutor:
+    """One thread, in which torch uses no more than that thread.
+
+    Each thread has OpenMP helpers of its own; when there are more of them than cores, OpenMP lets all of them sleep
+    between any two kernels, those of the prefix too.
+    """
+    return ThreadPoolExecutor(1, "segment-writer", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _suffix_inputs(batch: dict[str, Tensor], samples: list[Sample] | None) -> dict[str, Tensor | list[Tensor]]:

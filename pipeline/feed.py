@@ -64,7 +64,7 @@ class Keyed:
 
 
 def key_contents(source: Source, *, workers: int) -> Keyed:
-    """Read every content of `source` once, for its key."""
+    """Read every content of `source` once, for its key, in `workers` threads."""
     count = len(source)
     keys, sizes = np.zeros((count, KEY_BYTES), np.uint8), np.zeros(count, np.int64)
 
@@ -81,7 +81,7 @@ def key_contents(source: Source, *, workers: int) -> Keyed:
 
     bad: list[BadSample] = []
     with (
-        ThreadPoolExecutor(max_workers=max(1, workers)) as pool,
+        ThreadPoolExecutor(max_workers=workers) as pool,
         tqdm(total=count, desc="keys", unit="sample", disable=None) as progress,
     ):
         for found in pool.map(key_some, range(0, count, KEYED_AT_ONCE)):

@@ -44,7 +44,7 @@ def encode_project(project: Project) -> bool:
     Returns whether the bad samples stay within `encode.max_bad`.
     """
     source = open_source(project.data)
-    keyed = key_contents(source, workers=project.encode.workers)
+    keyed = key_contents(source, workers=project.encode.workers or 1)
     table = build(source, keyed.keys[keyed.good], project.data, rows=keyed.good)
     bench = Workbench.open(project, table)
     bench.backbone.model.to(pick_device(project.encode.device))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from pipeline.errors import RecyclingError
+from pipeline.memory import keep_freed_memory
 
 COMMANDS = {
     "encode": "stages.encode:command",
@@ -56,6 +57,7 @@ def recycle() -> None:
     """Fine-tuning that never runs a frozen layer twice."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("recycle").setLevel(logging.INFO)
+    keep_freed_memory()
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ FLOORS = [
     {"pipeline.data", "pipeline.tasks"},
     {"pipeline.split"},
     {"pipeline.keys", "pipeline.files"},
-    {"pipeline.config", "pipeline.order"},
+    {"pipeline.config", "pipeline.memory", "pipeline.order"},
     {"pipeline.errors"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -1,0 +1,21 @@
+"""How the C library keeps the memory of freed tensors."""
+
+from __future__ import annotations
+
+import ctypes
+
+# Parameters of `mallopt`, as glibc's malloc.h numbers them, and their values in bytes.
+M_TRIM_THRESHOLD, KEPT = -1, 2**31 - 1
+M_MMAP_THRESHOLD, LARGEST = -3, 2**30
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep up to 2 GiB of freed memory to use it again, in pieces of up to 1 GiB.
+
+    glibc returns every large tensor to the system and asks for zeroed pages for the next one, which on the CPU can cost
+    as much as the network itself (benchmarks/README.md). Where the C library is another one, nothing is changed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
