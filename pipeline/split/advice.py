@@ -14,6 +14,8 @@ from pipeline.split.record import Tap, record
 from pipeline.split.tree import Args, Kwargs, map_arguments
 
 MASK = "attention_mask"
+ALWAYS = "; pad every batch to one fixed length"
+LEFT = " on the left; pad on the right (tokenizer.padding_side), or give position_ids that count from the first token"
 
 
 def warn_about_shared_layers(model: nn.Module, plan: Plan) -> None:
@@ -22,31 +24,35 @@ def warn_about_shared_layers(model: nn.Module, plan: Plan) -> None:
     shared = [name for name in plan.kept if name.rpartition(".")[0] in calls_again]
     if shared:
         size = sum(model.get_parameter(name).numel() for name in shared)
+        rest = sum(item.numel() for name, item in model.named_parameters() if name not in plan.frozen)
         warnings.warn(
             f"split at {plan.cut}: the prefix and the suffix share layers ({shared[0]!r} and others, {size:,} "
-            "parameters); shared layers do not train, so that only the rest of the suffix does",
+            f"parameters); shared layers do not train, only the {rest:,} parameters of the rest of the suffix do",
             stacklevel=3,
         )
 
 
 def warn_about_padding(model: nn.Module, plan: Plan, slots: Sequence[Slot], args: Args, kwargs: Kwargs) -> None:
-    """Warn when the state of a padded sample changes with the length of its padding (FNet, XLNet).
+    """Warn when the state of a padded sample changes with its padding.
 
-    A state is stored without padding and meets other samples later, padded to another length. The shortest sample of
-    the example is run again without its padding; an example without a padded sample shows nothing.
+    A state is stored without padding and meets other samples later, padded to another length. A network may mix the
+    padding in (FNet, XLNet), or number positions from the left edge of the batch, which padding on the left moves
+    (BERT). The shortest sample of the example is run again without its padding; an example without a padded sample
+    shows nothing.
     """
     mask = kwargs.get(MASK)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return
     row = int(mask.sum(1).argmin())
-    length, padded = int(mask[row].sum()), mask.shape[1]
-    if length in (0, padded) or not bool(mask[row, :length].all()):
+    places = mask[row].nonzero().flatten()
+    length, padded = len(places), mask.shape[1]
+    if length in (0, padded) or int(places[-1] - places[0]) != length - 1:
         return
-    batch = batch_size(args, kwargs)
+    begin, batch = int(places[0]), batch_size(args, kwargs)
 
     def trim(_: str, item: Tensor) -> Tensor:
         item = item[[row] * batch] if item.dim() and item.shape[0] == batch else item
-        return item[:, :length] if item.shape[:2] == mask.shape else item
+        return item[:, begin : begin + length] if item.shape[:2] == mask.shape else item
 
     whole, alone = (Tap(plan.cut, plan.sources) for _ in range(2))
     record(model, [whole], args, kwargs)
@@ -54,9 +60,11 @@ def warn_about_padding(model: nn.Module, plan: Plan, slots: Sequence[Slot], args
     for slot in slots:
         ours = slot.layout.state(whole.values[slot.source], batch)[row]
         theirs = slot.layout.state(alone.values[slot.source], batch)[0]
-        if ours.dim() and ours.shape[0] == padded and difference(ours[:length], theirs) > SAMPLE_TOLERANCE:
+        if ours.dim() == 0 or ours.shape[0] != padded:
+            continue
+        if difference(ours[begin : begin + length], theirs) > SAMPLE_TOLERANCE:
             warnings.warn(
-                f"split at {plan.cut}: state {slot.name!r} of a sample depends on how far it is padded; "
-                "pad every batch to one fixed length, or what is recycled differs from what the full model computes",
+                f"split at {plan.cut}: state {slot.name!r} of a sample depends on how far it is padded"
+                f"{LEFT if begin else ALWAYS}, or what is recycled differs from what the full model computes",
                 stacklevel=3,
             )

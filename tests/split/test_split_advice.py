@@ -1,8 +1,10 @@
 """Splits that are exact, and of which the user is told something."""
 
+import warnings
+
 import pytest
 import torch
-from transformers import AlbertConfig, AlbertModel, FNetConfig, FNetModel
+from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, FNetConfig, FNetModel, OPTConfig, OPTModel
 
 from pipeline.split import candidates, split
 
@@ -20,7 +22,8 @@ def text(size=3):
 def test_shared_layers_do_not_train():
     torch.manual_seed(0)
     model = AlbertModel(AlbertConfig(num_attention_heads=2, embedding_size=8, **SHAPE))
-    with pytest.warns(UserWarning, match=r"after 2 of 4 blocks: the prefix and the suffix share layers"):
+    told = r"after 2 of 4 blocks: the prefix and the suffix share layers .* only the 272 parameters of the rest"
+    with pytest.warns(UserWarning, match=told):
         _, suffix = split(model, 0.5, text())
     assert {name.partition(".")[0] for name, _ in suffix.named_parameters()} == {"pooler"}
 
@@ -34,6 +37,28 @@ def test_a_state_that_depends_on_padding():
 
     with pytest.warns(UserWarning, match="depends on how far it is padded"):
         split(Mixing(FNetConfig(**SHAPE)), 0.5, text())
+
+
+class TestLeftPadding:
+    def example(self):
+        right = text()
+        return {name: tensor.flip(1) for name, tensor in right.items()}
+
+    def test_positions_count_from_the_left_edge(self):
+        torch.manual_seed(0)
+        model = BertModel(BertConfig(num_attention_heads=2, **SHAPE))
+        with pytest.warns(UserWarning, match=r"padded on the left; pad on the right"):
+            split(model, 0.5, self.example())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            split(model, 0.5, text())
+
+    def test_positions_that_follow_the_mask_are_no_matter(self):
+        torch.manual_seed(0)
+        model = OPTModel(OPTConfig(num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=16, use_cache=False, **SHAPE))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            split(model, 0.5, self.example())
 
 
 def test_candidates_tell_what_a_cut_costs():
