@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
 from safetensors.torch import save_file
-
-from pipeline.split import Suffix
+from torch import Tensor
 
 
 @dataclass
@@ -48,15 +48,20 @@ def resume(accelerator: Accelerator, checkpoint: Path) -> Progress:
     return Progress(**json.loads((latest / "progress.json").read_text()))
 
 
-def save(accelerator: Accelerator, suffix: Suffix, checkpoint: Path, progress: Progress, *, better: bool) -> None:
-    """Commit the epoch: everything is written beside, the folder `latest` is swapped by renames, last."""
+def save(
+    accelerator: Accelerator, weights: Mapping[str, Tensor], checkpoint: Path, progress: Progress, *, better: bool
+) -> None:
+    """Commit the epoch: everything is written beside, the folder `latest` is swapped by renames, last.
+
+    `weights` are those that the run would end with after this epoch.
+    """
     beside, latest, previous = (checkpoint / name for name in ("beside", "latest", "previous"))
     shutil.rmtree(beside, ignore_errors=True)
     accelerator.save_state(str(beside), safe_serialization=True)
     (beside / "progress.json").write_text(json.dumps(asdict(progress)))
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in suffix.state_dict().items()}
+    kept = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
     for name in ["last", "best"] if better else ["last"]:
-        save_file(weights, checkpoint / f".{name}.safetensors")
+        save_file(kept, checkpoint / f".{name}.safetensors")
         os.replace(checkpoint / f".{name}.safetensors", checkpoint / f"{name}.safetensors")
     shutil.rmtree(previous, ignore_errors=True)
     if latest.exists():

@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from pipeline import order
+from pipeline.adapter import merged
 from pipeline.data import SampleTable, Source, build, open_source
 from pipeline.encode import encode
 from pipeline.encoder import Encoded
@@ -30,7 +31,7 @@ from pipeline.loader import Loader, place
 from pipeline.project import Project, Workbench, pick_device
 from pipeline.ragged import pad_batch
 from pipeline.report import Cost, Row, Run, curves, plot, summarise
-from pipeline.split import Prefix
+from pipeline.split import Prefix, Suffix
 from pipeline.store import Store
 from pipeline.timing import seconds_per_sample
 from pipeline.train import fit
@@ -88,7 +89,7 @@ def train_project(project: Project, name: str) -> Run:
     settings = [section.model_dump(mode="json") for section in (project.model, project.task, project.train)]
     identity = digest([store.recipe.digest, sha256(project.samples), *settings])
     summary = fit(
-        suffix,
+        bench.adapt(store, table, prefix, suffix),
         bench.task,
         training,
         validation,
@@ -97,6 +98,7 @@ def train_project(project: Project, name: str) -> Run:
         checkpoint=project.scratch / "checkpoints" / identity,
         accelerator=accelerator,
         fresh=bench.backbone.fresh,
+        weights=merged if project.train.adapter else Suffix.state_dict,
     )
     finished = Run(
         cut=cut,

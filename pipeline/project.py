@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.adapter import adapt
 from pipeline.config import Section, load_sections
 from pipeline.data import DataConfig, SampleTable
 from pipeline.encoder import EncodeConfig
@@ -114,8 +115,21 @@ class Workbench:
             raise ConfigError(f"cut {cut}: there is no store at {path}; encode it (dvc repro encode)")
         store = Store.open(path, None)
         self._check_settings(store)
-        prefix, suffix = self.split(cut, self.stored_inputs(store, table, np.asarray([0, len(table) - 1])))
+        prefix, suffix = self.split(cut, self._example(store, table))
         return Store.open(path, self.recipe(prefix)), prefix, suffix
+
+    def adapt(self, store: Store, table: SampleTable, prefix: Prefix, suffix: Suffix) -> Suffix:
+        """Return the suffix that trains: with adapters in it where `train.adapter` asks for them.
+
+        Raises:
+            ConfigError: `train.adapter` names a layer that cannot be adapted.
+            TrainError: no layer after the cut can be adapted.
+        """
+        train, backbone = self.project.train, self.backbone
+        if train.adapter is None:
+            return suffix
+        example = self._example(store, table)
+        return adapt(backbone.model, prefix, suffix, example, train.adapter, fresh=backbone.fresh, seed=train.seed)
 
     def stored_batch(self, store: Store, table: SampleTable, rows: np.ndarray) -> Batch:
         """Return the states and inputs of some rows of the table as one batch on the CPU, without targets."""
@@ -137,6 +151,9 @@ class Workbench:
         return recipe_of(
             prefix, self.backbone.preprocess.recipe(), storage=project.storage, compute_dtype=project.encode.precision
         )
+
+    def _example(self, store: Store, table: SampleTable) -> dict[str, Tensor]:
+        return self.stored_inputs(store, table, np.asarray([0, len(table) - 1]))
 
     def _check_settings(self, store: Store) -> None:
         """Refuse a store whose settings differ before the model is run on inputs of their shape."""

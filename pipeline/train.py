@@ -11,7 +11,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,12 +20,12 @@ import torch
 from accelerate import Accelerator
 from dvclive.live import Live
 from pydantic import Field
-from safetensors.torch import load_file
 from scmrepo.exceptions import SCMError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
+from pipeline.adapter import AdapterSetting
 from pipeline.checkpoint import resume, save
 from pipeline.config import Section
 from pipeline.errors import TrainError
@@ -57,6 +57,9 @@ class TrainConfig(Section):
     """Batches per optimiser step."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision, by accelerate."""
+    adapter: AdapterSetting | None = None
+    """Adapters train in place of the pretrained weights, which stay as they are: `lora`, or a section as
+    `AdapterConfig` documents it. The run keeps plain weights, the adapters merged into them."""
     patience: int | None = Field(default=None, ge=1)
     """Epochs without a better validation metric after which training stops; None trains them all."""
     keep: Literal["best", "last"] = "best"
@@ -116,11 +119,12 @@ def fit(
     checkpoint: Path,
     accelerator: Accelerator,
     fresh: frozenset[str] = frozenset(),
+    weights: Callable[[Suffix], dict[str, Tensor]] = Suffix.state_dict,
 ) -> Summary:
     """Train `suffix` and leave its weights in `out/model.safetensors`, its curves beside them.
 
     A run that was killed is continued from `checkpoint`, the folder of this run and no other; it is removed at the end.
-    `fresh` names the suffix's parameters that were not pretrained.
+    `fresh` names the suffix's parameters that were not pretrained; `weights` returns what is kept of a suffix.
     """
     objective = Objective(suffix, task)
     optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))
@@ -142,10 +146,9 @@ def fit(
             row = {"train/loss": loss, "train/seconds": seconds} | {f"validation/{k}": v for k, v in metrics.items()}
             better = progress.take(row, metrics[task.monitor])
             _log(live, row)
-            save(accelerator, suffix, checkpoint, progress, better=better)
+            save(accelerator, weights(suffix), checkpoint, progress, better=better)
     best = config.keep == "best"
     shutil.copyfile(checkpoint / ("best.safetensors" if best else "last.safetensors"), out / "model.safetensors")
-    suffix.load_state_dict(load_file(out / "model.safetensors"))
     shutil.rmtree(checkpoint)
     epoch = progress.best_epoch if best else progress.epoch
     return Summary(

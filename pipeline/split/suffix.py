@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -85,6 +86,12 @@ class Suffix(nn.Module):
             value = slot.layout.value(stored.to(self._dtypes[slot.name]))
             values[slot.source] = value.clone() if slot.source in self.written and shares(value, stored) else value
         return values
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Take the tensors of the state under other names: each slot's own name -> the one to come."""
+        self.slots = tuple(replace(slot, name=names[slot.name]) for slot in self.slots)
+        self.spec = {slot.name: slot.spec for slot in self.slots}
+        self._dtypes = {names[name]: dtype for name, dtype in self._dtypes.items()}
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode; what runs before the cut stays in eval mode whatever it is."""

@@ -1,0 +1,276 @@
+"""Adapters: small trainable layers beside frozen pretrained ones, after the cut alone, and plain weights in the end.
+
+`peft` makes them. They are put into a twin of the full model, which is then split where the model was: the suffix holds
+them like any other layer, while the prefix, the recipe and the store know nothing of them. What a run keeps is
+`merged`: every adapter added to the weight it adapts, under the full model's own names. Nothing after training needs
+to know of adapters either.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from types import MethodType
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from pipeline.config import Section
+from pipeline.errors import ConfigError, TrainError
+from pipeline.split import Prefix, State, Suffix, split
+from pipeline.split.layout import difference
+from pipeline.split.modes import eval_mode
+from pipeline.split.tree import tensors
+
+log = logging.getLogger("recycle")
+
+NAME = "default"
+"""What peft calls the one adapter of a layer."""
+MERGED_TOLERANCE = 1e-3
+"""Largest difference between adapted and merged outputs on drawn adapters, relative to the largest output. Rounding
+through many layers stays far below; a weight that the model also reads otherwise than by calling its layer does not."""
+
+
+class AdapterConfig(Section):
+    """Which adapter trains in place of the pretrained weights after the cut; fresh layers train in full beside it.
+
+    Everything else after the cut is frozen: weights, biases, and the running statistics of batch normalisation, which
+    stays in eval mode as it does before the cut. What training changes is thus the adapters and the head, no more.
+    """
+
+    kind: Literal["lora", "peanut"] = "lora"
+    """`lora` (arXiv:2106.09685) adds a low-rank product to the weights of linear layers and convolutions. `peanut`
+    (arXiv:2410.01870) is a bottleneck as Houlsby's adapters are (down-projection, ReLU, up-projection, zero at first),
+    for linear layers: it reads the rows of the frozen weight, not the activations, and can therefore be merged."""
+    rank: int = Field(default=8, ge=1)
+    """Width of the low-rank product or of the bottleneck."""
+    alpha: int = Field(default=16, ge=1)
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the adapter's input; lora alone has it."""
+    targets: list[str] | None = None
+    """Layers to adapt: their paths, or the ends of them ("query" is every layer of that name). None: every layer after
+    the cut that the method can adapt."""
+
+    @model_validator(mode="after")
+    def _dropout_is_lora_s(self) -> AdapterConfig:
+        if self.dropout and self.kind != "lora":
+            raise ValueError(f"{self.kind} has no dropout; set adapter.dropout to 0, or adapter.kind to lora")
+        return self
+
+
+def _from_kind(value: object) -> object:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+AdapterSetting = Annotated[AdapterConfig, BeforeValidator(_from_kind)]
+"""The section, or just the kind: `adapter: lora`."""
+
+
+def adapt(
+    model: nn.Module,
+    prefix: Prefix,
+    suffix: Suffix,
+    example: Mapping[str, Tensor],
+    config: AdapterConfig,
+    *,
+    fresh: frozenset[str],
+    seed: int,
+) -> Suffix:
+    """Return a suffix for the states of `prefix` in which adapters and fresh parameters train, all else is frozen.
+
+    It computes what `suffix` does until it is trained.
+
+    Args:
+        model: the full model, left unchanged; `prefix` and `suffix` are its split.
+        example: a batch of its inputs, on which the split and the merging are proved.
+        fresh: names of the parameters that were not pretrained.
+        seed: seed of the adapters' initial weights.
+
+    Raises:
+        ConfigError: `config.targets` names a layer that cannot be adapted.
+        TrainError: no layer after the cut can be adapted, or a merged adapter would not do what it did unmerged.
+    """
+    state = prefix(**example)
+    targets = _targets(suffix, _called(suffix, state, example), config, fresh)
+    twin = _twin(model)
+    with warnings.catch_warnings():  # peft's are on settings made here; the split's were given for the plain model
+        warnings.simplefilter("ignore")
+        _inject(twin, targets, config, seed)
+        _keep_statistics(twin, fresh)
+        for name in fresh & dict(twin.named_parameters()).keys():
+            twin.get_parameter(name).requires_grad_()
+        _, adapted = split(twin, f"{prefix.cut.path}#{prefix.cut.call}", example)
+    _name_state(adapted, suffix)
+    _prove(adapted, suffix, state, example, config)
+    sizes = [(item.numel(), item.requires_grad) for item in adapted.parameters()]
+    log.info("%s on %d layers: %d parameters train", config.kind, len(targets), sum(size for size, on in sizes if on))
+    return adapted
+
+
+def merged(suffix: Suffix) -> dict[str, Tensor]:
+    """Return the state dict of `suffix` with its adapters added to what they adapt, as the plain suffix names it."""
+    weights: dict[str, Tensor] = suffix.state_dict()
+    for path, layer in _adapters(suffix).items():
+        inside = [name for name in weights if name.startswith(f"{path}.")]
+        for name in inside:
+            tensor = weights.pop(name)
+            if name.startswith(f"{path}.base_layer."):
+                weights[f"{path}.{name.removeprefix(f'{path}.base_layer.')}"] = tensor
+        with torch.no_grad():
+            weight = weights[f"{path}.weight"]
+            weights[f"{path}.weight"] = (weight + layer.get_delta_weight(NAME).to(weight.dtype)).contiguous()
+    return weights
+
+
+def _adapters(model: nn.Module) -> dict[str, Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415
+
+    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _kinds(config: AdapterConfig) -> tuple[type[nn.Module], ...]:
+    """The layers that the method can adapt and merge."""
+    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415
+
+    return {"lora": (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D), "peanut": (nn.Linear,)}[config.kind]
+
+
+def _can_adapt(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Tell whether peft's layer for `module` computes what it computes.
+
+    Not so for a subclass with a `forward` of its own, nor for grouped, dilated or otherwise padded convolutions: peft
+    cannot merge the first, and its layers do without the other two.
+    """
+    plain = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+    if plain and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
+    return plain
+
+
+def _called(suffix: Suffix, state: State, example: Mapping[str, Tensor]) -> set[str]:
+    """Return the modules that are called in a run of the suffix; the weights of others are read in other ways."""
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+        for path, module in suffix.named_modules()
+    ]
+    _outputs(suffix, state, example)
+    for hook in hooks:
+        hook.remove()
+    return called
+
+
+def _targets(suffix: Suffix, called: set[str], config: AdapterConfig, fresh: frozenset[str]) -> list[str]:
+    """Return the paths of the layers to adapt: called, pretrained, with a weight that trains and that no other has."""
+    held = Counter(id(item) for _, item in suffix.named_parameters(remove_duplicate=False))
+    alone = {name for name, item in suffix.named_parameters() if held[id(item)] == 1}
+    layers = {path: module for path, module in suffix.named_modules() if f"{path}.weight" in alone - fresh}
+    kinds = _kinds(config)
+    known = [path for path, module in layers.items() if path in called and _can_adapt(module, kinds)]
+    if not known:
+        others = sorted({type(module).__name__ for module in layers.values()})
+        raise TrainError(
+            f"train.adapter is {config.kind}, which adapts {', '.join(kind.__name__ for kind in kinds)}; after "
+            f"the cut {suffix.cut} there is no such pretrained layer (but {', '.join(others) or 'none with weights'}); "
+            "choose a lower cut or another adapter, or remove train.adapter"
+        )
+    if config.targets is None:
+        return known
+    chosen = {end: [path for path in known if f".{path}".endswith(f".{end}")] for end in config.targets}
+    for end, paths in chosen.items():
+        if not paths:
+            ends = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in known))
+            raise ConfigError(
+                f"train.adapter.targets has {end!r}; no layer that {config.kind} can adapt after the cut {suffix.cut} "
+                f"ends so; they end in {ends}"
+            )
+    return [path for path in known if any(path in paths for paths in chosen.values())]
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` that shares the memory of its weights, frozen."""
+    return copy.deepcopy(model, {id(item): nn.Parameter(item.detach(), False) for item in model.parameters()})
+
+
+def _inject(twin: nn.Module, targets: list[str], config: AdapterConfig, seed: int) -> None:
+    from peft import LoraConfig, PeanutConfig, PeftConfig, inject_adapter_in_model  # noqa: PLC0415
+
+    pattern = "|".join(map(re.escape, targets))  # peft takes the names of a list for ends of paths
+    settings: PeftConfig
+    if config.kind == "lora":
+        settings = LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=pattern
+        )
+    else:
+        settings = PeanutConfig(r=config.rank, scaling=config.alpha / config.rank, depth=0, target_modules=pattern)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(settings, twin, NAME)
+    if missed := set(targets) ^ _adapters(twin).keys():
+        raise TrainError(
+            f"train.adapter: peft adapts other layers of this model than it was told, {min(missed)!r} among them; "
+            "name the layers in train.adapter.targets"
+        )
+
+
+def _name_state(adapted: Suffix, suffix: Suffix) -> None:
+    """Give the state of `adapted` the names that it has in the store: peft calls a layer's argument otherwise."""
+    ours, theirs = ({(slot.source, slot.spec): slot.name for slot in half.slots} for half in (suffix, adapted))
+    if ours.keys() != theirs.keys():
+        raise TrainError(
+            f"train.adapter: adapted, the suffix reads {sorted(theirs.values())}, the store holds "
+            f"{sorted(ours.values())}; cut elsewhere, or leave the layer at the cut out with train.adapter.targets"
+        )
+    adapted.rename({name: ours[slot] for slot, name in theirs.items()})
+
+
+def _keep_statistics(twin: nn.Module, fresh: frozenset[str]) -> None:
+    """Keep pretrained batch normalisation in eval mode, whatever the mode of the model."""
+    for path, module in twin.named_modules():
+        own = {f"{path}.{name}" for name in module._parameters}
+        if isinstance(module, _NormBase) and module.running_mean is not None and not own & fresh:
+            module.eval()
+            module.train = MethodType(_train_children, module)  # type: ignore[method-assign]
+
+
+def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
+    for child in module.children():
+        child.train(mode)
+    return module
+
+
+def _outputs(suffix: Suffix, state: State, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the output in eval mode."""
+    with torch.no_grad(), eval_mode(suffix), eval_mode(suffix.root):
+        return tensors(suffix(state, **example))
+
+
+def _prove(adapted: Suffix, plain: Suffix, state: State, example: Mapping[str, Tensor], config: AdapterConfig) -> None:
+    """Draw adapters and compare the adapted suffix with the plain one that holds them merged."""
+    weights = [item for layer in _adapters(adapted).values() for item in layer.parameters() if item.requires_grad]
+    before = [item.detach().clone() for item in weights]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for item in weights:
+            item.normal_(std=0.02)
+    plain.load_state_dict(merged(adapted))
+    expected, found = (_outputs(half, state, example) for half in (adapted, plain))
+    gap = max(difference(tensor, found[leaf]) for leaf, tensor in expected.items())
+    with torch.no_grad():
+        for item, former in zip(weights, before, strict=True):
+            item.copy_(former)
+    plain.load_state_dict(merged(adapted))
+    if not gap <= MERGED_TOLERANCE:
+        raise TrainError(
+            f"train.adapter is {config.kind}; merged, it would move the outputs by {gap:.1e} (relative; bound "
+            f"{MERGED_TOLERANCE}): the model reads a weight otherwise than by calling its layer; leave that layer out "
+            "with train.adapter.targets"
+        )
