@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,47 +14,65 @@ from pipeline.split.check import tolerance
 from pipeline.split.fast import FastPath
 from pipeline.split.layout import difference
 from pipeline.split.modes import random_state_kept
-from pipeline.split.prefix import Prefix
-from pipeline.split.sources import Source
+from pipeline.split.prefix import State
 from pipeline.split.suffix import Suffix
 from pipeline.split.tree import Args, Kwargs, tensors
 
 
-def take_fast_path(prefix: Prefix, suffix: Suffix, batches: Sequence[tuple[Args, Kwargs]]) -> None:
-    """Give `suffix` a fast path if on all `batches`, in eval and in train mode, it does exactly what the phantoms do.
+@dataclass(frozen=True)
+class Trial:
+    """A batch with its state, and what the full model returns for it in eval mode."""
 
-    Same means: outputs, running statistics, and stored tensors left as they are. Otherwise phantoms go on to serve.
+    args: Args
+    kwargs: Kwargs
+    state: State
+    expected: Any
+
+
+def take_fast_path(suffix: Suffix, trials: Sequence[Trial]) -> None:
+    """Give `suffix` a fast path if it does exactly what it should: else phantoms go on to serve.
+
+    On every trial in eval mode it must return what the full model does; on the first one, in train mode, what the
+    phantoms do. Running statistics must come out the same, and stored tensors must be left as they are.
     """
     training = suffix.training
     for dense in (False, True):
         fast = FastPath(suffix.root, suffix.cut, suffix.frozen, dense=dense)
-        if _passes(prefix, suffix, fast, batches):
+        if _passes(suffix, fast, trials):
             suffix.fast = fast
             break
         fast.remove()
     suffix.train(training)
 
 
-def _passes(prefix: Prefix, suffix: Suffix, fast: FastPath, batches: Sequence[tuple[Args, Kwargs]]) -> bool:
-    for args, kwargs in batches:
-        state = prefix(*args, **kwargs)
-        for mode in (False, True):
-            if not _agrees(suffix.train(mode), fast, suffix.values(state), args, kwargs):
-                return False
-    return True
+def _passes(suffix: Suffix, fast: FastPath, trials: Sequence[Trial]) -> bool:
+    suffix.eval()
+    with torch.no_grad():
+        if not all(_agrees(suffix, fast, trial, lambda expected=trial.expected: expected) for trial in trials):
+            return False
+    suffix.train()
+    first = trials[0]
+
+    def replay() -> Any:
+        values = {source: value.clone() for source, value in suffix.values(first.state).items()}
+        return suffix.replay(values, first.args, first.kwargs)
+
+    return _agrees(suffix, fast, first, replay)
 
 
-def _agrees(suffix: Suffix, fast: FastPath, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> bool:
-    script = fast.script(values, args, kwargs)
+def _agrees(suffix: Suffix, fast: FastPath, trial: Trial, reference: Callable[[], Any]) -> bool:
+    """Compare with `reference`, which may change the buffers of the suffix."""
+    values = suffix.values(trial.state)
+    script = fast.script(values, trial.args, trial.kwargs)
     if script is None:
         return False
     with _undone(suffix.root):
-        expected = tensors(suffix.replay({source: value.clone() for source, value in values.items()}, args, kwargs))
+        expected = tensors(reference())
         buffers = {name: item.clone() for name, item in suffix.root.named_buffers()}
     versions = {source: value._version for source, value in values.items() if source not in suffix.written}
     try:
         with _undone(suffix.root):
-            found = tensors(fast.run(script, values, args, kwargs))
+            found = tensors(fast.run(script, values, trial.args, trial.kwargs))
             same = _same(expected, found) and _same(buffers, dict(suffix.root.named_buffers()))
     except Exception:  # the model's own code meets dummies: whatever it raises, it needs the phantoms
         return False

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.split.layout import SAMPLE_TOLERANCE, batch_size, difference
 from pipeline.split.plan import Plan
+from pipeline.split.planner import Planned
 from pipeline.split.prefix import Slot
 from pipeline.split.record import Tap, record
 from pipeline.split.tree import Args, Kwargs, map_arguments
@@ -32,7 +33,7 @@ def warn_about_shared_layers(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def warn_about_padding(model: nn.Module, plan: Plan, slots: Sequence[Slot], args: Args, kwargs: Kwargs) -> None:
+def warn_about_padding(model: nn.Module, planned: Planned, slots: Sequence[Slot], args: Args, kwargs: Kwargs) -> None:
     """Warn when the state of a padded sample changes with its padding.
 
     A state is stored without padding and meets other samples later, padded to another length. A network may mix the
@@ -54,8 +55,8 @@ def warn_about_padding(model: nn.Module, plan: Plan, slots: Sequence[Slot], args
         item = item[[row] * batch] if item.dim() and item.shape[0] == batch else item
         return item[:, begin : begin + length] if item.shape[:2] == mask.shape else item
 
-    whole, alone = (Tap(plan.cut, plan.sources) for _ in range(2))
-    record(model, [whole], args, kwargs)
+    plan, whole = planned.plan, planned.tap
+    alone = Tap(plan.cut, plan.sources)
     record(model, [alone], *map_arguments(trim, args, kwargs))
     for slot in slots:
         ours = slot.layout.state(whole.values[slot.source], batch)[row]

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import SplitError
+from pipeline.split.blocks import Cut
 from pipeline.split.layout import difference
-from pipeline.split.modes import eval_mode
-from pipeline.split.prefix import Prefix
-from pipeline.split.suffix import Suffix
-from pipeline.split.tree import Args, Kwargs, tensors
+from pipeline.split.tree import tensors
 
 TOLERANCE = 1e-6  # relative to the largest magnitude of each output tensor, in float32
 
@@ -29,33 +27,22 @@ def check_repeatable(name: str, first: Tensor, again: Tensor) -> None:
         )
 
 
-def check_outputs(expected: Any, prefix: Prefix, suffix: Suffix, args: Args, kwargs: Kwargs) -> None:
-    """Compare the suffix with the output of the full model on one batch, both in eval mode.
+def check_outputs(cut: Cut, expected: Any, found: Any) -> None:
+    """Compare the output of the suffix with that of the full model on one batch, both in eval mode.
 
     Raises:
         SplitError: an output tensor is missing or differs by more than rounding.
     """
-    state = prefix(*args, **kwargs)
-    with torch.no_grad(), eval_mode(suffix), eval_mode(suffix.root):
-        found = tensors(suffix(state, *args, **kwargs))
-    wanted = tensors(expected)
-    if wanted.keys() != found.keys():
-        raise SplitError(
-            f"split at {prefix.cut}: the model returns {sorted(wanted)}, the suffix {sorted(found)}; cut elsewhere"
-        )
+    wanted, got = tensors(expected), tensors(found)
+    if wanted.keys() != got.keys():
+        raise SplitError(f"split at {cut}: the model returns {sorted(wanted)}, the suffix {sorted(got)}; cut elsewhere")
     for leaf, tensor in wanted.items():
-        gap, bound = difference(tensor, found[leaf]), tolerance(tensor.dtype)
+        gap, bound = difference(tensor, got[leaf]), tolerance(tensor.dtype)
         if gap > bound:
             raise SplitError(
-                f"split at {prefix.cut}: output {leaf or 'tensor'!r} differs from the full model's by {gap:.1e} "
+                f"split at {cut}: output {leaf or 'tensor'!r} differs from the full model's by {gap:.1e} "
                 f"(relative; bound {bound:.0e}) in eval mode; the model is random there, or cannot be cut here"
             )
-
-
-def full_output(model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-    """Return the output of the full model in eval mode, without gradients."""
-    with torch.no_grad(), eval_mode(model):
-        return model(*args, **kwargs)
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import SplitError
-from pipeline.split.acceptance import take_fast_path
+from pipeline.split.acceptance import Trial, take_fast_path
 from pipeline.split.advice import warn_about_padding, warn_about_shared_layers
 from pipeline.split.blocks import Cut, find_blocks, resolve
-from pipeline.split.check import check_outputs, check_repeatable, full_output
-from pipeline.split.layout import batch_size, prove_layout, regroup
-from pipeline.split.plan import Plan
-from pipeline.split.planner import make_plan
+from pipeline.split.check import check_outputs, check_repeatable
+from pipeline.split.layout import batch_size, prove_layout, regroup, two_samples
+from pipeline.split.modes import eval_mode
+from pipeline.split.planner import Planned, make_plan
 from pipeline.split.prefix import Prefix, Slot, TensorSpec
 from pipeline.split.record import Tap, record
 from pipeline.split.sources import Source, state_names
@@ -32,7 +32,8 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
         model: any module; it is left unchanged. The suffix holds copies of the weights it trains.
         at: a share of the blocks (0: full fine-tuning from the inputs, 1: head only), a module path, or `path#2` for
             the third call of a module.
-        example: a batch of at least 2 samples: a mapping (called as `model(**example)`), a tuple, or one tensor.
+        example: a batch of at least 2 samples: a mapping (called as `model(**example)`), a tuple, or one tensor. Of a
+            larger one, two samples are used.
 
     Raises:
         NoSuchCutError: `at` names no place in the model.
@@ -41,17 +42,23 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
     args, kwargs = as_call(example)
     if batch_size(args, kwargs) < 2:
         raise SplitError("the example holds 1 sample; give a batch of at least 2, so that the batch axis can be told")
+    args, kwargs = two_samples(args, kwargs)
     seen = trace(model, args, kwargs)
     cut = resolve(model, at, seen.calls, find_blocks(model, seen.calls))
-    plan = make_plan(model, cut, seen, args, kwargs)
+    planned = make_plan(model, cut, seen, args, kwargs)
     second = regroup(args, kwargs)
-    slots, constants = prove_state(model, plan, (args, kwargs), second)
-    prefix, suffix = Prefix(model, plan, slots), Suffix(model, plan, slots, constants)
-    check_outputs(seen.output, prefix, suffix, args, kwargs)
-    check_outputs(full_output(model, second[0], second[1]), prefix, suffix, second[0], second[1])
-    warn_about_shared_layers(model, plan)
-    warn_about_padding(model, plan, slots, args, kwargs)
-    take_fast_path(prefix, suffix, [(args, kwargs), second[:2]])
+    proved = prove_state(model, planned, (args, kwargs), second)
+    check_outputs(cut, seen.output, planned.output)
+    prefix = Prefix(model, planned.plan, proved.slots)
+    suffix = Suffix(model, planned.plan, proved.slots, proved.constants)
+    first = Trial(args, kwargs, prefix.collect(planned.tap, 2), seen.output)
+    other = Trial(second[0], second[1], prefix.collect(proved.tap, 3), proved.output)
+    warn_about_shared_layers(model, planned.plan)
+    warn_about_padding(model, planned, proved.slots, args, kwargs)
+    take_fast_path(suffix, [first, other])
+    if suffix.fast is None:
+        with torch.no_grad(), eval_mode(suffix), eval_mode(suffix.root):
+            check_outputs(cut, other.expected, suffix(other.state, *other.args, **other.kwargs))
     return prefix, suffix
 
 
@@ -106,42 +113,56 @@ def candidates(model: nn.Module, example: Any) -> list[Candidate]:
     return found
 
 
+@dataclass(frozen=True)
+class ProvedState:
+    """The tensors of the state with their proved layouts, and the constants that belong to no sample.
+
+    Attributes:
+        tap: what the full model had at the cut for the second batch.
+        output: what it returned for it.
+    """
+
+    slots: list[Slot]
+    constants: dict[Source, Tensor]
+    tap: Tap
+    output: Any
+
+
 def prove_state(
-    model: nn.Module, plan: Plan, first: tuple[Args, Kwargs], second: tuple[Args, Kwargs, Tensor]
-) -> tuple[list[Slot], dict[Source, Tensor]]:
-    """Return the tensors of the state with their proved layouts, and the constants that belong to no sample.
+    model: nn.Module, planned: Planned, first: tuple[Args, Kwargs], second: tuple[Args, Kwargs, Tensor]
+) -> ProvedState:
+    """Prove the layout of each tensor of the state by a second batch.
 
     Raises:
         SplitError: a value has no provable batch axis, or differs between two runs on the same batch.
     """
-    taps = []
-    for args, kwargs in (first, first, second[:2]):
-        taps.append(Tap(plan.cut, plan.sources))
-        record(model, taps[-1:], args, kwargs)
-    batch = batch_size(*first)
+    plan = planned.plan
+    again, other = Tap(plan.cut, plan.sources), Tap(plan.cut, plan.sources)
+    record(model, [again], *first)
+    output = record(model, [other], *second[:2], to_the_end=True)
     slots, constants = [], {}
     for source, name in state_names(model, dict(model.named_modules())[plan.cut.path], plan.sources).items():
-        value, again, other = (tap.values[source] for tap in taps)
-        check_repeatable(name, value, again)
-        layout = prove_layout(name, value, other, second[2])
+        value = planned.tap.values[source]
+        check_repeatable(name, value, again.values[source])
+        layout = prove_layout(name, value, other.values[source], second[2])
         if layout is None:
             constants[source] = value.clone()
         else:
-            shape = tuple(layout.state(value, batch).shape[1:])
+            shape = tuple(layout.state(value, batch_size(*first)).shape[1:])
             slots.append(Slot(name, source, layout, TensorSpec(value.dtype, shape)))
-    return slots, constants
+    return ProvedState(slots, constants, other, output)
 
 
 def _candidate(model: nn.Module, cut: Cut, seen: Trace, args: Args, kwargs: Kwargs) -> Candidate:
-    plan = make_plan(model, cut, seen, args, kwargs)
-    slots, _ = prove_state(model, plan, (args, kwargs), regroup(args, kwargs))
+    planned = make_plan(model, cut, seen, args, kwargs)
+    slots = prove_state(model, planned, (args, kwargs), regroup(args, kwargs)).slots
     with FlopCounterMode(display=False) as counter:
         record(model, [Tap(cut, ())], args, kwargs)
     weights = dict(model.named_parameters())
     return Candidate(
         path=f"{cut.path}#{cut.call}" if cut.call else cut.path,
         share=cut.share,
-        parameters=sum(weights[name].numel() for name in set(plan.frozen.values())),
+        parameters=sum(weights[name].numel() for name in set(planned.plan.frozen.values())),
         flops=counter.get_total_flops() // batch_size(args, kwargs),
         state_bytes=sum(2 * torch.Size(slot.spec.shape).numel() for slot in slots),
     )

@@ -57,8 +57,9 @@ class FastPath:
         """Return the model's output.
 
         Raises:
-            SplitError: the cut is not reached.
+            SplitError: the cut is not reached, or the values belong to another batch than the inputs.
         """
+        script.check(values)
         args, kwargs = script.inputs(values, args, kwargs)
         self._stage.begin(script, values, self._running)
         try:

@@ -52,15 +52,33 @@ def batch_size(args: Args, kwargs: Kwargs) -> int:
     return size
 
 
+def two_samples(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Return the batch of the two samples with the most and the fewest non-zeros among their integers and flags.
+
+    Of padded texts these are the longest and the shortest; of other inputs any two show the same.
+    """
+    batch = batch_size(args, kwargs)
+    filled = torch.zeros(batch)
+    for item in arguments(args, kwargs).values():
+        if item.dim() and item.shape[0] == batch and not item.is_floating_point():
+            filled += item.reshape(batch, -1).count_nonzero(1).cpu()
+    rows = torch.tensor([int(filled.argmax()), int(filled.argmin())]) if len(filled.unique()) > 1 else torch.arange(2)
+    return _rows(args, kwargs, rows)
+
+
 def regroup(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, Tensor]:
     """Return a batch of one sample more, in another order, and the row of the first batch that each of its rows is."""
+    rows = torch.tensor([*reversed(range(batch_size(args, kwargs))), 0])
+    return *_rows(args, kwargs, rows), rows
+
+
+def _rows(args: Args, kwargs: Kwargs, rows: Tensor) -> tuple[Args, Kwargs]:
     batch = batch_size(args, kwargs)
-    rows = torch.tensor([*reversed(range(batch)), 0])
 
     def take(_: str, item: Tensor) -> Tensor:
         return item[rows.to(item.device)] if item.dim() and item.shape[0] == batch else item
 
-    return *map_arguments(take, args, kwargs), rows
+    return map_arguments(take, args, kwargs)
 
 
 def prove_layout(name: str, first: Tensor, second: Tensor, rows: Tensor) -> Layout | None:

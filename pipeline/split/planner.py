@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline.errors import SplitError
@@ -12,51 +15,70 @@ from pipeline.split.frozen import Frozen
 from pipeline.split.modes import random_state_kept
 from pipeline.split.opaque import close, sketch
 from pipeline.split.plan import Discovery, Lacking, Plan
-from pipeline.split.reads import Reads
 from pipeline.split.record import Tap, record
 from pipeline.split.sources import Weight
 from pipeline.split.trace import Trace
 from pipeline.split.tree import Args, Kwargs
 
 ROUNDS = 64
+LACKING = object()
 
 
-def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwargs) -> Plan:
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and the run of the suffix in eval mode that lacked nothing.
+
+    Attributes:
+        tap: what the full model had at the cut, from which the run started.
+        output: what it returned.
+    """
+
+    plan: Plan
+    tap: Tap
+    output: Any
+
+
+def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwargs) -> Planned:
     """Return what the suffix of `model` after `cut` needs, as found on one batch.
 
     Raises:
         SplitError: it needs something that no module before the cut returns.
     """
-    plan = _survey(model, cut, trace, args, kwargs)
-    for _ in range(ROUNDS):
-        tap = Tap(cut, plan.sources)
-        record(model, [tap], args, kwargs)
-        if _found_nothing_lacking(model, plan, tap, args, kwargs):
-            return plan
+    plan = _survey(model, cut, trace)
+    tap = Tap(cut, ())
+    for number in range(ROUNDS):
+        if number == 0 or not tap.values.keys() >= set(plan.sources):
+            tap = Tap(cut, list(plan.sources))
+            record(model, [tap], args, kwargs)
+        output = _replay(model, plan, tap, args, kwargs)
+        if output is not LACKING:
+            return Planned(plan, tap, output)
     raise SplitError(f"split at {cut}: after {ROUNDS} rounds the suffix still lacks something; cut elsewhere")
 
 
-def _found_nothing_lacking(model: nn.Module, plan: Plan, tap: Tap, args: Args, kwargs: Kwargs) -> bool:
+def _replay(model: nn.Module, plan: Plan, tap: Tap, args: Args, kwargs: Kwargs) -> Any:
+    """Replay the suffix in both modes; return its output in eval mode, or LACKING once the plan has grown."""
     weights = dict(model.named_parameters())
     size = sum(item.numel() for item in weights.values())
     root = _skeleton(model)
     close(root, plan.opaque)
     frozen = Frozen(root, plan.frozen, {name: weights[name].detach() for name in plan.kept})
+    outputs = []
     for training in (False, True):
         discovery = Discovery(root.train(training), plan, tap.values, size)
         try:
-            with random_state_kept(root), frozen.as_phantoms():
-                discovery.run(args, kwargs)
+            with random_state_kept(root), frozen.as_phantoms(), torch.set_grad_enabled(training):
+                outputs.append(discovery.run(args, kwargs))
         except Lacking as lack:
             _add(plan, lack)
-            return False
+            return LACKING
         except Exception as error:
             stuck = discovery.stuck_in()
             if stuck is None or stuck in plan.opaque:
                 raise _told(plan.cut, training, error) from error
             plan.opaque[stuck] = sketch(model, stuck, args, kwargs)
-            return False
-    return True
+            return LACKING
+    return outputs[0]
 
 
 def _told(cut: Cut, training: bool, error: Exception) -> SplitError:
@@ -89,15 +111,14 @@ def _add(plan: Plan, lack: Lacking) -> None:
             plan.sources.append(need)
 
 
-def _survey(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwargs) -> Plan:
+def _survey(model: nn.Module, cut: Cut, trace: Trace) -> Plan:
     """See what is read and called before the cut; what is read there is frozen."""
-    with Reads(model) as reads:
-        record(model, [Tap(cut, ())], args, kwargs)
-    start = next(call.start for call in trace.calls if (call.path, call.index) == (cut.path, cut.call))
+    start = trace.start_of(cut.path, cut.call)
+    read = {name for name, tick in trace.reads.items() if tick < start}
     before = list(dict.fromkeys(call.path for call in trace.calls if call.start < start))
     after = {call.path for call in trace.calls if call.end > start}
-    unused = _held(model, set(before) - after) - trace.reads
-    return Plan(cut, _tied(model, reads.names | unused), sorted(reads.names), before, after)
+    unused = _held(model, set(before) - after) - trace.reads.keys()
+    return Plan(cut, _tied(model, read | unused), sorted(read), before, after)
 
 
 def _held(model: nn.Module, paths: set[str]) -> set[str]:

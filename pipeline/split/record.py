@@ -36,31 +36,36 @@ class _DeepestCut(BaseException):
     """Ends a run at the deepest cut; no `except Exception` in a model's code stops it."""
 
 
-def record(model: nn.Module, taps: Sequence[Tap], args: Args, kwargs: Kwargs) -> None:
+def record(model: nn.Module, taps: Sequence[Tap], args: Args, kwargs: Kwargs, *, to_the_end: bool = False) -> Any:
     """Run `model` in eval mode without gradients, fill the taps, and stop at the last of them to be reached.
 
-    Values of a tap that is not the last are copies, for the model runs on and may write into them.
+    Where the model runs on, because of further taps or `to_the_end`, values are copies, for it may write into them.
+    Returns the model's output `to_the_end`, else None.
 
     Raises:
         SplitError: a cut was not reached with these inputs.
     """
+    output = None
     with torch.no_grad(), eval_mode(model):
-        run = _Run(model, taps, args, kwargs)
+        run = _Run(model, taps, args, kwargs, to_the_end=to_the_end)
         try:
-            model(*args, **kwargs)
+            output = model(*args, **kwargs)
         except _DeepestCut:
-            return
+            return None
         finally:
             run.end()
-    missed = next(tap.cut for tap in taps if tap in run.pending)
-    raise SplitError(
-        f"the cut {missed} was not reached with these inputs; the model took another path than on the example"
-    )
+    if run.pending:
+        raise SplitError(
+            f"the cut {run.pending[0].cut} was not reached with these inputs; the model took another path than on the "
+            "example"
+        )
+    return output
 
 
 class _Run:
-    def __init__(self, model: nn.Module, taps: Sequence[Tap], args: Args, kwargs: Kwargs) -> None:
+    def __init__(self, model: nn.Module, taps: Sequence[Tap], args: Args, kwargs: Kwargs, *, to_the_end: bool) -> None:
         self.pending = list(taps)
+        self.to_the_end = to_the_end
         self.inputs = arguments(args, kwargs)
         self.counts: dict[tuple[str, str], int] = {}
         self.handles: list[Any] = []
@@ -99,7 +104,7 @@ class _Run:
             for tap in reached:
                 self.pending.remove(tap)
                 self._take(tap, args, kwargs)
-            if reached and not self.pending:
+            if reached and not self.pending and not self.to_the_end:
                 raise _DeepestCut
 
         return hook
@@ -107,7 +112,8 @@ class _Run:
     def _take(self, tap: Tap, args: Args, kwargs: Kwargs) -> None:
         for leaf, tensor in arguments(args, kwargs).items():
             value = tensor.detach()
-            tap.values[Argument(leaf)] = value.clone() if self.pending and Argument(leaf) in tap.wanted else value
+            goes_on = self.to_the_end or self.pending
+            tap.values[Argument(leaf)] = value.clone() if goes_on and Argument(leaf) in tap.wanted else value
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         tap.elapsed = time.perf_counter() - self.start

@@ -8,7 +8,7 @@ as it is: the callers of the cut, and whatever makes a value that is read, such 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,6 +145,21 @@ def skippable_calls(recorder: Recorder, among: set[tuple[str, int]] | None = Non
             opened.add(visit.path)
             pending += visit.children
     return skipped, opened
+
+
+def numbers_met(calls: Visit, skipped: Sequence[Visit]) -> dict[tuple[str, int], int]:
+    """Return how calls are numbered once those inside `skipped` calls do not come: (path, number) -> number left."""
+    closed = {id(visit) for visit in skipped}
+    numbers: dict[tuple[str, int], int] = {}
+    counts: dict[str, int] = {}
+    pending = list(reversed(calls.children))
+    while pending:
+        visit = pending.pop()
+        numbers[visit.path, visit.index] = counts.get(visit.path, 0)
+        counts[visit.path] = numbers[visit.path, visit.index] + 1
+        if id(visit) not in closed:
+            pending += reversed(visit.children)
+    return numbers
 
 
 def _is_skippable(visit: Visit, stored: set[tuple[str, int]]) -> bool:

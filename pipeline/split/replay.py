@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
 from pipeline.split.phantom import Phantom, Step, imagine, interpreting, needs_values, phantoms, with_integer_indices
-from pipeline.split.sources import Argument, Input, Output, Source
+from pipeline.split.sources import Argument, Input, Output, Source, unfit
 from pipeline.split.tree import Args, Kwargs, map_arguments, map_tensors, tensors
 
 
@@ -107,10 +107,7 @@ class Replay:
         """
         value = self.values[source]
         if value.shape != phantom.shape:
-            raise SplitError(
-                f"the state holds {tuple(value.shape)} where these inputs lead to {tuple(phantom.shape)} ({source}); "
-                "state and inputs must belong to the same batch, padded to the same length"
-            )
+            raise unfit(source, value.shape, phantom.shape)
         phantom.value = value
 
     def output_paths(self) -> set[str]:

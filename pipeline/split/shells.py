@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.split.blocks import Cut
 from pipeline.split.frozen import dummy
-from pipeline.split.recording import Recorder, Visit
-from pipeline.split.sources import Argument, Input, Output, Source
+from pipeline.split.recording import Recorder, Visit, numbers_met
+from pipeline.split.sources import Argument, Input, Output, Source, unfit
 from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, map_tensors
 
 
@@ -54,14 +55,24 @@ class Script:
     """How to reach the cut with inputs of one signature.
 
     Attributes:
-        replies: the skipped calls, by path and number of the call.
+        replies: the skipped calls, by path and number. Calls inside skipped ones never come, so they do not count.
+        cut_call: number of the cut call among the calls of its module that come.
         late: stored arguments of the cut call that no skipped call returns; they are put in on entry.
         dummies: floating-point inputs, by leaf; None for one that the state holds.
+        shapes: shapes of the stored values that go with these inputs.
     """
 
     replies: dict[tuple[str, int], Reply]
+    cut_call: int
     late: frozenset[str]
     dummies: dict[str, Tensor | None]
+    shapes: dict[Source, torch.Size]
+
+    def check(self, values: Mapping[Source, Tensor]) -> None:
+        """Raise SplitError unless stored `values` belong to a batch like the inputs'."""
+        for source, shape in self.shapes.items():
+            if values[source].shape != shape:
+                raise unfit(source, values[source].shape, shape)
 
     def inputs(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Return the model's inputs without the values that only the prefix reads."""
@@ -77,14 +88,17 @@ class Script:
 
 def write_script(recorder: Recorder, skipped: Sequence[Visit], args: Args, kwargs: Kwargs, *, dense: bool) -> Script:
     """Return the script for inputs like those of the recording; `dense` dummies can be written to."""
-    replies = {(visit.path, visit.index): _reply(visit, recorder, dense) for visit in skipped}
+    numbers = numbers_met(recorder.calls, skipped)
+    replies = {(visit.path, numbers[visit.path, visit.index]): _reply(visit, recorder, dense) for visit in skipped}
     delivered = {
         source.leaf for reply in replies.values() for source in reply.stored.values() if isinstance(source, Argument)
     }
     late = {source.leaf for source in recorder.values if isinstance(source, Argument)} - delivered
     floats = {leaf: item for leaf, item in arguments(args, kwargs).items() if item.is_floating_point()}
     dummies = {leaf: None if Input(leaf) in recorder.values else dummy(item) for leaf, item in floats.items()}
-    return Script(replies, frozenset(late), dummies)
+    shapes = {source: value.shape for source, value in recorder.values.items()}
+    cut_call = numbers[recorder.cut.path, recorder.cut.call]
+    return Script(replies, cut_call, frozenset(late), dummies, shapes)
 
 
 def _reply(visit: Visit, recorder: Recorder, dense: bool) -> Reply:
@@ -112,7 +126,7 @@ class Stage:
     cut: Cut
     before: bool = False
     values: Mapping[Source, Tensor] = field(default_factory=dict)
-    script: Script = field(default_factory=lambda: Script({}, frozenset(), {}))
+    script: Script = field(default_factory=lambda: Script({}, 0, frozenset(), {}, {}))
     counts: dict[str, int] = field(default_factory=dict)
     modes: list[tuple[nn.Module, bool]] = field(default_factory=list)
 
@@ -151,7 +165,7 @@ class Shell:
         if stage.before:
             index = stage.counts.get(self.path, 0)
             stage.counts[self.path] = index + 1
-            if index == stage.cut.call and self.path == stage.cut.path:
+            if self.path == stage.cut.path and index == stage.script.cut_call:
                 args, kwargs = stage.enter(args, kwargs)
             else:
                 reply = stage.script.replies.get((self.path, index))

@@ -13,6 +13,8 @@ from typing import TypeAlias
 
 from torch import nn
 
+from pipeline.errors import SplitError
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -45,6 +47,14 @@ class Weight:
 
 
 Source: TypeAlias = Argument | Output | Input
+
+
+def unfit(source: Source, found: tuple[int, ...], expected: tuple[int, ...]) -> SplitError:
+    """Return the error of a stored value that does not belong to the inputs it came with."""
+    return SplitError(
+        f"the state holds {tuple(found)} where these inputs lead to {tuple(expected)} ({source}); state and inputs "
+        "must belong to the same batch, padded to the same length"
+    )
 
 
 def state_names(model: nn.Module, cut_module: nn.Module, sources: list[Source]) -> dict[Source, str]:
