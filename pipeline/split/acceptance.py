@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,26 +48,18 @@ def take_fast_path(suffix: Suffix, trials: Sequence[Trial]) -> None:
 def _passes(suffix: Suffix, fast: FastPath, trials: Sequence[Trial]) -> bool:
     suffix.eval()
     with torch.no_grad():
-        if not all(_agrees(suffix, fast, trial, lambda expected=trial.expected: expected) for trial in trials):
+        if not all(_agrees(suffix, fast, trial) for trial in trials):
             return False
-    suffix.train()
-    first = trials[0]
-
-    def replay() -> Any:
-        values = {source: value.clone() for source, value in suffix.values(first.state).items()}
-        return suffix.replay(values, first.args, first.kwargs)
-
-    return _agrees(suffix, fast, first, replay)
+    return _agrees(suffix.train(), fast, trials[0])
 
 
-def _agrees(suffix: Suffix, fast: FastPath, trial: Trial, reference: Callable[[], Any]) -> bool:
-    """Compare with `reference`, which may change the buffers of the suffix."""
+def _agrees(suffix: Suffix, fast: FastPath, trial: Trial) -> bool:
     values = suffix.values(trial.state)
     script = fast.script(values, trial.args, trial.kwargs)
     if script is None:
         return False
     with _undone(suffix.root):
-        expected = tensors(reference())
+        expected = tensors(_replayed(suffix, trial) if suffix.training else trial.expected)
         buffers = {name: item.clone() for name, item in suffix.root.named_buffers()}
     versions = {source: value._version for source, value in values.items() if source not in suffix.written}
     try:
@@ -77,6 +69,11 @@ def _agrees(suffix: Suffix, fast: FastPath, trial: Trial, reference: Callable[[]
     except Exception:  # the model's own code meets dummies: whatever it raises, it needs the phantoms
         return False
     return same and all(values[source]._version == version for source, version in versions.items())
+
+
+def _replayed(suffix: Suffix, trial: Trial) -> Any:
+    values = {source: value.clone() for source, value in suffix.values(trial.state).items()}
+    return suffix.replay(values, trial.args, trial.kwargs)
 
 
 def _same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> bool:
