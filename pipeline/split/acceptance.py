@@ -85,13 +85,21 @@ def _same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> bool:
 
 @contextmanager
 def _undone(root: nn.Module) -> Iterator[None]:
-    """Run with a fixed seed, and leave the random state and the buffers of `root` as they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
+    """Run with a fixed seed, and leave the random state and the buffers of `root` as they were.
+
+    A module may write into its buffer, or put another tensor in its place.
+    """
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in root.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     with random_state_kept(root):
         torch.manual_seed(0)
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, former in buffers:
-                    buffer.copy_(former)
+                for module, name, buffer, former in buffers:
+                    module._buffers[name] = buffer.copy_(former)

@@ -223,6 +223,94 @@ class TestModuleCalledTwice(OwnContract):
     model = Model
 
 
+class TestModulesCalledAsFunctions(OwnContract):
+    """`forward` called directly fires no hook, and a weight may be used without its module."""
+
+    cuts = (0, "c", "head")
+
+    class Model(Three):
+        def forward(self, x):
+            x = self.b.forward(self.a.forward(x))
+            return self.head(nn.functional.linear(self.c(x), self.b[0].weight, self.a[0].bias))
+
+    model = Model
+
+
+class TestListsOfTensors(OwnContract):
+    """Features of several depths go into one list, which later modules take whole."""
+
+    class Model(Three):
+        class Gather(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.mix = nn.Linear(24, 8)
+
+            def forward(self, features):
+                return [self.mix(torch.cat(features, -1)), *features[1:]]
+
+        def __init__(self):
+            super().__init__()
+            self.gather = self.Gather()
+
+        def forward(self, x):
+            features = [x]
+            for module in (self.a, self.b):
+                features.append(module(features[-1]))
+            features = self.gather(features)
+            return [self.head(self.c(features[0])), features[1:]]
+
+    model = Model
+    cuts = (0, "b", "gather", "c", "head")
+
+
+class TestNonTensorArguments(OwnContract):
+    """Numbers, words, flags and None are part of a call as they are."""
+
+    class Model(Three):
+        def forward(self, x, power, *, mode="plain", scale=None, options=None):
+            x = self.b(self.a(x)) ** power
+            x = x * (options or {}).get("gain", 1.0) if scale is None else x * scale
+            return self.head(self.c(x)) if mode == "plain" else self.head(x)
+
+    model = Model
+
+    def example(self, size):
+        return {"x": rows(size), "power": 2, "mode": "plain", "scale": None, "options": {"gain": 0.5, "name": "n"}}
+
+    def test_other_arguments_lead_another_way(self):
+        model = self.Model().eval()
+        prefix, suffix = split(model, "c", self.example(2))
+        other = {**self.example(2), "power": 3, "scale": 2.0}
+        torch.testing.assert_close(suffix(prefix(**other), **other), model(**other))
+
+
+class TestBuffersChangedInForward(OwnContract):
+    """A counter and a running mean, before and after the cut: only those after it move."""
+
+    class Model(Three):
+        class Mean(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("mean", torch.zeros(8))
+                self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+            def forward(self, x):
+                if self.training:
+                    self.steps += 1
+                    self.mean = self.mean + 0.1 * (x.detach().mean(0) - self.mean)
+                return x - self.mean
+
+        def __init__(self):
+            super().__init__()
+            self.early, self.late = self.Mean(), self.Mean()
+
+        def forward(self, x):
+            return self.head(self.late(self.c(self.b(self.early(self.a(x))))))
+
+    model = Model
+    cuts = (0, "b", "c", "late", "head")
+
+
 class TestConstantOfTheModel(OwnContract):
     """A value without a batch axis belongs to no sample: the suffix holds it."""
 
