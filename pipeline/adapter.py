@@ -48,7 +48,8 @@ class AdapterConfig(Section):
     kind: Literal["lora", "peanut"] = "lora"
     """`lora` (arXiv:2106.09685) adds a low-rank product to the weights of linear layers and convolutions. `peanut`
     (arXiv:2410.01870) is a bottleneck as Houlsby's adapters are (down-projection, ReLU, up-projection, zero at first),
-    for linear layers: it reads the rows of the frozen weight, not the activations, and can therefore be merged."""
+    for linear layers: it reads the frozen weight, not the activations, and can therefore be merged. It makes a whole
+    weight at every step, which costs more time than training that weight; `lora` costs less."""
     rank: int = Field(default=8, ge=1)
     """Width of the low-rank product or of the bottleneck."""
     alpha: int = Field(default=16, ge=1)
@@ -144,10 +145,10 @@ def _kinds(config: AdapterConfig) -> tuple[type[nn.Module], ...]:
 
 
 def _can_adapt(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Tell whether peft's layer for `module` computes what it computes.
+    """Tell whether peft can adapt `module` and merge the adapter again.
 
-    Not so for a subclass with a `forward` of its own, nor for grouped, dilated or otherwise padded convolutions: peft
-    cannot merge the first, and its layers do without the other two.
+    It cannot where a subclass has a `forward` of its own, nor merge into grouped convolutions, and its own convolutions
+    know neither dilation nor other padding than zeros.
     """
     plain = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
     if plain and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -203,17 +204,19 @@ def _twin(model: nn.Module) -> nn.Module:
 def _inject(twin: nn.Module, targets: list[str], config: AdapterConfig, seed: int) -> None:
     from peft import LoraConfig, PeanutConfig, PeftConfig, inject_adapter_in_model  # noqa: PLC0415
 
-    pattern = "|".join(map(re.escape, targets))  # peft takes the names of a list for ends of paths
+    others = f"(?!(?:{'|'.join(map(re.escape, targets))})$).*"  # without it peft takes a path for the end of others too
     settings: PeftConfig
     if config.kind == "lora":
-        settings = LoraConfig(
-            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=pattern
-        )
+        settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout)
     else:
-        settings = PeanutConfig(r=config.rank, scaling=config.alpha / config.rank, depth=0, target_modules=pattern)
+        settings = PeanutConfig(r=config.rank, scaling=config.alpha / config.rank, depth=0)
+    settings.target_modules, settings.exclude_modules = targets, others
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(settings, twin, NAME)
+        try:
+            inject_adapter_in_model(settings, twin, NAME)
+        except ValueError as error:  # of some networks it knows that they read a weight behind its layer's back
+            raise TrainError(f"train.adapter: {error}; leave that layer out with train.adapter.targets") from error
     if missed := set(targets) ^ _adapters(twin).keys():
         raise TrainError(
             f"train.adapter: peft adapts other layers of this model than it was told, {min(missed)!r} among them; "

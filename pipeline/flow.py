@@ -74,6 +74,7 @@ def train_project(project: Project, name: str) -> Run:
     table = SampleTable.read(project.samples)
     bench = Workbench.open(project, table)
     store, prefix, suffix = bench.open_store(cut, table)
+    suffix = bench.adapt(store, table, prefix, suffix)
     load = partial(
         Loader,
         store,
@@ -89,7 +90,7 @@ def train_project(project: Project, name: str) -> Run:
     settings = [section.model_dump(mode="json") for section in (project.model, project.task, project.train)]
     identity = digest([store.recipe.digest, sha256(project.samples), *settings])
     summary = fit(
-        bench.adapt(store, table, prefix, suffix),
+        suffix,
         bench.task,
         training,
         validation,

@@ -21,6 +21,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -191,7 +193,7 @@ def test_it_is_the_full_adapted_model_s_upper_part(case: SimpleNamespace) -> Non
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def adapted(model: nn.Module, example: dict[str, Tensor], at: float | str = 0.5, **settings: object) -> nn.Module:
+def adapted(model: nn.Module, example: dict[str, object], at: float | str = 0.5, **settings: object) -> nn.Module:
     prefix, suffix = split(model, at, example)
     config = AdapterConfig.model_validate(settings)
     return adapt(model, prefix, suffix, example, config, fresh=CLASSIFIER, seed=0)
@@ -249,6 +251,20 @@ def test_faults_name_the_remedy() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             TrainConfig.model_validate({"adapter": settings})
+
+
+def test_layers_of_the_same_name_elsewhere_stay_as_they_are() -> None:
+    """peft takes a name for the end of any path: here the path of a layer after the cut ends that of one before it."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8), nn.Linear(8, 3))
+    assert paths(adapted(model, {"input": PIXELS[:, 0, 0]}, at="1")) == {"1", "2"}
+
+
+def test_a_network_that_peft_knows_better_is_refused() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=10, hidden_size=8, state_size=4, num_hidden_layers=4))
+    example = {"input_ids": IDS, "use_cache": False}
+    with pytest.raises(TrainError, match=r"'out_proj' is incompatible .* with train\.adapter\.targets"):
+        adapted(model, example)
+    assert paths(adapted(model, example, targets=["x_proj"])) == {f"backbone.layers.{i}.mixer.x_proj" for i in (2, 3)}
 
 
 def test_a_weight_that_is_read_behind_its_layer_s_back_is_found_out() -> None:
