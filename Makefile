@@ -4,7 +4,7 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 RUN := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 
-.PHONY: demo demo-text test check format bench clean
+.PHONY: demo demo-text test check zoo format bench clean
 
 demo: $(VENV)/installed data/mnist_5k.csv.gz
 	$(RUN) dvc repro
@@ -21,6 +21,10 @@ check: $(VENV)/installed
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(RUN) python -m pytest tests/test_layering.py
+
+# Some models only: make zoo ZOO="--groups timm --names vit swin"; finished ones are not run again.
+zoo: $(VENV)/installed
+	$(RUN) PYTHONPATH=tests python -m zoo $(ZOO)
 
 format: $(VENV)/installed
 	$(RUN) ruff check --fix .

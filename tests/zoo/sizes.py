@@ -1,0 +1,31 @@
+"""How small an input a network accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+
+def smallest(build: Callable[[int], nn.Module], sizes: Iterable[int], shape: Callable[[int], tuple[int, ...]]) -> int:
+    """Return the first of `sizes` that a network accepts as `shape(size)` per sample, when built for it.
+
+    It is tried on the meta device, where shapes are computed and nothing else, in training mode, as batch norms and
+    auxiliary heads ask for more there.
+
+    Raises:
+        ValueError: it accepts none of them; the message is that of the last one.
+    """
+    for size in sizes:
+        try:
+            with init_empty_weights():
+                model = build(size).to("meta").train()
+            with torch.device("meta"), torch.no_grad():
+                model(torch.empty(2, *shape(size)))
+        except Exception as error:
+            refusal = error
+        else:
+            return size
+    raise ValueError(f"no input size is accepted; {size}: {refusal}")
