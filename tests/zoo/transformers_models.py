@@ -59,6 +59,10 @@ SMALL: dict[str, Any] = {
     "conv_dim": WIDTH,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
+    **dict.fromkeys(("mamba_n_heads", "linear_num_heads"), HEADS),
+    **dict.fromkeys(("mamba_d_state", "state_size", "linear_head_dim"), 16),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
+    "mamba_d_ssm": INNER,
 }
 
 UNSET = frozenset({"use_cache", "pad_token_id", "bos_token_id", "eos_token_id"})
@@ -81,42 +85,102 @@ MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 
 TEXT = types(
     "afmoe albert apertus arcee beam bert bert-generation big_bird biogpt bitnet bloom camembert clip_text_model cohere"
     " cohere2 cohere2_moe convbert cwm data2vec-text deberta deberta-v2 diffllama distilbert doge dpr electra"
-    " embedding_gemma2_text ernie ernie4_5 ernie4_5_moe eurobert exaone4 exaone_moe falcon falcon_mamba gemma gemma2"
-    " gpt2 gpt_neox granite ibert llama longformer luke mamba megatron-bert mistral mixtral modernbert mpnet mpt"
-    " olmo olmo2 opt phi phi3 qwen2 qwen3 qwen3_moe rembert roberta xlm-roberta xlnet",
+    " embedding_gemma2_text ernie ernie4_5 ernie4_5_moe eurobert exaone4 exaone_moe falcon falcon_h1 falcon_mamba"
+    " flaubert flex_olmo flint fnet gemma gemma2 gemma3_text gemma4_unified_text glm glm4 glm4_moe gpt2 gpt_bigcode"
+    " gpt_neox gpt_neox_japanese gpt_oss granite granite_docling_text granite_swa granitemoe granitemoe_swa"
+    " granitemoeshared gte helium hrm_text hy_v3 hy_v4 hyperclovax ibert jais2 jamba jetmoe jina_embeddings_v3 kolibri1"
+    " laguna lfm2 lfm3 llama llama4_text longformer mamba megatron-bert mellum mimo_v2_flash minimax minimax_m2"
+    " ministral3 mistral mixtral modernbert modernbert-decoder mpnet mpt mra nanochat nomic_bert nystromformer"
+    " olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe recurrent_gemma"
+    " rembert roberta roberta-prelayernorm roformer rwkv seed_oss smollm3 splinter squeezebert stablelm"
+    " starcoder2 vaultgemma xglm xlm xlm-roberta xlm-roberta-xl xlnet yoso",
     axk1=LATENT,
     axk2=LATENT,
+    bamba={"attn_layer_indices": [1]},
     canine={"num_hash_buckets": 64},
     codegen={"rotary_dim": 4},
+    cpmant={"dim_head": 8, "dim_ff": INNER, "prompt_length": 4},
     ctrl={"dff": INNER},
     deepseek_v2={**LATENT, **MIXTURE},
     deepseek_v3=LATENT,
     deepseek_v32=LATENT,
     dots1=MIXTURE,
     esm={"vocab_size": WORDS},
+    esmc=LATENT,
     funnel={"architectures": ["FunnelModel"], "block_sizes": [1, 1, 2]},
+    glm4_moe_lite=LATENT,
+    glm_moe_dsa=LATENT,
     gpt_neo={"attention_types": [[["global", "local"], LAYERS // 2]]},
+    gptj={"rotary_dim": 4},
+    granitemoehybrid={"layer_types": ["mamba", "attention"] * 2},
+    hunyuan_v1_dense={"head_dim": 8},
+    luke={"entity_vocab_size": 10},
+    mamba2={"head_dim": 16, "n_groups": 1},
+    markuplm={"max_depth": 4},
+    minicpm3=LATENT,
+    ministral={"head_dim": 8},
     mobilebert={"intra_bottleneck_size": 16},
+    nemotron={"head_dim": 8},
+    roc_bert={"pronunciation_vocab_size": WORDS, "shape_vocab_size": WORDS},
+    xmod={"default_language": "en_XX"},
 )
 
-SEQ2SEQ = types("bart bigbird_pegasus blenderbot blenderbot-small led m2m_100 marian mbart mt5 pegasus t5 umt5")
+SEQ2SEQ = types(
+    "bart bigbird_pegasus blenderbot blenderbot-small led m2m_100 marian mbart mt5 mvp pegasus pegasus_x plbart"
+    " switch_transformers t5 umt5",
+)
 
-FINE = {"patch_size": 4}
+BOXES = types("bros layoutlm", lilt={"hidden_size": 48}, layoutlmv3={"coordinate_size": 6, "shape_size": 4})
+
+PYRAMID = {"patch_size": 4}
 """A pyramid starts from small patches."""
+
+BRANCHES = {"num_attention_heads": [1, 2, 2, 4]}
 
 IMAGES = types(
     "aimv2_vision_model beit chinese_clip_vision_model clip_vision_model cvt data2vec-vision deit dinov2"
-    " dinov2_with_registers dinov3_convnext dinov3_vit dpt poolformer resnet segformer siglip_vision_model vit",
+    " dinov2_with_registers dinov3_convnext dinov3_vit dpt glpn ijepa mlcd_vision_model poolformer resnet"
+    " segformer siglip_vision_model vit vit_msn vitdet yolos",
     bit={"num_groups": 8},
-    convnext=FINE,
-    convnextv2=FINE,
+    convnext=PYRAMID,
+    convnextv2=PYRAMID,
+    efficientnet={"hidden_dim": 320, "width_coefficient": 0.25, "depth_coefficient": 0.5},
+    focalnet={**PYRAMID, "embed_dim": 8},
+    hiera={"patch_size": [7, 7], "embed_dim": 8},
+    levit={"num_attention_heads": [2, 2, 4]},
+    mobilenet_v1={"depth_multiplier": 0.25},
+    mobilenet_v2={"depth_multiplier": 0.35},
     mobilevit={"patch_size": 2, "neck_hidden_sizes": [16, 16, 24, 32, 40, 48, 64]},
-    swin=FINE,
-    swinv2=FINE,
-    **{"donut-swin": FINE},
+    mobilevitv2={"patch_size": 2, "base_attn_unit_dims": [32, 48, 64]},
+    pvt=BRANCHES,
+    pvt_v2=BRANCHES,
+    regnet={"groups_width": 16},
+    swin=PYRAMID,
+    swin2sr={"patch_size": 1, "image_size": 16},
+    swinv2=PYRAMID,
+    swiftformer={"embed_dims": [16, 24, 32, 48]},
+    textnet={
+        "conv_layer_kernel_sizes": [[[3, 3]] * 2] * 4,
+        "conv_layer_strides": [[1, 2]] * 4,
+        "hidden_sizes": [8] * 5,
+    },
+    vit_mae={},
+    **{"donut-swin": {**PYRAMID, "embed_dim": 8}, "maskformer-swin": {**PYRAMID, "embed_dim": 8}},
 )
 
-WAVES = types("data2vec-audio hubert wav2vec2 wavlm")
+VIDEOS = types("timesformer videomae vivit")
+
+WAVES = types("data2vec-audio hubert sew sew-d unispeech unispeech-sat wav2vec2 wav2vec2-conformer wavlm")
+
+SPECTRA = types("", whisper={}, **{"audio-spectrogram-transformer": {"max_length": 64}})
+
+TEXT_AND_IMAGE = types(
+    "aimv2 align altclip blip chinese_clip clip clipseg flava git groupvit metaclip_2 siglip vilt",
+    bridgetower={"vision_config": {"hidden_size": 64}},
+)
+
+Draw = Callable[[PretrainedConfig, int, Generator], Inputs]
+"""Draws the inputs of a model: its configuration, how many samples, the source of randomness."""
 
 
 def text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
@@ -127,16 +191,37 @@ def text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
     return {"input_ids": words * mask, "attention_mask": mask}
 
 
-def text_pair(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+def two_texts(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
     """Token ids for the encoder, and what the decoder has said so far."""
-    return {**text(config, size, draw), "decoder_input_ids": torch.randint(3, WORDS, (size, 7), generator=draw)}
+    return {**text(config, size, draw), **said(config, size, draw)}
+
+
+def said(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """Token ids for a decoder."""
+    return {"decoder_input_ids": torch.randint(3, WORDS, (size, 7), generator=draw)}
+
+
+def placed_text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """Token ids, and the box on the page of each."""
+    corners = torch.randint(0, 60, (size, max(LENGTHS), 2), generator=draw)
+    return {**text(config, size, draw), "bbox": torch.cat([corners, corners + 3], -1)}
 
 
 def images(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Square images of the size that the configuration names."""
-    pixels = getattr(config, "image_size", SMALL["image_size"])
-    channels = getattr(config, "num_channels", 3)
-    return {"pixel_values": torch.randn(size, channels, pixels, pixels, generator=draw)}
+    """Square images of the one size that fits all configurations."""
+    pixels = SMALL["image_size"]
+    return {"pixel_values": torch.randn(size, 3, pixels, pixels, generator=draw)}
+
+
+def text_and_image(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """A text and an image."""
+    return {**text(config, size, draw), **images(config, size, draw)}
+
+
+def videos(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """A few frames."""
+    pixels = SMALL["image_size"]
+    return {"pixel_values": torch.randn(size, SMALL["num_frames"], 3, pixels, pixels, generator=draw)}
 
 
 def waves(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
@@ -144,11 +229,22 @@ def waves(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
     return {"input_values": torch.randn(size, 4000, generator=draw)}
 
 
-KINDS: tuple[tuple[dict[str, Settings], Callable[[PretrainedConfig, int, Generator], Inputs]], ...] = (
+def spectra(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """Log-mel spectrograms: time last for models that speak, frequency last for those that only listen."""
+    if not config.is_encoder_decoder:
+        return {"input_values": torch.randn(size, 64, SMALL["num_mel_bins"], generator=draw)}
+    return {"input_features": torch.randn(size, SMALL["num_mel_bins"], 64, generator=draw), **said(config, size, draw)}
+
+
+KINDS: tuple[tuple[dict[str, Settings], Draw], ...] = (
     (TEXT, text),
-    (SEQ2SEQ, text_pair),
+    (SEQ2SEQ, two_texts),
+    (BOXES, placed_text),
     (IMAGES, images),
+    (VIDEOS, videos),
     (WAVES, waves),
+    (SPECTRA, spectra),
+    (TEXT_AND_IMAGE, text_and_image),
 )
 
 
@@ -162,7 +258,7 @@ def entries() -> list[Entry]:
     ]
 
 
-def entry(name: str, settings: Settings, inputs: Callable[[PretrainedConfig, int, Generator], Inputs]) -> Entry:
+def entry(name: str, settings: Settings, inputs: Draw) -> Entry:
     """Return the row of a type: its base model, and batches drawn from their size."""
 
     def make() -> nn.Module:
