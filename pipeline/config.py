@@ -29,16 +29,24 @@ def load_sections(path: Path, schema: Mapping[str, type[Section]]) -> dict[str, 
         ConfigError: the file is missing, is not YAML, or breaks the schema; the message has one line per fault,
             each with its path in the file, the value met, the bound and the remedy.
     """
-    raw = _read(path)
+    return check_sections(_read(path), schema, str(path))
+
+
+def check_sections(raw: Mapping[str, Any], schema: Mapping[str, type[Section]], where: str) -> dict[str, Section]:
+    """Return the sections of `raw` named in `schema`, validated; `where` says in messages what holds them.
+
+    Raises:
+        ConfigError: as `load_sections`.
+    """
     faults = [
-        f"{path}: {key}: unknown section{_nearest(key, list(schema))}; remove it" for key in raw if key not in schema
+        f"{where}: {key}: unknown section{_nearest(key, list(schema))}; remove it" for key in raw if key not in schema
     ]
     sections: dict[str, Section] = {}
     for name, section in schema.items():
         try:
             sections[name] = section.model_validate(raw.get(name) or {})
         except ValidationError as error:
-            faults += [f"{path}: {_fault(name, section, dict(item))}" for item in error.errors()]
+            faults += [f"{where}: {_fault(name, section, dict(item))}" for item in error.errors()]
     if faults:
         raise ConfigError("\n".join(faults))
     return sections

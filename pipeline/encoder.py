@@ -5,6 +5,7 @@ Three things overlap: worker processes read and preprocess, this process runs th
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,13 +29,17 @@ from pipeline.unit import Unit, UnitBuffer
 
 UNITS_IN_FLIGHT = 2
 """Finished units that may wait for the writer; with the one being computed they bound the encoder's memory."""
+CUT_PATH = re.compile(r"\w[\w-]*(\.[\w-]+)*(#\d+)?")
+"""Names of modules joined by dots, and the number of a call. A cut names a directory too: nothing else may pass."""
 
 
 class EncodeConfig(Section):
     """How states are made. Of these settings only the cuts, `dtype` and `precision` decide what is stored."""
 
     cuts: list[float | int | str] = Field(min_length=1)
-    """Where to split: a fraction of the blocks (0.5), or a module path ("layer3"). One pass serves all of them."""
+    """Where to split: a share of the blocks (0.5; 0 for the inputs, 1 for the head only), a number of blocks from 2 on
+    (6), or a module path ("layer3"; "layer#2" for its third call). `recycle cuts` lists what there is and its cost. One
+    pass serves all of them."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Type states are stored in; a tensor that leaves float16's range is stored as bfloat16."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -57,18 +62,17 @@ class EncodeConfig(Section):
     @classmethod
     def _distinct(cls, cuts: list[float | int | str]) -> list[float | int | str]:
         for cut in cuts:
-            if isinstance(cut, (int, float)) and not 0 <= cut <= 1:
-                raise ValueError(f"a fraction of the blocks lies in 0..1, {cut} does not; a module path is a string")
-            if isinstance(cut, str) and not is_module_path(cut):
-                raise ValueError(f"{cut!r} is no module path: names joined by dots, as in encoder.layer.6")
+            if isinstance(cut, str):
+                if not CUT_PATH.fullmatch(cut):
+                    raise ValueError(f"{cut!r} is no module path: names joined by dots, as in encoder.layer.6")
+            elif not (0 <= cut <= 1 or (isinstance(cut, int) and cut > 1)):
+                raise ValueError(
+                    f"a share of the blocks lies in 0..1, a number of blocks is whole and from 2 on; {cut} is neither, "
+                    "and a module path is a string"
+                )
         if len({str(cut) for cut in cuts}) != len(cuts):
             raise ValueError("a cut is listed twice; name each once")
         return cuts
-
-
-def is_module_path(text: str) -> bool:
-    """Tell whether `text` can name a module. A cut names a directory too, so nothing else may pass."""
-    return all(part.replace("_", "a").isalnum() for part in text.split("."))
 
 
 @dataclass

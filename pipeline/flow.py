@@ -23,15 +23,15 @@ from pipeline.adapter import merged
 from pipeline.data import SampleTable, Source, build, open_source
 from pipeline.encode import encode
 from pipeline.encoder import Encoded
-from pipeline.errors import DataError, StaleStoreError
+from pipeline.errors import ConfigError, DataError, StaleStoreError
 from pipeline.feed import BadSample, Keyed, decode_samples, key_contents
 from pipeline.files import sha256
 from pipeline.keys import Recipe, digest
 from pipeline.loader import Loader, place
-from pipeline.project import Project, Workbench, pick_device
+from pipeline.project import CutName, Project, Workbench, pick_device
 from pipeline.ragged import pad_batch
 from pipeline.report import Cost, Row, Run, curves, plot, summarise
-from pipeline.split import Prefix, Suffix
+from pipeline.split import Cut, Prefix, Suffix
 from pipeline.store import Store
 from pipeline.timing import seconds_per_sample
 from pipeline.train import fit
@@ -53,6 +53,7 @@ def encode_project(project: Project) -> bool:
         bench.backbone.model.to(memory_format=torch.channels_last)
     example = _example_of_source(bench, source, keyed)
     prefixes = [bench.split(cut, example)[0] for cut in project.encode.cuts]
+    _refuse_one_place_twice(project.encode.cuts, prefixes)
     stores = [
         _open_or_replace(project.store_path(cut), bench.recipe(prefix))
         for cut, prefix in zip(project.encode.cuts, prefixes, strict=True)
@@ -144,6 +145,16 @@ def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> dict[s
             device = next(bench.backbone.model.parameters()).device
             return {name: tensor.to(device) for name, tensor in pad_batch(samples, preprocess.pad).items()}
     raise DataError("none of the first 64 samples can be decoded; see what data.path and data.source say")
+
+
+def _refuse_one_place_twice(names: Sequence[CutName], prefixes: Sequence[Prefix]) -> None:
+    known: dict[Cut, CutName] = {}
+    for name, prefix in zip(names, prefixes, strict=True):
+        if prefix.cut in known:
+            raise ConfigError(
+                f"encode.cuts has {known[prefix.cut]!r} and {name!r}, which name one place: {prefix.cut}; keep one"
+            )
+        known[prefix.cut] = name
 
 
 def _open_or_replace(path: Path, recipe: Recipe) -> Store:

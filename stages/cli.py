@@ -13,6 +13,7 @@ from pipeline.errors import RecyclingError
 from pipeline.memory import keep_freed_memory
 
 COMMANDS = {
+    "cuts": "stages.cuts:command",
     "encode": "stages.encode:command",
     "train": "stages.train:command",
     "report": "stages.report:command",
@@ -43,6 +44,7 @@ class LazyGroup(click.Group):
 
 
 SUMMARIES = {
+    "cuts": "List every place to cut a model, with its costs and the speed-up to expect; mark the sensible ones.",
     "encode": "Run the frozen layers once over the data set and store what they give.",
     "train": "Fine-tune the layers above one cut from its store.",
     "report": "Write the result table and plot of all finished runs.",

@@ -67,6 +67,9 @@ def test_the_settings_that_are_shipped_are_valid(path: Path) -> None:
     ("cuts", "message"),
     [
         ("[1.5]", "lies in 0..1"),
+        ("[-1]", "lies in 0..1"),
+        ("[2.0]", "whole and from 2 on"),
+        ("['layer#x']", "no module path"),
         ("[0.5, 0.5]", "listed twice"),
         ("['../up']", "no module path"),
         ("[]", "at least 1 item"),
@@ -76,6 +79,14 @@ def test_cuts_that_cannot_be_are_refused(tmp_path: Path, cuts: str, message: str
     text = (ROOT / "params.yaml").read_text().replace("[0, 0.5, 0.75, 1.0]", cuts)
     with pytest.raises(ConfigError, match=message):
         Project.load(write(tmp_path, text))
+
+
+def test_cuts_are_shares_numbers_and_paths(tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text().replace("[0, 0.5, 0.75, 1.0]", "[0, 0.5, 6, layer3, encoder.layer#2, 1]")
+    project = Project.load(write(tmp_path, text))
+    assert project.encode.cuts == [0, 0.5, 6, "layer3", "encoder.layer#2", 1]
+    assert [project.cut(str(cut)) for cut in project.encode.cuts] == project.encode.cuts
+    assert project.store_path(6).name == "6"
 
 
 def test_a_cut_that_is_not_encoded_is_answered_with_those_that_are() -> None:

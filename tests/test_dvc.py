@@ -105,8 +105,8 @@ def test_ten_more_images_encode_ten(project: Path) -> None:
 
 
 def test_a_new_cut_trains_only_itself(project: Path) -> None:
-    set_param(project, "encode", "cuts", [0.5, 0.75, 1.0])
+    set_param(project, "encode", "cuts", [0.5, 3, "blocks.1", 1.0])
     said = run(project, "dvc", "repro")
-    assert stages(said) == ["encode", "train@0.75", "report"]
+    assert stages(said) == ["encode", "train@3", "train@blocks.1", "report"]
     assert "cut 0.5: 0 samples encoded" in said
-    assert "cut 0.75: 70 samples encoded" in said
+    assert "cut 3: 70 samples encoded" in said

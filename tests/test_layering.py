@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"stages.cli"},
-    {"stages.encode", "stages.train", "stages.report", "stages.export", "stages.fetch"},
+    {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch"},
     {"stages.options"},
-    {"pipeline.flow", "pipeline.export"},
+    {"pipeline.flow", "pipeline.export", "pipeline.subject"},
     {"pipeline.project"},
-    {"pipeline.train", "pipeline.encode", "pipeline.report"},
+    {"pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
     {
         "pipeline.adapter",
         "pipeline.checkpoint",

@@ -4,11 +4,12 @@ Where to read on: `cut` is the flow of a split. `trace` and `blocks` find the pl
 must cross it, by `replay` of the model's own `forward` on `phantom` tensors; `record` and `prefix` take it from the
 full model; `layout` proves its batch axis; `suffix` runs the rest, with `frozen` weights set aside; `check` compares
 it with the full model. `fast` replaces phantoms by a `recording` that `shells` follow, once `acceptance` found that
-both do the same.
+both do the same. `choices` lists the places to cut, with their costs.
 """
 
 from pipeline.split.blocks import Cut
-from pipeline.split.cut import Candidate, candidates, merge, split
+from pipeline.split.choices import Candidate, candidates
+from pipeline.split.cut import merge, split
 from pipeline.split.prefix import Capture, Prefix, State, TensorSpec, capture
 from pipeline.split.suffix import Suffix
 

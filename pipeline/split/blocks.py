@@ -33,6 +33,11 @@ class Cut:
         """The share of the blocks that lie before the cut, 0 to 1."""
         return self.blocks_before / self.blocks if self.blocks else 0.0
 
+    @property
+    def name(self) -> str:
+        """What names it as a path: `layer#2` for the third call of a module; empty at the inputs."""
+        return f"{self.path}#{self.call}" if self.call else self.path
+
     def __str__(self) -> str:
         place = self.path or "the inputs"
         again = f" (call {self.call})" if self.call else ""
@@ -49,36 +54,49 @@ def find_blocks(model: nn.Module, calls: list[Call]) -> list[Call]:
     return _without_head(model, calls, blocks)
 
 
+def boundaries(model: nn.Module, calls: list[Call], blocks: list[Call]) -> list[Cut]:
+    """Return the cuts between blocks: number k lies after k blocks, number 0 at the inputs.
+
+    The last one lies before the head. A bare encoder has none: there the last block is all there is to train.
+    """
+    head = _head(model, calls, blocks) if blocks else None
+    starts = [calls[0], *blocks[1:], *([head] if head else [])]
+    return [Cut(call.path, call.index, before, len(blocks)) for before, call in enumerate(starts)]
+
+
 def resolve(model: nn.Module, at: float | str, calls: list[Call], blocks: list[Call]) -> Cut:
-    """Return the cut that `at` names: a fraction of the blocks, or a module path (`path#2` for its third call).
+    """Return the cut that `at` names: a share of the blocks, their number, or a module path; see `split`.
 
     Raises:
-        NoSuchCutError: the fraction is outside 0..1, or no such module is called; the message names the nearest ones.
+        NoSuchCutError: there is no such share or number, or no such module is called; the message names the nearest.
     """
     if isinstance(at, str):
         return _by_path(model, at, calls, blocks)
-    if not 0 <= at <= 1:
-        raise NoSuchCutError(
-            f"cut {at!r} is outside 0..1; give a share of the blocks, 0 (inputs) to 1 (head only), or a path"
-        )
-    before = round(at * len(blocks))
-    if before == 0:
-        return Cut("", 0, 0, len(blocks))
-    if before < len(blocks):
-        return Cut(blocks[before].path, blocks[before].index, before, len(blocks))
-    head = _head(model, calls, blocks)
-    if head is None:  # a bare encoder: its last block is all there is to train
-        return Cut(blocks[-1].path, blocks[-1].index, before - 1, before)
-    return Cut(head.path, head.index, before, before)
+    cuts = boundaries(model, calls, blocks)
+    last = len(cuts) - 1
+    if 0 <= at <= 1:
+        return cuts[min(round(at * len(blocks)), last)]
+    if isinstance(at, int) and 2 <= at <= last:
+        return cuts[at]
+    numbers = f" and 2..{last} (a whole number of blocks)" if last >= 2 else ""
+    nearest = cuts[max(0, min(round(at), last))]
+    raise NoSuchCutError(
+        f"cut {at!r} is outside 0..1 (a share of the blocks){numbers}; give one of these, or a module path; "
+        f"the nearest is {nearest.name or 0!r}"
+    )
 
 
 def _by_path(model: nn.Module, at: str, calls: list[Call], blocks: list[Call]) -> Cut:
-    path, _, number = at.partition("#")
+    path, mark, number = at.partition("#")
     called = [call for call in calls if call.path == path]
-    index = int(number) if number.isdigit() else 0
+    if mark and not number.isdecimal():
+        raise NoSuchCutError(
+            f"cut {at!r}: {number!r} after # is no number of a call; give {path!r}, or {path + '#2'!r}"
+        )
+    index = int(number or 0)
     if index < len(called):
-        before = sum(block.start < called[index].start for block in blocks)
-        return Cut(path, index, before, len(blocks))
+        call = _block_entered(model, called[index], calls, blocks)
+        return Cut(call.path, call.index, sum(block.start < call.start for block in blocks), len(blocks))
     if called:
         raise NoSuchCutError(
             f"cut {at!r}: module {path!r} is called {len(called)} time(s) on the example; use 0..{len(called) - 1}"
@@ -88,6 +106,20 @@ def _by_path(model: nn.Module, at: str, calls: list[Call], blocks: list[Call]) -
     known = path in dict(model.named_modules())
     fault = "is never called on the example" if known else "does not exist"
     raise NoSuchCutError(f"cut {at!r}: module {path!r} {fault}; the nearest are {', '.join(map(repr, near))}")
+
+
+def _block_entered(model: nn.Module, call: Call, calls: list[Call], blocks: list[Call]) -> Call:
+    """Return the block that `call` begins with, if nothing but plain `nn.Sequential`s lies between; else `call`.
+
+    So a stage of a network and its first block are one cut.
+    """
+    modules = dict(model.named_modules())
+    for entered in calls[calls.index(call) :] if call.path else []:
+        if entered in blocks:
+            return entered if entered.start < call.end else call
+        if type(modules[entered.path]) is not nn.Sequential:
+            break
+    return call
 
 
 def _head(model: nn.Module, calls: list[Call], blocks: list[Call]) -> Call | None:

@@ -1,4 +1,4 @@
-"""Splitting a model, writing a trained suffix back into it, and listing the places to cut."""
+"""Splitting a model, and writing a trained suffix back into it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import SplitError
 from pipeline.split.acceptance import Trial, take_fast_path
 from pipeline.split.advice import warn_about_padding, warn_about_shared_layers
-from pipeline.split.blocks import Cut, find_blocks, resolve
+from pipeline.split.blocks import find_blocks, resolve
 from pipeline.split.check import check_outputs, check_repeatable
 from pipeline.split.layout import batch_size, prove_layout, regroup, two_samples
 from pipeline.split.modes import eval_mode
@@ -21,7 +20,7 @@ from pipeline.split.prefix import Prefix, Slot, TensorSpec
 from pipeline.split.record import Tap, record
 from pipeline.split.sources import Source, state_names
 from pipeline.split.suffix import Suffix
-from pipeline.split.trace import Trace, trace
+from pipeline.split.trace import trace
 from pipeline.split.tree import Args, Kwargs, as_call
 
 
@@ -30,8 +29,9 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
 
     Args:
         model: any module; it is left unchanged. The suffix holds copies of the weights it trains.
-        at: a share of the blocks (0: full fine-tuning from the inputs, 1: head only), a module path, or `path#2` for
-            the third call of a module.
+        at: a share of the blocks (0: full fine-tuning from the inputs, 1: head only), a whole number of blocks from 2
+            on (1 is the share: name the second block's path to recycle one), a module path, or `path#2` for the third
+            call of a module. `candidates` lists the places, each under its share, number and path.
         example: a batch of at least 2 samples: a mapping (called as `model(**example)`), a tuple, or one tensor. Of a
             larger one, two samples are used.
 
@@ -39,10 +39,7 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
         NoSuchCutError: `at` names no place in the model.
         SplitError: the model cannot be split exactly there; the message names the reason.
     """
-    args, kwargs = as_call(example)
-    if batch_size(args, kwargs) < 2:
-        raise SplitError("the example holds 1 sample; give a batch of at least 2, so that the batch axis can be told")
-    args, kwargs = two_samples(args, kwargs)
+    args, kwargs = read_example(example)
     seen = trace(model, args, kwargs)
     cut = resolve(model, at, seen.calls, find_blocks(model, seen.calls))
     planned = make_plan(model, cut, seen, args, kwargs)
@@ -62,6 +59,18 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
     return prefix, suffix
 
 
+def read_example(example: Any) -> tuple[Args, Kwargs]:
+    """Return the call of a model that `example` stands for, on two of its samples.
+
+    Raises:
+        SplitError: it holds fewer.
+    """
+    args, kwargs = as_call(example)
+    if batch_size(args, kwargs) < 2:
+        raise SplitError("the example holds 1 sample; give a batch of at least 2, so that the batch axis can be told")
+    return two_samples(args, kwargs)
+
+
 def merge(model: nn.Module, suffix: Suffix) -> nn.Module:
     """Write the trained weights and buffers of `suffix` into `model`, and return it.
 
@@ -77,40 +86,6 @@ def merge(model: nn.Module, suffix: Suffix) -> nn.Module:
         )
     model.load_state_dict(trained, strict=False)
     return model
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A place to cut, and what it costs.
-
-    Attributes:
-        path: what to give `split` as `at`; the empty path is the cut 0.
-        share: share of the blocks before it, 0 to 1.
-        parameters: how many parameters the prefix freezes.
-        flops: floating-point operations that the prefix spends on one sample.
-        state_bytes: size of one sample's state, stored in 16 bits per number, at the example's lengths.
-    """
-
-    path: str
-    share: float
-    parameters: int
-    flops: int
-    state_bytes: int
-
-
-def candidates(model: nn.Module, example: Any) -> list[Candidate]:
-    """Return the block boundaries where `model` can be cut, in execution order, from the inputs to the head."""
-    args, kwargs = as_call(example)
-    seen = trace(model, args, kwargs)
-    blocks = find_blocks(model, seen.calls)
-    found = []
-    for number in range(len(blocks) + 1):
-        try:
-            cut = resolve(model, number / len(blocks) if blocks else 0.0, seen.calls, blocks)
-            found.append(_candidate(model, cut, seen, args, kwargs))
-        except SplitError:
-            continue
-    return found
 
 
 @dataclass(frozen=True)
@@ -151,18 +126,3 @@ def prove_state(
             shape = tuple(layout.state(value, batch_size(*first)).shape[1:])
             slots.append(Slot(name, source, layout, TensorSpec(value.dtype, shape)))
     return ProvedState(slots, constants, other, output)
-
-
-def _candidate(model: nn.Module, cut: Cut, seen: Trace, args: Args, kwargs: Kwargs) -> Candidate:
-    planned = make_plan(model, cut, seen, args, kwargs)
-    slots = prove_state(model, planned, (args, kwargs), regroup(args, kwargs)).slots
-    with FlopCounterMode(display=False) as counter:
-        record(model, [Tap(cut, ())], args, kwargs)
-    weights = dict(model.named_parameters())
-    return Candidate(
-        path=f"{cut.path}#{cut.call}" if cut.call else cut.path,
-        share=cut.share,
-        parameters=sum(weights[name].numel() for name in set(planned.plan.frozen.values())),
-        flops=counter.get_total_flops() // batch_size(args, kwargs),
-        state_bytes=sum(2 * torch.Size(slot.spec.shape).numel() for slot in slots),
-    )

@@ -1,0 +1,170 @@
+"""What each place to cut costs and gains, and which of them are sensible: the table of `recycle cuts`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pipeline.split import Candidate, candidates, split
+from pipeline.tasks import read_tensor
+from pipeline.timing import seconds_per_sample
+
+BACKWARD = 2
+"""Cost of a backward pass in forward passes: one for the gradients of the inputs, one for those of the weights."""
+LITTLE = 0.1
+"""Share of the operations that a cut must save, unless its state is smaller than the inputs."""
+ALIKE = 0.75
+"""A cut stands for another where it saves and trains at least this much of what the other does."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A place to cut, as the table shows it. What is not known because the cut is refused is None."""
+
+    at: str | int
+    """What to write into `encode.cuts`: a module path, or 0 for the inputs."""
+    blocks: int
+    """Blocks before it; from 2 on this number names the cut as well."""
+    blocks_share: float
+    """This number over that of all blocks, which names the cut too."""
+    parameters_share: float | None
+    """Share of the model's parameters that are frozen."""
+    flops_share: float
+    """Share of the operations of a forward pass that come before the cut."""
+    state_bytes: int | None
+    """Size of one sample's state in 16 bits per number."""
+    over_full: float | None
+    """Expected speed-up of a training step over full fine-tuning; None also where no operation comes after the cut."""
+    over_frozen: float | None
+    """Expected speed-up over the same layers frozen, but run at every step."""
+    sensible: bool
+    refused: str | None
+    """Why the model cannot be split there, or None."""
+    measured_over_full: float | None = None
+    """Speed-ups as `measure` timed them."""
+    measured_over_frozen: float | None = None
+
+
+def choose(model: nn.Module, example: Mapping[str, Tensor]) -> list[Choice]:
+    """Return every block boundary of `model` in execution order; `example` is a batch of at least 2 samples."""
+    places = candidates(model, example)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sensible = find_sensible(places, parameters)
+    choices = []
+    for place in places:
+        total = place.flops + place.flops_after
+        over_full, over_frozen = (None, None) if place.refused else speed_ups(place.flops, place.flops_after)
+        choices.append(
+            Choice(
+                at=place.path or 0,
+                blocks=place.cut.blocks_before,
+                blocks_share=place.share,
+                parameters_share=None if place.parameters is None else place.parameters / max(1, parameters),
+                flops_share=place.flops / max(1, total),
+                state_bytes=place.state_bytes,
+                over_full=over_full,
+                over_frozen=over_frozen,
+                sensible=place in sensible,
+                refused=place.refused,
+            )
+        )
+    return choices
+
+
+def speed_ups(flops: int, flops_after: int) -> tuple[float | None, float | None]:
+    """Return the expected speed-up of a training step over full fine-tuning, and over frozen layers run every time.
+
+    A step is taken to be bound by computation, and backward to cost twice forward. With `flops` operations before the
+    cut and `flops_after` after it, recycling then costs 3 x after, frozen layers cost before + 3 x after, and full
+    fine-tuning costs 3 x (before + after). None where no operation comes after the cut.
+    """
+    if not flops_after:
+        return None, None
+    step = (1 + BACKWARD) * flops_after
+    return (1 + BACKWARD) * (flops + flops_after) / step, (flops + step) / step
+
+
+def find_sensible(places: Sequence[Candidate], parameters: int) -> list[Candidate]:
+    """Return the places worth a try, of a model with so many parameters.
+
+    A place must leave something to train, and save a tenth of the operations or store less than the inputs. Of places
+    that are alike the one with the smallest state stands for the others, of equal states the deepest: another place is
+    passed over where one that was taken saves, and trains, at least three quarters of what it does.
+    """
+    inputs = next((place.state_bytes for place in places if not place.share), None) or 0
+    taken: list[Candidate] = []
+    for place in sorted(places, key=lambda place: (place.state_bytes or 0, -place.flops)):
+        if place.state_bytes is None or place.parameters is None or place.parameters == parameters:
+            continue
+        saves_little = place.flops < LITTLE * (place.flops + place.flops_after)
+        if not place.share or (saves_little and place.state_bytes >= inputs):
+            continue
+        if not any(_stands_for(other, place, parameters) for other in taken):
+            taken.append(place)
+    return taken
+
+
+def _stands_for(other: Candidate, place: Candidate, parameters: int) -> bool:
+    saves = other.flops >= ALIKE * place.flops
+    trains = parameters - (other.parameters or 0) >= ALIKE * (parameters - (place.parameters or 0))
+    return saves and trains
+
+
+def measure(model: nn.Module, example: Mapping[str, Tensor], choices: Sequence[Choice]) -> list[Choice]:
+    """Time training steps on `example`, forward and backward, and add the speed-ups to the sensible choices."""
+    full = seconds_per_sample(_step(model.train(), model), example)
+    return [_measured(model, example, choice, full) if choice.sensible else choice for choice in choices]
+
+
+def _measured(model: nn.Module, example: Mapping[str, Tensor], choice: Choice, full: float) -> Choice:
+    prefix, suffix = split(model, choice.at, dict(example))
+    suffix.train()
+    state = prefix(**example)
+    recycled = seconds_per_sample(_step(suffix, lambda **inputs: suffix(state, **inputs)), example)
+    frozen = seconds_per_sample(_step(suffix, lambda **inputs: suffix(prefix(**inputs), **inputs)), example)
+    return dataclasses.replace(choice, measured_over_full=full / recycled, measured_over_frozen=frozen / recycled)
+
+
+def _step(module: nn.Module, run: Callable[..., Any]) -> Callable[..., None]:
+    """Return a training step of `module`, whose output `run` gives, without the optimiser."""
+
+    def step(**inputs: Tensor) -> None:
+        module.zero_grad()
+        torch.autograd.backward(read_tensor(run(**inputs)).float().square().mean())
+
+    return step
+
+
+def table(choices: Sequence[Choice]) -> str:
+    """Return the choices as text, aligned for a terminal; the reasons of refusals follow."""
+    columns = {
+        "": ["*" if choice.sensible else "" for choice in choices],
+        "cut": [str(choice.at) for choice in choices],
+        "blocks": [str(choice.blocks) for choice in choices],
+        "of blocks": [f"{choice.blocks_share:.0%}" for choice in choices],
+        "of parameters": [_shown(choice.parameters_share, "{:.1%}") for choice in choices],
+        "of FLOPs": [f"{choice.flops_share:.1%}" for choice in choices],
+        "state bytes": [_shown(choice.state_bytes, "{:,}") for choice in choices],
+        "x full": [_times(choice.over_full) for choice in choices],
+        "x frozen": [_times(choice.over_frozen) for choice in choices],
+    }
+    if any(choice.measured_over_full for choice in choices):
+        columns["measured x full"] = [_times(choice.measured_over_full) for choice in choices]
+        columns["measured x frozen"] = [_times(choice.measured_over_frozen) for choice in choices]
+    refusals = [f"{choice.at} is refused: {choice.refused}" for choice in choices if choice.refused]
+    return "\n".join([pd.DataFrame(columns).to_string(index=False), *refusals])
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _times(value: float | None) -> str:
+    """A factor of hundreds says that computation is no longer the bound, not how much faster a step is."""
+    return ">100" if value is not None and value > 100 else _shown(value, "{:.1f}")
