@@ -6,9 +6,9 @@ Each section class stands beside the code that reads it; this module only knows 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -67,11 +67,28 @@ def _read(path: Path) -> dict[str, Any]:
 def _fault(name: str, section: type[Section], item: dict[str, Any]) -> str:
     where = ".".join([name, *(str(part) for part in item["loc"])])
     if item["type"] == "extra_forbidden":
-        known = list(section.model_fields)
-        return f"{where}: unknown setting{_nearest(str(item['loc'][-1]), known)}; {name} has {', '.join(known)}"
+        *outer, key = map(str, item["loc"])
+        known = list(_inner(section, outer).model_fields)
+        holder = ".".join([name, *outer])
+        return f"{where}: unknown setting{_nearest(key, known)}; {holder} has {', '.join(known)}"
     if item["type"] == "missing":
         return f"{where}: missing; it has no default, set it"
     return f"{where}: {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _inner(section: type[Section], path: list[str]) -> type[Section]:
+    """Return the section at `path` inside `section`."""
+    for name in path:
+        section = next(_sections(section.model_fields[name].annotation))
+    return section
+
+
+def _sections(annotation: Any) -> Iterator[type[Section]]:
+    """Yield the sections in an annotation, such as `Annotated[AdapterConfig, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)
 
 
 def _nearest(key: str, known: list[str]) -> str:

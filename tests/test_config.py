@@ -42,6 +42,17 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     assert any("oven.dor: unknown setting (did you mean door?)" in line for line in lines)
 
 
+def test_a_fault_of_an_inner_section_names_its_settings(tmp_path: Path) -> None:
+    class Kitchen(Section):
+        oven: Oven | None = None
+
+    path = write(tmp_path, "kitchen: {oven: {heat: 200, dor: open}}")
+    with pytest.raises(
+        ConfigError, match=r"kitchen\.oven\.dor: unknown .*\(did you mean door\?\); kitchen\.oven has heat, door$"
+    ):
+        load_sections(path, {"kitchen": Kitchen})
+
+
 def test_a_missing_setting_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"oven\.heat: missing"):
         load_sections(write(tmp_path, "oven: {}"), {"oven": Oven})
