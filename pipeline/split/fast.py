@@ -25,6 +25,7 @@ from pipeline.split.sources import Source
 from pipeline.split.tree import Args, Kwargs
 
 SIGNATURES = 256  # scripts kept; each holds a few objects per skipped call
+AUTOCAST = ("cpu", "cuda")  # kinds of device whose autocast dtype is looked at
 
 
 class FastPath:
@@ -41,6 +42,7 @@ class FastPath:
         self._skipped: set[tuple[str, int]] | None = None
         self._own: list[tuple[nn.Module, Any]] = []
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def script(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Script | None:
         """Return the script for these inputs, recording it the first time; None where phantoms must serve."""
         key = signature(args, kwargs)
@@ -53,15 +55,14 @@ class FastPath:
             self._scripts.popitem(last=False)
         return script
 
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def run(self, script: Script, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Any:
-        """Return the model's output.
+        """Return the model's output. What `torch.compile` gets to see is the model's own code.
 
         Raises:
             SplitError: the cut is not reached, or the values belong to another batch than the inputs.
         """
-        script.check(values)
-        args, kwargs = script.inputs(values, args, kwargs)
-        self._stage.begin(script, values, self._running)
+        args, kwargs = self._begin(script, values, args, kwargs)
         try:
             output = self.root(*args, **kwargs)
             if self._stage.before:
@@ -84,7 +85,18 @@ class FastPath:
         """Drop all scripts: the suffix moved to another device or dtype."""
         self._scripts.clear()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(
+        self, script: Script, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        script.check(values)
+        args, kwargs = script.inputs(values, args, kwargs)
+        self._stage.begin(script, values, self._running)
+        return args, kwargs
+
+    @torch.inference_mode(False)  # a script made while predicting also serves training
     def _record(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Script | None:
+        args, kwargs = self.frozen.cast(args, kwargs)
         recorder = Recorder(self.root, self.cut, {source: value.clone() for source, value in values.items()})
         known = self._skipped
         with torch.no_grad(), eval_mode(self.root), self.frozen.as_phantoms():
@@ -102,14 +114,16 @@ class FastPath:
         modules = dict(self.root.named_modules())
         for path in paths | {self.cut.path}:
             self._own.append((modules[path], modules[path].__dict__.get("forward")))
-            modules[path].forward = Shell(path, modules[path].forward, self._stage)
+            hollow = path != self.cut.path and self.frozen.lacks(modules[path])
+            modules[path].forward = Shell(path, modules[path].forward, self._stage, hollow=hollow)
         self._running = [modules[path] for path in opened]
 
 
 def signature(args: Args, kwargs: Kwargs) -> Hashable:
     """Return what the way to the cut depends on: all of the inputs except the values of tensors."""
     named = [(name, _mark(item)) for name, item in kwargs.items()]
-    return (*map(_mark, args), *named, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    autocast = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in AUTOCAST]
+    return (*map(_mark, args), *named, *autocast)
 
 
 def _mark(item: Any) -> Any:

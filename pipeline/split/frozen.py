@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from pipeline.split.phantom import Phantom
 from pipeline.split.sources import Weight
+from pipeline.split.tree import Args, Kwargs, map_arguments
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def dummy(like: Tensor, *, dense: bool = False) -> Tensor:
@@ -49,12 +52,23 @@ class Frozen:
             resting = kept[canonical] if canonical in kept else dummy(parameter)
             self._resting.setdefault(canonical, resting)
         self._haunt: dict[str, Phantom] = {}
+        self._moved = {dtype: dtype for dtype in FLOATS}
         self._rest()
+
+    def lacks(self, module: nn.Module) -> bool:
+        """Tell whether `module` reads a weight, of its own or of its children, that is not at hand."""
+        inside = set(module.modules())
+        return any(owner in inside and name not in self.kept for owner, _, name in self._places)
+
+    def cast(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Return inputs whose floating-point tensors have the dtype that the suffix was moved to, if it was."""
+        return map_arguments(lambda _, item: item.to(self._moved.get(item.dtype, item.dtype)), args, kwargs)
 
     @contextmanager
     def as_phantoms(self) -> Iterator[None]:
         """Put phantoms in place of the frozen parameters; those that are kept know their values."""
-        self._haunt = self._haunt or {name: self._phantom(name) for name in self._resting}
+        with torch.inference_mode(False):  # they are kept for later steps, which may train
+            self._haunt = self._haunt or {name: self._phantom(name) for name in self._resting}
         for module, attribute, name in self._places:
             module.__dict__.pop(attribute, None)
             module._parameters[attribute] = self._haunt[name]  # type: ignore[assignment]
@@ -71,6 +85,7 @@ class Frozen:
         for name, tensor in self._resting.items():
             moved = change(torch.zeros((), dtype=tensor.dtype, device=tensor.device)).expand(tensor.shape)
             self._resting[name] = self.kept[name] if name in self.kept else dummy(moved)
+        self._moved = {dtype: change(torch.empty(0, dtype=to)).dtype for dtype, to in self._moved.items()}
         self._haunt = {}
         self._rest()
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
 from pipeline.split.frozen import dummy
+from pipeline.split.phantom import before_the_cut
 from pipeline.split.recording import Recorder, Visit, numbers_met
 from pipeline.split.sources import Argument, Input, Output, Source, unfit
 from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, map_tensors
@@ -157,8 +159,9 @@ class Stage:
 class Shell:
     """A module's `forward`, except before the cut."""
 
-    def __init__(self, path: str, forward: Callable[..., Any], stage: Stage) -> None:
-        self.path, self.forward, self.stage = path, forward, stage
+    def __init__(self, path: str, forward: Callable[..., Any], stage: Stage, *, hollow: bool) -> None:
+        """`hollow`: the module's weights are not at hand, so that its own `forward` must not run."""
+        self.path, self.forward, self.stage, self.hollow = path, forward, stage, hollow
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stage = self.stage
@@ -171,4 +174,16 @@ class Shell:
                 reply = stage.script.replies.get((self.path, index))
                 if reply is not None:
                     return reply(stage.values, args, kwargs)
+        elif (self.hollow or self.path == stage.cut.path) and not before_the_cut():
+            self._refuse_stand_ins(args, kwargs)
         return self.forward(*args, **kwargs)
+
+    def _refuse_stand_ins(self, args: Args, kwargs: Kwargs) -> None:
+        """After the cut, only a recomputation comes here with stand-ins: it starts anew before the cut."""
+        late = self.stage.script.late
+        taken = arguments(args, kwargs) if late and not self.hollow else {}
+        if self.hollow or any(taken[leaf].isnan().all() for leaf in late & taken.keys()):
+            raise SplitError(
+                f"{self.path!r} would run again without what recycled layers gave it: gradient checkpointing "
+                f"recomputes a region that holds the cut {self.stage.cut}; cut where one begins, or make it smaller"
+            )

@@ -55,8 +55,12 @@ class Suffix(nn.Module):
         self.register_load_state_dict_post_hook(_forgive_frozen_counts)  # type: ignore[no-untyped-call]
         self.train(model.training)
 
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def forward(self, state: State, *args: Any, **inputs: Any) -> Any:
         """Return the model's output for a batch, given its state (each tensor (B, ...)) and the model's inputs.
+
+        `torch.compile` compiles the model's own `forward`, from the cut on, as one graph; without the fast path it
+        changes nothing. State tensors that require grad go on doing so, as reentrant gradient checkpointing needs it.
 
         Floating-point inputs may be storage-less stand-ins of the right shape: their values are never read here, those
         that matter are part of the state. State tensors take the dtype that the model had there.
@@ -71,11 +75,14 @@ class Suffix(nn.Module):
                 return self.fast.run(script, values, args, inputs)
         return self.replay(values, args, inputs)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def replay(self, values: Mapping[Source, Tensor], args: Args, inputs: Kwargs) -> Any:
         """Return the model's output by way of phantoms, which serve for every input."""
+        args, inputs = self.frozen.cast(args, inputs)
         with self.frozen.as_phantoms():
             return Replay(self.root, self.cut, values).run(args, inputs)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def values(self, state: State) -> dict[Source, Tensor]:
         """Return the tensors that the model meets at the cut, as it has them; copies where it writes into them."""
         if state.keys() != self.spec.keys():
@@ -100,6 +107,9 @@ class Suffix(nn.Module):
         for module in self._recycled:
             module.training = False
         return self
+
+    def _replicate_for_data_parallel(self) -> Self:
+        raise SplitError("nn.DataParallel cannot replicate a suffix; use nn.parallel.DistributedDataParallel")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
