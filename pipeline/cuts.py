@@ -20,7 +20,7 @@ BACKWARD = 2
 LITTLE = 0.1
 """Share of the operations that a cut must save, unless its state is smaller than the inputs."""
 ALIKE = 0.75
-"""A cut stands for another where it saves and trains at least this much of what the other does."""
+"""A cut stands for another where it saves, and trains, at least this share of the operations that the other does."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def find_sensible(places: Sequence[Candidate], parameters: int) -> list[Candidat
     """Return the places worth a try, of a model with so many parameters.
 
     A place must leave something to train, and save a tenth of the operations or store less than the inputs. Of places
-    that are alike the one with the smallest state stands for the others, of equal states the deepest: another place is
-    passed over where one that was taken saves, and trains, at least three quarters of what it does.
+    that are alike the one with the smallest state stands for the others, of equal states the deepest: a place is passed
+    over where one that was taken saves, and trains, at least three quarters of the operations that it does.
     """
     inputs = next((place.state_bytes for place in places if not place.share), None) or 0
     taken: list[Candidate] = []
@@ -105,15 +105,13 @@ def find_sensible(places: Sequence[Candidate], parameters: int) -> list[Candidat
         saves_little = place.flops < LITTLE * (place.flops + place.flops_after)
         if not place.share or (saves_little and place.state_bytes >= inputs):
             continue
-        if not any(_stands_for(other, place, parameters) for other in taken):
+        if not any(_stands_for(other, place) for other in taken):
             taken.append(place)
     return taken
 
 
-def _stands_for(other: Candidate, place: Candidate, parameters: int) -> bool:
-    saves = other.flops >= ALIKE * place.flops
-    trains = parameters - (other.parameters or 0) >= ALIKE * (parameters - (place.parameters or 0))
-    return saves and trains
+def _stands_for(other: Candidate, place: Candidate) -> bool:
+    return other.flops >= ALIKE * place.flops and other.flops_after >= ALIKE * place.flops_after
 
 
 def measure(model: nn.Module, example: Mapping[str, Tensor], choices: Sequence[Choice]) -> list[Choice]:
