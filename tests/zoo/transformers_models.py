@@ -25,11 +25,12 @@ LAYERS, HEADS, WIDTH, INNER = 4, 4, 32, 64
 
 SMALL: dict[str, Any] = {
     "use_cache": False,
-    **dict.fromkeys(("vocab_size", "text_vocab_size"), WORDS),
+    **dict.fromkeys(("vocab_size", "text_vocab_size", "entity_vocab_size"), WORDS),
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
+    **dict.fromkeys(("image_token_id", "image_token_index"), WORDS - 1),
     **dict.fromkeys(("hidden_size", "d_model", "dim", "n_embd", "emb_dim", "embed_dim", "embedding_size"), WIDTH),
     **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer", "num_layers", "depth"), LAYERS),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
@@ -56,6 +57,8 @@ SMALL: dict[str, Any] = {
     "projection_dim": 24,
     "num_mel_bins": 16,
     "num_frames": 4,
+    "num_queries": 10,
+    "mm_tokens_per_image": 4,
     "conv_dim": WIDTH,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
@@ -63,6 +66,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("mamba_d_state", "state_size", "linear_head_dim"), 16),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
     "mamba_d_ssm": INNER,
+    "mamba_num_heads": HEADS,
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim", "ssm_state_size"), 16),
 }
 
 UNSET = frozenset({"use_cache", "pad_token_id", "bos_token_id", "eos_token_id"})
@@ -82,18 +88,22 @@ LATENT = {"num_key_value_heads": HEADS}
 
 MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
 
+ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+"""Positions in time, height and width share the half of a head."""
+
 TEXT = types(
-    "afmoe albert apertus arcee beam bert bert-generation big_bird biogpt bitnet bloom camembert clip_text_model cohere"
-    " cohere2 cohere2_moe convbert cwm data2vec-text deberta deberta-v2 diffllama distilbert doge dpr electra"
+    "afmoe albert apertus arcee beam bert bert-generation big_bird biogpt bitnet bloom camembert clip_text_model"
+    " cohere cohere2 cohere2_moe convbert cwm data2vec-text deberta deberta-v2 diffllama distilbert doge dpr electra"
     " embedding_gemma2_text ernie ernie4_5 ernie4_5_moe eurobert exaone4 exaone_moe falcon falcon_h1 falcon_mamba"
     " flaubert flex_olmo flint fnet gemma gemma2 gemma3_text gemma4_unified_text glm glm4 glm4_moe gpt2 gpt_bigcode"
     " gpt_neox gpt_neox_japanese gpt_oss granite granite_docling_text granite_swa granitemoe granitemoe_swa"
-    " granitemoeshared gte helium hrm_text hy_v3 hy_v4 hyperclovax ibert jais2 jamba jetmoe jina_embeddings_v3 kolibri1"
-    " laguna lfm2 lfm3 llama llama4_text longformer mamba megatron-bert mellum mimo_v2_flash minimax minimax_m2"
-    " ministral3 mistral mixtral modernbert modernbert-decoder mpnet mpt mra nanochat nomic_bert nystromformer"
-    " olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe recurrent_gemma"
-    " rembert roberta roberta-prelayernorm roformer rwkv seed_oss smollm3 splinter squeezebert stablelm"
-    " starcoder2 vaultgemma xglm xlm xlm-roberta xlm-roberta-xl xlnet yoso",
+    " granitemoeshared gte helium hrm_text hy_v3 hy_v4 hyperclovax ibert jais2 jamba jetmoe jina_embeddings_v3"
+    " kolibri1 laguna lfm2 lfm3 llama llama4_text longformer luke mamba megatron-bert mellum mimo_v2_flash minimax"
+    " minimax_m2 ministral3 mistral mixtral modernbert modernbert-decoder molmo2_text mpnet mpt mra nanochat"
+    " nomic_bert nystromformer olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt openai_privacy_filter opt persimmon phi"
+    " phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_text qwen3_moe qwen3_next qwen3_vl_text recurrent_gemma rembert"
+    " roberta roberta-prelayernorm roformer rwkv seed_oss smollm3 solar_open splinter squeezebert stablelm"
+    " starcoder2 tapas tipsv2_text_model ultrabert vaultgemma xglm xlm xlm-roberta xlm-roberta-xl xlnet yoso",
     axk1=LATENT,
     axk2=LATENT,
     bamba={"attn_layer_indices": [1]},
@@ -114,20 +124,26 @@ TEXT = types(
     gptj={"rotary_dim": 4},
     granitemoehybrid={"layer_types": ["mamba", "attention"] * 2},
     hunyuan_v1_dense={"head_dim": 8},
-    luke={"entity_vocab_size": 10},
     mamba2={"head_dim": 16, "n_groups": 1},
     markuplm={"max_depth": 4},
     minicpm3=LATENT,
     ministral={"head_dim": 8},
     mobilebert={"intra_bottleneck_size": 16},
-    nemotron={"head_dim": 8},
+    nemotron={"num_key_value_heads": 2},
+    glm4v_text=ROTARY,
+    mistral4={**LATENT, "head_dim": 16},
+    qwen2_vl_text=ROTARY,
+    qwen2_5_vl_text=ROTARY,
+    nemotron_h={"n_groups": 1},
+    youtu=LATENT,
+    zaya={"num_experts_per_tok": 1},
     roc_bert={"pronunciation_vocab_size": WORDS, "shape_vocab_size": WORDS},
     xmod={"default_language": "en_XX"},
 )
 
 SEQ2SEQ = types(
-    "bart bigbird_pegasus blenderbot blenderbot-small led m2m_100 marian mbart mt5 mvp pegasus pegasus_x plbart"
-    " switch_transformers t5 umt5",
+    "bart bigbird_pegasus blenderbot blenderbot-small led m2m_100 marian mbart mt5 mvp nllb-moe pegasus pegasus_x"
+    " plbart switch_transformers t5 t5gemma umt5",
 )
 
 BOXES = types("bros layoutlm", lilt={"hidden_size": 48}, layoutlmv3={"coordinate_size": 6, "shape_size": 4})
@@ -137,14 +153,16 @@ PYRAMID = {"patch_size": 4}
 
 BRANCHES = {"num_attention_heads": [1, 2, 2, 4]}
 
+TINY_EFFICIENTNET = {"hidden_dim": 320, "width_coefficient": 0.25, "depth_coefficient": 0.5}
+
 IMAGES = types(
     "aimv2_vision_model beit chinese_clip_vision_model clip_vision_model cvt data2vec-vision deit dinov2"
-    " dinov2_with_registers dinov3_convnext dinov3_vit dpt glpn ijepa mlcd_vision_model poolformer resnet"
-    " segformer siglip_vision_model vit vit_msn vitdet yolos",
+    " dinov2_with_registers dinov3_convnext dinov3_vit dpt glpn ijepa mlcd_vision_model pixio poolformer resnet"
+    " segformer siglip_vision_model tipsv2_vision_model vit vit_msn vitdet yolos",
     bit={"num_groups": 8},
     convnext=PYRAMID,
     convnextv2=PYRAMID,
-    efficientnet={"hidden_dim": 320, "width_coefficient": 0.25, "depth_coefficient": 0.5},
+    efficientnet=TINY_EFFICIENTNET,
     focalnet={**PYRAMID, "embed_dim": 8},
     hiera={"patch_size": [7, 7], "embed_dim": 8},
     levit={"num_attention_heads": [2, 2, 4]},
@@ -162,21 +180,69 @@ IMAGES = types(
     textnet={
         "conv_layer_kernel_sizes": [[[3, 3]] * 2] * 4,
         "conv_layer_strides": [[1, 2]] * 4,
-        "hidden_sizes": [8] * 5,
+        "stem_out_channels": 16,
+        "hidden_sizes": [16] * 5,
     },
     vit_mae={},
-    **{"donut-swin": {**PYRAMID, "embed_dim": 8}, "maskformer-swin": {**PYRAMID, "embed_dim": 8}},
+    **{"donut-swin": {**PYRAMID, "embed_dim": 8, "window_size": 2}, "maskformer-swin": {**PYRAMID, "embed_dim": 8}},
+)
+
+RESNET = {"backbone_config": {"model_type": "resnet", "out_features": ["stage4"]}}
+
+DETECTION = types(
+    "",
+    conditional_detr=RESNET,
+    deformable_detr={"backbone_config": {"model_type": "resnet", "out_features": ["stage3", "stage4"]}},
+    detr=RESNET,
+    maskformer={"fpn_feature_size": 32, "mask_feature_size": 32, "backbone_config": {**PYRAMID, "embed_dim": 8}},
+    **{"table-transformer": RESNET, "dab-detr": RESNET},
 )
 
 VIDEOS = types("timesformer videomae vivit")
 
+VIDEOS_BY_NAME = types(
+    "videoprism_vision_model",
+    vjepa2={
+        "crop_size": 64,
+        "frames_per_clip": 4,
+        "pred_hidden_size": 32,
+        "pred_num_attention_heads": 4,
+        "pred_num_hidden_layers": 2,
+    },
+)
+
 WAVES = types("data2vec-audio hubert sew sew-d unispeech unispeech-sat wav2vec2 wav2vec2-conformer wavlm")
 
-SPECTRA = types("", whisper={}, **{"audio-spectrogram-transformer": {"max_length": 64}})
+FRAMES = types("", **{"audio-spectrogram-transformer": {"max_length": 64}})
+
+FEATURES = types("", **{"wav2vec2-bert": {"feature_projection_input_dim": 16}})
+
+FEATURES_AND_TEXT = types("", speech_to_text={"input_feat_per_channel": 16, "conv_channels": 16})
+
+SPECTRA = types("glmasr_encoder qwen2_audio_encoder voxtral_encoder")
+
+SPECTRA_AND_TEXT = types("whisper")
+
+WAVES_AND_TEXT = types("moonshine")
+
+SERIES = types("patchtsmixer", patchtst={"patch_length": 4, "patch_stride": 4})
 
 TEXT_AND_IMAGE = types(
-    "aimv2 align altclip blip chinese_clip clip clipseg flava git groupvit metaclip_2 siglip vilt",
+    "aimv2 altclip blip chinese_clip clip clipseg flava git groupvit metaclip_2 siglip vilt",
+    align={"vision_config": TINY_EFFICIENTNET, "projection_dim": 80},
     bridgetower={"vision_config": {"hidden_size": 64}},
+    **{"vision-text-dual-encoder": {"vision_config": {}, "text_config": {}}},
+)
+
+COARSE = {"vision_config": {"patch_size": 32}}
+"""Four patches of an image, each of which takes the place of a token."""
+
+IMAGE_IN_TEXT = types(
+    "aya_vision gemma3 internvl",
+    cohere2_vision={"alignment_intermediate_size": INNER},
+    llava={**COARSE, "vision_feature_layer": -2},
+    paligemma={**COARSE, "projection_dim": WIDTH},
+    vipllava={**COARSE, "vision_feature_layers": [-2, -3]},
 )
 
 Draw = Callable[[PretrainedConfig, int, Generator], Inputs]
@@ -187,7 +253,7 @@ def text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
     """Token ids of unequal lengths, padded on the right, with their mask."""
     lengths = torch.tensor(LENGTHS[:size])[:, None]
     mask = (torch.arange(max(LENGTHS)) < lengths).long()
-    words = torch.randint(3, WORDS, (size, max(LENGTHS)), generator=draw)
+    words = torch.randint(3, WORDS - 1, (size, max(LENGTHS)), generator=draw)
     return {"input_ids": words * mask, "attention_mask": mask}
 
 
@@ -218,10 +284,22 @@ def text_and_image(config: PretrainedConfig, size: int, draw: Generator) -> Inpu
     return {**text(config, size, draw), **images(config, size, draw)}
 
 
+def image_in_text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """A text that starts with the places of the four tokens of an image."""
+    inputs = text_and_image(config, size, draw)
+    inputs["input_ids"][:, :4] = config.image_token_id
+    return inputs
+
+
 def videos(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
     """A few frames."""
     pixels = SMALL["image_size"]
     return {"pixel_values": torch.randn(size, SMALL["num_frames"], 3, pixels, pixels, generator=draw)}
+
+
+def videos_by_name(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """The same, as newer models call it."""
+    return {"pixel_values_videos": videos(config, size, draw)["pixel_values"]}
 
 
 def waves(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
@@ -229,11 +307,39 @@ def waves(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
     return {"input_values": torch.randn(size, 4000, generator=draw)}
 
 
+def waves_and_text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """A waveform, and what the decoder has said so far."""
+    return {**waves(config, size, draw), **said(config, size, draw)}
+
+
+def frames(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """Spectrograms, time first, named like waveforms."""
+    return {"input_values": torch.randn(size, 64, SMALL["num_mel_bins"], generator=draw)}
+
+
+def features(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """Spectrograms, time first."""
+    return {"input_features": torch.randn(size, 64, SMALL["num_mel_bins"], generator=draw)}
+
+
+def features_and_text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """Spectrograms, time first, and what the decoder has said so far."""
+    return {**features(config, size, draw), **said(config, size, draw)}
+
+
 def spectra(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Log-mel spectrograms: time last for models that speak, frequency last for those that only listen."""
-    if not config.is_encoder_decoder:
-        return {"input_values": torch.randn(size, 64, SMALL["num_mel_bins"], generator=draw)}
-    return {"input_features": torch.randn(size, SMALL["num_mel_bins"], 64, generator=draw), **said(config, size, draw)}
+    """Spectrograms, time last."""
+    return {"input_features": torch.randn(size, SMALL["num_mel_bins"], 64, generator=draw)}
+
+
+def spectra_and_text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """Spectrograms, time last, and what the decoder has said so far."""
+    return {**spectra(config, size, draw), **said(config, size, draw)}
+
+
+def series(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+    """Time series of one channel."""
+    return {"past_values": torch.randn(size, 32, 1, generator=draw)}
 
 
 KINDS: tuple[tuple[dict[str, Settings], Draw], ...] = (
@@ -241,10 +347,19 @@ KINDS: tuple[tuple[dict[str, Settings], Draw], ...] = (
     (SEQ2SEQ, two_texts),
     (BOXES, placed_text),
     (IMAGES, images),
+    (DETECTION, images),
     (VIDEOS, videos),
+    (VIDEOS_BY_NAME, videos_by_name),
     (WAVES, waves),
+    (WAVES_AND_TEXT, waves_and_text),
+    (FRAMES, frames),
+    (FEATURES, features),
+    (FEATURES_AND_TEXT, features_and_text),
     (SPECTRA, spectra),
+    (SPECTRA_AND_TEXT, spectra_and_text),
+    (SERIES, series),
     (TEXT_AND_IMAGE, text_and_image),
+    (IMAGE_IN_TEXT, image_in_text),
 )
 
 
@@ -280,7 +395,9 @@ def small(kind: type[PretrainedConfig], settings: Settings) -> PretrainedConfig:
             values[name] = fitted(value, default[name])
     for name in kind.sub_configs:
         if isinstance(default.get(name), PretrainedConfig):
-            values[name] = small(type(default[name]), settings.pop(name, {}))
+            own = dict(settings.pop(name, {}))
+            other = own.pop("model_type", None)
+            values[name] = small(CONFIG_MAPPING[other] if other else type(default[name]), own)
     return kind(**{**values, **settings})
 
 
