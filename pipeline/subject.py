@@ -43,8 +43,8 @@ def from_name(
 ) -> Subject:
     """Return a network by its name (`model.backbone`) with a classifier, and a drawn batch.
 
-    `preprocess` has settings of that section of params.yaml. A "module:function" is given images, unless it returns a
-    Backbone with its own preprocessing.
+    `preprocess` has settings of that section of params.yaml. A "module:function" is given images, or texts if their
+    length is set, unless it returns a Backbone with its own preprocessing.
 
     Raises:
         ConfigError: a setting is wrong, or no inputs can be drawn.
@@ -53,10 +53,11 @@ def from_name(
     sections: dict[str, Any] = check_sections(
         {"model": {"backbone": backbone, "weights": weights}, "preprocess": preprocess},
         {"model": ModelConfig, "preprocess": PreprocessConfig},
-        "recycle cuts",
+        "cuts",
     )
     if sections["model"].library == "function":
-        sections["preprocess"] = sections["preprocess"].model_copy(update={"kind": "image"})
+        kind = "text" if "max_length" in preprocess else "image"
+        sections["preprocess"] = sections["preprocess"].model_copy(update={"kind": kind})
     return _drawn(sections["model"], sections["preprocess"], classes=classes, batch=batch)
 
 

@@ -174,7 +174,7 @@ def test_without_the_data_the_example_is_drawn(project: Path, caplog: pytest.Log
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        ("nonsense", r"recycle cuts: model.backbone: 'nonsense': expected torchvision:NAME"),
+        ("nonsense", r"^cuts: model.backbone: 'nonsense': expected torchvision:NAME"),
         ("timm:vit_tiny_patch16_225", r"timm has no such network \(near: vit_tiny_patch16_224"),
     ],
 )
