@@ -4,7 +4,8 @@
 
 Each row is one run of one process: medians of forward plus backward for the full model, for the model with its prefix
 frozen but run each step, and for the suffix alone; then medians of the time from the call of the suffix to its cut, by
-way of phantoms and on the fast path. Weights are random; values do not change what is measured.
+way of phantoms and on the fast path. First, once: a forward pass of the full model without gradients, and the split on
+the same batch. Weights are random; values do not change what is measured.
 """
 
 from __future__ import annotations
@@ -110,10 +111,14 @@ def microseconds_to_cut(suffix: Suffix, call: Callable[[], Any]) -> float:
 def measure(case: Case, repeats: int) -> list[str]:
     """Return the cells of one row."""
     torch.manual_seed(0)
-    model, batch = case.model().train(), case.batch()
+    model, batch = case.model().eval(), case.batch()
+    with torch.no_grad():
+        forward = seconds(lambda: model(**batch), 1)
+    start = time.perf_counter()
     prefix, suffix = split(model, case.at, batch)
+    splitting = time.perf_counter() - start
     state, suffix = prefix(**batch), suffix.train()
-    full = seconds(step(lambda: model(**batch), model), repeats)
+    full = seconds(step(lambda: model(**batch), model.train()), repeats)
     for name in prefix.weights():
         if name in dict(model.named_parameters()):
             model.get_parameter(name).requires_grad_(False)
@@ -122,8 +127,9 @@ def measure(case: Case, repeats: int) -> list[str]:
     suffix.eval()
     fast = microseconds_to_cut(suffix, lambda: suffix(state, **batch))
     phantoms = microseconds_to_cut(suffix, lambda: suffix.replay(suffix.values(state), (), batch))
+    once = [f"{forward:.2f}", f"{splitting:.2f}"]
     times = [f"{full:.3f}", f"{frozen:.3f}", f"{rest:.3f}", f"{frozen / rest:.1f}x"]
-    return [*times, f"{phantoms:,.0f}", f"{fast:,.0f}" if suffix.fast else "-"]
+    return [*once, *times, f"{phantoms:,.0f}", f"{fast:,.0f}" if suffix.fast else "-"]
 
 
 def main() -> None:
@@ -138,7 +144,7 @@ def main() -> None:
         f"torch {torch.__version__}, {options.threads} thread(s), medians of {options.repeats} steps, "
         f"{STEPS_TO_CUT} for the time to the cut\n"
     )
-    heads = ["full s", "frozen s", "suffix s", "gain", "phantoms us", "fast us"]
+    heads = ["forward s", "split s", "full s", "frozen s", "suffix s", "gain", "phantoms us", "fast us"]
     print("| case |", " | ".join(heads), "|\n|---|" + "---|" * len(heads))
     for name, case in CASES.items():
         if not options.cases or any(word.lower() in name.lower() for word in options.cases):

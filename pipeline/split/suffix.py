@@ -78,6 +78,9 @@ class Suffix(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def replay(self, values: Mapping[Source, Tensor], args: Args, inputs: Kwargs) -> Any:
         """Return the model's output by way of phantoms, which serve for every input."""
+        if torch.is_inference_mode_enabled():  # phantoms cannot be inference tensors
+            with torch.inference_mode(False), torch.no_grad():
+                return self.replay({source: value.clone() for source, value in values.items()}, args, inputs)
         args, inputs = self.frozen.cast(args, inputs)
         with self.frozen.as_phantoms():
             return Replay(self.root, self.cut, values).run(args, inputs)
