@@ -101,10 +101,13 @@ def adapt(
     """
     state = prefix(**example)
     targets = _targets(suffix, _called(suffix, state, example), config, fresh)
+    if not targets:
+        log.warning("%s: after this cut there is no pretrained layer to adapt; fresh layers train alone", config.kind)
     twin = _twin(model)
     with warnings.catch_warnings():  # peft's are on settings made here; the split's were given for the plain model
         warnings.simplefilter("ignore")
-        _inject(twin, targets, config, seed)
+        if targets:
+            _inject(twin, targets, config, seed)
         _keep_statistics(twin, fresh)
         for name in fresh & dict(twin.named_parameters()).keys():
             twin.get_parameter(name).requires_grad_()
@@ -170,13 +173,17 @@ def _called(suffix: Suffix, state: State, example: Mapping[str, Tensor]) -> set[
 
 
 def _targets(suffix: Suffix, called: set[str], config: AdapterConfig, fresh: frozenset[str]) -> list[str]:
-    """Return the paths of the layers to adapt: called, pretrained, with a weight that trains and that no other has."""
+    """Return the paths of the layers to adapt: called, pretrained, with a weight that trains and that no other has.
+
+    There may be none where nothing but normalisation and fresh layers comes after the cut.
+    """
     held = Counter(id(item) for _, item in suffix.named_parameters(remove_duplicate=False))
     alone = {name for name, item in suffix.named_parameters() if held[id(item)] == 1}
     layers = {path: module for path, module in suffix.named_modules() if f"{path}.weight" in alone - fresh}
     kinds = _kinds(config)
     known = [path for path, module in layers.items() if path in called and _can_adapt(module, kinds)]
-    if not known:
+    pretrained = [path for path, module in layers.items() if module.get_parameter("weight").dim() > 1]
+    if not known and (pretrained or config.targets or not fresh & alone):
         others = sorted({type(module).__name__ for module in layers.values()})
         raise TrainError(
             f"train.adapter is {config.kind}, which adapts {', '.join(kind.__name__ for kind in kinds)}; after "

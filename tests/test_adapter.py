@@ -237,11 +237,17 @@ def test_fresh_batch_normalisation_goes_on_counting() -> None:
     assert moved == {f"blocks.3.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
 
 
+def test_where_only_the_head_is_left_it_trains_alone() -> None:
+    suffix = adapted(tiny.ConvNet(3), {"x": PIXELS}, at=1.0)
+    assert paths(suffix) == set()
+    assert {name for name, item in suffix.named_parameters() if item.requires_grad} == CLASSIFIER
+
+
 def test_faults_name_the_remedy() -> None:
     with pytest.raises(TrainError, match=r"peanut, which adapts Linear; after the cut .* \(but BatchNorm2d, Conv2d\)"):
         adapted(tiny.ConvNet(3), {"x": PIXELS}, kind="peanut")
     with pytest.raises(TrainError, match=r"\(but none with weights\); choose a lower cut"):
-        adapted(tiny.ConvNet(3), {"x": PIXELS}, at=1.0)
+        adapted(tiny.ConvNet(3), {"x": PIXELS}, at=1.0, targets=["classifier"])
     with pytest.raises(ConfigError, match=r"targets has 'classifier'; .* they end in query, key, value, dense"):
         adapted(bert(), TEXT, targets=["query", "classifier"])
     for settings, message in (
