@@ -239,7 +239,6 @@ def test_fresh_batch_normalisation_goes_on_counting() -> None:
 
 def test_where_only_the_head_is_left_it_trains_alone() -> None:
     suffix = adapted(tiny.ConvNet(3), {"x": PIXELS}, at=1.0)
-    assert paths(suffix) == set()
     assert {name for name, item in suffix.named_parameters() if item.requires_grad} == CLASSIFIER
 
 
