@@ -19,6 +19,7 @@ from zoo.catalogue import Entry
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 WORDS = 100
+IMAGE_TOKEN = WORDS - 1
 LENGTHS = (9, 13, 5)
 """Tokens per sample; no model has an axis of the padded length, so that an axis of it is one of tokens."""
 LAYERS, HEADS, WIDTH, INNER = 4, 4, 32, 64
@@ -30,7 +31,7 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
-    **dict.fromkeys(("image_token_id", "image_token_index"), WORDS - 1),
+    **dict.fromkeys(("image_token_id", "image_token_index"), IMAGE_TOKEN),
     **dict.fromkeys(("hidden_size", "d_model", "dim", "n_embd", "emb_dim", "embed_dim", "embedding_size"), WIDTH),
     **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer", "num_layers", "depth"), LAYERS),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
@@ -41,6 +42,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("intermediate_size", "hidden_dim", "ffn_dim", "d_ff", "d_inner", "n_inner", "mlp_dim"), INNER),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), INNER),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 64),
+    **dict.fromkeys(("max_encoder_position_embeddings", "max_decoder_position_embeddings"), 64),
     **dict.fromkeys(("max_source_positions", "max_target_positions"), 32),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
@@ -57,7 +59,8 @@ SMALL: dict[str, Any] = {
     "projection_dim": 24,
     "num_mel_bins": 16,
     "num_frames": 4,
-    "num_queries": 10,
+    **dict.fromkeys(("num_queries", "num_detection_tokens"), 10),
+    "attention_window": 4,
     "mm_tokens_per_image": 4,
     "conv_dim": WIDTH,
     "num_conv_pos_embeddings": 16,
@@ -78,7 +81,7 @@ Settings = dict[str, Any]
 Inputs = dict[str, Tensor]
 
 
-def types(names: str, **others: Settings) -> dict[str, Settings]:
+def types(names: str = "", **others: Settings) -> dict[str, Settings]:
     """Return a table of the types in `names`, which need no settings of their own, and of `others`, which do."""
     return {**{name: {} for name in names.split()}, **others}
 
@@ -112,13 +115,14 @@ TEXT = types(
     cpmant={"dim_head": 8, "dim_ff": INNER, "prompt_length": 4},
     ctrl={"dff": INNER},
     deepseek_v2={**LATENT, **MIXTURE},
-    deepseek_v3=LATENT,
     deepseek_v32=LATENT,
+    deepseek_v3=LATENT,
     dots1=MIXTURE,
     esm={"vocab_size": WORDS},
     esmc=LATENT,
     funnel={"architectures": ["FunnelModel"], "block_sizes": [1, 1, 2]},
     glm4_moe_lite=LATENT,
+    glm4v_text=ROTARY,
     glm_moe_dsa=LATENT,
     gpt_neo={"attention_types": [[["global", "local"], LAYERS // 2]]},
     gptj={"rotary_dim": 4},
@@ -128,25 +132,27 @@ TEXT = types(
     markuplm={"max_depth": 4},
     minicpm3=LATENT,
     ministral={"head_dim": 8},
+    mistral4={**LATENT, "head_dim": 16},
     mobilebert={"intra_bottleneck_size": 16},
     nemotron={"num_key_value_heads": 2},
-    glm4v_text=ROTARY,
-    mistral4={**LATENT, "head_dim": 16},
-    qwen2_vl_text=ROTARY,
-    qwen2_5_vl_text=ROTARY,
     nemotron_h={"n_groups": 1},
-    youtu=LATENT,
-    zaya={"num_experts_per_tok": 1},
+    qwen2_5_vl_text=ROTARY,
+    qwen2_vl_text=ROTARY,
     roc_bert={"pronunciation_vocab_size": WORDS, "shape_vocab_size": WORDS},
     xmod={"default_language": "en_XX"},
+    youtu=LATENT,
+    zaya={"num_experts_per_tok": 1},
 )
 
-SEQ2SEQ = types(
-    "bart bigbird_pegasus blenderbot blenderbot-small led m2m_100 marian mbart mt5 mvp nllb-moe pegasus pegasus_x"
-    " plbart switch_transformers t5 t5gemma umt5",
+TEXT_TO_TEXT = types(
+    "bart bigbird_pegasus blenderbot blenderbot-small led m2m_100 marian mbart mt5 mvp nllb-moe pegasus plbart"
+    " switch_transformers t5 t5gemma umt5",
+    pegasus_x={"block_size": 4},
 )
 
-BOXES = types("bros layoutlm", lilt={"hidden_size": 48}, layoutlmv3={"coordinate_size": 6, "shape_size": 4})
+PLACED_TEXT = types(
+    "layoutlm", bros={"dim_bbox": 4}, lilt={"hidden_size": 48}, layoutlmv3={"coordinate_size": 6, "shape_size": 4}
+)
 
 PYRAMID = {"patch_size": 4}
 """A pyramid starts from small patches."""
@@ -190,7 +196,6 @@ IMAGES = types(
 RESNET = {"backbone_config": {"model_type": "resnet", "out_features": ["stage4"]}}
 
 DETECTION = types(
-    "",
     conditional_detr=RESNET,
     deformable_detr={"backbone_config": {"model_type": "resnet", "out_features": ["stage3", "stage4"]}},
     detr=RESNET,
@@ -200,7 +205,7 @@ DETECTION = types(
 
 VIDEOS = types("timesformer videomae vivit")
 
-VIDEOS_BY_NAME = types(
+NAMED_VIDEOS = types(
     "videoprism_vision_model",
     vjepa2={
         "crop_size": 64,
@@ -213,17 +218,17 @@ VIDEOS_BY_NAME = types(
 
 WAVES = types("data2vec-audio hubert sew sew-d unispeech unispeech-sat wav2vec2 wav2vec2-conformer wavlm")
 
-FRAMES = types("", **{"audio-spectrogram-transformer": {"max_length": 64}})
+SPECTROGRAMS = types(**{"audio-spectrogram-transformer": {"max_length": 64}})
 
-FEATURES = types("", **{"wav2vec2-bert": {"feature_projection_input_dim": 16}})
+FEATURES = types(**{"wav2vec2-bert": {"feature_projection_input_dim": 16}})
 
-FEATURES_AND_TEXT = types("", speech_to_text={"input_feat_per_channel": 16, "conv_channels": 16})
+FEATURES_TO_TEXT = types(speech_to_text={"input_feat_per_channel": 16, "conv_channels": 16})
 
-SPECTRA = types("glmasr_encoder qwen2_audio_encoder voxtral_encoder")
+BANDS_FIRST = types("glmasr_encoder qwen2_audio_encoder voxtral_encoder")
 
-SPECTRA_AND_TEXT = types("whisper")
+BANDS_FIRST_TO_TEXT = types("whisper")
 
-WAVES_AND_TEXT = types("moonshine")
+WAVES_TO_TEXT = types("moonshine")
 
 SERIES = types("patchtsmixer", patchtst={"patch_length": 4, "patch_stride": 4})
 
@@ -245,121 +250,69 @@ IMAGE_IN_TEXT = types(
     vipllava={**COARSE, "vision_feature_layers": [-2, -3]},
 )
 
-Draw = Callable[[PretrainedConfig, int, Generator], Inputs]
-"""Draws the inputs of a model: its configuration, how many samples, the source of randomness."""
+Draw = Callable[[int, Generator], Inputs]
+"""Draws the inputs of so many samples."""
+
+IMAGE = (3, SMALL["image_size"], SMALL["image_size"])
+VIDEO = (SMALL["num_frames"], *IMAGE)
+WAVE = (4000,)
+FRAMES, BANDS = 64, SMALL["num_mel_bins"]
 
 
-def text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+def numbers(**shapes: tuple[int, ...]) -> Draw:
+    """Draw inputs of these names and shapes: images, waveforms, spectrograms."""
+    return lambda size, draw: {name: torch.randn(size, *shape, generator=draw) for name, shape in shapes.items()}
+
+
+def both(*parts: Draw) -> Draw:
+    """Draw the inputs of all `parts`."""
+    return lambda size, draw: {name: tensor for part in parts for name, tensor in part(size, draw).items()}
+
+
+def text(size: int, draw: Generator) -> Inputs:
     """Token ids of unequal lengths, padded on the right, with their mask."""
     lengths = torch.tensor(LENGTHS[:size])[:, None]
     mask = (torch.arange(max(LENGTHS)) < lengths).long()
-    words = torch.randint(3, WORDS - 1, (size, max(LENGTHS)), generator=draw)
+    words = torch.randint(3, IMAGE_TOKEN, (size, max(LENGTHS)), generator=draw)
     return {"input_ids": words * mask, "attention_mask": mask}
 
 
-def two_texts(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Token ids for the encoder, and what the decoder has said so far."""
-    return {**text(config, size, draw), **said(config, size, draw)}
-
-
-def said(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Token ids for a decoder."""
-    return {"decoder_input_ids": torch.randint(3, WORDS, (size, 7), generator=draw)}
-
-
-def placed_text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Token ids, and the box on the page of each."""
-    corners = torch.randint(0, 60, (size, max(LENGTHS), 2), generator=draw)
-    return {**text(config, size, draw), "bbox": torch.cat([corners, corners + 3], -1)}
-
-
-def images(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Square images of the one size that fits all configurations."""
-    pixels = SMALL["image_size"]
-    return {"pixel_values": torch.randn(size, 3, pixels, pixels, generator=draw)}
-
-
-def text_and_image(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """A text and an image."""
-    return {**text(config, size, draw), **images(config, size, draw)}
-
-
-def image_in_text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
+def text_around_image(size: int, draw: Generator) -> Inputs:
     """A text that starts with the places of the four tokens of an image."""
-    inputs = text_and_image(config, size, draw)
-    inputs["input_ids"][:, :4] = config.image_token_id
+    inputs = text(size, draw)
+    inputs["input_ids"][:, :4] = IMAGE_TOKEN
     return inputs
 
 
-def videos(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """A few frames."""
-    pixels = SMALL["image_size"]
-    return {"pixel_values": torch.randn(size, SMALL["num_frames"], 3, pixels, pixels, generator=draw)}
+def boxes(size: int, draw: Generator) -> Inputs:
+    """The box of each token on the page."""
+    corners = torch.randint(0, 60, (size, max(LENGTHS), 2), generator=draw)
+    return {"bbox": torch.cat([corners, corners + 3], -1)}
 
 
-def videos_by_name(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """The same, as newer models call it."""
-    return {"pixel_values_videos": videos(config, size, draw)["pixel_values"]}
-
-
-def waves(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Waveforms of a quarter of a second."""
-    return {"input_values": torch.randn(size, 4000, generator=draw)}
-
-
-def waves_and_text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """A waveform, and what the decoder has said so far."""
-    return {**waves(config, size, draw), **said(config, size, draw)}
-
-
-def frames(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Spectrograms, time first, named like waveforms."""
-    return {"input_values": torch.randn(size, 64, SMALL["num_mel_bins"], generator=draw)}
-
-
-def features(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Spectrograms, time first."""
-    return {"input_features": torch.randn(size, 64, SMALL["num_mel_bins"], generator=draw)}
-
-
-def features_and_text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Spectrograms, time first, and what the decoder has said so far."""
-    return {**features(config, size, draw), **said(config, size, draw)}
-
-
-def spectra(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Spectrograms, time last."""
-    return {"input_features": torch.randn(size, SMALL["num_mel_bins"], 64, generator=draw)}
-
-
-def spectra_and_text(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Spectrograms, time last, and what the decoder has said so far."""
-    return {**spectra(config, size, draw), **said(config, size, draw)}
-
-
-def series(config: PretrainedConfig, size: int, draw: Generator) -> Inputs:
-    """Time series of one channel."""
-    return {"past_values": torch.randn(size, 32, 1, generator=draw)}
+def said(size: int, draw: Generator) -> Inputs:
+    """Token ids for a decoder."""
+    return {"decoder_input_ids": torch.randint(3, IMAGE_TOKEN, (size, 7), generator=draw)}
 
 
 KINDS: tuple[tuple[dict[str, Settings], Draw], ...] = (
     (TEXT, text),
-    (SEQ2SEQ, two_texts),
-    (BOXES, placed_text),
-    (IMAGES, images),
-    (DETECTION, images),
-    (VIDEOS, videos),
-    (VIDEOS_BY_NAME, videos_by_name),
-    (WAVES, waves),
-    (WAVES_AND_TEXT, waves_and_text),
-    (FRAMES, frames),
-    (FEATURES, features),
-    (FEATURES_AND_TEXT, features_and_text),
-    (SPECTRA, spectra),
-    (SPECTRA_AND_TEXT, spectra_and_text),
-    (SERIES, series),
-    (TEXT_AND_IMAGE, text_and_image),
-    (IMAGE_IN_TEXT, image_in_text),
+    (TEXT_TO_TEXT, both(text, said)),
+    (PLACED_TEXT, both(text, boxes)),
+    (IMAGES, numbers(pixel_values=IMAGE)),
+    (DETECTION, numbers(pixel_values=IMAGE)),
+    (VIDEOS, numbers(pixel_values=VIDEO)),
+    (NAMED_VIDEOS, numbers(pixel_values_videos=VIDEO)),
+    (WAVES, numbers(input_values=WAVE)),
+    (WAVES_TO_TEXT, both(numbers(input_values=WAVE), said)),
+    (SPECTROGRAMS, numbers(input_values=(FRAMES, BANDS))),
+    (FEATURES, numbers(input_features=(FRAMES, BANDS))),
+    (FEATURES_TO_TEXT, both(numbers(input_features=(FRAMES, BANDS)), said)),
+    (BANDS_FIRST, numbers(input_features=(BANDS, FRAMES))),
+    (BANDS_FIRST_TO_TEXT, both(numbers(input_features=(BANDS, FRAMES)), said)),
+    (SERIES, numbers(past_values=(32, 1))),
+    (TEXT_AND_IMAGE, both(text, numbers(pixel_values=IMAGE))),
+    (IMAGE_IN_TEXT, both(text_around_image, numbers(pixel_values=IMAGE))),
 )
 
 
@@ -380,7 +333,7 @@ def entry(name: str, settings: Settings, inputs: Draw) -> Entry:
         return AutoModel.from_config(small(CONFIG_MAPPING[name], settings))
 
     def example(size: int) -> Inputs:
-        return inputs(small(CONFIG_MAPPING[name], settings), size, Generator().manual_seed(size))
+        return inputs(size, Generator().manual_seed(size))
 
     return Entry("transformers", name, make, example)
 
