@@ -28,5 +28,4 @@ class Entry:
 
 def entries() -> list[Entry]:
     """Return every model, list by list; the libraries are imported here, no model is made."""
-    lists = [importlib.import_module(f"zoo.{name}") for name in LISTS if importlib.util.find_spec(f"zoo.{name}")]
-    return [entry for models in lists for entry in models.entries()]
+    return [entry for name in LISTS for entry in importlib.import_module(f"zoo.{name}").entries()]

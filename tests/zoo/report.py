@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from zoo.catalogue import Entry
-from zoo.proof import GRADIENT, OUTPUT, RAGGED, Proof
+from zoo.proof import GRADIENT, OUTPUT, RAGGED, ROUNDING, Proof
 from zoo.rows import STATUSES, Row, versions
 
 Rows = Mapping[tuple[str, str], Row]
@@ -23,8 +23,8 @@ such as a layer scale of 1e-6, get noise, or they would hide what they multiply)
 A cut is **exact** if all of this holds:
 
 - in eval mode all outputs are equal, for two batches of different size ({OUTPUT:.0e} of the largest magnitude);
-- one backward pass gives gradients to exactly the same parameters, equal to {GRADIENT:.0e}, in eval and in train mode,
-  with dropout, stochastic depth and layer drop on;
+- one backward pass gives gradients to exactly the same parameters, equal to {GRADIENT:.0e} of the largest magnitude
+  of each or {ROUNDING:.0e} of that of all, in eval and in train mode, with dropout, stochastic depth and layer drop on;
 - one training step leaves the same running statistics;
 - trained weights saved and loaded into a new suffix, or merged into the full model, give the same outputs;
 - where the model takes an attention mask and ignores padding, a state made in one padding serves in another

@@ -100,7 +100,7 @@ class Child:
     def _why(self) -> tuple[str, str, str]:
         code = self.process.exitcode or 0
         if self.late or code == -signal.SIGXCPU:
-            return "timed out", "", f"not done within the {self.seconds:g} s of CPU time that a model has for all cuts"
+            return "timed out", "", f"not done within {self.seconds:g} s of CPU time for all cuts"
         return "failed", "", f"the process died of {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
 

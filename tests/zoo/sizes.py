@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+Size = TypeVar("Size")
 
-def smallest(build: Callable[[int], nn.Module], sizes: Iterable[int], shape: Callable[[int], tuple[int, ...]]) -> int:
+
+def smallest(
+    build: Callable[[Size], nn.Module], sizes: Iterable[Size], shape: Callable[[Size], tuple[int, ...]]
+) -> Size:
     """Return the first of `sizes` that a network accepts as `shape(size)` per sample, when built for it.
 
     It is tried on the meta device, where shapes are computed and nothing else, in training mode, as batch norms and

@@ -10,7 +10,6 @@ from functools import cache, partial
 
 import timm
 import torch
-from accelerate import init_empty_weights
 from torch import Generator, Tensor, nn
 
 from zoo.catalogue import Entry
@@ -52,7 +51,7 @@ def images(family: str, size: int) -> Tensor:
 @cache
 def member(family: str) -> str:
     """Return the name of the family's smallest model."""
-    with warnings.catch_warnings(), init_empty_weights():
+    with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         return min(timm.list_models(module=family), key=lambda name: parameters(timm.create_model(name)))
 

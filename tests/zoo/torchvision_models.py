@@ -17,10 +17,14 @@ from torch import Generator, Tensor, nn
 from zoo.catalogue import Entry
 from zoo.sizes import smallest
 
-PIXELS = (64, 70, 96, 128, 224, 299)
-"""Below 64 the last feature map is one pixel, and the batch norm of two samples is blind: +1 and -1. 70 suits patches
-of 14; three windows of 7 pixels need 224; Inception's auxiliary head was made for 299."""
-FRAMES = 16
+Shape = tuple[int, ...]
+Shapes = tuple[Shape, ...]
+
+SMALL = 64
+"""Pixels: below, the last feature map is one pixel, and the batch norm of two samples is blind: +1 and -1."""
+IMAGES: Shapes = tuple((3, pixels, pixels) for pixels in (SMALL, 70, 96, 128, 224, 299))
+"""70 suits patches of 14, 224 five halvings and a window of 7; Inception's auxiliary head was made for 299."""
+CLIPS: Shapes = tuple((3, frames, pixels, pixels) for frames, pixels in ((8, SMALL), (16, SMALL), (16, 224)))
 CLASSES = 10
 KEYPOINTS = 17
 
@@ -33,22 +37,19 @@ BUILT_FOR = {
 
 def entries() -> list[Entry]:
     """Return the models by task, in alphabetical order."""
-    images = {"torchvision classification": tv, "torchvision segmentation": tv.segmentation}
+    groups = {
+        "torchvision classification": (tv, IMAGES),
+        "torchvision segmentation": (tv.segmentation, IMAGES),
+        "torchvision video": (tv.video, CLIPS),
+    }
     found = [
-        Entry(group, name, partial(build, name), partial(batch, name), weights(name))
-        for group, module in images.items()
+        Entry(group, name, partial(build, name, shapes), partial(batch, name, shapes), weights(name))
+        for group, (module, shapes) in groups.items()
         for name in tv.list_models(module=module)
     ]
-    found += [
-        Entry("torchvision detection", name, partial(detector, name), boxed_images, weights(name))
-        for name in tv.list_models(module=tv.detection)
-    ]
-    return found + [
-        Entry(
-            "torchvision video", name, partial(build, name, FRAMES), partial(batch, name, frames=FRAMES), weights(name)
-        )
-        for name in tv.list_models(module=tv.video)
-    ]
+    detectors = tv.list_models(module=tv.detection)
+    group = "torchvision detection"
+    return found + [Entry(group, name, partial(detector, name), boxed_images, weights(name)) for name in detectors]
 
 
 def weights(name: str) -> int:
@@ -56,29 +57,25 @@ def weights(name: str) -> int:
     return max(version.meta["num_params"] for version in tv.get_model_weights(name))
 
 
-def build(name: str, frames: int = 0) -> nn.Module:
-    """Return the network, built for the size of the images in `batch`."""
-    return built_for(name, accepted(name, frames))
+def build(name: str, shapes: Shapes) -> nn.Module:
+    """Return the network, built for the images or clips of `batch`."""
+    return built_for(name, accepted(name, shapes))
 
 
-def batch(name: str, size: int, frames: int = 0) -> Tensor:
+def batch(name: str, shapes: Shapes, size: int) -> Tensor:
     """Return images (B, 3, H, W), or clips (B, 3, T, H, W)."""
-    return torch.randn(size, *shape(frames, accepted(name, frames)), generator=Generator().manual_seed(size))
+    return torch.randn(size, *accepted(name, shapes), generator=Generator().manual_seed(size))
 
 
 @cache
-def accepted(name: str, frames: int) -> int:
-    return smallest(partial(built_for, name), PIXELS, partial(shape, frames))
+def accepted(name: str, shapes: Shapes) -> Shape:
+    return smallest(partial(built_for, name), shapes, lambda shape: shape)
 
 
-def shape(frames: int, pixels: int) -> tuple[int, ...]:
-    return (3, frames, pixels, pixels) if frames else (3, pixels, pixels)
-
-
-def built_for(name: str, pixels: int) -> nn.Module:
+def built_for(name: str, shape: Shape) -> nn.Module:
     setting = BUILT_FOR.get(tv.get_model_builder(name).__module__, lambda _: {})
-    with small_clips(pixels):
-        return tv.get_model(name, weights=None, num_classes=CLASSES, **segmentation(name), **setting(pixels))
+    with small_clips(shape[-1]):
+        return tv.get_model(name, weights=None, num_classes=CLASSES, **segmentation(name), **setting(shape[-1]))
 
 
 def small_clips(pixels: int) -> AbstractContextManager[Any]:
@@ -99,7 +96,8 @@ class Detector(nn.Module):
     """A detector on stacked images and targets, as a data loader gives them; torchvision's take lists.
 
     Targets are given in eval mode too, where they change nothing: a suffix decides by its own mode whether it needs
-    them.
+    them. Boxes are whole pixels, as the network asks whether they are empty before its first layer: a split decides
+    nothing there by the values of floating-point inputs, which a suffix never sees.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -108,6 +106,7 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor, **targets: Tensor) -> Any:
         """Return detections per image, or losses: images (B, 3, H, W), boxes (B, N, 4), labels (B, N) and so on."""
+        targets["boxes"] = targets["boxes"].float()
         each = [{name: rows[i] for name, rows in targets.items()} for i in range(len(images))]
         return self.network(list(images), each)
 
@@ -115,7 +114,7 @@ class Detector(nn.Module):
 def detector(name: str) -> nn.Module:
     """Return a detector that keeps images small and every detection; random scores would be under the threshold."""
     network = tv.get_model(name, weights=None, weights_backbone=None, num_classes=3)
-    network.transform.min_size, network.transform.max_size = (PIXELS[0],), PIXELS[0]
+    network.transform.min_size, network.transform.max_size = (SMALL,), SMALL
     for module in network.modules():
         if hasattr(module, "score_thresh"):
             module.score_thresh = 0.0
@@ -124,9 +123,9 @@ def detector(name: str) -> nn.Module:
 
 def boxed_images(size: int) -> dict[str, Tensor]:
     """Return images with four objects each: boxes, labels, masks and keypoints."""
-    generator, pixels, objects = Generator().manual_seed(size), PIXELS[0], 4
-    corner = 30 * torch.rand(size, objects, 2, generator=generator)
-    boxes = torch.cat([corner, corner + 5 + 25 * torch.rand(size, objects, 2, generator=generator)], -1)
+    generator, pixels, objects = Generator().manual_seed(size), SMALL, 4
+    corner = torch.randint(0, 30, (size, objects, 2), generator=generator)
+    boxes = torch.cat([corner, corner + torch.randint(5, 30, (size, objects, 2), generator=generator)], -1)
     points = corner[:, :, None] + 5 * torch.rand(size, objects, KEYPOINTS, 2, generator=generator)
     return {
         "images": torch.rand(size, 3, pixels, pixels, generator=generator),
