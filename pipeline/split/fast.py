@@ -31,13 +31,14 @@ AUTOCAST = ("cpu", "cuda")  # kinds of device whose autocast dtype is looked at
 class FastPath:
     """Runs the suffix's modules from stored values, by scripts.
 
-    Dummies are `dense` for models that write in place into what a recycled layer returned.
+    Dummies are `dense` for models that write in place into what a recycled layer returned. Stored arguments of the cut
+    call are put into the caller's own tensors (`fills`) for callers that go on using these, as in `x = x + block(x)`.
     """
 
-    def __init__(self, root: nn.Module, cut: Cut, frozen: Frozen, *, dense: bool) -> None:
+    def __init__(self, root: nn.Module, cut: Cut, frozen: Frozen, *, dense: bool, fills: bool) -> None:
         self.root, self.cut, self.frozen, self.dense = root, cut, frozen, dense
         self._scripts: OrderedDict[Hashable, Script | None] = OrderedDict()
-        self._stage = Stage(cut)
+        self._stage = Stage(cut, fills)
         self._running: list[nn.Module] = []
         self._skipped: set[tuple[str, int]] | None = None
         self._own: list[tuple[nn.Module, Any]] = []

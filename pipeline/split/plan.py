@@ -35,6 +35,7 @@ class Plan:
         read: names of the parameters and buffers that the prefix reads.
         before: modules called before the cut, in order of their first call.
         after: modules that run after the cut, its callers included.
+        again: modules that are called before the cut and once more after it.
         sources: what the state holds.
         kept: canonical names of the frozen parameters that the suffix reads.
         written: sources whose values the suffix writes into.
@@ -46,6 +47,7 @@ class Plan:
     read: list[str]
     before: list[str]
     after: set[str]
+    again: set[str]
     sources: list[Source] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     written: set[Source] = field(default_factory=set)
@@ -75,9 +77,9 @@ class Discovery(Replay):
         self.plan.written |= {source for source, value in self.values.items() if value._version}
         return output
 
-    def stuck_in(self) -> str | None:
-        """Return the outermost call before the cut that did not return, other than the callers of the cut."""
-        return None if self.entered else next((path for path in self._open if path not in self.plan.after), None)
+    def stuck_in(self) -> list[str]:
+        """Return the calls before the cut that did not return, other than the callers of the cut, outermost first."""
+        return [] if self.entered else [path for path in self._open if path not in self.plan.after]
 
     def output_paths(self) -> set[str]:
         return set(self.paths)

@@ -73,12 +73,31 @@ def _replay(model: nn.Module, plan: Plan, tap: Tap, args: Args, kwargs: Kwargs) 
             _add(plan, lack)
             return LACKING
         except Exception as error:
-            stuck = discovery.stuck_in()
-            if stuck is None or stuck in plan.opaque:
+            if not _close_one(model, plan, discovery.stuck_in(), args, kwargs):
                 raise _told(plan.cut, training, error) from error
-            plan.opaque[stuck] = sketch(model, stuck, args, kwargs)
             return LACKING
     return outputs[0]
+
+
+def _close_one(model: nn.Module, plan: Plan, stuck: list[str], args: Args, kwargs: Kwargs) -> bool:
+    """Make the outermost call opaque that can be, of those that did not return; tell whether there is one.
+
+    Raises:
+        SplitError: there are such calls, but none can be seen from outside.
+    """
+    refusal = None
+    for path in stuck:
+        if path in plan.opaque:
+            return False
+        try:
+            plan.opaque[path] = sketch(model, path, args, kwargs)
+        except SplitError as error:
+            refusal = refusal or error
+        else:
+            return True
+    if refusal:
+        raise refusal
+    return False
 
 
 def _told(cut: Cut, training: bool, error: Exception) -> SplitError:
@@ -97,9 +116,14 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
 
 def _add(plan: Plan, lack: Lacking) -> None:
+    needs = [*lack.needs]
+    if any(isinstance(need, Weight) and need.name.rpartition(".")[0] in plan.again for need in needs):
+        # One weight of shared layers will not be all.
+        shared = [own for name, own in plan.frozen.items() if name.rpartition(".")[0] in plan.again]
+        needs += map(Weight, dict.fromkeys(shared))
     new = [
         need
-        for need in lack.needs
+        for need in dict.fromkeys(needs)
         if need not in plan.sources and not (isinstance(need, Weight) and need.name in plan.kept)
     ]
     if not new:
@@ -117,8 +141,9 @@ def _survey(model: nn.Module, cut: Cut, trace: Trace) -> Plan:
     read = {name for name, tick in trace.reads.items() if tick < start}
     before = list(dict.fromkeys(call.path for call in trace.calls if call.start < start))
     after = {call.path for call in trace.calls if call.end > start}
+    again = {call.path for call in trace.calls if call.start > start} & set(before)
     unused = _held(model, set(before) - after) - trace.reads.keys()
-    return Plan(cut, _tied(model, read | unused), sorted(read), before, after)
+    return Plan(cut, _tied(model, read | unused), sorted(read), before, after, again)
 
 
 def _held(model: nn.Module, paths: set[str]) -> set[str]:

@@ -123,9 +123,14 @@ def _reply(visit: Visit, recorder: Recorder, dense: bool) -> Reply:
 
 @dataclass
 class Stage:
-    """The state of a running step, which all shells of one suffix look at."""
+    """The state of a running step, which all shells of one suffix look at.
+
+    Attributes:
+        fills: whether stored arguments are put into the caller's own tensors, for callers that go on using these.
+    """
 
     cut: Cut
+    fills: bool = False
     before: bool = False
     values: Mapping[Source, Tensor] = field(default_factory=dict)
     script: Script = field(default_factory=lambda: Script({}, 0, frozenset(), {}, {}))
@@ -153,7 +158,16 @@ class Stage:
         self.values = {}
         if not late:
             return args, kwargs
-        return map_arguments(lambda leaf, item: values[Argument(leaf)] if leaf in late else item, args, kwargs)
+        return map_arguments(
+            lambda leaf, item: self._given(item, values[Argument(leaf)]) if leaf in late else item, args, kwargs
+        )
+
+    def _given(self, item: Tensor, value: Tensor) -> Tensor:
+        """Return the tensor that stands for `value` from the cut on: the caller's own one, or the stored one."""
+        if not self.fills or value.requires_grad or any(item is one for one in self.script.dummies.values()):
+            return value
+        item.data = value
+        return item
 
 
 class Shell:

@@ -46,6 +46,19 @@ class TestSkipConnection(OwnContract):
         assert set(prefix.spec) == {"input", "a.out"}
 
 
+class TestResidualInTheCaller(OwnContract):
+    """The caller goes on with the very tensor that it gave to the cut call, and that no module made."""
+
+    class Model(Three):
+        def forward(self, x):
+            x = x * 2
+            for block in (self.a, self.b, self.c):
+                x = x + block(x)
+            return self.head(x)
+
+    model = Model
+
+
 class TestDictOutput(OwnContract):
     class Model(Three):
         def forward(self, x):
