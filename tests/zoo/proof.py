@@ -126,7 +126,7 @@ def prove_gradients(model: nn.Module, prefix: Prefix, suffix: Suffix, example: A
 def prove_merge(model: nn.Module, prefix: Prefix, suffix: Suffix, example: Any) -> None:
     """Train one step, save and load the weights, write them into the full model, and compare."""
     trained = copy.deepcopy(suffix).train()
-    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD([{"params": list(trained.parameters())}], lr=1e-3)
     loss(recycle(prefix, trained, example, SEED)).backward()
     torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
     optimizer.step()
@@ -189,13 +189,14 @@ def recycle(prefix: Prefix, suffix: Suffix, example: Any, seed: int | None = Non
 
 
 def loss(output: Any) -> Tensor:
-    """Return a scalar that depends on every output that has a gradient."""
-    return sum(tensor.float().square().mean() for tensor in tensors(output).values() if tensor.requires_grad)  # type: ignore[return-value]
+    """Return a scalar that depends on every output that has a gradient; there may be none."""
+    squares = (tensor.float().square().mean() for tensor in tensors(output).values() if tensor.requires_grad)
+    return sum(squares, start=torch.zeros((), requires_grad=True))
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients by the names of the parameters that have one."""
-    return {name: item.grad for name, item in module.named_parameters() if item.grad is not None}
+    """Return the gradients by the names of the parameters that have one, and an element."""
+    return {name: item.grad for name, item in module.named_parameters() if item.grad is not None and item.numel()}
 
 
 def reference(model: nn.Module, prefix: Prefix, training: bool) -> nn.Module:
