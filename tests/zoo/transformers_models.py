@@ -157,6 +157,8 @@ PLACED_TEXT = types(
 PYRAMID = {"patch_size": 4}
 """A pyramid starts from small patches."""
 
+WINDOWS = {**PYRAMID, "embed_dim": 8, "window_size": 2}
+
 BRANCHES = {"num_attention_heads": [1, 2, 2, 4]}
 
 TINY_EFFICIENTNET = {"hidden_dim": 320, "width_coefficient": 0.25, "depth_coefficient": 0.5}
@@ -179,9 +181,9 @@ IMAGES = types(
     pvt=BRANCHES,
     pvt_v2=BRANCHES,
     regnet={"groups_width": 16},
-    swin=PYRAMID,
+    swin=WINDOWS,
     swin2sr={"patch_size": 1, "image_size": 16},
-    swinv2=PYRAMID,
+    swinv2=WINDOWS,
     swiftformer={"embed_dims": [16, 24, 32, 48]},
     textnet={
         "conv_layer_kernel_sizes": [[[3, 3]] * 2] * 4,
@@ -190,7 +192,7 @@ IMAGES = types(
         "hidden_sizes": [16] * 5,
     },
     vit_mae={},
-    **{"donut-swin": {**PYRAMID, "embed_dim": 8, "window_size": 2}, "maskformer-swin": {**PYRAMID, "embed_dim": 8}},
+    **{"donut-swin": WINDOWS, "maskformer-swin": WINDOWS},
 )
 
 RESNET = {"backbone_config": {"model_type": "resnet", "out_features": ["stage4"]}}
@@ -199,7 +201,7 @@ DETECTION = types(
     conditional_detr=RESNET,
     deformable_detr={"backbone_config": {"model_type": "resnet", "out_features": ["stage3", "stage4"]}},
     detr=RESNET,
-    maskformer={"fpn_feature_size": 32, "mask_feature_size": 32, "backbone_config": {**PYRAMID, "embed_dim": 8}},
+    maskformer={"fpn_feature_size": 32, "mask_feature_size": 32, "backbone_config": WINDOWS},
     **{"table-transformer": RESNET, "dab-detr": RESNET},
 )
 
