@@ -152,22 +152,32 @@ def prove_ragged(model: nn.Module, prefix: Prefix, suffix: Suffix, example: Any)
     trimming = find_trimming(prefix, samples, {})
     shorter = [row for row, length in enumerate(lengths) if length < longest]
     batch = pad_batch([samples[row] for row in shorter], {})
+    width = batch[MASK].shape[1]
     model.eval()
     suffix.eval()
     with torch.no_grad():
         before, expected = tensors(call(model, example)), tensors(call(model, batch))
-        if not _padding_invariant(before, expected, shorter, lengths, mask.shape[1], batch[MASK].shape[1]):
-            return "the model depends on padding"
+        same = [
+            _says_the_same(before, expected, row, place, lengths[row], mask.shape[1], width)
+            for place, row in enumerate(shorter)
+        ]
         if trimming.pads:
             states = trimming(prefix(**example), samples)
         else:
-            alone = [prefix(**pad_batch([sample], {})) for sample in samples]
+            single = [pad_batch([sample], {}) for sample in samples]
+            alone = [prefix(**one) for one in single]
             states = {name: [state[name][0] for state in alone] for name in prefix.spec}
+            same += [
+                _says_the_same(tensors(call(model, single[row])), expected, 0, place, lengths[row], lengths[row], width)
+                for place, row in enumerate(shorter)
+            ]
+        if not all(same):
+            return "the model depends on padding"
         state = pad_batch([{name: values[row] for name, values in states.items()} for row in shorter], {})
         found = tensors(suffix(state, **batch))
     for name, tensor in expected.items():
         for place, row in enumerate(shorter):
-            ours, theirs = (_valid(t, place, lengths[row], batch[MASK].shape[1]) for t in (found[name], tensor))
+            ours, theirs = (_valid(t, place, lengths[row], width) for t in (found[name], tensor))
             if ours is not None and theirs is not None and difference(theirs, ours) > RAGGED:
                 raise InexactError(f"output {name!r} in another padding differs by {difference(theirs, ours):.1e}")
     return "equal" if trimming.pads else "equal, states made without padding"
@@ -245,21 +255,23 @@ def _sample(example: Mapping[str, Any], mask: Tensor, row: int, length: int) -> 
     }
 
 
-def _padding_invariant(
+def _says_the_same(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
-    rows: list[int],
-    lengths: list[int],
+    row: int,
+    place: int,
+    length: int,
     padded_before: int,
     padded_after: int,
 ) -> bool:
-    """Tell whether the full model gives `rows` the same outputs in both paddings, where the samples have tokens."""
+    """Tell whether the full model says the same of one sample, `row` of a batch and `place` of another.
+
+    Outputs that have another shape in another batch, such as similarities of all pairs, say nothing about it.
+    """
     for name, tensor in after.items():
-        for place, row in enumerate(rows):
-            old = _valid(before[name], row, lengths[row], padded_before)
-            new = _valid(tensor, place, lengths[row], padded_after)
-            if old is not None and new is not None and (old.shape != new.shape or difference(old, new) > RAGGED):
-                return False
+        old, new = _valid(before[name], row, length, padded_before), _valid(tensor, place, length, padded_after)
+        if old is not None and new is not None and old.shape == new.shape and difference(old, new) > RAGGED:
+            return False
     return True
 
 

@@ -6,6 +6,7 @@ The libraries are imported once, here; a process per model is a fork, which cost
 from __future__ import annotations
 
 import gc
+import importlib
 import math
 import multiprocessing
 import resource
@@ -28,6 +29,16 @@ COPIES = 6
 """How often a proof holds the weights at a time: the model, the suffix, one more of each to train, with gradients."""
 
 
+SHARED = (
+    "torch._dynamo",
+    *(
+        f"transformers.models.{name}.modeling_{name}"
+        for name in ("bart", "bert", "llama", "mixtral", "vit", "wav2vec2")
+    ),
+)
+"""What the code of most models imports in its turn: seconds for each process that would have to do it itself."""
+
+
 def run(entries: Sequence[Entry], depths: Sequence[float], *, jobs: int, seconds: float) -> Iterator[Row]:
     """Yield a row as soon as a model is done; `jobs` at a time, `seconds` of CPU time for all depths of one.
 
@@ -38,6 +49,8 @@ def run(entries: Sequence[Entry], depths: Sequence[float], *, jobs: int, seconds
     digests = {
         entry: digest(entry) for entry in entries
     }  # of the sources as they were imported; they may change meanwhile
+    for module in SHARED:
+        importlib.import_module(module)
     gc.freeze()  # what is imported stays, so that no process has to look through it
     try:
         while waiting or running:

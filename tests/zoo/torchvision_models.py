@@ -96,7 +96,7 @@ class Detector(nn.Module):
     """A detector on stacked images and targets, as a data loader gives them; torchvision's take lists.
 
     Targets are given in eval mode too, where they change nothing: a suffix decides by its own mode whether it needs
-    them. Boxes are whole pixels, as the network asks whether they are empty before its first layer: a split decides
+    them. Boxes and keypoints are whole pixels, as the network looks at them before its first layer: a split decides
     nothing there by the values of floating-point inputs, which a suffix never sees.
     """
 
@@ -106,7 +106,7 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor, **targets: Tensor) -> Any:
         """Return detections per image, or losses: images (B, 3, H, W), boxes (B, N, 4), labels (B, N) and so on."""
-        targets["boxes"] = targets["boxes"].float()
+        targets |= {name: targets[name].float() for name in ("boxes", "keypoints")}
         each = [{name: rows[i] for name, rows in targets.items()} for i in range(len(images))]
         return self.network(list(images), each)
 
@@ -126,11 +126,11 @@ def boxed_images(size: int) -> dict[str, Tensor]:
     generator, pixels, objects = Generator().manual_seed(size), SMALL, 4
     corner = torch.randint(0, 30, (size, objects, 2), generator=generator)
     boxes = torch.cat([corner, corner + torch.randint(5, 30, (size, objects, 2), generator=generator)], -1)
-    points = corner[:, :, None] + 5 * torch.rand(size, objects, KEYPOINTS, 2, generator=generator)
+    points = corner[:, :, None] + torch.randint(0, 5, (size, objects, KEYPOINTS, 2), generator=generator)
     return {
         "images": torch.rand(size, 3, pixels, pixels, generator=generator),
         "boxes": boxes,
         "labels": torch.randint(1, 3, (size, objects), generator=generator),
         "masks": torch.randint(0, 2, (size, objects, pixels, pixels), dtype=torch.uint8, generator=generator),
-        "keypoints": torch.cat([points, torch.ones(size, objects, KEYPOINTS, 1)], -1),
+        "keypoints": torch.cat([points, torch.ones_like(points[..., :1])], -1),
     }

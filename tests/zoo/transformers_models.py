@@ -138,6 +138,9 @@ TEXT = types(
     nemotron_h={"n_groups": 1},
     qwen2_5_vl_text=ROTARY,
     qwen2_vl_text=ROTARY,
+    roformer={
+        "vocab_size": 40 * WORDS
+    },  # of so many weights, its table of positions is as small a share as in real ones
     roc_bert={"pronunciation_vocab_size": WORDS, "shape_vocab_size": WORDS},
     xmod={"default_language": "en_XX"},
     youtu=LATENT,
