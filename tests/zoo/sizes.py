@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -25,8 +26,7 @@ def smallest(
     """
     for size in sizes:
         try:
-            with init_empty_weights():
-                model = build(size).to("meta").train()
+            model = without_weights(partial(build, size)).train()
             with torch.device("meta"), torch.no_grad():
                 model(torch.empty(2, *shape(size)))
         except Exception as error:
@@ -34,3 +34,13 @@ def smallest(
         else:
             return size
     raise ValueError(f"no input size is accepted; {size}: {refusal}")
+
+
+def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build on the meta device; where the building itself needs values of tensors, only the weights are there."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:
+        with init_empty_weights():
+            return build().to("meta")

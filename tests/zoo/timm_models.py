@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from zoo.catalogue import Entry
-from zoo.sizes import smallest
+from zoo.sizes import smallest, without_weights
 
 PIXELS = (64, 96, 128, 160, 192, 224, 240, 256, 384, 512, 1024)
 OPTIONS = {"num_classes": 10, "drop_rate": 0.2, "drop_path_rate": 0.2}
@@ -51,9 +51,9 @@ def images(family: str, size: int) -> Tensor:
 @cache
 def member(family: str) -> str:
     """Return the name of the family's smallest model."""
-    with warnings.catch_warnings(), torch.device("meta"):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return min(timm.list_models(module=family), key=lambda name: parameters(timm.create_model(name)))
+        return min(timm.list_models(module=family), key=parameters)
 
 
 @cache
@@ -61,8 +61,8 @@ def pixels(family: str) -> int:
     return smallest(partial(built_for, member(family)), PIXELS, lambda size: (3, size, size))
 
 
-def parameters(model: nn.Module) -> int:
-    return sum(item.numel() for item in model.parameters())
+def parameters(name: str) -> int:
+    return sum(item.numel() for item in without_weights(partial(timm.create_model, name)).parameters())
 
 
 def built_for(name: str, size: int) -> nn.Module:
