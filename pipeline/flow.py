@@ -23,7 +23,7 @@ from pipeline.adapter import merged
 from pipeline.data import SampleTable, Source, build, open_source
 from pipeline.encode import encode
 from pipeline.encoder import Encoded
-from pipeline.errors import ConfigError, DataError, StaleStoreError
+from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import BadSample, Keyed, decode_samples, key_contents
 from pipeline.files import sha256
 from pipeline.keys import Recipe, digest
@@ -53,7 +53,7 @@ def encode_project(project: Project) -> bool:
         bench.backbone.model.to(memory_format=torch.channels_last)
     example = _example_of_source(bench, source, keyed)
     prefixes = [bench.split(cut, example)[0] for cut in project.encode.cuts]
-    _refuse_one_place_twice(project.encode.cuts, prefixes)
+    _tell_of_one_place_twice(project.encode.cuts, prefixes)
     stores = [
         _open_or_replace(project.store_path(cut), bench.recipe(prefix))
         for cut, prefix in zip(project.encode.cuts, prefixes, strict=True)
@@ -147,12 +147,13 @@ def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> dict[s
     raise DataError("none of the first 64 samples can be decoded; see what data.path and data.source say")
 
 
-def _refuse_one_place_twice(names: Sequence[CutName], prefixes: Sequence[Prefix]) -> None:
+def _tell_of_one_place_twice(names: Sequence[CutName], prefixes: Sequence[Prefix]) -> None:
+    """Warn: in a shallow network several shares may fall on one block boundary. Each has its store all the same."""
     known: dict[Cut, CutName] = {}
     for name, prefix in zip(names, prefixes, strict=True):
         if prefix.cut in known:
-            raise ConfigError(
-                f"encode.cuts has {known[prefix.cut]!r} and {name!r}, which name one place: {prefix.cut}; keep one"
+            log.warning(
+                "encode.cuts has %r and %r, which name one place: %s; keep one", known[prefix.cut], name, prefix.cut
             )
         known[prefix.cut] = name
 

@@ -24,7 +24,8 @@ A cut is **exact** if all of this holds:
 
 - in eval mode all outputs are equal, for two batches of different size ({OUTPUT:.0e} of the largest magnitude);
 - one backward pass gives gradients to exactly the same parameters, equal to {GRADIENT:.0e} of the largest magnitude
-  of each or {ROUNDING:.0e} of that of all, in eval and in train mode, with dropout, stochastic depth and layer drop on;
+  of each or {ROUNDING:.0e} of that of all, in eval and in train mode, with dropout, stochastic depth and layer drop on
+  (where they are not, because they cancel out to rounding, the comparison is made in fp64, which the notes say);
 - one training step leaves the same running statistics;
 - trained weights saved and loaded into a new suffix, or merged into the full model, give the same outputs;
 - where the model takes an attention mask and ignores padding, a state made in one padding serves in another
@@ -84,6 +85,7 @@ def table(group: str, rows: Sequence[Row]) -> str:
         results = [result(proofs[at]) if at in proofs else "not run" for at in depths]
         ragged = sorted({proof.ragged for proof in row.proofs if proof.ragged})
         notes = sorted({short(text) for proof in row.proofs for text in [proof.reason, *proof.warnings] if text})
+        notes += [f"gradients at {proof.at:g} in fp64" for proof in row.proofs if proof.double]
         name = f"{row.name}: {row.member}" if row.member else row.name
         lines.append(cells(name, *results, "yes" if row.fast else "no", "; ".join(ragged), "; ".join(notes)))
     return "\n".join(lines) + "\n"
