@@ -23,6 +23,7 @@ import torchvision.models as tv
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from pipeline.memory import keep_freed_memory
 from pipeline.split import Suffix, split
 
 STEPS_TO_CUT = 100
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as `recycle` does
     print(
         f"torch {torch.__version__}, {options.threads} thread(s), medians of {options.repeats} steps, "
         f"{STEPS_TO_CUT} for the time to the cut\n"
