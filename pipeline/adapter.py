@@ -13,7 +13,6 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from types import MethodType
 from typing import Annotated, Any, Literal
 
@@ -25,8 +24,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from pipeline.config import Section
 from pipeline.errors import ConfigError, TrainError
 from pipeline.split import Prefix, State, Suffix, split
+from pipeline.split.check import output_in_eval
 from pipeline.split.layout import difference
-from pipeline.split.modes import eval_mode
 from pipeline.split.tree import tensors
 
 log = logging.getLogger("recycle")
@@ -79,7 +78,7 @@ def adapt(
     model: nn.Module,
     prefix: Prefix,
     suffix: Suffix,
-    example: Mapping[str, Tensor],
+    example: dict[str, Tensor],
     config: AdapterConfig,
     *,
     fresh: frozenset[str],
@@ -111,7 +110,7 @@ def adapt(
         _keep_statistics(twin, fresh)
         for name in fresh & dict(twin.named_parameters()).keys():
             twin.get_parameter(name).requires_grad_()
-        _, adapted = split(twin, f"{prefix.cut.path}#{prefix.cut.call}", example)
+        _, adapted = split(twin, prefix.cut.name, example)
     _name_state(adapted, suffix)
     _prove(adapted, suffix, state, example, config)
     sizes = [(item.numel(), item.requires_grad) for item in adapted.parameters()]
@@ -159,14 +158,14 @@ def _can_adapt(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     return plain
 
 
-def _called(suffix: Suffix, state: State, example: Mapping[str, Tensor]) -> set[str]:
+def _called(suffix: Suffix, state: State, example: dict[str, Tensor]) -> set[str]:
     """Return the modules that are called in a run of the suffix; the weights of others are read in other ways."""
     called: set[str] = set()
     hooks = [
         module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
         for path, module in suffix.named_modules()
     ]
-    _outputs(suffix, state, example)
+    output_in_eval(suffix, state, (), example)
     for hook in hooks:
         hook.remove()
     return called
@@ -257,13 +256,7 @@ def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
-def _outputs(suffix: Suffix, state: State, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of the output in eval mode."""
-    with torch.no_grad(), eval_mode(suffix), eval_mode(suffix.root):
-        return tensors(suffix(state, **example))
-
-
-def _prove(adapted: Suffix, plain: Suffix, state: State, example: Mapping[str, Tensor], config: AdapterConfig) -> None:
+def _prove(adapted: Suffix, plain: Suffix, state: State, example: dict[str, Tensor], config: AdapterConfig) -> None:
     """Draw adapters and compare the adapted suffix with the plain one that holds them merged."""
     weights = [item for layer in _adapters(adapted).values() for item in layer.parameters() if item.requires_grad]
     before = [item.detach().clone() for item in weights]
@@ -272,7 +265,7 @@ def _prove(adapted: Suffix, plain: Suffix, state: State, example: Mapping[str, T
         for item in weights:
             item.normal_(std=0.02)
     plain.load_state_dict(merged(adapted))
-    expected, found = (_outputs(half, state, example) for half in (adapted, plain))
+    expected, found = (tensors(output_in_eval(half, state, (), example)) for half in (adapted, plain))
     gap = max(difference(tensor, found[leaf]) for leaf, tensor in expected.items())
     with torch.no_grad():
         for item, former in zip(weights, before, strict=True):

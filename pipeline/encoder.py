@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from pipeline.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
 from pipeline.split import Capture, Prefix, capture
 from pipeline.store import Store
 from pipeline.unit import Unit, UnitBuffer
+
+Buffers: TypeAlias = dict[int, UnitBuffer]
+"""What one unit gives at each of its cuts, by the number of the cut."""
 
 UNITS_IN_FLIGHT = 2
 """Finished units that may wait for the writer; with the one being computed they bound the encoder's memory."""
@@ -149,7 +152,7 @@ class Encoder:
         with _writer() as pool:
             for unit in units:
                 buffers, bad = self._encode(unit, decoded, done.costs)
-                waiting.append((unit, bad, pool.submit(self._write, unit, buffers, done)))
+                waiting.append((unit, bad, pool.submit(self._write, buffers, done)))
                 while len(waiting) > UNITS_IN_FLIGHT:
                     yield _committed(waiting.pop(0))
             while waiting:
@@ -160,9 +163,9 @@ class Encoder:
             return self.config.workers
         return 0 if self.device.type == "cpu" else torch.get_num_threads()
 
-    def _encode(self, unit: Unit, decoded: Iterator[Decoded], costs: Costs) -> tuple[list[UnitBuffer], list[BadSample]]:
+    def _encode(self, unit: Unit, decoded: Iterator[Decoded], costs: Costs) -> tuple[Buffers, list[BadSample]]:
         """Run the prefix over one unit. Samples of unequal shapes wait for its end, to be batched by length."""
-        buffers = [UnitBuffer(unit.rows) for _ in unit.cuts]
+        buffers = {cut: UnitBuffer(unit.rows) for cut in unit.cuts}
         bad: list[BadSample] = []
         ragged: list[tuple[int, Sample]] = []
         for _ in range(0, len(unit.rows), self.config.batch_size):
@@ -171,31 +174,30 @@ class Encoder:
             costs.reading += time.perf_counter() - start
             bad += chunk.bad
             if isinstance(chunk.inputs, dict):
-                self._forward(unit.cuts, buffers, chunk.rows, chunk.inputs, None, costs)
+                self._forward(buffers, chunk.rows, chunk.inputs, None, costs)
             else:
                 ragged += zip(chunk.rows.tolist(), chunk.inputs, strict=True)
-        for places in self._alike_in_padding(unit.cuts) if ragged else []:
-            cuts, own = tuple(unit.cuts[i] for i in places), [buffers[i] for i in places]
-            for rows, samples in self._by_length(ragged, pads=self._trimming(cuts[0]).pads):
-                self._forward(cuts, own, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
+        for pads, alike in self._by_padding(buffers) if ragged else []:
+            for rows, samples in self._by_length(ragged, pads=pads):
+                self._forward(alike, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
         costs.samples += len(unit.rows)
-        infinite = set().union(*(buffer.infinite for buffer in buffers))
+        infinite = set().union(*(buffer.infinite for buffer in buffers.values()))
         bad += [
             BadSample(row, self.source.row(row).source, "its state holds NaN or infinity") for row in sorted(infinite)
         ]
-        for buffer in buffers:
+        for buffer in buffers.values():
             buffer.drop({sample.row for sample in bad})
         return buffers, bad
 
     def _forward(
         self,
-        cuts: tuple[int, ...],
-        buffers: list[UnitBuffer],
+        buffers: Buffers,
         rows: np.ndarray,
         batch: dict[str, Tensor],
         samples: list[Sample] | None,
         costs: Costs,
     ) -> None:
+        cuts = tuple(buffers)
         if cuts not in self.captures:
             self.captures[cuts] = capture([self.prefixes[cut] for cut in cuts])
         run = self.captures[cuts]
@@ -205,7 +207,7 @@ class Encoder:
         with autocast(self.config.precision, self.device):
             states = run(**in_format(batch, self.config))
         inputs = _suffix_inputs(batch, samples)
-        for cut, state, buffer, seconds in zip(cuts, states, buffers, run.elapsed, strict=True):
+        for (cut, buffer), state, seconds in zip(buffers.items(), states, run.elapsed, strict=True):
             whole: dict[str, Tensor | list[Tensor]] = dict(state)
             tensors = whole if samples is None else self._trimming(cut)(state, samples)
             buffer.put(rows, {f"state.{name}": tensor for name, tensor in tensors.items()})
@@ -213,10 +215,12 @@ class Encoder:
             costs.forward[cut] = costs.forward.get(cut, 0.0) + seconds
             costs.forward_samples[cut] = costs.forward_samples.get(cut, 0) + len(rows)
 
-    def _alike_in_padding(self, cuts: tuple[int, ...]) -> list[list[int]]:
-        """Divide places in `cuts` by whether padding may be used: a cut's bytes must not depend on its company."""
-        pads = [self._trimming(cut).pads for cut in cuts]
-        return [[i for i, one in enumerate(pads) if one is choice] for choice in (True, False) if choice in pads]
+    def _by_padding(self, buffers: Buffers) -> Iterator[tuple[bool, Buffers]]:
+        """Divide cuts by whether padding may be used: a cut's bytes must not depend on its company."""
+        for pads in (True, False):
+            alike = {cut: buffer for cut, buffer in buffers.items() if self._trimming(cut).pads is pads}
+            if alike:
+                yield pads, alike
 
     def _by_length(self, ragged: list[tuple[int, Sample]], *, pads: bool) -> Iterator[tuple[np.ndarray, list[Sample]]]:
         """Group samples into batches of similar length, or of equal shapes where padding may not be used."""
@@ -245,8 +249,8 @@ class Encoder:
             self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, exact=exact)
         return self.trimmings[cut]
 
-    def _write(self, unit: Unit, buffers: list[UnitBuffer], done: Encoded) -> None:
-        for cut, buffer in zip(unit.cuts, buffers, strict=True):
+    def _write(self, buffers: Buffers, done: Encoded) -> None:
+        for cut, buffer in buffers.items():
             start = time.perf_counter()
             rows, tensors = buffer.finish()
             if len(rows):

@@ -10,7 +10,10 @@ from torch import Tensor
 from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
 from pipeline.split.layout import difference
-from pipeline.split.tree import tensors
+from pipeline.split.modes import eval_mode
+from pipeline.split.prefix import State
+from pipeline.split.suffix import Suffix
+from pipeline.split.tree import Args, Kwargs, tensors
 
 TOLERANCE = 1e-6  # relative to the largest magnitude of each output tensor, in float32
 
@@ -43,6 +46,12 @@ def check_outputs(cut: Cut, expected: Any, found: Any) -> None:
                 f"split at {cut}: output {leaf or 'tensor'!r} differs from the full model's by {gap:.1e} "
                 f"(relative; bound {bound:.0e}) in eval mode; the model is random there, or cannot be cut here"
             )
+
+
+def output_in_eval(suffix: Suffix, state: State, args: Args, kwargs: Kwargs) -> Any:
+    """Return the output of `suffix` in eval mode, without gradients; every module gets its own flag back."""
+    with torch.no_grad(), eval_mode(suffix), eval_mode(suffix.root):
+        return suffix(state, *args, **kwargs)
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.acceptance import Trial, take_fast_path
 from pipeline.split.advice import warn_about_padding, warn_about_shared_layers
 from pipeline.split.blocks import find_blocks, resolve
-from pipeline.split.check import check_outputs, check_repeatable
+from pipeline.split.check import check_outputs, check_repeatable, output_in_eval
 from pipeline.split.layout import batch_size, prove_layout, regroup, two_samples
-from pipeline.split.modes import eval_mode
 from pipeline.split.planner import Planned, make_plan
 from pipeline.split.prefix import Prefix, Slot, TensorSpec
 from pipeline.split.record import Tap, record
@@ -54,8 +52,7 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
     warn_about_padding(model, planned, proved.slots, args, kwargs)
     take_fast_path(suffix, [first, other])
     if suffix.fast is None:
-        with torch.no_grad(), eval_mode(suffix), eval_mode(suffix.root):
-            check_outputs(cut, other.expected, suffix(other.state, *other.args, **other.kwargs))
+        check_outputs(cut, other.expected, output_in_eval(suffix, other.state, other.args, other.kwargs))
     return prefix, suffix
 
 

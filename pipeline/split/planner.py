@@ -46,13 +46,14 @@ def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwar
     """
     plan = _survey(model, cut, trace)
     tap = Tap(cut, ())
-    for number in range(ROUNDS):
-        if number == 0 or not tap.values.keys() >= set(plan.sources):
-            tap = Tap(cut, list(plan.sources))
-            record(model, [tap], args, kwargs)
+    record(model, [tap], args, kwargs)
+    for _ in range(ROUNDS):
         output = _replay(model, plan, tap, args, kwargs)
         if output is not LACKING:
             return Planned(plan, tap, output)
+        if not tap.values.keys() >= set(plan.sources):
+            tap = Tap(cut, list(plan.sources))
+            record(model, [tap], args, kwargs)
     raise SplitError(f"split at {cut}: after {ROUNDS} rounds the suffix still lacks something; cut elsewhere")
 
 
