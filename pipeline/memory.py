@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 # Parameters of `mallopt`, as glibc's malloc.h numbers them, and their values in bytes.
 M_TRIM_THRESHOLD, KEPT = -1, 2**31 - 1
@@ -15,7 +16,7 @@ def keep_freed_memory() -> None:
     glibc returns every large tensor to the system and asks for zeroed pages for the next one, which on the CPU can cost
     as much as the network itself (benchmarks/README.md). Where the C library is another one, nothing is changed.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGEST)
         mallopt(M_TRIM_THRESHOLD, KEPT)
