@@ -112,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(
         f"{options.samples} samples (a quarter at 224 px), batch 64, {options.threads} torch threads, "
-        f"{options.workers} worker, medians of {options.repeats}"
+        f"workers {options.workers}, medians of {options.repeats}"
     )
     print(f"{'case':38} {'cut':>5} {'bare prefix /s':>15} {'encode /s':>12} {'ratio':>7}")
     for name, (make, model, size) in CASES.items():

@@ -66,12 +66,13 @@ def groups(catalogue: Sequence[Entry]) -> list[str]:
 
 def counts(catalogue: Sequence[Entry], rows: Rows) -> str:
     """Return the table of how many models of each group are what."""
-    lines = [cells("group", "models", *reversed(STATUSES), "not run", "fast"), cells(*["---"] + ["---:"] * 8)]
+    lines = [cells("group", "models", *reversed(STATUSES), "not run", "fast", "cuts"), cells(*["---"] + ["---:"] * 9)]
     for group in groups(catalogue):
         members = [rows.get((entry.group, entry.name)) for entry in catalogue if entry.group == group]
         found = Counter(row.status if row else "not run" for row in members)
         fast = sum(row.fast for row in members if row)
-        lines.append(cells(group, len(members), *(found[one] for one in (*reversed(STATUSES), "not run")), fast))
+        cuts = ", ".join(f"{at:g}" for at in sorted({proof.at for row in members if row for proof in row.proofs}))
+        lines.append(cells(group, len(members), *(found[one] for one in (*reversed(STATUSES), "not run")), fast, cuts))
     return "\n".join(lines) + "\n"
 
 
