@@ -56,8 +56,7 @@ def _passes(suffix: Suffix, fast: FastPath, trials: Sequence[Trial]) -> bool:
 
 def _agrees(suffix: Suffix, fast: FastPath, trial: Trial) -> bool:
     values = suffix.values(trial.state)
-    script = fast.script(values, trial.args, trial.kwargs)
-    if script is None:
+    if fast.script(values, trial.args, trial.kwargs) is None:
         return False
     with _undone(suffix.root):
         expected = tensors(_replayed(suffix, trial) if suffix.training else trial.expected)
@@ -65,7 +64,8 @@ def _agrees(suffix: Suffix, fast: FastPath, trial: Trial) -> bool:
     stored = {source: value.clone() for source, value in values.items() if source not in suffix.written}
     try:
         with _undone(suffix.root):
-            found = tensors(fast.run(script, values, trial.args, trial.kwargs))
+            begun = fast.begin(values, trial.args, trial.kwargs)
+            found = tensors(fast.run(*begun)) if begun is not None else {}
             same = _same(expected, found) and _same(buffers, dict(suffix.root.named_buffers()))
     except Exception:  # the model's own code meets dummies: whatever it raises, it needs the phantoms
         return False

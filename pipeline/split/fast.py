@@ -44,26 +44,29 @@ class FastPath:
         self._own: list[tuple[nn.Module, Any]] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def script(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Script | None:
-        """Return the script for these inputs, recording it the first time; None where phantoms must serve."""
-        key = signature(args, kwargs)
-        if key in self._scripts:
-            self._scripts.move_to_end(key)
-            return self._scripts[key]
-        script = self._record(values, args, kwargs)
-        self._scripts[key] = script
-        if len(self._scripts) > SIGNATURES:
-            self._scripts.popitem(last=False)
-        return script
+    def begin(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Set the stage for a step with stored `values`, and return the inputs to `run` it with.
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
-    def run(self, script: Script, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Any:
-        """Return the model's output. What `torch.compile` gets to see is the model's own code.
+        Returns None where phantoms must serve.
 
         Raises:
-            SplitError: the cut is not reached, or the values belong to another batch than the inputs.
+            SplitError: the values belong to another batch than the inputs.
         """
-        args, kwargs = self._begin(script, values, args, kwargs)
+        script = self.script(values, args, kwargs)
+        if script is None:
+            return None
+        script.check(values)
+        args, kwargs = script.inputs(values, args, kwargs)
+        self._stage.begin(script, values, self._running)
+        return args, kwargs
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
+    def run(self, args: Args, kwargs: Kwargs) -> Any:
+        """Return the model's output, once begun. What `torch.compile` gets to see is the model's own code.
+
+        Raises:
+            SplitError: the cut is not reached.
+        """
         try:
             output = self.root(*args, **kwargs)
             if self._stage.before:
@@ -86,14 +89,17 @@ class FastPath:
         """Drop all scripts: the suffix moved to another device or dtype."""
         self._scripts.clear()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin(
-        self, script: Script, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs
-    ) -> tuple[Args, Kwargs]:
-        script.check(values)
-        args, kwargs = script.inputs(values, args, kwargs)
-        self._stage.begin(script, values, self._running)
-        return args, kwargs
+    def script(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Script | None:
+        """Return the script for these inputs, recording it the first time; None where phantoms must serve."""
+        key = signature(args, kwargs)
+        if key in self._scripts:
+            self._scripts.move_to_end(key)
+            return self._scripts[key]
+        script = self._record(values, args, kwargs)
+        self._scripts[key] = script
+        if len(self._scripts) > SIGNATURES:
+            self._scripts.popitem(last=False)
+        return script
 
     @torch.inference_mode(False)  # a script made while predicting also serves training
     def _record(self, values: Mapping[Source, Tensor], args: Args, kwargs: Kwargs) -> Script | None:

@@ -127,6 +127,7 @@ class Stage:
 
     Attributes:
         fills: whether stored arguments are put into the caller's own tensors, for callers that go on using these.
+        training: the modules to put back in train mode at the cut.
     """
 
     cut: Cut
@@ -135,21 +136,21 @@ class Stage:
     values: Mapping[Source, Tensor] = field(default_factory=dict)
     script: Script = field(default_factory=lambda: Script({}, 0, frozenset(), {}, {}))
     counts: dict[str, int] = field(default_factory=dict)
-    modes: list[tuple[nn.Module, bool]] = field(default_factory=list)
+    training: list[nn.Module] = field(default_factory=list)
 
     def begin(self, script: Script, values: Mapping[Source, Tensor], running: Sequence[nn.Module]) -> None:
         """A step starts: the modules that run before the cut are in eval mode until it."""
         self.script, self.values, self.before = script, values, True
         self.counts.clear()
-        self.modes = [(module, module.training) for module in running]
-        for module in running:
+        self.training = [module for module in running if module.training]
+        for module in self.training:
             module.training = False
 
     def end(self) -> None:
         """The cut is reached, or the step failed before it."""
         self.before = False
-        for module, training in self.modes:
-            module.training = training
+        for module in self.training:
+            module.training = True
 
     def enter(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Return the arguments of the cut call with the stored values that are still missing."""

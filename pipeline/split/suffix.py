@@ -68,12 +68,10 @@ class Suffix(nn.Module):
         Raises:
             SplitError: the state lacks a tensor, or does not fit the inputs.
         """
-        values = self.values(state)
-        if self.fast is not None:
-            script = self.fast.script(values, args, inputs)
-            if script is not None:
-                return self.fast.run(script, values, args, inputs)
-        return self.replay(values, args, inputs)
+        values, begun = self._begin(state, args, inputs)
+        if self.fast is None or begun is None:
+            return self.replay(values, args, inputs)
+        return self.fast.run(*begun)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def replay(self, values: Mapping[Source, Tensor], args: Args, inputs: Kwargs) -> Any:
@@ -96,6 +94,13 @@ class Suffix(nn.Module):
             value = slot.layout.value(stored.to(self._dtypes[slot.name]))
             values[slot.source] = value.clone() if slot.source in self.written and shares(value, stored) else value
         return values
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(
+        self, state: State, args: Args, inputs: Kwargs
+    ) -> tuple[dict[Source, Tensor], tuple[Args, Kwargs] | None]:
+        values = self.values(state)
+        return values, None if self.fast is None else self.fast.begin(values, args, inputs)
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Take the tensors of the state under other names: each slot's own name -> the one to come."""
