@@ -3,9 +3,9 @@
     python benchmarks/split_cost.py [--threads 1] [--repeats 5] [case ...]
 
 Each row is one run of one process: medians of forward plus backward for the full model, for the model with its prefix
-frozen but run each step, and for the suffix alone; then medians of the time from the call of the suffix to its cut, by
-way of phantoms and on the fast path. First, once: a forward pass of the full model without gradients, and the split on
-the same batch. Weights are random; values do not change what is measured.
+frozen but run each step, for the suffix alone, and for the suffix's layers called by hand; then medians of the time
+from the call of the suffix to its cut, by way of phantoms and on the fast path. First, once: a forward pass of the full
+model without gradients, and the split on the same batch. Weights are random; values do not change what is measured.
 """
 
 from __future__ import annotations
@@ -31,11 +31,16 @@ STEPS_TO_CUT = 100
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a batch, and the cut to measure."""
+    """A model, a batch, and the cut to measure.
+
+    Attributes:
+        layers: the layers after the cut of a model, called by hand on the state (B, ...) and the batch.
+    """
 
     model: Callable[[], nn.Module]
     batch: Callable[[], dict[str, torch.Tensor]]
     at: str | float
+    layers: Callable[[nn.Module, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 
 
 def images(size: int, pixels: int = 224, name: str = "x") -> Callable[[], dict[str, torch.Tensor]]:
@@ -50,16 +55,59 @@ def text(size: int, length: int, ragged: bool) -> Callable[[], dict[str, torch.T
     return lambda: {"input_ids": torch.randint(1, 30_000, (size, length)) * mask, "attention_mask": mask}
 
 
+def bert(first: int) -> Callable[[Any, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]:
+    """Return the layers of a BERT classifier from number `first` on."""
+
+    def layers(model: Any, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = batch["attention_mask"][:, None, None, :].bool()
+        for layer in model.bert.encoder.layer[first:]:
+            hidden = layer(hidden, None if mask.all() else mask)
+        return model.classifier(model.dropout(model.bert.pooler(hidden)))
+
+    return layers
+
+
+def resnet(first: int) -> Callable[[Any, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]:
+    """Return the stages of a ResNet from number `first` on."""
+
+    def layers(model: Any, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        for stage in [model.layer1, model.layer2, model.layer3, model.layer4][first - 1 :]:
+            hidden = stage(hidden)
+        return model.fc(model.avgpool(hidden).flatten(1))
+
+    return layers
+
+
+def efficientnet(model: Any, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Run the last quarter of EfficientNet-Lite0's sixteen blocks and its head."""
+    blocks = [block for stage in model.blocks for block in stage]
+    for block in blocks[12:]:
+        hidden = block(hidden)
+    return model.forward_head(model.bn2(model.conv_head(hidden)))
+
+
+def vit(model: Any, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Run the upper half of ViT-B's layers and its head."""
+    for layer in model.encoder.layers[6:]:
+        hidden = layer(hidden)
+    return model.heads(model.encoder.ln(hidden)[:, 0])
+
+
+def bert_base() -> nn.Module:
+    """Return BERT-base with a classifier."""
+    return BertForSequenceClassification(BertConfig())
+
+
 CASES = {
-    "BERT-base @6, 8x128, full mask": Case(
-        lambda: BertForSequenceClassification(BertConfig()), text(8, 128, False), 0.5
+    "BERT-base @6, 8x128, full mask": Case(bert_base, text(8, 128, False), 0.5, bert(6)),
+    "BERT-base @6, 8x128, ragged": Case(bert_base, text(8, 128, True), 0.5, bert(6)),
+    "BERT-base @9, 8x128, ragged": Case(bert_base, text(8, 128, True), 0.75, bert(9)),
+    "ResNet-34 @layer3, 4x224px": Case(tv.resnet34, images(4), "layer3", resnet(3)),
+    "ResNet-34 @layer4, 4x224px": Case(tv.resnet34, images(4), "layer4", resnet(4)),
+    "EfficientNet-Lite0 @0.75, 4x224px": Case(
+        lambda: timm.create_model("tf_efficientnet_lite0"), images(4), 0.75, efficientnet
     ),
-    "BERT-base @6, 8x128, ragged": Case(lambda: BertForSequenceClassification(BertConfig()), text(8, 128, True), 0.5),
-    "BERT-base @9, 8x128, ragged": Case(lambda: BertForSequenceClassification(BertConfig()), text(8, 128, True), 0.75),
-    "ResNet-34 @layer3, 4x224px": Case(tv.resnet34, images(4), "layer3"),
-    "ResNet-34 @layer4, 4x224px": Case(tv.resnet34, images(4), "layer4"),
-    "EfficientNet-Lite0 @0.75, 4x224px": Case(lambda: timm.create_model("tf_efficientnet_lite0"), images(4), 0.75),
-    "ViT-B/16 @6, 2x224px": Case(tv.vit_b_16, images(2), 0.5),
+    "ViT-B/16 @6, 2x224px": Case(tv.vit_b_16, images(2), 0.5, vit),
 }
 
 
@@ -82,6 +130,11 @@ def step(call: Callable[[], Any], module: nn.Module) -> Callable[[], None]:
         (output if isinstance(output, torch.Tensor) else output.logits).square().mean().backward()
 
     return run
+
+
+def same(found: Any, expected: torch.Tensor) -> None:
+    """Raise AssertionError unless the layers called by hand are the suffix's."""
+    torch.testing.assert_close(found if isinstance(found, torch.Tensor) else found.logits, expected)
 
 
 class _CutReached(BaseException):
@@ -118,18 +171,22 @@ def measure(case: Case, repeats: int) -> list[str]:
     start = time.perf_counter()
     prefix, suffix = split(model, case.at, batch)
     splitting = time.perf_counter() - start
-    state, suffix = prefix(**batch), suffix.train()
+    state = prefix(**batch)
+    (hidden,) = (tensor.float() for tensor in state.values())
+    same(suffix(state, **batch), case.layers(model, hidden, batch))
+    suffix.train()
     full = seconds(step(lambda: model(**batch), model.train()), repeats)
     for name in prefix.weights():
         if name in dict(model.named_parameters()):
             model.get_parameter(name).requires_grad_(False)
     frozen = seconds(step(lambda: model(**batch), model), repeats)
     rest = seconds(step(lambda: suffix(state, **batch), suffix), repeats)
+    bare = seconds(step(lambda: case.layers(model, hidden, batch), model.train()), repeats)
     suffix.eval()
     fast = microseconds_to_cut(suffix, lambda: suffix(state, **batch))
     phantoms = microseconds_to_cut(suffix, lambda: suffix.replay(suffix.values(state), (), batch))
     once = [f"{forward:.2f}", f"{splitting:.2f}"]
-    times = [f"{full:.3f}", f"{frozen:.3f}", f"{rest:.3f}", f"{frozen / rest:.1f}x"]
+    times = [f"{full:.3f}", f"{frozen:.3f}", f"{rest:.3f}", f"{bare:.3f}", f"{frozen / rest:.1f}x"]
     return [*once, *times, f"{phantoms:,.0f}", f"{fast:,.0f}" if suffix.fast else "-"]
 
 
@@ -146,7 +203,7 @@ def main() -> None:
         f"torch {torch.__version__}, {options.threads} thread(s), medians of {options.repeats} steps, "
         f"{STEPS_TO_CUT} for the time to the cut\n"
     )
-    heads = ["forward s", "split s", "full s", "frozen s", "suffix s", "gain", "phantoms us", "fast us"]
+    heads = ["forward s", "split s", "full s", "frozen s", "suffix s", "layers s", "gain", "phantoms us", "fast us"]
     print("| case |", " | ".join(heads), "|\n|---|" + "---|" * len(heads))
     for name, case in CASES.items():
         if not options.cases or any(word.lower() in name.lower() for word in options.cases):
