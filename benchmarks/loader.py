@@ -21,7 +21,7 @@ import torch
 from pipeline.keys import Recipe
 from pipeline.loader import Loader
 from pipeline.order import batches
-from pipeline.store import Store
+from pipeline.store import FORMAT, Store
 
 SHAPE = (256, 14, 14)
 SEGMENT = 512
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
 
 
 def ours(path: Path, states: np.ndarray, labels: np.ndarray, order: Order) -> Reader:
-    store = Store.create(path, Recipe(1, "", "", "", {}, None, "float32", "raw:float16"))
+    store = Store.create(path, Recipe(FORMAT, "", "", "", {}, None, "float32", "raw:float16"))
     keys = np.random.default_rng(1).integers(0, 256, (len(states), 16), dtype=np.uint8)
     for begin in range(0, len(states), SEGMENT):
         part = slice(begin, begin + SEGMENT)

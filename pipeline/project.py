@@ -82,7 +82,7 @@ class Project:
     @property
     def storage(self) -> str:
         """Codec and dtype of the stores, as the recipe names them."""
-        return f"raw:{self.encode.dtype}"
+        return f"{self.encode.codec}:{self.encode.dtype}"
 
 
 @dataclass(frozen=True)
