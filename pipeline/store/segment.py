@@ -86,7 +86,8 @@ class StoredTensor:
             flat = as_numpy(self.take(entries))
             ends = np.cumsum([end - begin for begin, end in bounds]).tolist()
             bounds = list(itertools.pairwise([0, *ends]))
-        return [np.moveaxis(flat[begin:end], 0, self.axis) for begin, end in bounds]
+        samples = [flat[begin:end] for begin, end in bounds]
+        return [np.moveaxis(sample, 0, self.axis) for sample in samples] if self.axis else samples
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         """Return the bytes of samples in `values`, (B,) int64."""
