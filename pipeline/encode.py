@@ -27,13 +27,18 @@ def encode(
     prefixes: Sequence[Prefix],
     stores: Sequence[Store],
     config: EncodeConfig,
+    *,
+    rows: np.ndarray | None = None,
+    done: Encoded | None = None,
 ) -> Encoded:
-    """Bring every sample of `source` into the store of every cut; what is there already is not made again.
+    """Bring the samples `rows` of `source` (all, if None) into the store of every cut, those alone that are not there.
 
-    `prefixes` and `stores` go together, one per cut, all prefixes split from one model on the device to use.
+    `prefixes` and `stores` go together, one per cut, all prefixes split from one model on the device to use. What a
+    call did is added to `done`, and samples that were set aside before are left out.
     """
-    done = Encoded(keyed.keys, [0] * len(stores), [set() for _ in stores], list(keyed.bad))
-    units = plan(keyed.keys, done.good, stores, config.segment_samples)
+    done = done or Encoded.nothing(keyed, cuts=len(stores))
+    wanted = done.good if rows is None else np.intersect1d(rows, done.good)
+    units = plan(keyed.keys, wanted, stores, config.segment_samples)
     encoder = Encoder(source, preprocess, prefixes, stores, config, probes=keyed.extremes())
     total = sum(len(unit.rows) for unit in units)
     with tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05) as progress:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.config import Section
 from pipeline.data.source import Source
-from pipeline.feed import BadSample, Decoded, decode, decode_samples
+from pipeline.feed import BadSample, Decoded, Keyed, decode, decode_samples
 from pipeline.models import Preprocess
 from pipeline.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
 from pipeline.split import Capture, Prefix, capture
@@ -37,7 +37,7 @@ CUT_PATH = re.compile(r"\w[\w-]*(\.[\w-]+)*(#\d+)?")
 
 
 class EncodeConfig(Section):
-    """How states are made. Of these settings only the cuts, `dtype` and `precision` decide what is stored."""
+    """How states are made. Of these settings only the cuts, `dtype`, `precision` and `views` decide what is stored."""
 
     cuts: list[float | int | str] = Field(min_length=1)
     """Where to split: a share of the blocks (0.5; 0 for the inputs, 1 for the head only), a number of blocks from 2 on
@@ -49,6 +49,10 @@ class EncodeConfig(Section):
     """Type the prefix computes in: below float32 under autocast."""
     batch_size: int = Field(default=64, ge=1)
     """Samples per forward pass of the prefix."""
+    views: int | None = Field(default=None, ge=1)
+    """Augmented views stored of each training sample, made by `preprocess.augment`; null for none. Each is a store of
+    its own beside the plain one, which then holds the held-out samples alone. More views encode only themselves, and
+    fewer leave the others where they are."""
     segment_samples: int = Field(default=512, ge=1)
     """Samples per segment: the unit of work that is committed whole."""
     workers: int | None = Field(default=None, ge=0)
@@ -117,6 +121,11 @@ class Encoded:
     """Per cut, the state tensors that left the asked type's range in some segment, and have a wider one there."""
     bad: list[BadSample] = field(default_factory=list)
     costs: Costs = field(default_factory=Costs)
+
+    @classmethod
+    def nothing(cls, keyed: Keyed, cuts: int) -> Encoded:
+        """Return what was done before the first sample."""
+        return cls(keyed.keys, [0] * cuts, [set() for _ in range(cuts)], list(keyed.bad))
 
     @property
     def good(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
-from pipeline.errors import BadSampleError
-from pipeline.keys import JSON
+from pipeline.errors import BadSampleError, ConfigError
+from pipeline.keys import JSON, content_key, digest
+from pipeline.models.augment import Augment
 from pipeline.models.config import PreprocessConfig
 from pipeline.models.preprocess import Preprocess
 
@@ -35,7 +37,7 @@ class ImageDefaults:
 
 
 class ImagePreprocess(Preprocess):
-    """Decode, make RGB, resize, crop, scale to 0..1, normalise."""
+    """Decode, make RGB, augment in an augmented view, resize, crop, scale to 0..1, normalise."""
 
     def __init__(self, config: PreprocessConfig, defaults: ImageDefaults, input_name: str) -> None:
         self.input_name = input_name
@@ -43,6 +45,9 @@ class ImagePreprocess(Preprocess):
         self.interpolation = config.interpolation or defaults.interpolation
         self.resize, self.crop = config.resize, config.crop
         self.mean, self.std = config.mean or defaults.mean, config.std or defaults.std
+        self.augment = config.augment
+        self._view: int | None = None
+        self._augment: Augment | None = None
         self._scale, self._normalise = v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std, True)
 
     def __call__(self, content: object) -> dict[str, Tensor]:
@@ -61,7 +66,23 @@ class ImagePreprocess(Preprocess):
             image = from_array(content)
         else:
             raise BadSampleError(f"content is {type(content).__name__}; an image is bytes or an array")
+        if self._augment is not None:
+            image = self._augment(image, self._seed(content))
+            if image.shape[1:] == (self.size, self.size):
+                return {self.input_name: image.contiguous()}
         return {self.input_name: self._square(image)}
+
+    def view(self, number: int) -> ImagePreprocess:
+        """Return the preprocessing of one augmented view, from 0 on."""
+        if self.augment is None:
+            raise ConfigError("encode.views needs random changes to differ by; set preprocess.augment, or remove it")
+        augmented = copy.copy(self)
+        augmented._view, augmented._augment = number, Augment(self.augment)
+        return augmented
+
+    def _seed(self, content: bytes | np.ndarray) -> int:
+        """What this sample's view is drawn from: its key, the view and the recipe, and nothing else."""
+        return int.from_bytes(content_key([content_key(content), self._view, digest(self.recipe())])[:8], "big")
 
     def _square(self, image: Tensor) -> Tensor:
         before = [self.size, self.size] if self.resize == "squash" else [round(self.size / self.crop)]
@@ -74,7 +95,8 @@ class ImagePreprocess(Preprocess):
         return square.contiguous()
 
     def recipe(self) -> Mapping[str, JSON]:
-        return {
+        augment: dict[str, JSON] = {} if self._augment is None else {"augment": self.augment}
+        return augment | {
             "kind": "image",
             "input": self.input_name,
             "image_size": self.size,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import BadSampleError
+from pipeline.errors import BadSampleError, ConfigError
 from pipeline.keys import JSON
 
 
@@ -44,6 +44,16 @@ class Preprocess(ABC):
         It may write into `batch`. Sample by sample or in a batch, it gives the same values.
         """
         return batch
+
+    def view(self, number: int) -> Preprocess:
+        """Return the preprocessing of the augmented view `number`, from 0 on; it too is a pure function of the content.
+
+        Raises:
+            ConfigError: there are no augmented views.
+        """
+        raise ConfigError(
+            f"preprocess.augment is for images, and {type(self).__name__} does not know it; remove it, and encode.views"
+        )
 
     @abstractmethod
     def recipe(self) -> Mapping[str, JSON]:
