@@ -35,7 +35,7 @@ from pipeline.split import Cut, Prefix, Suffix
 from pipeline.store import Store
 from pipeline.timing import seconds_per_sample
 from pipeline.train import fit
-from pipeline.views import Views, rows_of_view
+from pipeline.views import Views, rows_by_view
 
 log = logging.getLogger("recycle")
 
@@ -55,12 +55,13 @@ def encode_project(project: Project) -> bool:
     example = _example_of_source(bench, source, keyed)
     prefixes = [bench.split(cut, example)[0] for cut in project.encode.cuts]
     _tell_of_one_place_twice(project.encode.cuts, prefixes)
+    by_view = zip(*map(bench.recipes, prefixes), strict=True)
     stores = [
         [
             _open_or_replace(project.store_path(cut, view), recipe)
-            for view, recipe in zip(project.views, recipes, strict=True)
+            for cut, recipe in zip(project.encode.cuts, recipes, strict=True)
         ]
-        for cut, recipes in zip(project.encode.cuts, map(bench.recipes, prefixes), strict=True)
+        for view, recipes in zip(project.views, by_view, strict=True)
     ]
     done, table = _encode_views(bench, source, keyed, prefixes, stores)
     table.write(project.samples)
@@ -166,19 +167,23 @@ def _tell_of_one_place_twice(names: Sequence[CutName], prefixes: Sequence[Prefix
 def _encode_views(
     bench: Workbench, source: Source, keyed: Keyed, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]]
 ) -> tuple[Encoded, SampleTable]:
-    """Fill the stores, given by cut and view, one view after the other; return what was done, and the sample table.
+    """Fill the stores, `stores[view][cut]`; return what was done, and the sample table of what is in them.
 
-    A sample that turns out bad can move others to another split (the rest of its group, say): then what these lack
-    where they are now is encoded too.
+    Where there are augmented views, a sample that turns out bad can move others to another split (the rest of its
+    group, say): then what these lack where they are now is encoded too.
     """
     project = bench.project
-    done, found = Encoded.nothing(keyed, cuts=len(prefixes)), -1
+    views = [bench.preprocess(view) for view in project.views]
+    done, found = Encoded.begun(keyed, len(prefixes)), -1
     while found != len(done.bad):
         found = len(done.bad)
         table = build(source, keyed.keys[done.good], project.data, rows=done.good)
-        for view, of_view in zip(project.views, zip(*stores, strict=True), strict=True):
-            rows = rows_of_view(keyed.keys, table, view) if project.encode.views else None
-            encode(source, keyed, bench.preprocess(view), prefixes, of_view, project.encode, rows=rows, done=done)
+        if len(views) == 1:
+            encode(source, keyed, views, prefixes, stores, project.encode, done=done)
+        else:
+            plain, augmented = rows_by_view(keyed.keys, table)
+            encode(source, keyed, views[:1], prefixes, stores[:1], project.encode, rows=plain, done=done)
+            encode(source, keyed, views[1:], prefixes, stores[1:], project.encode, rows=augmented, done=done)
     return done, table
 
 
@@ -235,7 +240,7 @@ def _write_costs(
     path = project.results / "encode.json"
     before: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
     cuts = {}
-    for number, (cut, prefix, by_view) in enumerate(zip(project.encode.cuts, prefixes, stores, strict=True)):
+    for number, (cut, prefix, *by_view) in enumerate(zip(project.encode.cuts, prefixes, *stores, strict=True)):
         keys = np.concatenate([store.keys() for store in by_view])
         samples = len(np.unique(keys, axis=0))
         training = (by_view[1:] or by_view)[0]
@@ -263,7 +268,7 @@ def _read_costs(project: Project) -> dict[str, Cost]:
 
 
 def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded, total: int) -> bool:
-    for cut, by_view, new, promoted in zip(project.encode.cuts, stores, done.new, done.promoted, strict=True):
+    for cut, new, promoted, *by_view in zip(project.encode.cuts, done.new, done.promoted, *stores, strict=True):
         there = sum(len(store.keys()) for store in by_view) - new
         log.info("cut %s: %d samples encoded, %d were there", cut, new, there)
         if promoted:

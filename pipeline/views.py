@@ -27,13 +27,14 @@ def view_name(view: int) -> str:
     return f"view-{view}"
 
 
-def rows_of_view(keys: np.ndarray, table: SampleTable, view: int | None) -> np.ndarray:
-    """Return which rows of a data set are stored in a view, where there are any; `keys` (N, 16) uint8 are all its keys.
+def rows_by_view(keys: np.ndarray, table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
+    """Return which rows of a data set are stored plain, and which in augmented views; `keys` (N, 16) uint8 are all its.
 
-    None is the plain view. A content that stands in several splits is stored for each.
+    A content that stands in several splits is stored for each.
     """
-    wanted = table.keys[(table.split == VIEWED) == (view is not None)]
-    return np.flatnonzero(np.isin(_scalars(keys), _scalars(wanted)))
+    augmented = table.split == VIEWED
+    held_out, training = (np.isin(_scalars(keys), _scalars(table.keys[chosen])) for chosen in (~augmented, augmented))
+    return np.flatnonzero(held_out), np.flatnonzero(training)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,13 +31,23 @@ class Preprocess(ABC):
             BadSampleError: the content cannot be used; the message says why.
         """
 
-    def begin(self, content: object) -> dict[str, Tensor]:
-        """Do what must be done sample by sample, small to ship; `finish` does the rest on a batch of these.
+    def open(self, content: object) -> Any:
+        """Do what all views of a sample share (decode it), once for all of them; `begin` goes on from there.
 
         Raises:
             BadSampleError: the content cannot be used; the message says why.
         """
-        return self(content)
+        return content
+
+    def begin(self, opened: Any) -> dict[str, Tensor]:
+        """Do what must be done sample by sample, small to ship; `finish` does the rest on a batch of these.
+
+        `opened` is left as it is.
+
+        Raises:
+            BadSampleError: the content cannot be used; the message says why.
+        """
+        return self(opened)
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn what `begin` returned, stacked along a new first axis, into the inputs of a batch, on its device.
@@ -47,6 +58,8 @@ class Preprocess(ABC):
 
     def view(self, number: int) -> Preprocess:
         """Return the preprocessing of the augmented view `number`, from 0 on; it too is a pure function of the content.
+
+        It shares `open` and `finish` with the plain one.
 
         Raises:
             ConfigError: there are no augmented views.
