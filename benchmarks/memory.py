@@ -20,7 +20,7 @@ from torch import nn
 from pipeline.keys import Recipe
 from pipeline.loader import Loader
 from pipeline.order import batches
-from pipeline.store import Store
+from pipeline.store import FORMAT, Store
 
 SHAPE = (256, 14, 14)
 SEGMENT = 512
@@ -55,7 +55,7 @@ def in_own_process(function, *arguments):
 
 
 def make(path: Path, samples: int) -> None:
-    store = Store.create(path, Recipe(1, "", "", "", {}, None, "float32", "raw:float16"))
+    store = Store.create(path, Recipe(FORMAT, "", "", "", {}, None, "float32", "raw:float16"))
     noise = np.random.default_rng(0).standard_normal((SEGMENT, *SHAPE), np.float32).astype(np.float16)
     for begin in range(0, samples, SEGMENT):
         count = min(SEGMENT, samples - begin)

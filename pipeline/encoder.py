@@ -39,7 +39,7 @@ CUT_PATH = re.compile(r"\w[\w-]*(\.[\w-]+)*(#\d+)?")
 
 
 class EncodeConfig(Section):
-    """How states are made. Of these settings only the cuts, `dtype`, `precision` and `views` decide what is stored."""
+    """How states are made. Of these settings cuts, `dtype`, `codec`, `precision` and `views` decide what is stored."""
 
     cuts: list[float | int | str] = Field(min_length=1)
     """Where to split: a share of the blocks (0.5; 0 for the inputs, 1 for the head only), a number of blocks from 2 on
@@ -47,6 +47,10 @@ class EncodeConfig(Section):
     pass serves all of them."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Type states are stored in; a tensor that leaves float16's range is stored as bfloat16."""
+    codec: Literal["raw", "zstd", "int8", "int8-channel"] = "raw"
+    """How states lie on disk. "raw": as they are, memory-mapped. "zstd": compressed without loss, unpacked to local
+    scratch for training. "int8": whole numbers of one byte and a scale per row (token, channel map), "int8-channel" per
+    channel; `recycle store error` tells what these two change."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the prefix computes in: below float32 under autocast."""
     batch_size: int = Field(default=64, ge=1)
@@ -293,7 +297,8 @@ class Encoder:
             start = time.perf_counter()
             rows, tensors = buffer.finish()
             if len(rows):
-                info = self.stores[part.view][cut].write_segment(done.keys[rows], tensors)
+                dropped = np.setdiff1d(buffer.rows, rows)
+                info = self.stores[part.view][cut].write_segment(done.keys[rows], tensors, set_aside=done.keys[dropped])
                 done.promoted[cut].update(info.promoted)
             done.costs.writing[cut] = done.costs.writing.get(cut, 0.0) + time.perf_counter() - start
 

@@ -92,7 +92,7 @@ class Project:
     @property
     def storage(self) -> str:
         """Codec and dtype of the stores, as the recipe names them."""
-        return f"raw:{self.encode.dtype}"
+        return f"{self.encode.codec}:{self.encode.dtype}"
 
     def _faults_of_views(self) -> list[str]:
         """Say how the settings of views contradict each other across sections."""

@@ -26,19 +26,26 @@ def plan(keys: np.ndarray, rows: np.ndarray, stores: Sequence[Store], size: int)
     """Return the units that bring `rows` into every store, identical samples once, in the order of the data set.
 
     What a store lacks is cut into units of `size`. Whole units missing from the middle leave the others where they
-    were, so an interrupted run is continued with the very same units.
+    were, so an interrupted run is continued with the very same units. Samples that were found bad in a committed unit
+    come again in units of their own: they may have been bad for a passing reason.
     """
-    _, first = np.unique(keys[rows].view(f"V{keys.shape[1]}"), return_index=True)
+    _, first = np.unique(_scalars(keys[rows]), return_index=True)
     distinct = rows[np.sort(first)]
     wanted: dict[bytes, tuple[np.ndarray, list[int]]] = {}
     for number, store in enumerate(stores):
         lacking = distinct[store.missing(keys[distinct])]
-        for begin in range(0, len(lacking), size):
-            unit = lacking[begin : begin + size]
-            wanted.setdefault(unit.tobytes(), (unit, []))[1].append(number)
+        again = np.isin(_scalars(keys[lacking]), _scalars(store.set_aside()))
+        for waiting in (lacking[~again], lacking[again]):
+            for begin in range(0, len(waiting), size):
+                unit = waiting[begin : begin + size]
+                wanted.setdefault(unit.tobytes(), (unit, []))[1].append(number)
     return sorted(
         (Unit(unit, tuple(numbers)) for unit, numbers in wanted.values()), key=lambda unit: (unit.rows[0], unit.stores)
     )
+
+
+def _scalars(keys: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(keys).view(f"V{keys.shape[1]}").reshape(-1)
 
 
 class UnitBuffer:

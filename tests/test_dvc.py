@@ -25,7 +25,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / ".dvcignore", folder)
     (folder / ".gitignore").write_text(".recycle/\n/photos\n")
     tiny.write_images(folder / "photos", range(20))
-    dtypes = {"dtype": "float16", "precision": "float32", "views": None}
+    dtypes = {"codec": "raw", "dtype": "float16", "precision": "float32", "views": None}
     tiny.write_params(folder, encode={"cuts": [0.5, 1.0], **dtypes}, train={"epochs": 1})
     commit(folder)
     said = run(folder, "dvc", "repro")

@@ -12,7 +12,7 @@ from pipeline import order
 from pipeline.errors import MissingKeysError, TrainError
 from pipeline.keys import Recipe
 from pipeline.loader import Loader, place
-from pipeline.store import Reader, Resident, Store
+from pipeline.store import FORMAT, Reader, Resident, Store
 
 N = 50
 SEGMENT = 8
@@ -21,7 +21,7 @@ SEGMENT = 8
 @pytest.fixture
 def store(tmp_path):
     """Sample i has the state i everywhere, i % 4 tokens of value i + 2**20, and a float input of shape (2, i % 4)."""
-    recipe = Recipe(1, "w", "a", "cut", {}, None, "float32", "raw:float16")
+    recipe = Recipe(FORMAT, "w", "a", "cut", {}, None, "float32", "raw:float16")
     store = Store.create(tmp_path / "store", recipe)
     keys = all_keys()
     for begin in range(0, N, SEGMENT):

@@ -21,7 +21,7 @@ from pipeline.flow import encode_project, report_project, train_project
 from pipeline.keys import Recipe
 from pipeline.loader import Loader, place
 from pipeline.project import Project, Workbench
-from pipeline.store import Reader, Resident, Store
+from pipeline.store import FORMAT, Reader, Resident, Store
 from pipeline.views import Views, rows_by_view
 
 AUGMENT = [{"RandomResizedCrop": {"size": 16, "scale": [0.5, 1.0]}}, "RandomHorizontalFlip"]
@@ -228,11 +228,11 @@ def test_settings_that_contradict_each_other(folder: Path, views: Any, augment: 
 def stored(path: Path) -> Views:
     """Sample i, plain, is i; in view v it is i + 100 (v + 1). The last 10 of 30 are held out."""
     keys, in_views = sample_keys(), np.arange(N) < 20
-    plain = Store.create(path, Recipe(1, "w", "a", "cut", {}, None, "float32", "raw:float32"))
+    plain = Store.create(path, Recipe(FORMAT, "w", "a", "cut", {}, None, "float32", "raw:float32"))
     plain.write_segment(keys[20:], {"state.x": np.arange(20, N, dtype=np.float32)[:, None]})
     augmented = []
     for view in range(COUNT):
-        recipe = Recipe(1, "w", "a", "cut", {}, f"view-{view}", "float32", "raw:float32")
+        recipe = Recipe(FORMAT, "w", "a", "cut", {}, f"view-{view}", "float32", "raw:float32")
         augmented.append(Store.create(path / f"view-{view}", recipe))
         for begin in (0, 12):
             rows = np.arange(begin, min(begin + 12, 20))

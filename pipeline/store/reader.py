@@ -1,9 +1,8 @@
-"""Rows of a store -> one batch, read through memory maps.
+"""Rows of a store -> one batch, gathered from memory maps straight into its own memory.
 
 B batch, and any further axes as the tensor has them.
 
-A raw chunk file is the array, so a batch is gathered straight from the page cache into its own memory. Maps are opened
-when first needed and kept; they hold no file descriptor and no anonymous memory.
+Segments are opened when first needed and kept. Each sample's bytes are checked when they are read for the first time.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,54 +17,39 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CorruptStoreError
-from pipeline.store.format import OFFSETS, ArraySpec, read_array_spec, read_segment_spec
+from pipeline.store.format import CHUNK_SEPARATOR, STATE_PREFIX, read_recipe
 from pipeline.store.index import Rows
+from pipeline.store.materialise import Scratch
+from pipeline.store.segment import Segment, StoredTensor, as_numpy, open_segment
 
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of one segment, mapped.
-
-    Attributes:
-        values: (n, ...), or for a ragged tensor all samples end to end along its ragged axis, which comes first.
-        dtype: what the values are once read; `values` may be narrower.
-        offsets: (n + 1,) int64 where each sample begins in `values`; None when all have one shape.
-        axis: the axis of a sample that was moved first; 0 when all have one shape.
-    """
-
-    values: Tensor
-    dtype: torch.dtype
-    offsets: np.ndarray | None
-    axis: int
-
-    def __len__(self) -> int:
-        return len(self.values) if self.offsets is None else len(self.offsets) - 1
-
-    def sample(self, row: int) -> Tensor:
-        """Return one sample, a view without padding, in its stored dtype."""
-        if self.offsets is None:
-            return self.values[row]
-        return self.values[self.offsets[row] : self.offsets[row + 1]].movedim(0, self.axis)
+READ_AHEAD_BYTES = 8 << 20
 
 
 class Reader:
     """Gathers batches from a store; segments are opened when first needed."""
 
-    def __init__(self, root: Path) -> None:
-        """Read the segments under the folder `root`."""
-        self._root = root
-        self._segments: dict[str, dict[str, StoredTensor]] = {}
+    def __init__(self, root: Path, *, scratch: Scratch | None = None, check: bool = True) -> None:
+        """Read the segments under the folder `root`.
 
-    def segment(self, segment: str) -> dict[str, StoredTensor]:
-        """Return the tensors of a segment by name, mapped once and kept.
+        Args:
+            root: the store.
+            scratch: where compressed arrays are unpacked; None unpacks each into memory, for small stores.
+            check: prove the bytes of every sample against their checksum when they are read for the first time.
+        """
+        self._root, self._scratch, self._check = root, scratch, check
+        self._segments: dict[str, Segment] = {}
+        self._recipes: dict[Path, str] = {}
+
+    def segment(self, segment: str) -> Segment:
+        """Return a segment, opened once and kept.
 
         Raises:
             CorruptStoreError: metadata and chunk files are not those that were written.
         """
-        tensors = self._segments.get(segment)
-        if tensors is None:
-            tensors = self._segments[segment] = open_segment(self._root / segment)
-        return tensors
+        opened = self._segments.get(segment)
+        if opened is None:
+            opened = self._segments[segment] = self._open(self._root / segment)
+        return opened
 
     def gather(self, rows: Rows, pad: Mapping[str, float] | None = None, *, pin: bool = False) -> dict[str, Tensor]:
         """Return the tensors of `rows` by name, each (B, ...), in memory of its own.
@@ -78,56 +61,59 @@ class Reader:
             CorruptStoreError: a segment is not what was written, or has other tensors than the first one.
         """
         opened = [(self.segment(segment), within, begin) for segment, within, begin in runs(rows)]
-        names = opened[0][0].keys() if opened else ()
-        for tensors, _, begin in opened:
-            if tensors.keys() != names:
-                where = self._root / rows.segments[rows.segment[begin]]
-                raise CorruptStoreError(f"{where} has tensors {sorted(tensors)}, others {sorted(names)}; encode again")
+        names = opened[0][0].tensors.keys() if opened else ()
+        for segment, _, _ in opened:
+            if segment.tensors.keys() != names:
+                raise CorruptStoreError(
+                    f"{segment.path} has tensors {sorted(segment.tensors)}, others {sorted(names)}; encode again"
+                )
+        for name, within, _ in runs(rows):
+            self.check(name, within)
         return {
             name: _gather(
-                [(tensors[name], within, begin) for tensors, within, begin in opened], (pad or {}).get(name, 0), pin
+                [(segment.tensors[name], within, begin) for segment, within, begin in opened],
+                (pad or {}).get(name, 0),
+                pin,
             )
             for name in names
         }
 
+    def sizes(self, rows: Rows) -> np.ndarray:
+        """Return the bytes of each sample's states as stored, (n,) int64; opens the segments, reads no values."""
+        sizes = np.zeros(len(rows), np.int64)
+        for name, within, begin in runs(rows):
+            for tensor_name, tensor in self.segment(name).tensors.items():
+                if tensor_name.startswith(STATE_PREFIX):
+                    sizes[begin : begin + len(within)] += tensor.sizes(within)
+        return sizes
 
-def open_segment(segment: Path) -> dict[str, StoredTensor]:
-    """Map the tensors of a segment.
+    def read_ahead(self, segment: str) -> None:
+        """Bring a segment into the page cache, at the speed at which the disk reads a whole file."""
+        buffer = bytearray(READ_AHEAD_BYTES)
+        for name in self.segment(segment).tensors:
+            for file in (self._root / segment / name).glob(f"c{CHUNK_SEPARATOR}*"):
+                with file.open("rb", buffering=0) as chunk:
+                    while chunk.readinto(buffer):
+                        pass
 
-    Raises:
-        CorruptStoreError: metadata and chunk files are not those that were written.
-    """
-    spec = read_segment_spec(segment)
-    tensors = {name: _open_tensor(segment / name) for name in spec.tensors}
-    for name, tensor in tensors.items():
-        if len(tensor) != spec.samples:
-            raise CorruptStoreError(
-                f"{segment / name} has {len(tensor)} samples, its segment {spec.samples}; encode again"
-            )
-    return tensors
+    def check(self, segment: str, rows: np.ndarray) -> None:
+        """Prove the bytes of some rows of a segment against their checksums, where checks are on.
 
+        Raises:
+            CorruptStoreError: they are not those that were written.
+        """
+        opened = self.segment(segment)
+        if self._check:
+            opened.check(rows)
 
-def _open_tensor(array: Path) -> StoredTensor:
-    spec = read_array_spec(array)
-    values = _map(array, spec)
-    if spec.axis is None:
-        return StoredTensor(values, spec.torch_dtype, None, 0)
-    where = array.with_name(array.name + OFFSETS)
-    offsets_spec = read_array_spec(where)
-    offsets = _map(where, offsets_spec).numpy()
-    in_order = offsets.ndim == 1 and offsets.dtype == np.int64 and len(offsets) > 0 and offsets[0] == 0
-    if not in_order or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
-        raise CorruptStoreError(f"{where} does not divide the {len(values)} entries of {array.name}; encode again")
-    return StoredTensor(values, spec.torch_dtype, offsets, spec.axis)
-
-
-def _map(array: Path, spec: ArraySpec) -> Tensor:
-    dtype = torch.bfloat16 if spec.dtype == "bfloat16" else getattr(torch, spec.stored)
-    if not spec.nbytes:
-        return torch.empty(spec.shape, dtype=dtype)
-    # A private mapping: unlike mmap.mmap it keeps no descriptor open, of which a large store would need thousands.
-    raw = torch.from_file(str(array / spec.chunk_file), shared=False, size=spec.nbytes, dtype=torch.uint8)
-    return raw.view(dtype).view(spec.shape)
+    def _open(self, path: Path) -> Segment:
+        store = path.parent
+        if store not in self._recipes:
+            self._recipes[store] = read_recipe(store).digest
+        opened, given_up = open_segment(path, self._recipes[store], self._scratch)
+        for folder in given_up:  # a mapped file keeps its space on disk
+            self._segments = {name: one for name, one in self._segments.items() if Path(name).name != folder.name}
+        return opened
 
 
 def runs(rows: Rows) -> Iterator[tuple[str, np.ndarray, int]]:
@@ -148,28 +134,35 @@ def _gather(parts: list[tuple[StoredTensor, np.ndarray, int]], pad: float, pin: 
         return _gather_padded(parts, n_rows, dtype, pad, pin)
     batch = torch.empty((n_rows, *shapes.pop()), dtype=dtype, pin_memory=pin)
     for tensor, within, begin in parts:
-        _take(tensor.values, within, batch[begin : begin + len(within)])
+        out = batch[begin : begin + len(within)]
+        if tensor.values.dtype == dtype:  # only with mode="clip" does np.take write into `out` directly
+            np.take(as_numpy(tensor.values), within, axis=0, out=as_numpy(out), mode="clip")
+        else:
+            out.copy_(tensor.take(within))
     return batch
-
-
-def _take(values: Tensor, within: np.ndarray, out: Tensor) -> None:
-    """Copy `values[within]` to `out`; only with mode="clip" does np.take write into `out` directly."""
-    if values.dtype != out.dtype:
-        out.copy_(torch.from_numpy(np.take(_numpy(values), within, axis=0)).view(values.dtype))
-    else:
-        np.take(_numpy(values), within, axis=0, out=_numpy(out), mode="clip")
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _gather_padded(
     parts: list[tuple[StoredTensor, np.ndarray, int]], n_rows: int, dtype: torch.dtype, pad: float, pin: bool
 ) -> Tensor:
-    samples = [tensor.sample(row) for tensor, within, _ in parts for row in within.tolist()]
-    longest = np.max([sample.shape for sample in samples], axis=0).tolist()
-    batch = torch.full((n_rows, *longest), pad, dtype=dtype, pin_memory=pin)
-    for row, sample in zip(batch, samples, strict=True):
-        row[tuple(slice(length) for length in sample.shape)] = sample
+    samples = [(tensor.dtype, sample) for tensor, within, _ in parts for sample in tensor.samples(within)]
+    longest = tuple(map(max, zip(*(sample.shape for _, sample in samples), strict=True)))
+    batch = torch.empty((n_rows, *longest), dtype=dtype, pin_memory=pin)
+    filler = as_numpy(torch.tensor(pad, dtype=dtype))
+    for row, (own, sample) in zip(as_numpy(batch), samples, strict=True):
+        if sample.shape != longest:
+            row[_outside(sample.shape, longest)] = filler
+        row[tuple(map(slice, sample.shape))] = sample if own == dtype else _converted(sample, own, dtype)
     return batch
+
+
+def _outside(shape: tuple[int, ...], longest: tuple[int, ...]) -> tuple[slice, ...]:
+    """What `shape` leaves of `longest`: its tail along the one axis that is shorter, or everything for several."""
+    shorter = [axis for axis, (own, most) in enumerate(zip(shape, longest, strict=True)) if own < most]
+    if len(shorter) > 1:
+        return ()
+    return (*(slice(None) for _ in range(shorter[0])), slice(shape[shorter[0]], None))
+
+
+def _converted(sample: np.ndarray, own: torch.dtype, dtype: torch.dtype) -> np.ndarray:
+    return as_numpy(torch.from_numpy(np.ascontiguousarray(sample)).view(own).to(dtype))

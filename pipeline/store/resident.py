@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.errors import StoreError
 from pipeline.store.format import SHAPE_PREFIX
 from pipeline.store.index import Rows
-from pipeline.store.reader import Reader, StoredTensor, runs
+from pipeline.store.reader import Reader, runs
+from pipeline.store.segment import StoredTensor
 
 Parts: TypeAlias = Sequence[tuple[StoredTensor, np.ndarray]]
 """The segments of one tensor, each with the rows that are held, (n,) int64."""
@@ -74,6 +75,8 @@ class Resident:
         self._segments = rows.segments
         self._codes, first = np.unique(_codes(rows), return_index=True)
         self._blocks: dict[str, Block] = {}
+        for segment, within, _ in runs(rows[first]):
+            reader.check(segment, within)
         for name, parts in _parts(reader, rows[first]).items():
             # Shapes of inputs are needed on the host, to make batches of their shape.
             home = torch.device("cpu") if name.startswith(SHAPE_PREFIX) else device
@@ -107,8 +110,8 @@ def _codes(rows: Rows) -> np.ndarray:
 
 def _parts(reader: Reader, rows: Rows) -> dict[str, Parts]:
     opened = [(reader.segment(segment), within) for segment, within, _ in runs(rows)]
-    names = opened[0][0] if opened else {}
-    return {name: [(tensors[name], within) for tensors, within in opened] for name in names}
+    names = list(opened[0][0].tensors) if opened else []
+    return {name: [(segment.tensors[name], within) for segment, within in opened] for name in names}
 
 
 def _plan(name: str, parts: Parts) -> Plan:
@@ -144,10 +147,10 @@ def _pieces(tensor: StoredTensor, within: np.ndarray, axis: int | None) -> Itera
     """What is held of a segment, in the order of its rows; whole segments are not copied on the host."""
     if axis is not None:
         yield _end_to_end(tensor, within, axis)
-    elif len(within) == len(tensor):
+    elif len(within) == len(tensor) and tensor.scales is None:
         yield tensor.values
     else:
-        yield tensor.values[torch.from_numpy(within)]
+        yield tensor.take(within)
 
 
 def _lengths(tensor: StoredTensor, within: np.ndarray, axis: int) -> np.ndarray:

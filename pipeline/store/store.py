@@ -7,10 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import CorruptStoreError, StaleStoreError, StoreError
-from pipeline.keys import Recipe
+from pipeline.errors import StaleStoreError, StoreError
+from pipeline.keys import KEY_BYTES, Recipe
 from pipeline.store.codecs import Values, check_storage
-from pipeline.store.format import FORMAT, RECIPE_FILE, committed_segments, segment_nbytes
+from pipeline.store.format import (
+    FORMAT,
+    RECIPE_FILE,
+    committed_segments,
+    read_recipe,
+    read_segment_spec,
+    segment_nbytes,
+)
 from pipeline.store.index import KeyIndex, Rows
 from pipeline.store.scratch import publish_file, scratch, sweep
 from pipeline.store.writer import SegmentInfo, write_segment
@@ -57,15 +64,7 @@ class Store:
             StaleStoreError: the recipe differs; the message names the first field that does, and both values.
             CorruptStoreError: `recipe.json` is no recipe.
         """
-        where = path / RECIPE_FILE
-        try:
-            recipe = Recipe.from_json(where.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise StoreError(f"{where}: cannot be read ({error.strerror}); no store is here, encode first") from error
-        except ValueError as error:
-            raise CorruptStoreError(f"{where}: {error}; restore it, or remove the store and encode again") from error
-        if recipe.format != FORMAT:
-            raise StoreError(f"{where}: format is {recipe.format}, this version reads {FORMAT}; encode again")
+        recipe = read_recipe(path)
         difference = None if expected is None else recipe.first_difference(expected)
         if difference is not None:
             field, stored, wanted = difference
@@ -95,6 +94,11 @@ class Store:
         """
         return self._open_index().rows(keys)
 
+    def set_aside(self) -> np.ndarray:
+        """Return the keys (m, 16) uint8 of the samples that were found bad in a unit that is committed."""
+        keys = [key for segment in self.segments() for key in read_segment_spec(self.path / segment).set_aside]
+        return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, KEY_BYTES)
+
     def nbytes(self) -> int:
         """Return the size of all committed segments in bytes, as files."""
         return sum(segment_nbytes(self.path / segment) for segment in self.segments())
@@ -103,18 +107,21 @@ class Store:
         """Look again for segments; places that `rows` gave before stay valid."""
         self._index = None
 
-    def write_segment(self, unit_keys: np.ndarray, tensors: Mapping[str, Values]) -> SegmentInfo:
+    def write_segment(
+        self, unit_keys: np.ndarray, tensors: Mapping[str, Values], set_aside: np.ndarray | None = None
+    ) -> SegmentInfo:
         """Commit one unit: its keys (n, 16) uint8 and its tensors by name: `state.NAME`, `input.NAME`, `shape.NAME`.
 
         A tensor is one array (n, ...), or a sequence of n arrays whose shapes may differ in one axis. `shape.NAME`
         (n, axes) stands for a floating-point input of which the suffix needs the shape alone. Floating-point values
         are stored in the recipe's dtype, or in a wider one where this unit's values need its range; int64 is
-        stored as int32 where it fits. A unit that is there already is left alone, whatever its tensors.
+        stored as int32 where it fits. A unit that is there already is left alone, whatever its tensors. `set_aside`
+        (m, 16) uint8 are the keys of bad samples of the unit, which a later plan must not count as waiting.
 
         Raises:
             StoreError: keys, names, shapes or dtypes cannot be stored, or the disk refuses; nothing is committed then.
         """
-        info = write_segment(self.path, unit_keys, tensors, self.recipe.storage)
+        info = write_segment(self.path, unit_keys, tensors, self.recipe, set_aside)
         self.refresh()
         return info
 

@@ -2,40 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import zarr
 from zarr.storage import LocalStore
 
-from pipeline.errors import CorruptStoreError
-from pipeline.store.format import KEYS, METADATA_FILE, OFFSETS, read_keys
-from pipeline.store.reader import open_segment
+from pipeline.errors import CorruptStoreError, StoreError
+from pipeline.store.format import (
+    KEYS,
+    METADATA_FILE,
+    OFFSETS,
+    RECIPE_FILE,
+    REMEDY,
+    SCALES,
+    SUMS,
+    read_array_spec,
+    read_keys,
+    read_recipe,
+)
+from pipeline.store.segment import Segment, open_segment
 from pipeline.store.store import Store
 
 
 def verify(store: Store) -> list[str]:
     """Read every segment whole and return its faults, one line each; an empty list means that the store is sound.
 
-    Checked are the sizes of all files, the crc32c of every array, the offsets of ragged tensors, the digest of each
-    segment's keys against its name, and that nothing else lies in a segment. Memory: one array at a time.
+    Checked are the recipe, all metadata against the segments' seals, the sizes of all files, the crc32c of every chunk
+    and of every sample, the offsets of ragged tensors, the digest of each segment's keys against its name, and that
+    nothing else lies in the store. Memory: one array at a time.
     """
-    return [fault for segment in store.segments() for fault in _faults(store.path / segment)]
-
-
-def _faults(segment: Path) -> Iterator[str]:
     try:
-        tensors = open_segment(segment)
-        read_keys(segment)
+        recipe = read_recipe(store.path)
+    except StoreError as error:
+        return [str(error)]
+    segments = store.segments()
+    faults = [fault for segment in segments for fault in _faults(store.path / segment, recipe.digest)]
+    return faults + list(_strays(store.path, {RECIPE_FILE, *segments}, "of the store"))
+
+
+def _faults(path: Path, recipe: str) -> Iterator[str]:
+    try:
+        segment, _ = open_segment(path, recipe)
+        read_keys(path)
     except CorruptStoreError as error:
         yield str(error)
         return
-    ragged = [f"{name}{OFFSETS}" for name, tensor in tensors.items() if tensor.offsets is not None]
-    arrays = [KEYS, *tensors, *ragged]
+    beside = {
+        name: [f"{name}{OFFSETS}"] * (tensor.offsets is not None) + [f"{name}{SCALES}"] * (tensor.scales is not None)
+        for name, tensor in segment.tensors.items()
+    }
+    arrays = [KEYS, SUMS, *segment.tensors, *(name for names in beside.values() for name in names)]
+    sound = []
     for name in arrays:
         try:
-            zarr.open_array(LocalStore(segment / name, read_only=True), mode="r", zarr_format=3)[...]
-        except (ValueError, OSError) as error:
-            yield f"{segment / name}: {error}; remove the segment's folder and encode again"
-    for stray in sorted({entry.name for entry in segment.iterdir()} - {METADATA_FILE, *arrays}):
-        yield f"{segment / stray} is no part of the segment; remove it"
+            zarr.open_array(LocalStore(path / name, read_only=True), mode="r", zarr_format=3)[...]
+            sound.append(name)
+        except (ValueError, RuntimeError, OSError) as error:
+            yield f"{path / name}: {error}; {REMEDY}"
+    yield from _wrong_samples(segment, sound)
+    yield from _strays(path, {METADATA_FILE, *arrays}, "of the segment")
+    for name in arrays:
+        yield from _strays(path / name, {METADATA_FILE, *read_array_spec(path / name).chunk_files}, "of the array")
+
+
+def _wrong_samples(segment: Segment, names: Sequence[str]) -> Iterator[str]:
+    for name, tensor in segment.tensors.items():
+        wrong = [row for row in range(len(tensor)) if name in names and not tensor.check(row)]
+        if wrong:
+            yield f"{segment.path / name} has other bytes in {len(wrong)} rows ({wrong[0]}, ...) than were written"
+
+
+def _strays(folder: Path, expected: set[str], what: str) -> Iterator[str]:
+    for stray in sorted({entry.name for entry in folder.iterdir() if not entry.name.startswith(".tmp-")} - expected):
+        yield f"{folder / stray} is no part {what}; remove it"

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from io import RawIOBase
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from pipeline.errors import StoreError
-from pipeline.keys import KEY_BYTES
+from pipeline.keys import KEY_BYTES, Recipe
 from pipeline.store.codecs import Encoded, Values, dtype_name, encode, storage_dtype
 from pipeline.store.format import (
+    CHECKSUM_BYTES,
     CHUNK_SEPARATOR,
+    CLEVEL,
     KEYS,
     OFFSETS,
+    SCALES,
+    SUMS,
     ArraySpec,
     SegmentSpec,
     check_tensor_name,
     is_committed,
     read_array_spec,
+    read_metadata,
     read_segment_spec,
+    sample_sums,
     segment_id,
     segment_nbytes,
 )
@@ -45,8 +53,12 @@ class SegmentInfo:
     promoted: tuple[str, ...]
 
 
-def write_segment(root: Path, keys: np.ndarray, tensors: Mapping[str, Values], storage: str) -> SegmentInfo:
+def write_segment(
+    root: Path, keys: np.ndarray, tensors: Mapping[str, Values], recipe: Recipe, set_aside: np.ndarray | None = None
+) -> SegmentInfo:
     """Commit the samples `keys` (n, 16) uint8 with their tensors; a segment that is there already is left alone.
+
+    `set_aside` (m, 16) are the keys of bad samples of the same unit.
 
     Raises:
         StoreError: keys, names, shapes or dtypes cannot be stored, or the disk refuses; nothing is committed then.
@@ -57,11 +69,23 @@ def write_segment(root: Path, keys: np.ndarray, tensors: Mapping[str, Values], s
         )
     for name in tensors:
         check_tensor_name(name)
+    names = tuple(sorted(tensors))
+    bad = () if set_aside is None else tuple(key.tobytes().hex() for key in set_aside)
+    encoded = (encode(name, tensors[name], len(keys), recipe.storage) for name in names)
+    return commit(root, keys, SegmentSpec(recipe.digest, len(keys), names, bad), encoded, recipe.storage)
+
+
+def commit(root: Path, keys: np.ndarray, spec: SegmentSpec, tensors: Iterable[Encoded], storage: str) -> SegmentInfo:
+    """Commit the samples `keys` with their `tensors`, in the order that `spec` names them, one at a time in memory.
+
+    Raises:
+        StoreError: the disk refuses; nothing is committed then.
+    """
     final = root / segment_id(keys)
     try:
         if not is_committed(final):
             with scratch(root) as temporary:
-                _write_group(temporary, keys, tensors, storage)
+                _write_group(temporary, keys, spec, tensors)
                 publish(temporary, final, is_committed)
         return _describe(final, storage)
     except OSError as error:
@@ -70,37 +94,63 @@ def write_segment(root: Path, keys: np.ndarray, tensors: Mapping[str, Values], s
         ) from error
 
 
-def _write_group(group: Path, keys: np.ndarray, tensors: Mapping[str, Values], storage: str) -> None:
-    """Write the arrays first and the group's own metadata last; one tensor at a time is held in its stored form."""
-    for name in sorted(tensors):
-        encoded = encode(name, tensors[name], len(keys), storage)
-        _write_array(group / name, encoded)
-        if encoded.offsets is not None:
-            offsets = Encoded(ArraySpec(encoded.offsets.shape, "int64", "int64"), encoded.offsets)
-            _write_array(group / f"{name}{OFFSETS}", offsets)
-    _write_array(group / KEYS, Encoded(ArraySpec(keys.shape, "uint8", "uint8"), np.ascontiguousarray(keys)))
-    spec = SegmentSpec(len(keys), tuple(sorted(tensors)))
-    zarr.create_group(LocalStore(group), zarr_format=3, attributes=spec.attributes)
+def _write_group(group: Path, keys: np.ndarray, spec: SegmentSpec, tensors: Iterable[Encoded]) -> None:
+    """Write the arrays first and the group's own metadata, which seals theirs, last."""
+    sums = np.zeros((len(keys), len(spec.tensors)), np.uint32)
+    arrays = [KEYS, SUMS]
+    for column, (name, encoded) in enumerate(zip(spec.tensors, tensors, strict=True)):
+        sums[:, column] = sample_sums(encoded.data, encoded.offsets)
+        _write_array(group / name, encoded.spec, encoded.data)
+        for suffix, beside in ((OFFSETS, encoded.offsets), (SCALES, encoded.scales)):
+            if beside is not None:
+                _write_plain(group / f"{name}{suffix}", beside)
+                arrays.append(f"{name}{suffix}")
+        arrays.append(name)
+    _write_plain(group / KEYS, keys)
+    _write_plain(group / SUMS, sums)
+    sealed = replace(spec, seal=spec.sealed_over({name: read_metadata(group / name) for name in arrays}))
+    zarr.create_group(LocalStore(group), zarr_format=3, attributes=sealed.attributes)
 
 
-def _write_array(path: Path, encoded: Encoded) -> None:
+def _write_plain(path: Path, data: np.ndarray) -> None:
+    _write_array(path, ArraySpec(data.shape, data.dtype.name, data.dtype.name), np.ascontiguousarray(data))
+
+
+def _write_array(path: Path, spec: ArraySpec, data: np.ndarray) -> None:
+    size = data.dtype.itemsize
+    zstd = [BloscCodec(typesize=size, cname="zstd", clevel=CLEVEL, shuffle="bitshuffle", blocksize=0)]
     # Each array is the root of a store of its own: zarr would otherwise write the group's metadata first.
     array = zarr.create_array(
         LocalStore(path),
-        shape=encoded.spec.shape,
-        chunks=encoded.spec.chunk_shape,
-        dtype=encoded.spec.stored,
+        shape=spec.shape,
+        chunks=spec.chunk_shape,
+        dtype=spec.stored,
         serializer=BytesCodec(endian="little"),
         filters=None,
-        compressors=[Crc32cCodec()],
+        compressors=[*(zstd if spec.layout == "zstd" else []), Crc32cCodec()],
         chunk_key_encoding={"name": "default", "separator": CHUNK_SEPARATOR},
-        attributes=encoded.spec.attributes,
+        attributes=spec.attributes,
         fill_value=0,
         zarr_format=3,
         config={"write_empty_chunks": True},  # also spares the search for emptiness, which is slower than the disk
     )
-    if encoded.data.size:
-        array[...] = encoded.data
+    if not data.size:
+        return
+    if spec.layout == "zstd":
+        array[...] = data
+        return
+    # zarr would give the chunk the same bytes, after copying the array twice.
+    little = data.astype(data.dtype.newbyteorder("<"), copy=False)
+    with (path / spec.chunk_files[0]).open("xb", buffering=0) as chunk:
+        for part in (little.data, google_crc32c.value(little).to_bytes(CHECKSUM_BYTES, "little")):
+            write_whole(chunk, part)
+
+
+def write_whole(file: RawIOBase, data: memoryview | bytes) -> None:
+    """Write all of `data`: a raw file may take less at a time (2 GiB on Linux)."""
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[file.write(left) :]
 
 
 def _describe(segment: Path, storage: str) -> SegmentInfo:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from pipeline.keys import Recipe
-from pipeline.store import Store
+from pipeline.store import FORMAT, Store
 
 
 @pytest.fixture
 def recipe():
     return Recipe(
-        format=1,
+        format=FORMAT,
         weights="0" * 32,
         architecture="1" * 32,
         cut="layer3",

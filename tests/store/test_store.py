@@ -12,7 +12,7 @@ import torch
 import zarr
 
 from pipeline.errors import CorruptStoreError, MissingKeysError, StaleStoreError, StoreError
-from pipeline.store import Store, segment_id, verify
+from pipeline.store import FORMAT, Store, segment_id, verify
 
 
 def test_create_twice_is_open(store, recipe, make_keys):
@@ -54,11 +54,11 @@ def test_a_broken_recipe_is_named(store, text):
 
 
 def test_another_format_is_refused(store, recipe, tmp_path):
-    newer = dataclasses.replace(recipe, format=2)
+    newer = dataclasses.replace(recipe, format=FORMAT + 1)
     (store.path / "recipe.json").write_text(newer.to_json())
-    with pytest.raises(StoreError, match="format is 2, this version reads 1"):
+    with pytest.raises(StoreError, match=f"format is {FORMAT + 1}, this version reads {FORMAT}"):
         Store.open(store.path)
-    with pytest.raises(StoreError, match=r"recipe.format is 2"):
+    with pytest.raises(StoreError, match=f"recipe.format is {FORMAT + 1}"):
         Store.create(tmp_path / "other", newer)
     with pytest.raises(StoreError, match="storage is 'zip'"):
         Store.create(tmp_path / "other", dataclasses.replace(recipe, storage="zip"))
@@ -146,6 +146,7 @@ def test_any_zarr_tool_opens_a_segment(store, make_keys):
         "state.tokens",
         "state.tokens.offsets",
         "state.x",
+        "sums",
     ]
     assert (group["keys"][...] == keys).all()
     for name, expected in values.items():
