@@ -69,11 +69,13 @@ class Views:
         return [self.plain, *self.augmented]
 
     def rows(self, keys: np.ndarray) -> Rows:
-        """Return where the samples `keys` (N, 16) uint8 lie in each view: V * N places, view by view.
+        """Return where samples lie in each view, V * N places, view by view; `keys` (N, 16) uint8 are all N of them.
 
         Raises:
             MissingKeysError: some were never encoded; the message names up to five.
         """
+        if not self.augmented:
+            return self.plain.rows(keys)
         segment = np.empty((self.count, len(keys)), np.int32)
         row = np.empty((self.count, len(keys)), np.int64)
         held_out = self.plain.rows(keys[~self.in_views])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.export import export_run
 from pipeline.flow import encode_project, report_project, train_project
 from pipeline.keys import Recipe
 from pipeline.loader import Loader, place
+from pipeline.models.images import decode
 from pipeline.project import Project, Workbench
 from pipeline.store import FORMAT, Reader, Resident, Store
 from pipeline.views import Views, rows_by_view
@@ -119,6 +121,19 @@ def test_another_view_encodes_only_itself_and_fewer_cost_nothing(
     shutil.rmtree("data/activations")
     encode_project(project(3))
     assert tiny.files(STORE) == after
+
+
+def test_a_file_is_decoded_once_for_all_views_and_cuts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: Counter[bytes] = Counter()
+
+    def counted(content: bytes) -> torch.Tensor:
+        decoded[content] += 1
+        return decode(content)
+
+    monkeypatch.setattr("pipeline.models.images.decode", counted)
+    encode_project(project(3, encode={"cuts": [0, 0.5]}))
+    assert len(decoded) == 36
+    assert decoded.total() <= 36 + 4, "the samples on which a split is proved are decoded before"
 
 
 def test_views_that_a_kill_left_unequal_are_finished(folder: Path) -> None:
