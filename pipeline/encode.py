@@ -23,25 +23,33 @@ from pipeline.unit import plan
 def encode(
     source: Source,
     keyed: Keyed,
-    preprocess: Preprocess,
+    views: Sequence[Preprocess],
     prefixes: Sequence[Prefix],
-    stores: Sequence[Store],
+    stores: Sequence[Sequence[Store]],
     config: EncodeConfig,
+    *,
+    rows: np.ndarray | None = None,
+    done: Encoded | None = None,
 ) -> Encoded:
-    """Bring every sample of `source` into the store of every cut; what is there already is not made again.
+    """Bring the samples `rows` of `source` (all, if None) into the stores; what is there already is not made again.
 
-    `prefixes` and `stores` go together, one per cut, all prefixes split from one model on the device to use.
+    There is a prefix per cut, all split from one model on the device to use, and a preprocessing per view;
+    `stores[view][cut]` takes what they give together. A sample is read and decoded once for all of them. What is done
+    is added to `done`, and samples that were set aside before are left out.
     """
-    done = Encoded(keyed.keys, [0] * len(stores), [set() for _ in stores], list(keyed.bad))
-    units = plan(keyed.keys, done.good, stores, config.segment_samples)
-    encoder = Encoder(source, preprocess, prefixes, stores, config, probes=keyed.extremes())
-    total = sum(len(unit.rows) for unit in units)
+    done = done or Encoded.begun(keyed, len(prefixes))
+    wanted = done.good if rows is None else np.intersect1d(rows, done.good)
+    units = plan(keyed.keys, wanted, [store for view in stores for store in view], config.segment_samples)
+    encoder = Encoder(source, views, prefixes, stores, config, probes=keyed.extremes())
+    total = sum(len(part.rows) for unit in units for part in encoder.parts(unit))
     with tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05) as progress:
-        for unit, bad in encoder.run(units, done):
-            done.bad += [other for sample in bad for other in _alike(sample, keyed.keys)]
-            for cut in unit.cuts:
-                done.new[cut] += len(unit.rows) - len(bad)
-            progress.update(len(unit.rows))
+        for part, bad in encoder.run(units, done):
+            known = {sample.row for sample in done.bad}
+            alike = [other for sample in bad for other in _alike(sample, keyed.keys)]
+            done.bad += [sample for sample in alike if sample.row not in known]
+            for cut in part.cuts:
+                done.new[cut] += len(part.rows) - len(bad)
+            progress.update(len(part.rows))
     return done
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -29,9 +30,13 @@ class BadSample:
     reason: str
 
 
+Chunk: TypeAlias = tuple[np.ndarray, Sequence[Preprocess]]
+"""Row numbers, and the views in which they are wanted: the preprocessing of each."""
+
+
 @dataclass(frozen=True)
 class Decoded:
-    """Preprocessed samples of some rows, without the bad ones."""
+    """Preprocessed samples of some rows in one view, without the bad ones."""
 
     rows: np.ndarray
     """Rows of the good samples, (n,) int64."""
@@ -90,45 +95,68 @@ def key_contents(source: Source, *, workers: int) -> Keyed:
     return Keyed(keys, sizes, bad)
 
 
-def decode(source: Source, preprocess: Preprocess, chunks: Sequence[np.ndarray], *, workers: int) -> Iterator[Decoded]:
-    """Yield the samples of each of `chunks` (row numbers), in order, read and preprocessed by `workers` processes."""
+def decode(source: Source, chunks: Sequence[Chunk], *, workers: int) -> Iterator[list[Decoded]]:
+    """Yield the samples of each of `chunks` in each of its views, in order, made by `workers` processes."""
     if not chunks:
         return iter(())
-    return iter(DataLoader(_Chunks(source, preprocess, chunks), batch_size=None, num_workers=min(workers, len(chunks))))
+    return iter(DataLoader(_Chunks(source, chunks), batch_size=None, num_workers=min(workers, len(chunks))))
 
 
-class _Chunks(Dataset[Decoded]):
-    def __init__(self, source: Source, preprocess: Preprocess, chunks: Sequence[np.ndarray]) -> None:
-        self.source, self.preprocess, self.chunks = source, preprocess, chunks
+class _Chunks(Dataset[list[Decoded]]):
+    def __init__(self, source: Source, chunks: Sequence[Chunk]) -> None:
+        self.source, self.chunks = source, chunks
 
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, index: int) -> Decoded:
-        return decode_rows(self.source, self.preprocess, self.chunks[index])
+    def __getitem__(self, index: int) -> list[Decoded]:
+        return decode_rows(self.source, self.chunks[index])
 
 
-def decode_rows(source: Source, preprocess: Preprocess, rows: np.ndarray) -> Decoded:
-    """Read and preprocess `rows` in this process."""
-    good, samples, bad = [], [], []
-    for row in rows.tolist():
-        try:
-            samples.append(preprocess.begin(source.content(row)))
-            good.append(row)
-        except Exception as error:
-            bad.append(_set_aside(source, row, error))
-    kinds = {(shapes(sample), tuple(tensor.dtype for tensor in sample.values())) for sample in samples}
-    inputs = default_collate(samples) if len(kinds) == 1 else [_finished(preprocess, sample) for sample in samples]
-    return Decoded(np.asarray(good, np.int64), inputs, bad)
+def decode_rows(source: Source, chunk: Chunk) -> list[Decoded]:
+    """Read and preprocess samples in this process; each is read and opened once for all its views."""
+    rows, views = chunk
+    made = [_in_views(source, views, row) for row in rows.tolist()]
+    decoded = []
+    for number, view in enumerate(views):
+        of_view = [in_views[number] for in_views in made]
+        good = [(row, one) for row, one in zip(rows.tolist(), of_view, strict=True) if not isinstance(one, BadSample)]
+        bad = [one for one in of_view if isinstance(one, BadSample)]
+        inputs = _stacked(view, [sample for _, sample in good])
+        decoded.append(Decoded(np.asarray([row for row, _ in good], np.int64), inputs, bad))
+    return decoded
 
 
 def decode_samples(source: Source, preprocess: Preprocess, rows: np.ndarray) -> list[Sample]:
     """Read and preprocess `rows` in this process, sample by sample, without the bad ones."""
-    inputs = decode_rows(source, preprocess, rows).inputs
-    if isinstance(inputs, list):
-        return inputs
-    batch = preprocess.finish(inputs)
+    (decoded,) = decode_rows(source, (rows, [preprocess]))
+    if isinstance(decoded.inputs, list):
+        return decoded.inputs
+    batch = preprocess.finish(decoded.inputs)
     return [dict(zip(batch, tensors, strict=True)) for tensors in zip(*batch.values(), strict=True)]
+
+
+def _in_views(source: Source, views: Sequence[Preprocess], row: int) -> list[Sample | BadSample]:
+    try:
+        opened = views[0].open(source.content(row))
+    except Exception as error:
+        return [_set_aside(source, row, error) for _ in views]
+    return [_begun(source, view, row, opened) for view in views]
+
+
+def _begun(source: Source, view: Preprocess, row: int, opened: Any) -> Sample | BadSample:
+    try:
+        return view.begin(opened)
+    except Exception as error:
+        return _set_aside(source, row, error)
+
+
+def _stacked(preprocess: Preprocess, samples: list[Sample]) -> dict[str, Tensor] | list[Sample]:
+    kinds = {(shapes(sample), tuple(tensor.dtype for tensor in sample.values())) for sample in samples}
+    if len(kinds) == 1:
+        stacked: dict[str, Tensor] = default_collate(samples)
+        return stacked
+    return [_finished(preprocess, sample) for sample in samples]
 
 
 def _finished(preprocess: Preprocess, sample: Sample) -> Sample:

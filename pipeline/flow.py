@@ -35,6 +35,7 @@ from pipeline.split import Cut, Prefix, Suffix
 from pipeline.store import Store
 from pipeline.timing import seconds_per_sample
 from pipeline.train import fit
+from pipeline.views import Views, rows_by_view
 
 log = logging.getLogger("recycle")
 
@@ -54,15 +55,19 @@ def encode_project(project: Project) -> bool:
     example = _example_of_source(bench, source, keyed)
     prefixes = [bench.split(cut, example)[0] for cut in project.encode.cuts]
     _tell_of_one_place_twice(project.encode.cuts, prefixes)
+    by_view = zip(*map(bench.recipes, prefixes), strict=True)
     stores = [
-        _open_or_replace(project.store_path(cut), bench.recipe(prefix))
-        for cut, prefix in zip(project.encode.cuts, prefixes, strict=True)
+        [
+            _open_or_replace(project.store_path(cut, view), recipe)
+            for cut, recipe in zip(project.encode.cuts, recipes, strict=True)
+        ]
+        for view, recipes in zip(project.views, by_view, strict=True)
     ]
-    done = encode(source, keyed, bench.backbone.preprocess, prefixes, stores, project.encode)
-    build(source, keyed.keys[done.good], project.data, rows=done.good).write(project.samples)
+    done, table = _encode_views(bench, source, keyed, prefixes, stores)
+    table.write(project.samples)
     _write_quarantine(project.quarantine, done.bad)
     _write_costs(project, prefixes, stores, done)
-    return _tell(project, done, len(source))
+    return _tell(project, stores, done, len(source))
 
 
 def train_project(project: Project, name: str) -> Run:
@@ -74,22 +79,23 @@ def train_project(project: Project, name: str) -> Run:
     )
     table = SampleTable.read(project.samples)
     bench = Workbench.open(project, table)
-    store, prefix, suffix = bench.open_store(cut, table)
-    suffix = bench.adapt(store, table, prefix, suffix)
+    views, prefix, suffix = bench.open_store(cut, table)
+    suffix = bench.adapt(views, table, prefix, suffix)
     load = partial(
         Loader,
-        store,
+        views,
         table.keys,
         bench.task.prepare(table),
         pad=bench.backbone.preprocess.pad,
         device=accelerator.device,
-        source=place(store, table.keys, accelerator.device),
+        source=place(views, table.keys, accelerator.device),
     )
-    training, validation = (load(_order(bench, table, part)) for part in ("train", "validation"))
+    training = load(_order(bench, table, "train"), view=_view_order(project, views, len(table)))
+    validation = load(_order(bench, table, "validation"))
     run = project.run_path(cut)
     shutil.rmtree(run, ignore_errors=True)
     settings = [section.model_dump(mode="json") for section in (project.model, project.task, project.train)]
-    identity = digest([store.recipe.digest, sha256(project.samples), *settings])
+    identity = digest([*(store.recipe.digest for store in views.stores), sha256(project.samples), *settings])
     summary = fit(
         suffix,
         bench.task,
@@ -111,7 +117,7 @@ def train_project(project: Project, name: str) -> Run:
         best_epoch=summary.best_epoch,
         train_samples=len(table.rows("train")),
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
-        frozen_seconds_per_sample=_frozen_cost(prefix, bench, store, table, accelerator.device),
+        frozen_seconds_per_sample=_frozen_cost(prefix, bench, views, table, accelerator.device),
         history=summary.history,
     )
     (run / "run.json").write_text(json.dumps(asdict(finished), indent=2) + "\n")
@@ -158,6 +164,29 @@ def _tell_of_one_place_twice(names: Sequence[CutName], prefixes: Sequence[Prefix
         known[prefix.cut] = name
 
 
+def _encode_views(
+    bench: Workbench, source: Source, keyed: Keyed, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]]
+) -> tuple[Encoded, SampleTable]:
+    """Fill the stores, `stores[view][cut]`; return what was done, and the sample table of what is in them.
+
+    Where there are augmented views, a sample that turns out bad can move others to another split (the rest of its
+    group, say): then what these lack where they are now is encoded too.
+    """
+    project = bench.project
+    views = [bench.preprocess(view) for view in project.views]
+    done, found = Encoded.begun(keyed, len(prefixes)), -1
+    while found != len(done.bad):
+        found = len(done.bad)
+        table = build(source, keyed.keys[done.good], project.data, rows=done.good)
+        if len(views) == 1:
+            encode(source, keyed, views, prefixes, stores, project.encode, done=done)
+        else:
+            plain, augmented = rows_by_view(keyed.keys, table)
+            encode(source, keyed, views[:1], prefixes, stores[:1], project.encode, rows=plain, done=done)
+            encode(source, keyed, views[1:], prefixes, stores[1:], project.encode, rows=augmented, done=done)
+    return done, table
+
+
 def _open_or_replace(path: Path, recipe: Recipe) -> Store:
     """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings."""
     try:
@@ -179,12 +208,18 @@ def _order(bench: Workbench, table: SampleTable, part: str) -> Callable[[int], l
     return batches
 
 
-def _frozen_cost(prefix: Prefix, bench: Workbench, store: Store, table: SampleTable, device: torch.device) -> float:
+def _view_order(project: Project, views: Views, rows: int) -> Callable[[int], np.ndarray]:
+    """Return which view of each row is trained on, as a function of the epoch."""
+    config = project.train
+    return lambda epoch: order.views(rows, views.count, seed=config.seed, epoch=epoch, how=config.views)
+
+
+def _frozen_cost(prefix: Prefix, bench: Workbench, views: Views, table: SampleTable, device: torch.device) -> float:
     """Seconds per sample of the prefix on a training batch: what it costs at every epoch where nothing is kept."""
     if prefix.cut.share == 0:
         return 0.0
     bench.backbone.model.to(device)
-    inputs = bench.stored_inputs(store, table, table.rows("train")[: bench.project.train.batch_size])
+    inputs = bench.stored_inputs(views, table, table.rows("train")[: bench.project.train.batch_size])
     return seconds_per_sample(prefix, {name: tensor.to(device) for name, tensor in inputs.items()})
 
 
@@ -195,22 +230,29 @@ def _write_quarantine(path: Path, bad: Sequence[BadSample]) -> None:
         writer.writerows([sample.row, sample.source, sample.reason] for sample in sorted(bad, key=lambda s: s.row))
 
 
-def _write_costs(project: Project, prefixes: Sequence[Prefix], stores: Sequence[Store], done: Encoded) -> None:
-    """Write results/encode.json. Of all runs under a recipe, the one that encoded most says what a sample costs."""
+def _write_costs(
+    project: Project, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]], done: Encoded
+) -> None:
+    """Write results/encode.json. Of all runs under a recipe, the one that encoded most says what a state costs.
+
+    A sample has one state, or several where there are augmented views; all of them count.
+    """
     path = project.results / "encode.json"
     before: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
     cuts = {}
-    for number, (cut, prefix, store) in enumerate(zip(project.encode.cuts, prefixes, stores, strict=True)):
-        samples = len(store.keys())
-        measured = {"recipe": store.recipe.digest, **done.costs.of(number)}
+    for number, (cut, prefix, *by_view) in enumerate(zip(project.encode.cuts, prefixes, *stores, strict=True)):
+        keys = np.concatenate([store.keys() for store in by_view])
+        samples = len(np.unique(keys, axis=0))
+        training = (by_view[1:] or by_view)[0]
+        measured = {"recipe": training.recipe.digest, **done.costs.of(number)}
         known = before.get(str(cut), {}).get("measured", measured)
         if known["recipe"] == measured["recipe"] and known["samples"] > measured["samples"]:
             measured = known
         cuts[str(cut)] = {
             "at": str(prefix.cut),
             "samples": samples,
-            "state_bytes_per_sample": store.nbytes() / max(1, samples),
-            "encode_seconds": sum(measured["seconds_per_sample"].values()) * samples if measured["samples"] else None,
+            "state_bytes_per_sample": sum(store.nbytes() for store in by_view) / max(1, samples),
+            "encode_seconds": sum(measured["seconds_per_sample"].values()) * len(keys) if measured["samples"] else None,
             "measured": measured,
         }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,11 +267,10 @@ def _read_costs(project: Project) -> dict[str, Cost]:
     return {name: Cost(cut["state_bytes_per_sample"], cut["encode_seconds"]) for name, cut in cuts.items()}
 
 
-def _tell(project: Project, done: Encoded, total: int) -> bool:
-    for cut, new, promoted in zip(project.encode.cuts, done.new, done.promoted, strict=True):
-        log.info(
-            "cut %s: %d samples encoded, %d were there", cut, new, len(np.unique(done.keys[done.good], axis=0)) - new
-        )
+def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded, total: int) -> bool:
+    for cut, new, promoted, *by_view in zip(project.encode.cuts, done.new, done.promoted, *stores, strict=True):
+        there = sum(len(store.keys()) for store in by_view) - new
+        log.info("cut %s: %d samples encoded, %d were there", cut, new, there)
         if promoted:
             log.info("cut %s: beyond float16, stored in a wider type: %s", cut, ", ".join(sorted(promoted)))
     allowed = project.encode.max_bad if project.encode.max_bad >= 1 else int(project.encode.max_bad * total)

@@ -25,7 +25,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / ".dvcignore", folder)
     (folder / ".gitignore").write_text(".recycle/\n/photos\n")
     tiny.write_images(folder / "photos", range(20))
-    dtypes = {"codec": "raw", "dtype": "float16", "precision": "float32"}
+    dtypes = {"codec": "raw", "dtype": "float16", "precision": "float32", "views": None}
     tiny.write_params(folder, encode={"cuts": [0.5, 1.0], **dtypes}, train={"epochs": 1})
     commit(folder)
     said = run(folder, "dvc", "repro")
@@ -86,6 +86,13 @@ def test_dvc_shows_metrics_and_plots(project: Path) -> None:
 def test_a_changed_learning_rate_trains_and_does_not_encode(project: Path) -> None:
     said = run(project, "dvc", "exp", "run", "--set-param", "train.lr=0.02")
     assert stages(said) == ["train@0.5", "train@1.0", "report"]
+
+
+def test_other_views_concern_training(project: Path) -> None:
+    before = (project / "params.yaml").read_text()
+    set_param(project, "encode", "views", 2)
+    assert "encode.views" in run(project, "dvc", "status", "train@0.5")
+    (project / "params.yaml").write_text(before)
 
 
 def test_ten_more_images_encode_ten(project: Path) -> None:

@@ -24,7 +24,7 @@ FLOORS = [
         "pipeline.recipe",
         "pipeline.timing",
     },
-    {"pipeline.unit"},
+    {"pipeline.unit", "pipeline.views"},
     {"pipeline.feed"},
     {"pipeline.ragged"},
     {"pipeline.models", "pipeline.store"},

@@ -26,6 +26,13 @@ def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbo
     """
     if model.weights is None:
         log.warning("model.weights is null: %s gets random weights (model.seed %d)", model.backbone, model.seed)
+    backbone = _load(model, preprocess, head)
+    if preprocess.augment is not None:
+        backbone.preprocess.view(0)
+    return backbone
+
+
+def _load(model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
     if model.library == "hf":
         from pipeline.models.hf import load_hf  # noqa: PLC0415
 
