@@ -2,6 +2,7 @@
 
 from pipeline.store.format import FORMAT, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, segment_id
 from pipeline.store.index import Rows
+from pipeline.store.keyset import KeySet, first_rows
 from pipeline.store.reader import Reader
 from pipeline.store.resident import Resident
 from pipeline.store.store import Store
@@ -13,11 +14,13 @@ __all__ = [
     "INPUT_PREFIX",
     "SHAPE_PREFIX",
     "STATE_PREFIX",
+    "KeySet",
     "Reader",
     "Resident",
     "Rows",
     "SegmentInfo",
     "Store",
+    "first_rows",
     "segment_id",
     "verify",
 ]

@@ -80,7 +80,7 @@ class Store:
 
     def keys(self) -> np.ndarray:
         """Return the keys (N, 16) uint8 of all committed samples, segment by segment."""
-        return self._open_index().keys
+        return self._open_index().keys()
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Return (n,) bool: which of `keys` (n, 16) uint8 are not stored."""
