@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +22,16 @@ from pipeline.store.format import (
     segment_nbytes,
 )
 from pipeline.store.index import KeyIndex, Rows
-from pipeline.store.scratch import publish_file, scratch, sweep
+from pipeline.store.rewrite import Change, Progress, apply
+from pipeline.store.scratch import claim, hold, publish_file, scratch, sweep
 from pipeline.store.writer import SegmentInfo, write_segment
 
 
 class Store:
     """The states of one recipe. Any number of processes may write to it and read from it at the same time.
 
-    What other processes commit is seen after `refresh`.
+    What other processes commit is seen after `refresh`. Segments are removed or merged under `alone` only, which waits
+    for no writer and which writers wait for: one that `create` gave counts as writing for as long as it exists.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
@@ -53,7 +58,11 @@ class Store:
                 _write_recipe(path, recipe)
         except OSError as error:
             raise StoreError(f"{path}: no store can be made here ({error.strerror}); choose another folder") from error
-        return cls.open(path, recipe)
+        store = cls.open(path, recipe)
+        held = hold(path)
+        if held is not None:
+            weakref.finalize(store, os.close, held)
+        return store
 
     @classmethod
     def open(cls, path: Path, expected: Recipe | None = None) -> Store:
@@ -124,6 +133,32 @@ class Store:
         info = write_segment(self.path, unit_keys, tensors, self.recipe, set_aside)
         self.refresh()
         return info
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from writing to the store, and from changing it in any other way, meanwhile.
+
+        Raises:
+            StoreError: somebody writes to it, or changes it.
+        """
+        with claim(self.path) as is_alone:
+            if not is_alone:
+                raise StoreError(f"{self.path}: somebody is writing to this store; wait for its end and run again")
+            yield
+
+    def apply(self, changes: Sequence[Change], progress: Progress = iter) -> list[str]:
+        """Carry out what `pipeline.store.upkeep` planned under this `alone`, and remove what dead writers left.
+
+        Returns the faults, one line each, of segments that could not be changed because their bytes are not those that
+        were written; they are left as they are.
+
+        Raises:
+            StoreError: the disk refuses; what was not changed yet is as it was.
+        """
+        faults = apply(self.path, self.recipe, changes, progress)
+        sweep(self.path)
+        self.refresh()
+        return faults
 
     def _open_index(self) -> KeyIndex:
         index = self._index  # a thread that writes may forget it meanwhile
