@@ -120,11 +120,8 @@ def quantise(tensor: Tensor, *, per_channel: bool, ragged: bool) -> tuple[Tensor
 
 def dequantise(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `stored` (int8) times `scales` in `dtype`; what rounding takes beyond its range stays finite."""
-    values = stored.float().mul_(scales)
-    if dtype != torch.float32:
-        bounds = torch.finfo(dtype)
-        values = values.clamp_(bounds.min, bounds.max)
-    return values.to(dtype)
+    bounds = torch.finfo(dtype)
+    return stored.float().mul_(scales).clamp_(bounds.min, bounds.max).to(dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

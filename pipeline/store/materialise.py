@@ -22,7 +22,8 @@ from pipeline.store.format import CHECKSUM_BYTES, ArraySpec, corrupt
 from pipeline.store.scratch import scratch
 
 SCRATCH_BYTES = 64 << 30
-_BLOSC_HEADER = 16
+_BLOSC_SIZES = (4, 12)
+"""Where Blosc's header has the size of what is compressed, and its own with the header."""
 
 
 class Scratch:
@@ -105,7 +106,8 @@ def _decompress(where: Path, spec: ArraySpec, out: np.ndarray) -> None:
     packed, checksum = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
     if google_crc32c.value(packed) != int.from_bytes(checksum, "little"):
         raise corrupt(where, "does not match its checksum")
-    if len(packed) < _BLOSC_HEADER or blosc.cbuffer_sizes(packed)[0] != spec.chunk_nbytes:
+    size, packed_size = (int.from_bytes(packed[at : at + 4], "little") for at in _BLOSC_SIZES)
+    if (size, packed_size) != (spec.chunk_nbytes, len(packed)):
         raise corrupt(where, f"does not hold {spec.chunk_nbytes} bytes")
     try:
         blosc.decompress(packed, out)

@@ -34,8 +34,9 @@ from pipeline.store.format import (
     segment_id,
 )
 from pipeline.store.index import KeyIndex
-from pipeline.store.reader import Reader, Segment, StoredTensor, as_numpy, open_segment, runs
+from pipeline.store.reader import Reader, runs
 from pipeline.store.scratch import discard, scratch, sync
+from pipeline.store.segment import Segment, StoredTensor, as_numpy, open_segment
 from pipeline.store.writer import commit
 
 
