@@ -30,8 +30,8 @@ from pipeline.store.writer import SegmentInfo, write_segment
 class Store:
     """The states of one recipe. Any number of processes may write to it and read from it at the same time.
 
-    What other processes commit is seen after `refresh`. Segments are removed or merged under `alone` only, which waits
-    for no writer and which writers wait for: one that `create` gave counts as writing for as long as it exists.
+    What other processes commit is seen after `refresh`. Segments are removed or merged under `alone` only, which
+    writers wait for and which waits for none: a store that `create` gave counts as writing for as long as it exists.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
@@ -134,18 +134,6 @@ class Store:
         self.refresh()
         return info
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other processes from writing to the store, and from changing it in any other way, meanwhile.
-
-        Raises:
-            StoreError: somebody writes to it, or changes it.
-        """
-        with claim(self.path) as is_alone:
-            if not is_alone:
-                raise StoreError(f"{self.path}: somebody is writing to this store; wait for its end and run again")
-            yield
-
     def apply(self, changes: Sequence[Change], progress: Progress = iter) -> list[str]:
         """Carry out what `pipeline.store.upkeep` planned under this `alone`, and remove what dead writers left.
 
@@ -165,6 +153,19 @@ class Store:
         if index is None:
             index = self._index = KeyIndex(self.path, self.segments())
         return index
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other processes from writing to the store at `path`, and from changing it in any other way, meanwhile.
+
+    Raises:
+        StoreError: somebody writes to it, or changes it.
+    """
+    with claim(path) as is_alone:
+        if not is_alone:
+            raise StoreError(f"{path}: somebody is writing to this store; wait for its end and run again")
+        yield
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:

@@ -26,6 +26,7 @@ from pipeline.store.format import (
 )
 from pipeline.store.keyset import KeySet
 from pipeline.store.rewrite import Change
+from pipeline.store.scratch import leftovers
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Upkeep:
     changes: list[Change] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     """One line for each kind of thing that is left, and why."""
+    leftovers: int = 0
+    """Temporary folders of dead writers, which go too."""
 
     @property
     def segments(self) -> int:
@@ -88,7 +91,7 @@ def plan_gc(root: Path, used: KeySet, written: float, *, rewrite: bool = False) 
         )
     if partly:
         left.append(f"{partly} segments hold {unused} samples that no table names beside others; --rewrite takes them")
-    return Upkeep(changes, left)
+    return Upkeep(changes, left, len(leftovers(root)))
 
 
 def plan_compact(root: Path, recipe: Recipe, target: int) -> Upkeep:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline.errors import StoreError
-from pipeline.store import KeySet, Reader, Store, verify
+from pipeline.store import KeySet, Reader, Store, alone, verify
 from pipeline.store import rewrite as module
 from pipeline.store.format import read_segment_spec
 from pipeline.store.segment import as_numpy
@@ -69,7 +69,7 @@ def test_compact_merges_without_changing_a_bit(tmp_path, recipe, keys, make_keys
     upkeep = plan_compact(store.path, store.recipe, target=10)
     assert (upkeep.samples, upkeep.segments, upkeep.new_segments, upkeep.left) == (0, 6, 3, [])
     size = store.nbytes()
-    with store.alone():
+    with alone(store.path):
         assert store.apply(upkeep.changes) == []
     assert size - store.nbytes() == pytest.approx(upkeep.bytes, abs=600)
     assert sorted(read_segment_spec(store.path / segment).samples for segment in store.segments()) == [7, 8, 8]
@@ -217,10 +217,10 @@ def test_removed_samples_leave_no_byte_behind(tmp_path, recipe, keys, make_keys,
 def test_nothing_is_changed_under_a_writer(tmp_path, recipe, make_keys):
     writer = Store.create(tmp_path / "other", recipe)
     store = Store.open(writer.path)
-    with pytest.raises(StoreError, match="somebody is writing to this store"), store.alone():
+    with pytest.raises(StoreError, match="somebody is writing to this store"), alone(store.path):
         pass
     del writer
-    with store.alone(), pytest.raises(StoreError, match="somebody"), Store.open(store.path).alone():
+    with alone(store.path), pytest.raises(StoreError, match="somebody"), alone(store.path):
         pass
     Store.create(store.path, recipe).write_segment(make_keys(1), {"state.x": np.ones((1, 1))})
 
@@ -240,7 +240,7 @@ def test_an_open_reader_reads_on_and_one_that_comes_late_is_told(store, keys):
 def compact(path, started):
     started.set()
     store = Store.open(path)
-    with store.alone():
+    with alone(store.path):
         store.apply(plan_compact(path, store.recipe, target=9).changes)
 
 
