@@ -72,7 +72,7 @@ def info(stores: tuple[Path, ...], params: Path, as_json: bool) -> None:
             click.echo(line)
         compact = plan_compact(store.path, store.recipe, project.encode.segment_samples)
         if compact.changes:
-            click.echo(f"  compact would make {_becoming(compact)}")
+            click.echo(f"  compact: {_becoming(compact)}")
         if not project.samples.exists():
             continue
         lacking = store.missing(SampleTable.read(project.samples).keys)
@@ -80,7 +80,7 @@ def info(stores: tuple[Path, ...], params: Path, as_json: bool) -> None:
         used = used_by(project.samples, [])
         garbage = plan_gc(store.path, used.keys, used.written, rewrite=True)
         if garbage.changes:
-            click.echo(f"  gc --rewrite would free {_freed(garbage)}")
+            click.echo(f"  gc --rewrite: frees {_freed(garbage)}")
 
 
 @command.command("verify")
@@ -252,7 +252,7 @@ def _carry_out(
 
 def _announce(store: Store, upkeep: Upkeep) -> None:
     if upkeep.changes:
-        click.echo(f"{store.path}: {_becoming(upkeep)}; frees {_freed(upkeep)}")
+        click.echo(f"{store.path}: {_becoming(upkeep)}; this frees {_freed(upkeep)}")
     if upkeep.leftovers:
         click.echo(f"{store.path}: {upkeep.leftovers:,} temporary folders of killed writers go")
     for line in upkeep.left:
@@ -260,11 +260,12 @@ def _announce(store: Store, upkeep: Upkeep) -> None:
 
 
 def _becoming(upkeep: Upkeep) -> str:
-    return f"{upkeep.new_segments:,} segments of {upkeep.segments:,}"
+    new = f", {upkeep.new_segments:,} come in their place" if upkeep.new_segments else ""
+    return f"{upkeep.segments:,} segments go{new}"
 
 
 def _freed(upkeep: Upkeep) -> str:
-    return f"{upkeep.samples:,} samples, about {readable(upkeep.bytes)}"
+    return f"{upkeep.samples:,} samples and about {readable(upkeep.bytes)}"
 
 
 def _progress(what: str, unit: str) -> Callable[[Sequence[Item]], Iterable[Item]]:

@@ -64,11 +64,18 @@ def discard(path: Path) -> None:
 
 
 def hold(path: Path) -> int | None:
-    """Keep `claim` away from the folder `path` while the descriptor returned is open; None without locks."""
+    """Keep `claim` away from the folder `path` while the descriptor returned is open; None without locks.
+
+    Raises:
+        BlockingIOError: somebody has claimed the folder.
+    """
     try:
-        return _lock(path, wait=True, shared=True)
+        descriptor = _lock(path, wait=False, shared=True)
     except OSError:
         return None
+    if descriptor is None:
+        raise BlockingIOError(errno.EWOULDBLOCK, "somebody removes or merges its segments", str(path))
+    return descriptor
 
 
 @contextmanager

@@ -30,8 +30,8 @@ from pipeline.store.writer import SegmentInfo, write_segment
 class Store:
     """The states of one recipe. Any number of processes may write to it and read from it at the same time.
 
-    What other processes commit is seen after `refresh`. Segments are removed or merged under `alone` only, which
-    writers wait for and which waits for none: a store that `create` gave counts as writing for as long as it exists.
+    What other processes commit is seen after `refresh`. Segments are removed or merged under `alone` only, when
+    nobody writes; a store that `create` gave counts as writing for as long as it exists.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
@@ -46,7 +46,7 @@ class Store:
 
         Raises:
             StaleStoreError: a store of another recipe is there.
-            StoreError: the folder holds something else, or cannot be written.
+            StoreError: the folder holds something else, or cannot be written, or its segments are being removed.
         """
         check_storage(recipe.storage)
         if recipe.format != FORMAT:
@@ -59,7 +59,10 @@ class Store:
         except OSError as error:
             raise StoreError(f"{path}: no store can be made here ({error.strerror}); choose another folder") from error
         store = cls.open(path, recipe)
-        held = hold(path)
+        try:
+            held = hold(path)
+        except BlockingIOError as error:
+            raise StoreError(f"{path}: {error.strerror}; wait for its end and run again") from error
         if held is not None:
             weakref.finalize(store, os.close, held)
         return store

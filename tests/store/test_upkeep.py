@@ -222,6 +222,8 @@ def test_nothing_is_changed_under_a_writer(tmp_path, recipe, make_keys):
     del writer
     with alone(store.path), pytest.raises(StoreError, match="somebody"), alone(store.path):
         pass
+    with alone(store.path), pytest.raises(StoreError, match="somebody removes or merges its segments"):
+        Store.create(store.path, recipe)
     Store.create(store.path, recipe).write_segment(make_keys(1), {"state.x": np.ones((1, 1))})
 
 
