@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.store import Store
+from pipeline.store import KeySet, Store, first_rows
+
+BLOCK = 1 << 20
+"""Keys that are looked up at a time."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,11 @@ def plan(keys: np.ndarray, rows: np.ndarray, stores: Sequence[Store], size: int)
     were, so an interrupted run is continued with the very same units. Samples that were found bad in a committed unit
     come again in units of their own: they may have been bad for a passing reason.
     """
-    _, first = np.unique(_scalars(keys[rows]), return_index=True)
-    distinct = rows[np.sort(first)]
+    distinct = rows[first_rows(keys[rows])]
     wanted: dict[bytes, tuple[np.ndarray, list[int]]] = {}
     for number, store in enumerate(stores):
-        lacking = distinct[store.missing(keys[distinct])]
-        again = np.isin(_scalars(keys[lacking]), _scalars(store.set_aside()))
+        lacking = _lacking(keys, distinct, store)
+        again = KeySet(store.set_aside()).contains(keys[lacking])
         for waiting in (lacking[~again], lacking[again]):
             for begin in range(0, len(waiting), size):
                 unit = waiting[begin : begin + size]
@@ -44,8 +46,10 @@ def plan(keys: np.ndarray, rows: np.ndarray, stores: Sequence[Store], size: int)
     )
 
 
-def _scalars(keys: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(keys).view(f"V{keys.shape[1]}").reshape(-1)
+def _lacking(keys: np.ndarray, rows: np.ndarray, store: Store) -> np.ndarray:
+    """Return those of `rows` that `store` has not. In blocks: a copy of all keys would be the largest thing here."""
+    blocks = np.array_split(rows, len(rows) // BLOCK + 1)
+    return np.concatenate([block[store.missing(keys[block])] for block in blocks])
 
 
 class UnitBuffer:

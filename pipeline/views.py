@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import SampleTable
-from pipeline.store import Rows, Store
+from pipeline.store import KeySet, Rows, Store
 
 VIEWED = "train"
 """The split whose samples are augmented: what is evaluated on looks as it is."""
@@ -33,7 +33,7 @@ def rows_by_view(keys: np.ndarray, table: SampleTable) -> tuple[np.ndarray, np.n
     A content that stands in several splits is stored for each.
     """
     augmented = table.split == VIEWED
-    held_out, training = (np.isin(_scalars(keys), _scalars(table.keys[chosen])) for chosen in (~augmented, augmented))
+    held_out, training = (KeySet(table.keys[chosen]).contains(keys) for chosen in (~augmented, augmented))
     return np.flatnonzero(held_out), np.flatnonzero(training)
 
 
@@ -86,7 +86,3 @@ class Views:
             segment[view, self.in_views], row[view, self.in_views] = places.segment + len(segments), places.row
             segments += [f"{store.path.name}/{name}" for name in places.segments]
         return Rows(tuple(segments), segment.reshape(-1), row.reshape(-1))
-
-
-def _scalars(keys: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(keys).view(f"V{keys.shape[1]}").reshape(-1)

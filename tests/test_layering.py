@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"stages.cli"},
-    {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch"},
+    {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch", "stages.store"},
     {"stages.options"},
-    {"pipeline.flow", "pipeline.export", "pipeline.subject"},
+    {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"},
     {"pipeline.project"},
     {"pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
     {

@@ -228,6 +228,16 @@ def committed_segments(root: Path) -> list[str]:
         raise StoreError(f"{root}: cannot be read ({error.strerror}); is the store still there?") from error
 
 
+def find_stores(root: Path) -> list[Path]:
+    """Return the folders of stores at and under `root`, sorted; segments and temporary folders are not looked into."""
+    found = [root] if (root / RECIPE_FILE).is_file() else []
+    inner = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+    for folder in sorted(inner):
+        if not _SEGMENT_ID.fullmatch(folder.name) and not folder.name.startswith("."):
+            found += find_stores(folder)
+    return found
+
+
 def segment_nbytes(segment: Path) -> int:
     """Return the size of a segment's files in bytes."""
     return sum(path.stat().st_size for path in segment.rglob("*") if path.is_file())
