@@ -41,26 +41,22 @@ class KeySet:
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return (m,) int64: where each of `keys` (m, 16) uint8 was first given, -1 where it was not."""
         _check(keys)
-        places = np.empty(len(keys), np.int64)
-        for begin in range(0, len(keys), _BLOCK):
+        places = np.full(len(keys), -1, np.int64)
+        for begin in range(0, len(keys) if len(self) else 0, _BLOCK):
             places[begin : begin + _BLOCK] = self._find(keys[begin : begin + _BLOCK])
         return places
 
     def _find(self, keys: np.ndarray) -> np.ndarray:
-        high, low = _half(keys, 0).astype(np.uint64), _half(keys, 1).astype(np.uint64)
-        ascending = np.argsort(high)  # neighbours in the search then are neighbours in memory
-        place = np.empty(len(keys), np.int64)
-        place[ascending] = np.searchsorted(self._high, high[ascending])
+        ascending = np.argsort(_half(keys, 0).astype(np.uint64))  # neighbours then are neighbours in memory
+        high, low = (_half(keys, half)[ascending].astype(np.uint64) for half in (0, 1))
+        place = np.searchsorted(self._high, high)
         if self._ties:
-            end = np.empty_like(place)
-            end[ascending] = np.searchsorted(self._high, high[ascending], side="right")
-            place = self._find_among_equal(place, end, low)
-        found = place < len(self)
-        at = place[found]
-        found[found] = (self._high[at] == high[found]) & (self._low[at] == low[found])
-        place[found] = self._order[place[found]]
-        place[~found] = -1
-        return place
+            place = self._find_among_equal(place, np.searchsorted(self._high, high, side="right"), low)
+        inside = np.minimum(place, len(self) - 1)
+        found = (self._high[inside] == high) & (self._low[inside] == low)
+        places = np.empty(len(keys), np.int64)
+        places[ascending] = np.where(found, self._order[inside], -1)
+        return places
 
     def _find_among_equal(self, begin: np.ndarray, end: np.ndarray, low: np.ndarray) -> np.ndarray:
         """Halve each stretch of equal high halves until it begins with a low half that is not below the wanted."""
