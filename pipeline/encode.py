@@ -7,14 +7,16 @@ the plan depends on nothing but the keys and what is committed: a rerun after a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
 from pipeline.data.source import Source
 from pipeline.encoder import EncodeConfig, Encoded, Encoder
-from pipeline.feed import BadSample, Keyed
+from pipeline.feed import Keyed, dead_workers_told
 from pipeline.models import Preprocess
+from pipeline.quarantine import BadSample, name_of
 from pipeline.split import Prefix
 from pipeline.store import Store
 from pipeline.unit import plan
@@ -32,20 +34,23 @@ def encode(
 
     `prefixes` and `stores` go together, one per cut, all prefixes split from one model on the device to use.
     """
-    done = Encoded(keyed.keys, [0] * len(stores), [set() for _ in stores], list(keyed.bad))
-    units = plan(keyed.keys, done.good, stores, config.segment_samples)
-    encoder = Encoder(source, preprocess, prefixes, stores, config, probes=keyed.extremes())
+    done = Encoded.begun(keyed, len(stores))
+    units = plan(keyed.keys, keyed.good, stores, config.segment_samples)
+    encoder = Encoder(source, preprocess, prefixes, stores, config, probes=keyed.outside_in())
     total = sum(len(unit.rows) for unit in units)
-    with tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05) as progress:
+    with (
+        dead_workers_told(encoder.workers),
+        tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05) as progress,
+    ):
         for unit, bad in encoder.run(units, done):
-            done.bad += [other for sample in bad for other in _alike(sample, keyed.keys)]
+            done.keyed.bad.extend(other for sample in bad for other in _alike(sample, source, keyed.keys))
             for cut in unit.cuts:
                 done.new[cut] += len(unit.rows) - len(bad)
             progress.update(len(unit.rows))
     return done
 
 
-def _alike(sample: BadSample, keys: np.ndarray) -> list[BadSample]:
-    """`sample` and every other row with the same content."""
-    rows = np.flatnonzero((keys == keys[sample.row]).all(1))
-    return [BadSample(int(row), sample.source, sample.reason) for row in rows]
+def _alike(sample: BadSample, source: Source, keys: np.ndarray) -> list[BadSample]:
+    """`sample` and every other row with the same content, each under its own name."""
+    rows = np.flatnonzero((keys == keys[sample.row]).all(1)).tolist()
+    return [replace(sample, row=row, source=name_of(source, row)) for row in rows]
