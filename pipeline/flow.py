@@ -55,13 +55,14 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
         quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # the table will say that nothing is left
     table = build(source, keyed.keys[keyed.good], project.data, rows=keyed.good)
     circumstances = proved.circumstances(project, table)
-    stores = None if rehash else proved.stores(project, circumstances, table.keys)
+    stores = None if rehash else proved.stores(project, circumstances, keyed.keys[keyed.good])
     if stores is not None:
+        _tell_of_one_place_twice(project.encode.cuts, stores)
         done = Encoded.begun(keyed, len(stores))
     else:
         stores, done = _encode_what_is_missing(project, source, keyed, table)
-        proved.remember(project, circumstances, stores)
-    _tell_of_one_place_twice(project.encode.cuts, stores)
+        if proved.circumstances(project, table) == circumstances:
+            proved.remember(project, circumstances, stores)
     left = done.keyed.good
     if len(left) < len(keyed.good):
         table = build(source, keyed.keys[left], project.data, rows=left)
@@ -85,6 +86,7 @@ def _encode_what_is_missing(
         _open_or_replace(project.store_path(cut), bench.recipe(prefix))
         for cut, prefix in zip(project.encode.cuts, prefixes, strict=True)
     ]
+    _tell_of_one_place_twice(project.encode.cuts, stores)
     return stores, encode(source, keyed, bench.backbone.preprocess, prefixes, stores, project.encode)
 
 

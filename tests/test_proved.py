@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 
 from pipeline import proved
 from pipeline.data import SampleTable, build, open_source
+from pipeline.data.images import ImageFolder
 from pipeline.feed import key_contents
 from pipeline.flow import encode_project
 from pipeline.project import Project, Workbench
+from stages import cli
 
 TEXTS = ["one", "two three", "good good good", "bad", "one two", "three bad", "good one", "two two two two"]
 
@@ -235,6 +238,62 @@ def test_what_cannot_be_known_without_building_is_not_vouched_for(
 def test_weights_that_may_still_change_unseen_are_not_vouched_for(folder: Path) -> None:
     os.utime(folder / "bert/model.safetensors")
     assert circumstances(project(folder)) is None
+
+
+def test_weights_that_change_meanwhile_are_not_vouched_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, built: list[Project]
+) -> None:
+    build = Workbench.open
+
+    def overtaken(project: Project, table: SampleTable) -> Workbench:
+        touch("model.safetensors")(folder)
+        return build(project, table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workbench, "open", overtaken)
+        encode_project(project(folder))
+    os.utime(folder / "bert/model.safetensors", (1_600_000_000, 1_600_000_000))
+    encode_project(project(folder))
+    assert len(built) == 2
+
+
+def test_a_second_run_over_images_reads_none_of_them_unless_told_to(
+    folder: Path, built: list[Project], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_images(folder / "photos", range(4))
+    for file in (folder / "photos").rglob("*.png"):
+        os.utime(file, (1_600_000_000, 1_600_000_000))
+    network: dict[str, object] = {"backbone": "torchvision:squeezenet1_1", "weights": None}
+    tiny.write_params(folder, model=network, preprocess={"image_size": 32}, encode={"cuts": [0.5]})
+    assert CliRunner().invoke(cli.recycle, ["encode"]).exit_code == 0
+    reads: list[int] = []
+    content = ImageFolder.content
+
+    def told(source: ImageFolder, i: int) -> bytes:
+        reads.append(i)
+        return content(source, i)
+
+    monkeypatch.setattr(ImageFolder, "content", told)
+    assert CliRunner().invoke(cli.recycle, ["encode"]).exit_code == 0
+    assert (reads, len(built)) == ([], 1)
+    assert CliRunner().invoke(cli.recycle, ["encode", "--rehash"]).exit_code == 0
+    assert (set(reads), len(built)) == (set(range(12)), 2)
+
+
+def test_half_a_pair_counts_too(folder: Path, built: list[Project]) -> None:
+    halves = [{"q": one, "a": other} for one, other in [("one", "two"), ("good", "bad"), ("three", " ")]]
+    data: dict[str, object] = {"source": "pairs", "path": "pairs.jsonl", "anchor": "q", "positive": "a"}
+    given = {"data": data | {"text": None, "label": None}, "task": {"kind": "similarity"}}
+
+    def write() -> None:
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(half) + "\n" for half in halves))
+
+    write()
+    encode_project(project(folder, **given))
+    halves[2] = {"q": " ", "a": "two two"}
+    write()
+    encode_project(project(folder, **given))
+    assert len(built) == 2, "the table is the same, and yet a half is missing in the stores"
 
 
 def test_nothing_known_vouches_for_nothing(folder: Path) -> None:
