@@ -7,6 +7,7 @@ the plan depends on nothing but the keys and what is committed: a rerun after a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -40,9 +41,10 @@ def encode(
     total = sum(len(unit.rows) for unit in units)
     with (
         dead_workers_told(encoder.workers),
+        closing(encoder.run(units, done)) as running,  # whatever ends this, what was computed is written first
         tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05) as progress,
     ):
-        for unit, bad in encoder.run(units, done):
+        for unit, bad in running:
             done.keyed.bad.extend(other for sample in bad for other in _alike(sample, source, keyed.keys))
             for cut in unit.cuts:
                 done.new[cut] += len(unit.rows) - len(bad)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -150,11 +150,11 @@ class Encoder:
         self.captures: dict[tuple[int, ...], Capture] = {}
         self.trimmings: dict[int, Trimming] = {}
 
-    def run(self, units: Sequence[Unit], done: Encoded) -> Iterator[tuple[Unit, list[BadSample]]]:
+    def run(self, units: Sequence[Unit], done: Encoded) -> Generator[tuple[Unit, list[BadSample]], None, None]:
         """Encode `units`; yield each, with the samples it set aside, once its segments are committed."""
         size = self.config.batch_size
         chunks = [unit.rows[begin : begin + size] for unit in units for begin in range(0, len(unit.rows), size)]
-        decoded = decode(self.source, self.preprocess, chunks, workers=self.workers)
+        decoded = decode(self.source, self.preprocess, chunks, workers=self.workers, keys=done.keyed.keys)
         waiting: list[tuple[Unit, list[BadSample], Future[None]]] = []
         with _writer() as pool:
             for unit in units:

@@ -129,11 +129,22 @@ def _check_name(row: Row) -> None:
         raise BadSampleError("the name is not UTF-8; rename the file") from error
 
 
-def decode(source: Source, preprocess: Preprocess, chunks: Sequence[np.ndarray], *, workers: int) -> Iterator[Decoded]:
-    """Yield the samples of each of `chunks` (row numbers), in order, read and preprocessed by `workers` processes."""
+def decode(
+    source: Source,
+    preprocess: Preprocess,
+    chunks: Sequence[np.ndarray],
+    *,
+    workers: int,
+    keys: np.ndarray | None = None,
+) -> Iterator[Decoded]:
+    """Yield the samples of each of `chunks` (row numbers), in order, read and preprocessed by `workers` processes.
+
+    With `keys` (N, 16) uint8, of all rows, a content that is no longer the one its key was made of is a bad sample.
+    """
     if not chunks:
         return iter(())
-    return iter(DataLoader(_Chunks(source, preprocess, chunks), batch_size=None, num_workers=min(workers, len(chunks))))
+    todo = _Chunks(source, preprocess, chunks, keys)
+    return iter(DataLoader(todo, batch_size=None, num_workers=min(workers, len(chunks))))
 
 
 @contextmanager
@@ -156,22 +167,26 @@ def dead_workers_told(workers: int) -> Iterator[None]:
 
 
 class _Chunks(Dataset[Decoded]):
-    def __init__(self, source: Source, preprocess: Preprocess, chunks: Sequence[np.ndarray]) -> None:
-        self.source, self.preprocess, self.chunks = source, preprocess, chunks
+    def __init__(
+        self, source: Source, preprocess: Preprocess, chunks: Sequence[np.ndarray], keys: np.ndarray | None
+    ) -> None:
+        self.source, self.preprocess, self.chunks, self.keys = source, preprocess, chunks, keys
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, index: int) -> Decoded:
-        return decode_rows(self.source, self.preprocess, self.chunks[index])
+        return decode_rows(self.source, self.preprocess, self.chunks[index], self.keys)
 
 
-def decode_rows(source: Source, preprocess: Preprocess, rows: np.ndarray) -> Decoded:
-    """Read and preprocess `rows` in this process."""
+def decode_rows(source: Source, preprocess: Preprocess, rows: np.ndarray, keys: np.ndarray | None = None) -> Decoded:
+    """Read and preprocess `rows` in this process; `keys` as in `decode`."""
     good, samples, bad, cut_off = [], [], [], []
     for row in rows.tolist():
         try:
             content = source.content(row)
+            if keys is not None and content_key(content) != keys[row].tobytes():
+                raise BadSampleError("the content is not the one its key was made of; encode again with --rehash")
             sample = preprocess.begin(content)
             excess = preprocess.excess(content, sample)
         except ENDS_THE_RUN:

@@ -126,6 +126,22 @@ def test_a_mended_file_is_all_that_the_next_run_encodes(folder: Path, caplog: py
     assert quarantine(folder) == {}
 
 
+def test_a_state_is_never_stored_under_the_key_of_another_content(folder: Path) -> None:
+    for file in (folder / "photos").rglob("*.png"):
+        os.utime(file, (1_600_000_000, 1_600_000_000))
+    assert encode(folder, encode={"cuts": [0.5]}).exit_code == 0
+    photo = folder / "photos/circle/0000.png"
+    photo.write_bytes(tiny.draw(0, 99)[: photo.stat().st_size].ljust(photo.stat().st_size))
+    os.utime(photo, (1_600_000_000, 1_600_000_000))  # nothing tells that it is another
+    assert encode(folder, encode={"cuts": [0.5, 1.0]}).exit_code == 3
+    reason = "the content is not the one its key was made of; encode again with --rehash"
+    assert [row["reason"] for row in quarantine(folder).values()] == [reason]
+    photo.write_bytes(tiny.draw(0, 99))
+    os.utime(photo, (1_600_000_000, 1_600_000_000))
+    assert encode(folder, "--rehash", encode={"cuts": [0.5, 1.0]}).exit_code == 0
+    assert stored(folder, "1.0") == 12
+
+
 def test_equal_bad_files_have_names_of_their_own(folder: Path) -> None:
     for name in ("circle/one.png", "square/two.png", "square/three.png"):
         (folder / "photos" / name).write_bytes(b"the same rubbish")
