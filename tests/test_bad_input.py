@@ -259,6 +259,21 @@ def test_a_source_may_raise_anything(folder: Path, caplog: pytest.LogCaptureFixt
     assert "2 x its state holds NaN or infinity (first: shot 10), 1 x ValueError (first: shot 1)" in caplog.text
 
 
+def test_an_image_that_memory_does_not_suffice_for_is_set_aside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "photos/circle/large.jpg").write_bytes(jpeg(32))
+    convert = Image.Image.convert
+
+    def scarce(image: Image.Image, mode: str) -> Image.Image:
+        if image.width == 32:
+            raise MemoryError
+        return convert(image, mode)
+
+    monkeypatch.setattr(Image.Image, "convert", scarce)
+    assert encode(folder).exit_code == 3
+    assert [row["reason"] for row in quarantine(folder).values()] == ["MemoryError"]
+    assert stored(folder) == 12
+
+
 def test_an_interrupt_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(source: ImageFolder, i: int) -> bytes:
         raise KeyboardInterrupt

@@ -110,7 +110,7 @@ def decode(content: bytes) -> Tensor:
         return pixels
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSampleError(f"the image is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
         raise BadSampleError(f"the image cannot be decoded: {error}") from error
 
 
