@@ -9,10 +9,10 @@ import itertools
 import operator
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from pipeline.config import Section
 from pipeline.data.source import Source
-from pipeline.feed import BadSample, Chunk, Decoded, Keyed, decode, decode_samples
+from pipeline.feed import Chunk, Decoded, Keyed, decode, decode_samples
 from pipeline.models import Preprocess
+from pipeline.quarantine import BadSample, name_of
 from pipeline.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
 from pipeline.split import Capture, Prefix, capture
 from pipeline.store import Store
@@ -32,8 +33,10 @@ from pipeline.unit import Unit, UnitBuffer
 Buffers: TypeAlias = dict[int, UnitBuffer]
 """What one part gives at each of its cuts, by the number of the cut."""
 
+PROBED_AT_ONCE = 4
 PARTS_IN_FLIGHT = 2
 """Finished parts that may wait for the writer; with the one being computed they bound the encoder's memory."""
+INFINITE = "its state holds NaN or infinity"
 CUT_PATH = re.compile(r"\w[\w-]*(\.[\w-]+)*(#\d+)?")
 """Names of modules joined by dots, and the number of a call. A cut names a directory too: nothing else may pass."""
 
@@ -120,24 +123,20 @@ class Costs:
 class Encoded:
     """What a run of `encode` did."""
 
-    keys: np.ndarray
-    """Key of every row of the data set, (N, 16) uint8."""
+    keyed: Keyed
+    """The data set; its bad samples grow by those that have no state."""
     new: list[int]
     """Samples encoded for each cut."""
     promoted: list[set[str]]
     """Per cut, the state tensors that left the asked type's range in some segment, and have a wider one there."""
-    bad: list[BadSample] = field(default_factory=list)
+    cut_off: list[int] = field(default_factory=list)
+    """Tokens lost by each encoded text that is longer than its inputs may be."""
     costs: Costs = field(default_factory=Costs)
 
     @classmethod
     def begun(cls, keyed: Keyed, cuts: int) -> Encoded:
         """Return what was done before the first sample."""
-        return cls(keyed.keys, [0] * cuts, [set() for _ in range(cuts)], list(keyed.bad))
-
-    @property
-    def good(self) -> np.ndarray:
-        """Rows whose states are in the stores, (n,) int64."""
-        return np.setdiff1d(np.arange(len(self.keys)), [sample.row for sample in self.bad])
+        return cls(replace(keyed, bad=list(keyed.bad)), [0] * cuts, [set() for _ in range(cuts)])
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class Encoder:
     ) -> None:
         """Prepare to run units, whose stores are counted through `stores[view][cut]`, view by view.
 
-        `probes` are the rows on which it is found out how ragged states are trimmed.
+        `probes` are the rows on which it is found out how ragged states are trimmed: the first ones of unequal shapes.
         """
         self.source, self.views, self.probes = source, views, probes
         self.preprocess = views[0]  # for what all views share
@@ -175,10 +174,10 @@ class Encoder:
         self.captures: dict[tuple[int, ...], Capture] = {}
         self.trimmings: dict[int, Trimming] = {}
 
-    def run(self, units: Sequence[Unit], done: Encoded) -> Iterator[tuple[Part, list[BadSample]]]:
+    def run(self, units: Sequence[Unit], done: Encoded) -> Generator[tuple[Part, list[BadSample]], None, None]:
         """Encode `units`; yield each part, with the samples it set aside, once its segments are committed."""
         chunks = [chunk for unit in units for chunk in self._chunks(unit)]
-        decoded = decode(self.source, chunks, workers=self._workers())
+        decoded = decode(self.source, chunks, workers=self.workers, keys=done.keyed.keys)
         waiting: list[tuple[Part, list[BadSample], Future[None]]] = []
         with _writer() as pool:
             for unit in units:
@@ -186,7 +185,7 @@ class Encoder:
                 # What the first part takes as it comes is kept for the others: preprocessed images are small.
                 of_unit = itertools.tee(itertools.islice(decoded, len(self._chunks(unit))), len(parts))
                 for number, (part, in_views) in enumerate(zip(parts, of_unit, strict=True)):
-                    buffers, bad = self._encode(part, map(operator.itemgetter(number), in_views), done.costs)
+                    buffers, bad = self._encode(part, map(operator.itemgetter(number), in_views), done)
                     waiting.append((part, bad, pool.submit(self._write, part, buffers, done)))
                     while len(waiting) > PARTS_IN_FLIGHT:
                         yield _committed(waiting.pop(0))
@@ -202,21 +201,25 @@ class Encoder:
         size, views = self.config.batch_size, [self.views[part.view] for part in self.parts(unit)]
         return [(unit.rows[begin : begin + size], views) for begin in range(0, len(unit.rows), size)]
 
-    def _workers(self) -> int:
+    @property
+    def workers(self) -> int:
+        """Processes that read and preprocess."""
         if self.config.workers is not None:
             return self.config.workers
         return 0 if self.device.type == "cpu" else torch.get_num_threads()
 
-    def _encode(self, part: Part, decoded: Iterator[Decoded], costs: Costs) -> tuple[Buffers, list[BadSample]]:
+    def _encode(self, part: Part, decoded: Iterator[Decoded], done: Encoded) -> tuple[Buffers, list[BadSample]]:
         """Run the prefix over one part. Samples of unequal shapes wait for its end, to be batched by length."""
         buffers = {cut: UnitBuffer(part.rows) for cut in part.cuts}
         bad: list[BadSample] = []
         ragged: list[tuple[int, Sample]] = []
+        costs = done.costs
         for _ in range(0, len(part.rows), self.config.batch_size):
             start = time.perf_counter()
             chunk = next(decoded)
             costs.reading += time.perf_counter() - start
             bad += chunk.bad
+            done.cut_off += chunk.cut_off
             if isinstance(chunk.inputs, dict):
                 self._forward(buffers, chunk.rows, chunk.inputs, None, costs)
             else:
@@ -226,9 +229,7 @@ class Encoder:
                 self._forward(alike, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
         costs.samples += len(part.rows)
         infinite = set().union(*(buffer.infinite for buffer in buffers.values()))
-        bad += [
-            BadSample(row, self.source.row(row).source, "its state holds NaN or infinity") for row in sorted(infinite)
-        ]
+        bad += [BadSample(row, name_of(self.source, row), INFINITE) for row in sorted(infinite)]
         for buffer in buffers.values():
             buffer.drop({sample.row for sample in bad})
         return buffers, bad
@@ -279,9 +280,14 @@ class Encoder:
             yield _unzip(batch)
 
     def _trimming(self, cut: int) -> Trimming:
-        """How this cut's states are trimmed, found on the shortest and the longest samples of the data set."""
+        """How this cut's states are trimmed, found on the probes."""
         if cut not in self.trimmings:
-            samples = decode_samples(self.source, self.preprocess, self.probes)
+            samples: list[Sample] = []
+            for begin in range(0, len(self.probes), PROBED_AT_ONCE):
+                rows = np.sort(self.probes[begin : begin + PROBED_AT_ONCE])
+                samples += decode_samples(self.source, self.preprocess, rows)
+                if len({shapes(sample) for sample in samples}) > 1:
+                    break
             prefix = self.prefixes[cut]
 
             def run(**batch: Tensor) -> dict[str, Tensor]:
@@ -298,8 +304,9 @@ class Encoder:
             start = time.perf_counter()
             rows, tensors = buffer.finish()
             if len(rows):
-                dropped = np.setdiff1d(buffer.rows, rows)
-                info = self.stores[part.view][cut].write_segment(done.keys[rows], tensors, set_aside=done.keys[dropped])
+                keys = done.keyed.keys
+                dropped = keys[np.setdiff1d(buffer.rows, rows)]
+                info = self.stores[part.view][cut].write_segment(keys[rows], tensors, set_aside=dropped)
                 done.promoted[cut].update(info.promoted)
             done.costs.writing[cut] = done.costs.writing.get(cut, 0.0) + time.perf_counter() - start
 

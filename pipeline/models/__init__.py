@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 
 from pipeline.models.backbone import Backbone, Embedder
-from pipeline.models.config import ModelConfig, PreprocessConfig
+from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
 from pipeline.models.preprocess import Preprocess
 from pipeline.tasks.base import Head
 
-__all__ = ["Backbone", "Embedder", "ModelConfig", "Preprocess", "PreprocessConfig", "load"]
+__all__ = ["PRETRAINED", "Backbone", "Embedder", "ModelConfig", "Preprocess", "PreprocessConfig", "load"]
 
 log = logging.getLogger(__name__)
 

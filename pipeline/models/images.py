@@ -130,7 +130,7 @@ def decode(content: bytes) -> Tensor:
         image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BadSampleError(
-                f"the image has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are decoded"
+                f"the image is too large: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded"
             )
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
@@ -141,7 +141,7 @@ def decode(content: bytes) -> Tensor:
         return pixels
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSampleError(f"the image is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
         raise BadSampleError(f"the image cannot be decoded: {error}") from error
 
 

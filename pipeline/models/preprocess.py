@@ -49,6 +49,10 @@ class Preprocess(ABC):
         """
         return self(opened)
 
+    def excess(self, content: object, sample: dict[str, Tensor]) -> int:
+        """Return how many tokens of a text its inputs, `sample`, leave out; 0 where they hold all of the content."""
+        return 0
+
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn what `begin` returned, stacked along a new first axis, into the inputs of a batch, on its device.
 
