@@ -1,7 +1,7 @@
 """The stores of one cut read as one: the plain one, and one for each augmented view of the training samples.
 
-    <cut>/recipe.json, <cut>/<segment id>/              plain: what training does not draw from, held-out samples
-    <cut>/view-0/recipe.json, <cut>/view-0/<segment id>/     the training samples in one view
+    <cut>/recipe.json, <cut>/<segment id>/                  the held-out samples, plain
+    <cut>/view-0/recipe.json, <cut>/view-0/<segment id>/    the training samples in one view
 
 A view is a store like any other, with a recipe of its own: a further view is encoded by itself, and a view that is not
 asked for any more lies there untouched until it is.
