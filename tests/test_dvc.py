@@ -110,3 +110,11 @@ def test_a_new_cut_trains_only_itself(project: Path) -> None:
     assert stages(said) == ["encode", "train@3", "train@blocks.1", "report"]
     assert "cut 0.5: 0 samples encoded" in said
     assert "cut 3: 70 samples encoded" in said
+
+
+def test_a_compaction_that_is_committed_runs_nothing(project: Path) -> None:
+    before = tiny.files(project / "data/activations")
+    assert "come in their place" in run(project, "recycle", "store", "compact", "--target-samples", "60", "--yes")
+    assert tiny.files(project / "data/activations") != before
+    run(project, "dvc", "commit", "--force")
+    assert stages(run(project, "dvc", "repro")) == []
