@@ -24,6 +24,7 @@ from numcodecs import blosc
 
 from pipeline.keys import Recipe
 from pipeline.loader import Loader
+from pipeline.memory import keep_freed_memory
 from pipeline.order import Window, batches
 from pipeline.store import FORMAT, Reader, Scratch, Store
 
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the stores are made, and removed again")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as `recycle` does, for both sides
     print(
         f"{options.samples} samples of {'x'.join(map(str, SHAPE))} fp16, batches of {options.batch}, {SEGMENT} samples"
     )
@@ -68,7 +70,7 @@ def write(folder: Path, options: argparse.Namespace) -> None:
     for turn in range(options.rounds + 1):
         start = time.perf_counter()
         for i in range(count):
-            with (folder / f"plain-{i}").open("wb") as file:
+            with (folder / f"plain-{turn}-{i}").open("wb") as file:
                 file.write(states.data)
                 os.fsync(file.fileno())
         middle = time.perf_counter()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from pipeline.loader import Loader
 from pipeline.project import Project, Workbench, pick_device
 from pipeline.ragged import Sample, pad_batch
 from pipeline.split import Suffix
-from pipeline.store import CODECS, STATE_PREFIX, Reader, Rows, Store, readable, through
+from pipeline.store import CODECS, STATE_PREFIX, Reader, Rows, readable, through
 from pipeline.tasks import read_tensor
+from pipeline.views import Views
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -92,26 +94,25 @@ def measure(project: Project, name: str, count: int) -> Report:
     store, _, suffix = bench.open_store(cut, table)
     is_trained = _load_run(project, name, suffix)
     suffix.to(pick_device(project.encode.device)).eval()
-    drawn = np.random.default_rng(0).permutation(len(table))[:count]
-    keys = table.keys[np.sort(drawn)]
-    stored = _read(store, keys)
+    drawn = np.sort(np.random.default_rng(0).permutation(len(table))[:count])
+    stored = _read(store.path, store.rows(table.keys)[drawn])
     kind = bench.task.head(table).kind
 
     def outputs(samples: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
-        return _outputs(bench, store, keys, suffix, samples)
+        return _outputs(bench, store, table, drawn, suffix, samples)
 
     now = outputs(stored)
     deviations = []
-    for storage in _storages(store.recipe.storage):
+    for storage in _storages(project.storage):
         tried, nbytes = dict[str, list[Tensor]](), 0
         for tensor, own in stored.items():
             tried[tensor], size = through(tensor, own, storage)
             nbytes += size
         largest, mean = _compare_states(stored, tried)
         deviations.append(
-            Deviation(storage, nbytes / len(keys), largest, mean, *_compare_outputs(now, outputs(tried), kind))
+            Deviation(storage, nbytes / len(drawn), largest, mean, *_compare_outputs(now, outputs(tried), kind))
         )
-    return Report(name, len(keys), store.recipe.storage, kind, is_trained, deviations)
+    return Report(name, len(drawn), project.storage, kind, is_trained, deviations)
 
 
 def table(report: Report) -> str:
@@ -158,13 +159,12 @@ def _load_run(project: Project, name: str, suffix: Suffix) -> bool:
     return True
 
 
-def _read(store: Store, keys: np.ndarray) -> dict[str, list[Tensor]]:
-    """Return the samples `keys` (N, 16) by tensor name, each N tensors; at most one segment is open at a time."""
-    places = store.rows(keys)
+def _read(root: Path, places: Rows) -> dict[str, list[Tensor]]:
+    """Return the samples at N places by tensor name, each N tensors; at most one segment is open at a time."""
     found: dict[str, list[Tensor]] = {}
-    samples: list[dict[str, Tensor]] = [{} for _ in keys]
+    samples: list[dict[str, Tensor]] = [{} for _ in range(len(places))]
     for number in np.unique(places.segment):
-        reader, segment = Reader(store.path), places.segments[number]
+        reader, segment = Reader(root), places.segments[number]
         here = np.flatnonzero(places.segment == number)
         reader.check(segment, places.row[here])
         for i in here.tolist():
@@ -177,18 +177,23 @@ def _read(store: Store, keys: np.ndarray) -> dict[str, list[Tensor]]:
 
 
 def _outputs(
-    bench: Workbench, store: Store, keys: np.ndarray, suffix: Suffix, samples: Mapping[str, Sequence[Tensor]]
+    bench: Workbench,
+    store: Views,
+    table: SampleTable,
+    rows: np.ndarray,
+    suffix: Suffix,
+    samples: Mapping[str, Sequence[Tensor]],
 ) -> list[Tensor]:
-    """Return the outputs batch by batch, fp32 on the CPU; always in the same order."""
+    """Return the outputs of rows of the table batch by batch, fp32 on the CPU; always in the same order."""
     size = bench.project.encode.batch_size
     loader = Loader(
         store,
-        keys,
+        table.keys,
         {},
-        [np.arange(begin, min(begin + size, len(keys))) for begin in range(0, len(keys), size)],
+        [rows[begin : begin + size] for begin in range(0, len(rows), size)],
         pad=bench.backbone.preprocess.pad,
         device=pick_device(bench.project.encode.device),
-        source=_Held(store.rows(keys), samples),
+        source=_Held(store.rows(table.keys)[rows], samples),
     )
     with torch.no_grad():
         return [read_tensor(suffix(batch.state, **batch.inputs)).float().cpu() for batch in loader]

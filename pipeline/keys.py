@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -21,6 +22,8 @@ Content: TypeAlias = "bool | int | float | str | bytes | np.ndarray | Sequence[C
 
 KEY_BYTES = 16
 ABSENT = "(absent)"
+MAX_DEPTH = 64
+_STRING = re.compile(r'"(?:[^"\\]+|\\.)*+"?', re.DOTALL)
 _HASHED_KINDS = "biufc"  # numpy kinds whose bytes are their value: bool, integers, floats, complex
 
 
@@ -38,6 +41,20 @@ def digest(value: JSON) -> str:
         ValueError: a number is not finite.
     """
     return hashlib.blake2b(_canonical(value).encode(), digest_size=KEY_BYTES).hexdigest()
+
+
+def parse_json(text: str) -> Any:
+    """Return what JSON of an unknown origin says.
+
+    Raises:
+        ValueError: the text is not JSON, names a field of an object twice, or is nested more than 64 deep.
+    """
+    depth = 0
+    for brackets in re.findall(r"[\[{]+|[\]}]+", _STRING.sub("", text)):
+        depth += len(brackets) if brackets[0] in "[{" else -len(brackets)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_doubles)
 
 
 def content_key(content: Content) -> bytes:
@@ -120,7 +137,7 @@ class Recipe:
         Raises:
             ValueError: the text is not a recipe; the message names the field.
         """
-        raw = json.loads(text, parse_constant=_refuse_constant)
+        raw = parse_json(text)
         if not isinstance(raw, dict):
             raise ValueError(f"a recipe is a JSON object, not {type(raw).__name__}")
         for name in dict.fromkeys([*_FIELD_TYPES, *raw]):
@@ -180,6 +197,13 @@ def _refuse_other_keys(value: JSON) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             _refuse_other_keys(item)
+
+
+def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a field is named twice")
+    return fields
 
 
 def _refuse_constant(name: str) -> None:

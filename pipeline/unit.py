@@ -21,8 +21,8 @@ class Unit:
 
     rows: np.ndarray
     """Row numbers in the data set, (n,) int64."""
-    cuts: tuple[int, ...]
-    """Numbers of the cuts whose stores lack these samples."""
+    stores: tuple[int, ...]
+    """Numbers of the stores that lack these samples, ascending."""
 
 
 def plan(keys: np.ndarray, rows: np.ndarray, stores: Sequence[Store], size: int) -> list[Unit]:
@@ -34,15 +34,15 @@ def plan(keys: np.ndarray, rows: np.ndarray, stores: Sequence[Store], size: int)
     """
     distinct = rows[first_rows(keys[rows])]
     wanted: dict[bytes, tuple[np.ndarray, list[int]]] = {}
-    for cut, store in enumerate(stores):
+    for number, store in enumerate(stores):
         lacking = _lacking(keys, distinct, store)
         again = KeySet(store.set_aside()).contains(keys[lacking])
         for waiting in (lacking[~again], lacking[again]):
             for begin in range(0, len(waiting), size):
                 unit = waiting[begin : begin + size]
-                wanted.setdefault(unit.tobytes(), (unit, []))[1].append(cut)
+                wanted.setdefault(unit.tobytes(), (unit, []))[1].append(number)
     return sorted(
-        (Unit(unit, tuple(cuts)) for unit, cuts in wanted.values()), key=lambda unit: (unit.rows[0], unit.cuts)
+        (Unit(unit, tuple(numbers)) for unit, numbers in wanted.values()), key=lambda unit: (unit.rows[0], unit.stores)
     )
 
 

@@ -15,9 +15,10 @@ docs/store-format.md tells the same to those who write a reader of their own.
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.keys import KEY_BYTES, Recipe, content_key, digest
+from pipeline.keys import KEY_BYTES, Recipe, content_key, digest, parse_json
 
 FORMAT = 2
 RECIPE_FILE = "recipe.json"
@@ -40,12 +41,17 @@ INPUT_PREFIX = "input."
 SHAPE_PREFIX = "shape."
 OFFSETS = ".offsets"
 SCALES = ".scales"
+SAMPLE_AXIS = "sample"
 CHUNK_SEPARATOR = "."
 CHECKSUM_BYTES = 4
 COMPRESSED_CHUNK_BYTES = 8 << 20
 """Size that compressed chunks keep below where they hold more than one row: many, so that all cores decode."""
 MAX_CHUNK_BYTES = (1 << 31) - (1 << 20)  # the compressor's own limit, less its overhead
 MAX_METADATA_BYTES = 1 << 22
+MAX_BESIDE_BYTES = 1 << 28
+"""Size of arrays that are read into memory whole: keys, sums, offsets, scales."""
+MAX_EMPTY_BYTES = 1 << 31
+"""Size that an array without values may claim, its axes of length 0 counted as 1; no file bears such a claim out."""
 MAX_AXES = 32
 
 CLEVEL = 3
@@ -110,8 +116,8 @@ class ArraySpec:
         if self.layout == "raw":
             return whole
         row = max(1, math.prod(whole[1:]) * np.dtype(self.stored).itemsize)
-        chunks = math.ceil(whole[0] / max(1, COMPRESSED_CHUNK_BYTES // row))
-        return (math.ceil(whole[0] / chunks), *whole[1:])
+        chunks = _ceil(whole[0], max(1, COMPRESSED_CHUNK_BYTES // row))
+        return (_ceil(whole[0], chunks), *whole[1:])
 
     @property
     def chunk_nbytes(self) -> int:
@@ -121,9 +127,13 @@ class ArraySpec:
     @property
     def chunk_files(self) -> list[str]:
         """Names of the chunk files inside the array's folder, in the order of the rows; none for an empty array."""
-        count = math.ceil(self.shape[0] / self.chunk_shape[0]) if self.nbytes else 0
         rest = ["0"] * (len(self.shape) - 1)
-        return [CHUNK_SEPARATOR.join(["c", str(i), *rest]) for i in range(count)]
+        return [CHUNK_SEPARATOR.join(["c", str(i), *rest]) for i in range(self.chunks)]
+
+    @property
+    def chunks(self) -> int:
+        """How many chunk files there are."""
+        return _ceil(self.shape[0], self.chunk_shape[0]) if self.nbytes else 0
 
     @property
     def codecs(self) -> list[dict[str, Any]]:
@@ -140,6 +150,26 @@ class ArraySpec:
     def attributes(self) -> dict[str, Any]:
         """The array's zarr attributes."""
         return {"dtype": self.dtype} | ({} if self.axis is None else {"ragged_axis": self.axis})
+
+    def dimension_names(self, name: str) -> list[str]:
+        """Names of the axes of the array `name`, which xarray asks for: one that all share counts the samples."""
+        counts_samples = self.axis is None and not name.endswith((OFFSETS, SCALES))
+        first = SAMPLE_AXIS if counts_samples else f"{name}.0"
+        return [first, *(f"{name}.{axis}" for axis in range(1, len(self.shape)))]
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        """What `zarr.json` of the array `name` says, but for the fill value."""
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.stored,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk_shape)}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": CHUNK_SEPARATOR}},
+            "codecs": self.codecs,
+            "attributes": self.attributes,
+            "dimension_names": self.dimension_names(name),
+        }
 
 
 @dataclass(frozen=True)
@@ -188,8 +218,15 @@ def is_committed(segment: Path) -> bool:
 
 
 def committed_segments(root: Path) -> list[str]:
-    """Return the ids of the segments under `root`, sorted."""
-    return sorted(entry.name for entry in root.iterdir() if _SEGMENT_ID.fullmatch(entry.name) and is_committed(entry))
+    """Return the ids of the segments under `root`, sorted.
+
+    Raises:
+        StoreError: the folder cannot be read.
+    """
+    try:
+        return sorted(one.name for one in root.iterdir() if _SEGMENT_ID.fullmatch(one.name) and is_committed(one))
+    except OSError as error:
+        raise StoreError(f"{root}: cannot be read ({error.strerror}); is the store still there?") from error
 
 
 def find_stores(root: Path) -> list[Path]:
@@ -237,10 +274,11 @@ def read_recipe(store: Path) -> Recipe:
     """
     where = store / RECIPE_FILE
     try:
-        recipe = Recipe.from_json(where.read_text(encoding="utf-8"))
+        text = _read_file(where, MAX_METADATA_BYTES)
+        recipe = Recipe.from_json(text.decode("utf-8"))
     except OSError as error:
         raise StoreError(f"{where}: cannot be read ({error.strerror}); no store is here, encode first") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CorruptStoreError(f"{where}: {error}; restore it, or remove the store and encode again") from error
     if recipe.format != FORMAT:
         raise StoreError(f"{where}: format is {recipe.format}, this version reads {FORMAT}; encode again")
@@ -264,7 +302,8 @@ def read_segment_spec(segment: Path) -> SegmentSpec:
     set_aside, seal = attributes.get("set_aside"), attributes.get("seal")
     if not _is_size(samples) or not _all_match(tensors, _TENSOR_NAME) or not _all_match(set_aside, _SEGMENT_ID):
         raise corrupt(where, f"has samples {samples!r}, tensors {tensors!r}, set_aside {set_aside!r}")
-    if not isinstance(recipe, str) or not isinstance(seal, str) or not all(map(_is_tensor_name, tensors)):
+    names_fit = all(map(_is_tensor_name, tensors)) and len(set(tensors)) == len(tensors)
+    if not isinstance(recipe, str) or not isinstance(seal, str) or not names_fit:
         raise corrupt(where, f"has recipe {recipe!r}, seal {seal!r}, tensors {tensors!r}")
     spec = SegmentSpec(recipe, samples, tuple(tensors), tuple(set_aside), seal)
     if attributes != spec.attributes:
@@ -274,7 +313,11 @@ def read_segment_spec(segment: Path) -> SegmentSpec:
 
 def check_seal(segment: Path, spec: SegmentSpec, arrays: Sequence[str]) -> None:
     """Raise CorruptStoreError unless the metadata of a segment and of its `arrays` is that which was written."""
-    if spec.sealed_over({name: read_metadata(segment / name) for name in arrays}) != spec.seal:
+    try:
+        seal = spec.sealed_over({name: read_metadata(segment / name) for name in arrays})
+    except ValueError as error:
+        raise corrupt(segment, f"has metadata that cannot be sealed ({error})") from error
+    if seal != spec.seal:
         raise corrupt(segment, "has metadata that does not match its seal")
 
 
@@ -292,9 +335,12 @@ def read_array_spec(array: Path) -> ArraySpec:
         _check_count(array, spec)
     for name in spec.chunk_files:
         try:
-            size = (array / name).stat().st_size
+            found = (array / name).stat()
         except OSError as error:
-            raise CorruptStoreError(f"{array / name}: cannot be read ({error.strerror}); {REMEDY}") from error
+            raise _unreadable(array / name, error) from error
+        size = found.st_size
+        if not stat.S_ISREG(found.st_mode):
+            raise corrupt(array / name, "is no file")
         if spec.layout == "raw" and size != spec.nbytes + CHECKSUM_BYTES:
             needed = spec.nbytes + CHECKSUM_BYTES
             raise corrupt(array / name, f"has {size} bytes, shape {spec.shape} of {spec.stored} needs {needed}")
@@ -307,10 +353,12 @@ def read_small(array: Path, spec: ArraySpec) -> np.ndarray:
     Raises:
         CorruptStoreError: the bytes are not those that were written.
     """
+    if spec.layout != "raw" or spec.nbytes > MAX_BESIDE_BYTES:
+        raise corrupt(array, f"has {spec.nbytes} bytes in layout {spec.layout}, expected raw and {MAX_BESIDE_BYTES}")
     if not spec.nbytes:
         return np.empty(spec.shape, spec.stored)
     where = array / spec.chunk_files[0]
-    raw = where.read_bytes()
+    raw = read_chunk(where)
     values, checksum = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
     if google_crc32c.value(values) != int.from_bytes(checksum, "little"):
         raise corrupt(where, "does not match its checksum")
@@ -325,11 +373,10 @@ def read_keys(segment: Path) -> np.ndarray:
     """
     where = f"{segment}/{KEYS}/{_KEYS_CHUNK}"  # strings: with thousands of segments, paths take longer than reading
     try:
-        with open(where, "rb") as file:
-            raw = file.read()
-    except OSError as error:
-        raise CorruptStoreError(f"{where}: cannot be read ({error.strerror}); {REMEDY}") from error
-    if len(raw) % KEY_BYTES != CHECKSUM_BYTES:
+        raw = _read_file(where, MAX_BESIDE_BYTES)
+    except (OSError, ValueError) as error:
+        raise CorruptStoreError(f"{where}: cannot be read ({error}); {REMEDY}") from error
+    if len(raw) % KEY_BYTES != CHECKSUM_BYTES or len(raw) == CHECKSUM_BYTES:
         raise CorruptStoreError(f"{where} has {len(raw)} bytes, which hold no whole number of keys; {REMEDY}")
     keys = np.frombuffer(raw, np.uint8, len(raw) - CHECKSUM_BYTES).reshape(-1, KEY_BYTES)
     if segment_id(keys) != segment.name:
@@ -349,14 +396,19 @@ def _parse_array(where: Path, raw: dict[str, Any]) -> ArraySpec:
         raise corrupt(where, f"has ragged_axis {axis!r} and {len(shape)} axes")
     compressed = isinstance(codecs := raw.get("codecs"), list) and len(codecs) > 2
     spec = ArraySpec(tuple(shape), dtype, stored, axis, "zstd" if compressed else "raw")
-    layout = {
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.chunk_shape)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": CHUNK_SEPARATOR}},
-        "codecs": spec.codecs,
-    }
-    for field, expected in layout.items():
-        if raw.get(field) != expected:
+    metadata = spec.metadata(where.parent.name)
+    for field, expected in metadata.items():
+        if not _is_same(raw.get(field), expected):
             raise corrupt(where, f"has {field} {raw.get(field)!r}, expected {expected!r}")
+    fill = raw.get("fill_value")
+    if not isinstance(fill, bool | int | float) or fill != 0:
+        raise corrupt(where, f"has fill_value {fill!r}, expected 0")
+    others = raw.keys() - metadata.keys() - {"fill_value", "storage_transformers"}
+    if others or raw.get("storage_transformers"):
+        raise corrupt(where, f"has {sorted(others) or 'storage_transformers'}, which no array here has")
+    claimed = math.prod(max(1, length) for length in spec.shape) * np.dtype(stored).itemsize
+    if not spec.nbytes and claimed > MAX_EMPTY_BYTES:
+        raise corrupt(where, f"has no values and claims {claimed} bytes, at most {MAX_EMPTY_BYTES}")
     if compressed and spec.chunk_nbytes > MAX_CHUNK_BYTES:
         raise corrupt(where, f"has chunks of {spec.chunk_nbytes} bytes, at most {MAX_CHUNK_BYTES} can be compressed")
     return spec
@@ -365,9 +417,8 @@ def _parse_array(where: Path, raw: dict[str, Any]) -> ArraySpec:
 def _check_count(array: Path, spec: ArraySpec) -> None:
     """A shape may claim anything: look for as many chunks before naming them one by one."""
     there = sum(1 for _ in array.iterdir()) - 1
-    expected = math.ceil(spec.shape[0] / spec.chunk_shape[0]) if spec.nbytes else 0
-    if there != expected:
-        raise corrupt(array, f"has {there} chunk files, shape {spec.shape} of {spec.stored} needs {expected}")
+    if there != spec.chunks:
+        raise corrupt(array, f"has {there} chunk files, shape {spec.shape} of {spec.stored} needs {spec.chunks}")
 
 
 def read_metadata(node: Path) -> dict[str, Any]:
@@ -382,19 +433,47 @@ def read_metadata(node: Path) -> dict[str, Any]:
 def _read_json(node: Path) -> tuple[Path, dict[str, Any]]:
     where = node / METADATA_FILE
     try:
-        with where.open("rb") as file:
-            text = file.read(MAX_METADATA_BYTES + 1)
+        text = _read_file(where, MAX_METADATA_BYTES)
+        raw = parse_json(text.decode("utf-8"))
     except OSError as error:
-        raise CorruptStoreError(f"{where}: cannot be read ({error.strerror}); {REMEDY}") from error
-    if len(text) > MAX_METADATA_BYTES:
-        raise corrupt(where, f"is longer than {MAX_METADATA_BYTES} bytes")
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        raise _unreadable(where, error) from error
+    except ValueError as error:
         raise CorruptStoreError(f"{where}: is not JSON ({error}); {REMEDY}") from error
     if not isinstance(raw, dict):
         raise corrupt(where, "is no JSON object")
     return where, raw
+
+
+def read_chunk(where: Path) -> bytes:
+    """Return a chunk file whole.
+
+    Raises:
+        CorruptStoreError: it cannot be read, or is no file.
+    """
+    try:
+        return _read_file(where)
+    except OSError as error:
+        raise _unreadable(where, error) from error
+
+
+def _read_file(where: Path | str, limit: int | None = None) -> bytes:
+    """Return the bytes of a regular file; to open anything else may wait for ever, or have effects.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+        ValueError: it is longer than `limit` bytes.
+    """
+    if not stat.S_ISREG(os.stat(where).st_mode):
+        raise OSError(None, "no file", str(where))
+    with open(os.open(where, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        text = file.read(-1 if limit is None else limit + 1)
+    if limit is not None and len(text) > limit:
+        raise ValueError(f"longer than {limit} bytes")
+    return text
+
+
+def _unreadable(where: Path, error: OSError) -> CorruptStoreError:
+    return CorruptStoreError(f"{where}: cannot be read ({error.strerror}); {REMEDY}")
 
 
 REMEDY = "remove the segment's folder and encode again"
@@ -406,7 +485,22 @@ def corrupt(where: Path, fault: str) -> CorruptStoreError:
 
 
 def _is_size(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_same(value: object, expected: object) -> bool:
+    """Compare JSON values; to Python `true`, 1 and 1.0 are equal, to other readers they are not."""
+    if type(value) is not type(expected):
+        return False
+    if isinstance(value, dict) and isinstance(expected, dict):
+        return value.keys() == expected.keys() and all(_is_same(value[name], expected[name]) for name in expected)
+    if isinstance(value, list) and isinstance(expected, list):
+        return len(value) == len(expected) and all(map(_is_same, value, expected))
+    return value == expected
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)
 
 
 def _all_match(value: object, pattern: re.Pattern[str]) -> TypeGuard[list[str]]:

@@ -18,12 +18,13 @@ import numpy as np
 from numcodecs import blosc
 
 from pipeline.errors import StoreError
-from pipeline.store.format import CHECKSUM_BYTES, ArraySpec, corrupt
-from pipeline.store.scratch import scratch
+from pipeline.store.format import CHECKSUM_BYTES, ArraySpec, corrupt, read_chunk
+from pipeline.store.scratch import scratch, sweep
 
 SCRATCH_BYTES = 64 << 30
-_BLOSC_SIZES = (4, 12)
-"""Where Blosc's header has the size of what is compressed, and its own with the header."""
+MAX_RATIO = 1 << 14
+"""A chunk holds at most so many times the bytes of its file; the compressor reaches a quarter of it, on zeros."""
+_BLOSC_HEADER = 16
 
 
 class Scratch:
@@ -52,13 +53,11 @@ class Scratch:
             self.root.mkdir(parents=True, exist_ok=True)
             given_up = self._make_room(folder, needed)
             files = {name: folder / name for name in arrays}
-            if not all(file.is_file() for file in files.values()):
+            if not all(_holds(files[name], spec.nbytes) for name, spec in arrays.items()):
                 folder.mkdir(parents=True, exist_ok=True)
                 with scratch(self.root) as temporary:
                     for name, spec in arrays.items():
-                        unpack_array(
-                            segment / name, spec, np.memmap(temporary / name, spec.stored, "w+", shape=spec.shape)
-                        )
+                        unpack_array(segment / name, spec, _new_map(temporary / name, spec))
                         (temporary / name).replace(files[name])
         except OSError as error:
             raise StoreError(f"{folder}: cannot be unpacked ({error.strerror or error}); free some space") from error
@@ -68,6 +67,7 @@ class Scratch:
         if needed > self.budget:
             raise StoreError(f"a segment unpacks to {needed} bytes, scratch may hold {self.budget}; allow more")
         if self._held is None:
+            sweep(self.root)
             found = sorted(self.root.glob("*/*/"), key=lambda path: path.stat().st_mtime)
             self._held = OrderedDict((path, sum(file.stat().st_size for file in path.iterdir())) for path in found)
         self._held[folder] = needed
@@ -78,6 +78,34 @@ class Scratch:
             shutil.rmtree(oldest, ignore_errors=True)
             given_up.append(oldest)
         return given_up
+
+
+def _holds(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
+
+
+def _new_map(file: Path, spec: ArraySpec) -> np.ndarray:
+    """Map a new file whose room on disk is reserved: to write to a map on a full disk kills the process."""
+    with file.open("wb") as reserved:
+        os.posix_fallocate(reserved.fileno(), 0, spec.nbytes)
+    return np.memmap(file, spec.stored, "r+", shape=spec.shape)
+
+
+def check_packed(array: Path, spec: ArraySpec) -> None:
+    """Raise CorruptStoreError unless the chunk files claim to hold what the metadata does, in believable sizes.
+
+    To be called before memory or disk is taken for an array.
+    """
+    for name in spec.chunk_files:
+        where = array / name
+        with where.open("rb") as file:
+            header = file.read(_BLOSC_HEADER)
+        size = where.stat().st_size - CHECKSUM_BYTES
+        claimed, packed = int.from_bytes(header[4:8], "little"), int.from_bytes(header[12:16], "little")
+        if len(header) < _BLOSC_HEADER or claimed != spec.chunk_nbytes or packed != size:
+            raise corrupt(where, f"says to hold {claimed} bytes in {packed}, expected {spec.chunk_nbytes} in {size}")
+        if claimed > MAX_RATIO * size:
+            raise corrupt(where, f"says to hold {claimed} bytes in {packed}, beyond what compresses so well")
 
 
 def unpack_array(array: Path, spec: ArraySpec, out: np.ndarray) -> None:
@@ -102,13 +130,10 @@ def unpack_array(array: Path, spec: ArraySpec, out: np.ndarray) -> None:
 
 
 def _decompress(where: Path, spec: ArraySpec, out: np.ndarray) -> None:
-    raw = where.read_bytes()
+    raw = read_chunk(where)
     packed, checksum = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
     if google_crc32c.value(packed) != int.from_bytes(checksum, "little"):
         raise corrupt(where, "does not match its checksum")
-    size, packed_size = (int.from_bytes(packed[at : at + 4], "little") for at in _BLOSC_SIZES)
-    if (size, packed_size) != (spec.chunk_nbytes, len(packed)):
-        raise corrupt(where, f"does not hold {spec.chunk_nbytes} bytes")
     try:
         blosc.decompress(packed, out)
     except (RuntimeError, ValueError) as error:

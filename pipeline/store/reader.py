@@ -155,18 +155,16 @@ def _gather_padded(
     batch = torch.empty((n_rows, *longest), dtype=dtype, pin_memory=pin)
     filler = as_numpy(torch.tensor(pad, dtype=dtype))
     for row, (own, sample) in zip(as_numpy(batch), samples, strict=True):
-        if sample.shape != longest:
-            row[_outside(sample.shape, longest)] = filler
-        row[tuple(map(slice, sample.shape))] = sample if own == dtype else _converted(sample, own, dtype)
+        values = sample if own == dtype else _converted(sample, own, dtype)
+        if sample.shape == longest:
+            row[...] = values
+        elif sample.shape[1:] == longest[1:]:
+            row[: len(sample)] = values
+            row[len(sample) :] = filler
+        else:
+            row[...] = filler
+            row[tuple(map(slice, sample.shape))] = values
     return batch
-
-
-def _outside(shape: tuple[int, ...], longest: tuple[int, ...]) -> tuple[slice, ...]:
-    """What `shape` leaves of `longest`: its tail along the one axis that is shorter, or everything for several."""
-    shorter = [axis for axis, (own, most) in enumerate(zip(shape, longest, strict=True)) if own < most]
-    if len(shorter) > 1:
-        return ()
-    return (*(slice(None) for _ in range(shorter[0])), slice(shape[shorter[0]], None))
 
 
 def _converted(sample: np.ndarray, own: torch.dtype, dtype: torch.dtype) -> np.ndarray:

@@ -7,7 +7,7 @@ page cache's. Compressed arrays are unpacked to scratch first.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import CorruptStoreError
+from pipeline.errors import CorruptStoreError, StoreError
+from pipeline.keys import KEY_BYTES
 from pipeline.store.codecs import dequantise
 from pipeline.store.format import (
     KEYS,
@@ -24,6 +25,7 @@ from pipeline.store.format import (
     SCALES,
     SUMS,
     ArraySpec,
+    SegmentSpec,
     check_seal,
     corrupt,
     read_array_spec,
@@ -31,7 +33,10 @@ from pipeline.store.format import (
     read_small,
     sample_sum,
 )
-from pipeline.store.materialise import Scratch, unpack_array
+from pipeline.store.materialise import Scratch, check_packed, unpack_array
+
+IN_MEMORY_BYTES = 4 << 30
+"""Size that the compressed arrays of one segment may unpack to where there is no scratch."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ class StoredTensor:
             flat = as_numpy(self.take(entries))
             ends = np.cumsum([end - begin for begin, end in bounds]).tolist()
             bounds = list(itertools.pairwise([0, *ends]))
-        return [np.moveaxis(flat[begin:end], 0, self.axis) for begin, end in bounds]
+        samples = [flat[begin:end] for begin, end in bounds]
+        return [np.moveaxis(sample, 0, self.axis) for sample in samples] if self.axis else samples
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         """Return the bytes of samples in `values`, (B,) int64."""
@@ -123,6 +129,7 @@ def open_segment(path: Path, recipe: str, scratch: Scratch | None = None) -> tup
 
     Raises:
         CorruptStoreError: metadata and chunk files are not those that were written, or belong to another recipe.
+        StoreError: what is compressed cannot be unpacked, for want of room.
     """
     spec = read_segment_spec(path)
     if spec.recipe != recipe:
@@ -131,11 +138,9 @@ def open_segment(path: Path, recipe: str, scratch: Scratch | None = None) -> tup
     offsets = [f"{name}{OFFSETS}" for name, one in specs.items() if one.axis is not None]
     scales = [f"{name}{SCALES}" for name, one in specs.items() if one.is_scaled]
     check_seal(path, spec, [KEYS, SUMS, *specs, *offsets, *scales])
-    beside = {name: read_small(path / name, read_array_spec(path / name)) for name in (SUMS, *offsets, *scales)}
-    if beside[SUMS].shape != (spec.samples, len(specs)):
-        raise corrupt(path / SUMS, f"has shape {beside[SUMS].shape}, expected {(spec.samples, len(specs))}")
+    beside = _read_beside(path, spec, offsets, scales)
     packed = {name: one for name, one in specs.items() if one.layout == "zstd" and one.nbytes}
-    files, given_up = scratch.unpack(path, recipe, packed) if scratch is not None and packed else ({}, [])
+    files, given_up = _unpack(path, recipe, packed, scratch)
     tensors = {}
     for column, (name, one) in enumerate(specs.items()):
         scale = beside.get(f"{name}{SCALES}")
@@ -151,11 +156,39 @@ def open_segment(path: Path, recipe: str, scratch: Scratch | None = None) -> tup
     return Segment(path, tensors, np.zeros(spec.samples, np.bool_)), given_up
 
 
+def _read_beside(path: Path, spec: SegmentSpec, offsets: Sequence[str], scales: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read the checksums of samples, the offsets and the scales, whose types and sizes are fixed."""
+    types = {SUMS: "uint32"} | dict.fromkeys(offsets, "int64") | dict.fromkeys(scales, "float32")
+    read = {}
+    for name, stored in types.items():
+        array = read_array_spec(path / name)
+        if array.stored != stored or (name == SUMS and array.shape != (spec.samples, len(spec.tensors))):
+            raise corrupt(path / name, f"has shape {array.shape} of {array.stored} for {spec.samples} samples")
+        read[name] = read_small(path / name, array)
+    keys = read_array_spec(path / KEYS).shape
+    if keys != (spec.samples, KEY_BYTES):
+        raise corrupt(path / KEYS, f"has shape {keys}, expected {(spec.samples, KEY_BYTES)}")
+    return read
+
+
+def _unpack(
+    path: Path, recipe: str, packed: Mapping[str, ArraySpec], scratch: Scratch | None
+) -> tuple[dict[str, Path], list[Path]]:
+    for name, spec in packed.items():
+        check_packed(path / name, spec)
+    if packed and scratch is not None:
+        return scratch.unpack(path, recipe, packed)
+    needed = sum(spec.nbytes for spec in packed.values())
+    if needed > IN_MEMORY_BYTES:
+        raise StoreError(f"{path} unpacks to {needed} bytes, at most {IN_MEMORY_BYTES} without a scratch; give one")
+    return {}, []
+
+
 def _check_shapes(array: Path, tensor: StoredTensor, samples: int) -> None:
     offsets, scales, entries = tensor.offsets, tensor.scales, len(tensor.values)
     if offsets is not None:
-        in_order = offsets.ndim == 1 and offsets.dtype == np.int64 and len(offsets) > 0 and offsets[0] == 0
-        if not in_order or offsets[-1] != entries or (np.diff(offsets) < 0).any():
+        in_order = offsets.ndim == 1 and len(offsets) > 0 and offsets[0] == 0
+        if not in_order or offsets[-1] != entries or (offsets[1:] < offsets[:-1]).any():
             raise CorruptStoreError(f"{array}{OFFSETS} does not divide the {entries} entries of {array.name}")
     if len(tensor) != samples:
         raise CorruptStoreError(f"{array} has {len(tensor)} samples, its segment {samples}; encode again")
@@ -174,7 +207,10 @@ def _map(array: Path, spec: ArraySpec, unpacked: Path | None) -> Tensor:
     elif spec.layout == "raw" or unpacked is not None:
         # A private mapping: unlike mmap.mmap it keeps no descriptor open, of which a large store would need thousands.
         file = array / spec.chunk_files[0] if unpacked is None else unpacked
-        raw = torch.from_file(str(file), shared=False, size=spec.nbytes, dtype=torch.uint8)
+        try:
+            raw = torch.from_file(str(file), shared=False, size=spec.nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise StoreError(f"{file}: cannot be mapped ({error}); look at its permissions") from error
         values = raw.view(dtype).view(spec.shape)
     else:
         plain = np.empty(spec.shape, spec.stored)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import zarr
-from zarr.storage import LocalStore
+import google_crc32c
+import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.store.format import (
+    CHECKSUM_BYTES,
     KEYS,
     METADATA_FILE,
     OFFSETS,
     RECIPE_FILE,
-    REMEDY,
     SCALES,
     SUMS,
+    corrupt,
     read_array_spec,
     read_keys,
     read_recipe,
@@ -34,9 +35,9 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
     """
     try:
         recipe = read_recipe(store.path)
+        segments = store.segments()
     except StoreError as error:
         return [str(error)]
-    segments = store.segments()
     faults = [fault for segment in progress(segments) for fault in _faults(store.path / segment, recipe.digest)]
     return faults + list(_strays(store.path, {RECIPE_FILE, *segments}, "of the store"))
 
@@ -45,7 +46,7 @@ def _faults(path: Path, recipe: str) -> Iterator[str]:
     try:
         segment, _ = open_segment(path, recipe)
         read_keys(path)
-    except CorruptStoreError as error:
+    except StoreError as error:
         yield str(error)
         return
     beside = {
@@ -56,14 +57,26 @@ def _faults(path: Path, recipe: str) -> Iterator[str]:
     sound = []
     for name in arrays:
         try:
-            zarr.open_array(LocalStore(path / name, read_only=True), mode="r", zarr_format=3)[...]
+            _check_raw(path / name)
             sound.append(name)
-        except (ValueError, RuntimeError, OSError) as error:
-            yield f"{path / name}: {error}; {REMEDY}"
+        except (CorruptStoreError, OSError) as error:
+            yield str(error)
     yield from _wrong_samples(segment, sound)
     yield from _strays(path, {METADATA_FILE, *arrays}, "of the segment")
     for name in arrays:
         yield from _strays(path / name, {METADATA_FILE, *read_array_spec(path / name).chunk_files}, "of the array")
+
+
+def _check_raw(array: Path) -> None:
+    """Raise CorruptStoreError unless a raw chunk matches its checksum; the others were proved as they were unpacked."""
+    spec = read_array_spec(array)
+    for name in spec.chunk_files if spec.layout == "raw" else ():
+        values = np.memmap(array / name, np.uint8, "r", shape=spec.nbytes)
+        with (array / name).open("rb") as file:
+            file.seek(spec.nbytes)
+            checksum = file.read(CHECKSUM_BYTES)
+        if google_crc32c.value(values) != int.from_bytes(checksum, "little"):
+            raise corrupt(array / name, "does not match its checksum")
 
 
 def _wrong_samples(segment: Segment, names: Sequence[str]) -> Iterator[str]:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import RawIOBase
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
-from pipeline.errors import StoreError
+from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe
 from pipeline.store.codecs import Encoded, Values, dtype_name, encode, storage_dtype
 from pipeline.store.format import (
+    CHECKSUM_BYTES,
     CHUNK_SEPARATOR,
     CLEVEL,
     KEYS,
+    MAX_BESIDE_BYTES,
+    MAX_METADATA_BYTES,
+    METADATA_FILE,
     OFFSETS,
+    RECIPE_FILE,
     SCALES,
     SUMS,
     ArraySpec,
@@ -82,17 +89,19 @@ def commit(root: Path, keys: np.ndarray, spec: SegmentSpec, tensors: Iterable[En
     try:
         if not is_committed(final):
             with scratch(root) as temporary:
-                _write_group(temporary, keys, spec, tensors)
+                arrays = _write_group(temporary, keys, spec, tensors)
+                _check_whole(root, temporary, arrays)
                 publish(temporary, final, is_committed)
         return _describe(final, storage)
     except OSError as error:
         raise StoreError(
-            f"{final}: cannot be written ({error.strerror or error}); nothing of it was kept; make room and run again"
+            f"{final}: cannot be written ({error.strerror or error}); nothing of it was kept; "
+            "make room there, or give access, and run again"
         ) from error
 
 
-def _write_group(group: Path, keys: np.ndarray, spec: SegmentSpec, tensors: Iterable[Encoded]) -> None:
-    """Write the arrays first and the group's own metadata, which seals theirs, last."""
+def _write_group(group: Path, keys: np.ndarray, spec: SegmentSpec, tensors: Iterable[Encoded]) -> list[str]:
+    """Write the arrays first and the group's own metadata, which seals theirs, last; return the arrays' names."""
     sums = np.zeros((len(keys), len(spec.tensors)), np.uint32)
     arrays = [KEYS, SUMS]
     for column, (name, encoded) in enumerate(zip(spec.tensors, tensors, strict=True)):
@@ -107,9 +116,36 @@ def _write_group(group: Path, keys: np.ndarray, spec: SegmentSpec, tensors: Iter
     _write_plain(group / SUMS, sums)
     sealed = replace(spec, seal=spec.sealed_over({name: read_metadata(group / name) for name in arrays}))
     zarr.create_group(LocalStore(group), zarr_format=3, attributes=sealed.attributes)
+    return arrays
+
+
+def _check_whole(root: Path, group: Path, arrays: Sequence[str]) -> None:
+    """Refuse what cannot be read back, and what lost a part: zarr makes a folder anew that is removed meanwhile.
+
+    Raises:
+        StoreError: it cannot be committed.
+    """
+    try:
+        for name in arrays:
+            read_array_spec(group / name)
+    except CorruptStoreError as error:
+        raise StoreError(f"a segment cannot be committed: {error}") from error
+    if not (root / RECIPE_FILE).is_file():
+        raise StoreError(f"{root} lost its {RECIPE_FILE} while a segment was written; run again")
+    size = (group / METADATA_FILE).stat().st_size
+    if size > MAX_METADATA_BYTES:
+        raise StoreError(
+            f"a segment's metadata has {size} bytes, mostly names of bad samples, at most {MAX_METADATA_BYTES} are "
+            "read; lower encode.segment_samples"
+        )
 
 
 def _write_plain(path: Path, data: np.ndarray) -> None:
+    if data.nbytes > MAX_BESIDE_BYTES:
+        raise StoreError(
+            f"{path.name} of a segment has {data.nbytes} bytes, at most {MAX_BESIDE_BYTES} are read; "
+            "lower encode.segment_samples"
+        )
     _write_array(path, ArraySpec(data.shape, data.dtype.name, data.dtype.name), np.ascontiguousarray(data))
 
 
@@ -127,12 +163,28 @@ def _write_array(path: Path, spec: ArraySpec, data: np.ndarray) -> None:
         compressors=[*(zstd if spec.layout == "zstd" else []), Crc32cCodec()],
         chunk_key_encoding={"name": "default", "separator": CHUNK_SEPARATOR},
         attributes=spec.attributes,
+        dimension_names=spec.dimension_names(path.name),
         fill_value=0,
         zarr_format=3,
         config={"write_empty_chunks": True},  # also spares the search for emptiness, which is slower than the disk
     )
-    if data.size:
+    if not data.size:
+        return
+    if spec.layout == "zstd":
         array[...] = data
+        return
+    # zarr would give the chunk the same bytes, after copying the array twice.
+    little = data.astype(data.dtype.newbyteorder("<"), copy=False)
+    with (path / spec.chunk_files[0]).open("xb", buffering=0) as chunk:
+        for part in (little.data, google_crc32c.value(little).to_bytes(CHECKSUM_BYTES, "little")):
+            write_whole(chunk, part)
+
+
+def write_whole(file: RawIOBase, data: memoryview | bytes) -> None:
+    """Write all of `data`: a raw file may take less at a time (2 GiB on Linux)."""
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[file.write(left) :]
 
 
 def _describe(segment: Path, storage: str) -> SegmentInfo:
