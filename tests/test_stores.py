@@ -146,7 +146,7 @@ def test_gc_takes_leftovers_and_stores_without_a_cut(folder: Path) -> None:
     assert "1 temporary folders of killed writers go" in run("gc", "--yes").output
     assert not list((folder / "data/activations/0.5").glob(".tmp-*"))
     assert (folder / "data/activations/0").is_dir()
-    assert "data/activations/0: no cut names this store" in run("gc", "--cuts", "--yes").output
+    assert "data/activations/0: of no cut or view of the settings" in run("gc", "--cuts", "--yes").output
     assert [entry.name for entry in (folder / "data/activations").iterdir()] == ["0.5"]
 
 
