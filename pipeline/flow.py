@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from pipeline import order, proved, quarantine
+from pipeline import proved, quarantine
 from pipeline.adapter import merged
 from pipeline.data import SampleTable, Source, build, open_source
 from pipeline.encode import encode
 from pipeline.encoder import Encoded
+from pipeline.epochs import open_loaders
 from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import Keyed, decode_rows, decode_samples, key_contents
 from pipeline.files import sha256
 from pipeline.keys import Recipe, digest
-from pipeline.loader import Loader, place
 from pipeline.project import CutName, Project, Workbench, pick_device
 from pipeline.ragged import pad_batch
 from pipeline.report import Cost, Row, Run, curves, plot, summarise
@@ -106,17 +105,7 @@ def train_project(project: Project, name: str) -> Run:
     bench = Workbench.open(project, table)
     views, prefix, suffix = bench.open_store(cut, table)
     suffix = bench.adapt(views, table, prefix, suffix)
-    load = partial(
-        Loader,
-        views,
-        table.keys,
-        bench.task.prepare(table),
-        pad=bench.backbone.preprocess.pad,
-        device=accelerator.device,
-        source=place(views, table.keys, accelerator.device),
-    )
-    training = load(_order(bench, table, "train"), view=_view_order(project, views, len(table)))
-    validation = load(_order(bench, table, "validation"))
+    training, validation = open_loaders(bench, table, views, accelerator.device)
     run = project.run_path(cut)
     shutil.rmtree(run, ignore_errors=True)
     settings = [section.model_dump(mode="json") for section in (project.model, project.task, project.train)]
@@ -234,23 +223,6 @@ def _open_or_replace(path: Path, recipe: Recipe) -> Store:
         log.warning("%s; encoding anew", stale)
         shutil.rmtree(path)
         return Store.create(path, recipe)
-
-
-def _order(bench: Workbench, table: SampleTable, part: str) -> Callable[[int], list[np.ndarray]]:
-    """Return the batches of a split as a function of the epoch; only training samples are shuffled."""
-    config = bench.project.train
-
-    def batches(epoch: int) -> list[np.ndarray]:
-        units = bench.task.units(table, part, seed=config.seed, epoch=epoch)
-        return order.batches(units, config.batch_size, seed=config.seed, epoch=epoch, shuffle=part == "train")
-
-    return batches
-
-
-def _view_order(project: Project, views: Views, rows: int) -> Callable[[int], np.ndarray]:
-    """Return which view of each row is trained on, as a function of the epoch."""
-    config = project.train
-    return lambda epoch: order.views(rows, views.count, seed=config.seed, epoch=epoch, how=config.views)
 
 
 def _frozen_cost(prefix: Prefix, bench: Workbench, views: Views, table: SampleTable, device: torch.device) -> float:
