@@ -56,7 +56,8 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
         quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # the table will say that nothing is left
     table = _table(source, keyed, project)
     circumstances = proved.circumstances(project, table)
-    stores = None if rehash else proved.stores(project, circumstances, table)
+    wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
+    stores = None if rehash else proved.stores(project, circumstances, wanted)
     if stores is not None:
         _tell_of_one_place_twice(project.encode.cuts, stores[0])
         done = Encoded.begun(keyed, len(project.encode.cuts))
@@ -205,13 +206,19 @@ def _encode_views(
     done, found = Encoded.begun(keyed, len(prefixes)), -1
     while found != len(done.keyed.bad):
         found = len(done.keyed.bad)
-        if len(views) == 1:
-            encode(source, keyed, views, prefixes, stores, project.encode, done=done)
-        else:
-            plain, augmented = rows_by_view(keyed.keys, _table(source, done.keyed, project))
-            encode(source, keyed, views[:1], prefixes, stores[:1], project.encode, rows=plain, done=done)
-            encode(source, keyed, views[1:], prefixes, stores[1:], project.encode, rows=augmented, done=done)
+        plain, *augmented = _rows_by_view(project, done.keyed, _table(source, done.keyed, project))
+        encode(source, keyed, views[:1], prefixes, stores[:1], project.encode, rows=plain, done=done)
+        if augmented:
+            encode(source, keyed, views[1:], prefixes, stores[1:], project.encode, rows=augmented[0], done=done)
     return done
+
+
+def _rows_by_view(project: Project, keyed: Keyed, table: SampleTable) -> list[np.ndarray]:
+    """Return the rows that are wanted in each view: all in the plain one where there is no other."""
+    if len(project.views) == 1:
+        return [keyed.good]
+    plain, augmented = rows_by_view(keyed.keys, table)
+    return [plain, *[augmented] * (len(project.views) - 1)]
 
 
 def _table(source: Source, keyed: Keyed, project: Project) -> SampleTable:
