@@ -52,6 +52,8 @@ MAX_BESIDE_BYTES = 1 << 28
 """Size of arrays that are read into memory whole: keys, sums, offsets, scales."""
 MAX_EMPTY_BYTES = 1 << 31
 """Size that an array without values may claim, its axes of length 0 counted as 1; no file bears such a claim out."""
+SPARSE_ABOVE = 1 << 30
+"""Larger chunk files must be on disk, not holes for the most part: reading those takes long and comes to nothing."""
 MAX_AXES = 32
 
 CLEVEL = 3
@@ -330,6 +332,8 @@ def read_array_spec(array: Path) -> ArraySpec:
         size = found.st_size
         if not stat.S_ISREG(found.st_mode):
             raise corrupt(array / name, "is no file")
+        if size > SPARSE_ABOVE and found.st_blocks * 512 < size // 64:
+            raise corrupt(array / name, f"has {size} bytes, of which {found.st_blocks * 512} are on disk")
         if spec.layout == "raw" and size != spec.nbytes + CHECKSUM_BYTES:
             needed = spec.nbytes + CHECKSUM_BYTES
             raise corrupt(array / name, f"has {size} bytes, shape {spec.shape} of {spec.stored} needs {needed}")

@@ -6,6 +6,7 @@ segment what is stored (`raw/0/state.x`), for each sample what a reader must giv
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ def stored(codec: str, name: str, values: np.ndarray | Sequence[np.ndarray]) -> 
     else:
         arrays[name] = read = narrowed(data, data)
     bounds = range(len(data) + 1) if offsets is None else offsets.tolist()
-    parts = [read[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [read[a:b] for a, b in itertools.pairwise(bounds)]
     return arrays, [part[0] if offsets is None else np.moveaxis(part, 0, axis) for part in parts]
 
 
