@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+POOLED_STEPS = 50
+"""Steps whose units are sorted by length together: more save more padding, fewer mix better."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -36,6 +39,7 @@ def batches(
     world: int = 1,
     drop_last: bool = False,
     window: Window | None = None,
+    lengths: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Return the row indices of each of this rank's batches in this epoch, int64, unit-major.
 
@@ -43,20 +47,23 @@ def batches(
     same number of batches. A step takes `batch_size * world` units and deals them out evenly, so each unit comes
     exactly once per epoch. Of the units left over at the end, `drop_last` drops a step that is not full; otherwise
     the last step is smaller, and when it has fewer units than ranks some of the epoch's first units fill it up.
-    The shuffle is exact: each permutation is equally likely, unless a `window` limits it.
+    The shuffle is exact: each permutation is equally likely, unless a `window` limits it, or `lengths` (U,) are given:
+    then units of similar length share a step, picked among those of `POOLED_STEPS` steps in a row.
 
     Raises:
         ValueError: a size is out of its range.
     """
-    _check(len(units), batch_size, seed, epoch, rank, world, window)
+    _check(len(units), batch_size, seed, epoch, rank, world, window, lengths)
     rng = np.random.default_rng([seed, epoch])
+    step_units = batch_size * world
     if not shuffle:
         order = np.arange(len(units))
     elif window is None:
         order = rng.permutation(len(units))
     else:
         order = _windowed(window, rng)
-    step_units = batch_size * world
+    if shuffle and lengths is not None:
+        order = _by_length(order, lengths, step_units, rng)
     if drop_last:
         order = order[: len(order) // step_units * step_units]
     elif 0 < len(order) % step_units < world:
@@ -74,6 +81,17 @@ def _windowed(window: Window, rng: np.random.Generator) -> np.ndarray:
     return order
 
 
+def _by_length(order: np.ndarray, lengths: np.ndarray, step_units: int, rng: np.random.Generator) -> np.ndarray:
+    """Sort each pool of an order by length, and put its steps in random order; what fills no step stays at the end."""
+    full = len(order) // step_units * step_units
+    pools = []
+    for begin in range(0, full, POOLED_STEPS * step_units):
+        pool = order[begin : min(full, begin + POOLED_STEPS * step_units)]
+        steps = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, step_units)
+        pools.append(rng.permutation(steps).reshape(-1))
+    return np.concatenate([*pools, order[full:]])
+
+
 def _rows(units: Sequence[np.ndarray] | np.ndarray, chosen: np.ndarray) -> np.ndarray:
     rows: np.ndarray
     if isinstance(units, np.ndarray):
@@ -83,7 +101,16 @@ def _rows(units: Sequence[np.ndarray] | np.ndarray, chosen: np.ndarray) -> np.nd
     return rows.astype(np.int64, copy=False)
 
 
-def _check(n_units: int, batch_size: int, seed: int, epoch: int, rank: int, world: int, window: Window | None) -> None:
+def _check(
+    n_units: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int,
+    world: int,
+    window: Window | None,
+    lengths: np.ndarray | None,
+) -> None:
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("seed", seed, 0),
@@ -100,3 +127,5 @@ def _check(n_units: int, batch_size: int, seed: int, epoch: int, rank: int, worl
         raise ValueError(
             f"window.groups has {len(window.groups)} entries; it must have one for each of the {n_units} units"
         )
+    if lengths is not None and len(lengths) != n_units:
+        raise ValueError(f"lengths has {len(lengths)} entries; it must have one for each of the {n_units} units")

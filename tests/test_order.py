@@ -106,3 +106,26 @@ def test_sizes_out_of_range_are_named(options, message):
     arguments = {"batch_size": 2, "seed": 0, "epoch": 0, "shuffle": True} | options
     with pytest.raises(ValueError, match=message):
         batches(np.arange(5), **arguments)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_units_of_similar_length_share_a_step(world):
+    lengths = np.random.default_rng(0).integers(1, 500, 1000)
+
+    def waste(ranks):
+        padded = sum(len(batch) * lengths[batch].max() for mine in ranks for batch in mine)
+        return 1 - lengths.sum() / padded
+
+    options = {"seed": 0, "epoch": 0, "shuffle": True}
+    bucketed = every_rank(np.arange(1000), 8, world, lengths=lengths, **options)
+    assert waste(bucketed) < 0.1 < 0.4 < waste(every_rank(np.arange(1000), 8, world, **options))
+    assert sorted(np.concatenate([batch for mine in bucketed for batch in mine])) == list(range(1000))
+    means = [lengths[batch].mean() for batch in bucketed[0]]
+    assert np.corrcoef(means, np.arange(len(means)))[0, 1] < 0.5
+    again = every_rank(np.arange(1000), 8, world, lengths=lengths, **options)
+    assert all(np.array_equal(a, b) for a, b in zip(bucketed[0], again[0], strict=True))
+
+
+def test_lengths_need_one_entry_per_unit():
+    with pytest.raises(ValueError, match="lengths has 3 entries; it must have one for each of the 4 units"):
+        batches(np.arange(4), 2, seed=0, epoch=0, shuffle=True, lengths=np.ones(3))

@@ -2,6 +2,7 @@
 
 from pipeline.store.format import FORMAT, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, segment_id
 from pipeline.store.index import Rows
+from pipeline.store.materialise import Scratch
 from pipeline.store.reader import Reader
 from pipeline.store.resident import Resident
 from pipeline.store.store import Store
@@ -16,6 +17,7 @@ __all__ = [
     "Reader",
     "Resident",
     "Rows",
+    "Scratch",
     "SegmentInfo",
     "Store",
     "segment_id",

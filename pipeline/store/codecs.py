@@ -120,8 +120,11 @@ def quantise(tensor: Tensor, *, per_channel: bool, ragged: bool) -> tuple[Tensor
 
 def dequantise(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `stored` (int8) times `scales` in `dtype`; what rounding takes beyond its range stays finite."""
+    values = stored * scales
     bounds = torch.finfo(dtype)
-    return stored.float().mul_(scales).clamp_(bounds.min, bounds.max).to(dtype)
+    if scales.numel() and scales.max() * (LEVELS + 1) >= bounds.max:
+        values.clamp_(bounds.min, bounds.max)
+    return values.to(dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.errors import StoreError
 from pipeline.store.format import SHAPE_PREFIX
 from pipeline.store.index import Rows
-from pipeline.store.reader import Reader, StoredTensor, runs
+from pipeline.store.reader import Reader, runs
+from pipeline.store.segment import StoredTensor
 
 Parts: TypeAlias = Sequence[tuple[StoredTensor, np.ndarray]]
 """The segments of one tensor, each with the rows that are held, (n,) int64."""

@@ -22,7 +22,7 @@ from pipeline.store.format import (
     read_keys,
     read_recipe,
 )
-from pipeline.store.reader import Segment, open_segment
+from pipeline.store.segment import Segment, open_segment
 from pipeline.store.store import Store
 
 

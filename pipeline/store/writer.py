@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import RawIOBase
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
@@ -15,6 +17,7 @@ from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe
 from pipeline.store.codecs import Encoded, Values, dtype_name, encode, storage_dtype
 from pipeline.store.format import (
+    CHECKSUM_BYTES,
     CHUNK_SEPARATOR,
     CLEVEL,
     KEYS,
@@ -165,8 +168,23 @@ def _write_array(path: Path, spec: ArraySpec, data: np.ndarray) -> None:
         zarr_format=3,
         config={"write_empty_chunks": True},  # also spares the search for emptiness, which is slower than the disk
     )
-    if data.size:
+    if not data.size:
+        return
+    if spec.layout == "zstd":
         array[...] = data
+        return
+    # zarr would give the chunk the same bytes, after copying the array twice.
+    little = data.astype(data.dtype.newbyteorder("<"), copy=False)
+    with (path / spec.chunk_files[0]).open("xb", buffering=0) as chunk:
+        for part in (little.data, google_crc32c.value(little).to_bytes(CHECKSUM_BYTES, "little")):
+            write_whole(chunk, part)
+
+
+def write_whole(file: RawIOBase, data: memoryview | bytes) -> None:
+    """Write all of `data`: a raw file may take less at a time (2 GiB on Linux)."""
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[file.write(left) :]
 
 
 def _describe(segment: Path, storage: str) -> SegmentInfo:
