@@ -14,9 +14,7 @@ import random
 import resource
 import shutil
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +121,6 @@ class Victim:
             self.write("SEGMENT/zarr.json", json.dumps(group).encode())
         except (KeyError, TypeError, ValueError, OSError, RecursionError):
             pass
-
-
-def replay(edits: list[list[Any]], root: Path, segment: str) -> None:
-    victim = Victim(root, segment)
-    for edit in edits:
-        victim.do(*edit)
 
 
 def checksummed(data: bytes) -> bytes:
@@ -334,22 +326,21 @@ def change_keys(draw: random.Random, victim: Victim) -> None:
     victim.do("name", "SEGMENT", segment_id(keys))
 
 
-MUTATORS: list[Callable[[random.Random, Victim], None]] = [
-    *[change_json] * 6, *[change_text] * 2, *[change_kind] * 2, *[lie] * 5, *[change_chunk] * 4, change_keys,
-]  # fmt: skip
+ACCIDENTS = [*[change_json] * 6, *[change_text] * 2, *[change_kind] * 2]
+FORGERIES = [*[lie] * 5, *[change_chunk] * 4, change_keys]
 
 
 def mutate(draw: random.Random, victim: Victim) -> bool:
-    """Edit a store in one to four ways; return whether it was sealed anew."""
+    """Edit a store in one to four ways; return whether somebody who knows the format meant it: other numbers then."""
+    forged = draw.random() < 0.8
     for _ in range(draw.choice([1, 1, 2, 3, 4])):
         try:
-            draw.choice(MUTATORS)(draw, victim)
+            draw.choice(ACCIDENTS + FORGERIES if forged else ACCIDENTS)(draw, victim)
         except OSError:  # an earlier edit is in the way
             continue
-    sealed = draw.random() < 0.7
-    if sealed:
+    if forged:
         victim.seal()
-    return sealed
+    return forged
 
 
 # ---- what comes of it
@@ -378,21 +369,28 @@ class Truth:
         return "equal" if same else "FINDING other numbers"
 
 
-def attempt(root: Path, scratch: Path, truth: Truth, told: Connection) -> None:
-    """Do all that is done with a store, within bounds of memory, and tell the outcome: the body of a child process."""
+def attempt(root: str, scratch: str, pristine: str, forged: bool, told: str) -> None:
+    """Do all that is done with a store, within bounds of memory, and write the outcome to the file `told`.
+
+    `pristine` is the store before it was edited. This is the body of a child process.
+    """
     torch.set_num_threads(1)
+    truth = Truth.of(Path(pristine))
+    if forged:
+        truth = replace(truth, tensors=None)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
     outcome = {}
     for step in (use_verify, use_tables, use_reader, use_scratch, use_resident):
         try:
-            outcome[step.__name__] = step(root, scratch, truth)
+            outcome[step.__name__] = step(Path(root), Path(scratch), truth)
         except RecyclingError as error:
             str(error).encode("utf-8", "backslashreplace")
             outcome[step.__name__] = "refused"
         except BaseException:
             outcome[step.__name__] = f"FINDING {traceback.format_exc()}"
-    told.send(outcome)
+    outcome["peak"] = str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+    Path(told).write_text(json.dumps(outcome))
 
 
 def use_verify(root: Path, scratch: Path, truth: Truth) -> str:

@@ -1,103 +1,107 @@
-"""Runs hostile cases, each in a process of its own; `python tests/faults/trial.py --minutes 10` fuzzes."""
+"""Runs hostile cases, each in a process of its own; `python tests/faults/trial.py --minutes 10` fuzzes.
+
+What it finds, and the first case of each kind of outcome, it keeps in the corpus, which the tests run again.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import random
-import resource
+import shutil
 import tempfile
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forks
 import hostile
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = 60
 """No case may take longer; a hang would."""
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["hostile"])
+LONGEST_CASE = 8000
+"""Characters of a case that is kept for its kind."""
 
 
-def run(root: Path, truth: hostile.Truth) -> dict[str, str]:
+def run(server: forks.Server, root: Path, forged: bool) -> dict[str, str]:
     """Use the store `root` in a child; what it did outside of its scratch, hangs and deaths are findings."""
-    scratch = root.parent / "scratch"
-    before = outside(root)
-    mine, its = CHILDREN.Pipe(duplex=False)
-    child = CHILDREN.Process(target=hostile.attempt, args=(root, scratch, truth, its))
-    child.start()
-    its.close()
-    try:
-        outcome = mine.recv() if mine.poll(SECONDS) else {"all": "FINDING hangs"}
-    except EOFError:
-        child.join()
-        outcome = {"all": f"FINDING died with {child.exitcode}"}
-    child.kill()
-    child.join()
-    if outside(root) != before:
+    folder = root.parent
+    before = outside(folder)
+    files = (root, folder / "scratch", folder / "pristine", forged, folder / "told")
+    child = server.start(
+        folder, "hostile:attempt", *(one if isinstance(one, bool) else str(one) for one in files), log="said"
+    )
+    code = child.wait(SECONDS)
+    if code is None:
+        child.kill()
+        return {"all": "FINDING hangs"}
+    if code:
+        return {"all": f"FINDING died with {code}: {child.said()}"}
+    outcome: dict[str, str] = json.loads((folder / "told").read_text())
+    if outside(folder) != before:
         outcome["outside"] = "FINDING changed"
     return outcome
 
 
-def outside(root: Path) -> list[tuple[str, int, int]]:
+def outside(folder: Path) -> list[tuple[str, int, int]]:
     """Everything in the sandbox that must not change: the store too, but not the scratch."""
-    found = [
-        path for path in sorted(root.parent.rglob("*")) if "scratch" not in path.relative_to(root.parent).parts[:1]
-    ]
+    own = {"scratch", "told", "said"}
+    found = [path for path in sorted(folder.rglob("*")) if path.relative_to(folder).parts[0] not in own]
     return [(str(path), path.lstat().st_mtime_ns, path.lstat().st_size) for path in found]
 
 
 def sandbox(folder: Path, codec: str, number: int) -> hostile.Victim:
     (folder / "secret").write_text("no part of any store")
-    (folder / "store").mkdir()
-    return hostile.Victim(*hostile.base(codec, folder / "store", number))
+    for name in ("pristine", "store"):
+        (folder / name).mkdir()
+        root, segment = hostile.base(codec, folder / name, number)
+    return hostile.Victim(root, segment)
 
 
-def fuzz_once(seed: int, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def fuzz_once(server: forks.Server, seed: int, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the case of a seed, as the corpus keeps it, and its outcome."""
     draw = random.Random(seed)
     codec, number = draw.choice(hostile.CODECS), draw.randrange(3)
     victim = sandbox(folder, codec, number)
-    truth = hostile.Truth.of(victim.root)
-    sealed = hostile.mutate(draw, victim)
-    case = {"codec": codec, "number": number, "sealed": sealed, "edits": victim.edits}
-    return case, run(victim.root, replace(truth, tensors=None) if sealed else truth)
+    forged = hostile.mutate(draw, victim)
+    case = {"codec": codec, "number": number, "forged": forged, "edits": victim.edits}
+    return case, run(server, victim.root, forged)
 
 
-def play(case: dict[str, Any], folder: Path) -> dict[str, str]:
+def play(server: forks.Server, case: dict[str, Any], folder: Path) -> dict[str, str]:
     """Return the outcome of a case of the corpus."""
     victim = sandbox(folder, case["codec"], case["number"])
-    truth = hostile.Truth.of(victim.root)
-    hostile.replay(case["edits"], victim.root, victim.segment)
-    return run(victim.root, replace(truth, tensors=None) if case["sealed"] else truth)
+    for edit in case["edits"]:
+        victim.do(*edit)
+    return run(server, victim.root, case["forged"])
 
 
 def findings(outcome: dict[str, str]) -> list[str]:
     return [f"{step}: {what}" for step, what in outcome.items() if what.startswith("FINDING")]
 
 
-def fuzz(first: int, minutes: float) -> None:
-    end, seed, seen = time.monotonic() + 60 * minutes, first, Counter[str]()
+def fuzz(server: forks.Server, first: int, minutes: float, keep: Path | None = None) -> list[str]:
+    """Run the cases of the seeds from `first` on; return the findings."""
+    end, seed, found = time.monotonic() + 60 * minutes, first, []
+    seen, peak = Counter[str](), 0
     while time.monotonic() < end:
-        with tempfile.TemporaryDirectory() as folder:
-            case, outcome = fuzz_once(seed, Path(folder))
-            bad = findings(outcome)
-            kind = " ".join(f"{step.removeprefix('use_')}={what.split()[0]}" for step, what in outcome.items())
-            seen[kind] += 1
-            if bad or (seen[kind] == 1 and len(json.dumps(case)) < 4000):
-                name = f"found-{seed}.json" if bad else f"kind-{seed}.json"
-                (CORPUS / name).write_text(json.dumps(case) + "\n")
-            if bad:
-                print(seed, *bad, sep="\n", flush=True)
+        folder = Path(tempfile.mkdtemp(prefix="hostile-"))
+        case, outcome = fuzz_once(server, seed, folder)
+        shutil.rmtree(folder)
+        bad = findings(outcome)
+        peak = max(peak, int(outcome.pop("peak", 0)))
+        kind = " ".join(f"{step.removeprefix('use_')}={what.split()[0]}" for step, what in outcome.items())
+        seen[kind] += 1
+        text = json.dumps(case) + "\n"
+        if keep is not None and (bad or (seen[kind] <= 2 and len(text) < LONGEST_CASE)):
+            (keep / f"{'found' if bad else 'kind'}-{seed}.json").write_text(text)
+        found += [f"seed {seed}: {one}" for one in bad]
         seed += 1
-    for kind, count in seen.most_common():
-        print(count, kind)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(f"seeds {first}..{seed - 1}; largest child {peak >> 10} MB", flush=True)
+    print(*(f"{count:6} {kind}" for kind, count in seen.most_common()), sep="\n")
+    print(f"seeds {first}..{seed - 1}; largest child {peak} MB; {len(found)} findings", flush=True)
+    return found
 
 
 if __name__ == "__main__":
@@ -106,4 +110,5 @@ if __name__ == "__main__":
     parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
     CORPUS.mkdir(exist_ok=True)
-    fuzz(options.first, options.minutes)
+    with forks.serving("hostile") as forking:
+        print(*fuzz(forking, options.first, options.minutes, CORPUS), sep="\n")
