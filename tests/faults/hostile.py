@@ -270,7 +270,7 @@ def forge(draw: random.Random, victim: Victim, name: str, spec: ArraySpec) -> No
     for old in [path for path in victim.files() if path.startswith(f"SEGMENT/{name}/c.")]:
         victim.do("remove", old)
     victim.write(f"SEGMENT/{name}/zarr.json", json.dumps(metadata).encode())
-    for chunk in spec.chunk_files[:3] if spec.nbytes < 1 << 62 else []:
+    for chunk in spec.chunk_files[:3] if spec.nbytes < 1 << 62 and spec.chunks < 1000 else []:
         path = f"SEGMENT/{name}/{chunk}"
         size = spec.nbytes if spec.layout == "raw" else spec.chunk_nbytes
         if spec.layout == "zstd":

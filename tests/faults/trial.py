@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import shutil
 import tempfile
 import time
@@ -110,5 +111,6 @@ if __name__ == "__main__":
     parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
     CORPUS.mkdir(exist_ok=True)
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a case must not cost the machine its memory
     with forks.serving("hostile") as forking:
         print(*fuzz(forking, options.first, options.minutes, CORPUS), sep="\n")
