@@ -75,9 +75,8 @@ def measure(
     backbone = load(model, PreprocessConfig(image_size=size), Head("classes", 10))
     config = EncodeConfig(cuts=[at], workers=workers)
     chunks = [np.arange(i, min(i + config.batch_size, len(source))) for i in range(0, len(source), config.batch_size)]
-    batches = [
-        backbone.preprocess.finish(chunk.inputs) for chunk in decode(source, backbone.preprocess, chunks, workers=0)
-    ]
+    decoded = decode(source, [(rows, [backbone.preprocess]) for rows in chunks], workers=0)
+    batches = [backbone.preprocess.finish(chunk.inputs) for (chunk,) in decoded]
     prefix, _ = split(backbone.model, at=at, example={n: t[:2] for n, t in batches[0].items()})
     recipe = recipe_of(prefix, backbone.preprocess.recipe(), storage="raw:float16", compute_dtype="float32")
     bare, whole = [], []
@@ -88,7 +87,7 @@ def measure(
         middle = time.perf_counter()
         folder = Path(tempfile.mkdtemp())
         keyed = key_contents(source, workers=workers or 1)
-        encode(source, keyed, backbone.preprocess, [prefix], [Store.create(folder / "store", recipe)], config)
+        encode(source, keyed, [backbone.preprocess], [prefix], [[Store.create(folder / "store", recipe)]], config)
         end = time.perf_counter()
         shutil.rmtree(folder)
         if repeat:

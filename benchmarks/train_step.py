@@ -72,7 +72,7 @@ def measure(cut: float, options: argparse.Namespace) -> tuple[float, float]:
     recipe = recipe_of(prefix, backbone.preprocess.recipe(), storage="raw:float16", compute_dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         store = Store.create(Path(folder, "store"), recipe)
-        encode(source, keyed, backbone.preprocess, [prefix], [store], EncodeConfig(cuts=[cut]))
+        encode(source, keyed, [backbone.preprocess], [prefix], [[store]], EncodeConfig(cuts=[cut]))
         batches = order.batches(np.arange(len(table)), options.batch, seed=0, epoch=0, shuffle=True)
         loader = Loader(store, table.keys, task.prepare(table), batches)
         in_ram = list(loader)

@@ -7,14 +7,17 @@ the plan depends on nothing but the keys and what is committed: a rerun after a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
 from pipeline.data.source import Source
 from pipeline.encoder import EncodeConfig, Encoded, Encoder
-from pipeline.feed import BadSample, Keyed
+from pipeline.feed import Keyed, dead_workers_told
 from pipeline.models import Preprocess
+from pipeline.quarantine import BadSample, name_of
 from pipeline.split import Prefix
 from pipeline.store import Store
 from pipeline.unit import plan
@@ -23,29 +26,41 @@ from pipeline.unit import plan
 def encode(
     source: Source,
     keyed: Keyed,
-    preprocess: Preprocess,
+    views: Sequence[Preprocess],
     prefixes: Sequence[Prefix],
-    stores: Sequence[Store],
+    stores: Sequence[Sequence[Store]],
     config: EncodeConfig,
+    *,
+    rows: np.ndarray | None = None,
+    done: Encoded | None = None,
 ) -> Encoded:
-    """Bring every sample of `source` into the store of every cut; what is there already is not made again.
+    """Bring the samples `rows` of `source` (all, if None) into the stores; what is there already is not made again.
 
-    `prefixes` and `stores` go together, one per cut, all prefixes split from one model on the device to use.
+    There is a prefix per cut, all split from one model on the device to use, and a preprocessing per view;
+    `stores[view][cut]` takes what they give together. A sample is read and decoded once for all of them. What is done
+    is added to `done`, and samples that were set aside before are left out.
     """
-    done = Encoded(keyed.keys, [0] * len(stores), [set() for _ in stores], list(keyed.bad))
-    units = plan(keyed.keys, done.good, stores, config.segment_samples)
-    encoder = Encoder(source, preprocess, prefixes, stores, config, probes=keyed.extremes())
-    total = sum(len(unit.rows) for unit in units)
-    with tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05) as progress:
-        for unit, bad in encoder.run(units, done):
-            done.bad += [other for sample in bad for other in _alike(sample, keyed.keys)]
-            for cut in unit.cuts:
-                done.new[cut] += len(unit.rows) - len(bad)
-            progress.update(len(unit.rows))
+    done = done or Encoded.begun(keyed, len(prefixes))
+    wanted = done.keyed.good if rows is None else np.intersect1d(rows, done.keyed.good)
+    units = plan(keyed.keys, wanted, [store for view in stores for store in view], config.segment_samples)
+    encoder = Encoder(source, views, prefixes, stores, config, probes=keyed.outside_in())
+    total = sum(len(part.rows) for unit in units for part in encoder.parts(unit))
+    with (
+        dead_workers_told(encoder.workers),
+        closing(encoder.run(units, done)) as running,  # whatever ends this, what was computed is written first
+        tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05) as progress,
+    ):
+        for part, bad in running:
+            known = {sample.row for sample in done.keyed.bad}
+            alike = [other for sample in bad for other in _alike(sample, source, keyed.keys)]
+            done.keyed.bad.extend(sample for sample in alike if sample.row not in known)
+            for cut in part.cuts:
+                done.new[cut] += len(part.rows) - len(bad)
+            progress.update(len(part.rows))
     return done
 
 
-def _alike(sample: BadSample, keys: np.ndarray) -> list[BadSample]:
-    """`sample` and every other row with the same content."""
-    rows = np.flatnonzero((keys == keys[sample.row]).all(1))
-    return [BadSample(int(row), sample.source, sample.reason) for row in rows]
+def _alike(sample: BadSample, source: Source, keys: np.ndarray) -> list[BadSample]:
+    """`sample` and every other row with the same content, each under its own name."""
+    rows = np.flatnonzero((keys == keys[sample.row]).all(1)).tolist()
+    return [replace(sample, row=row, source=name_of(source, row)) for row in rows]

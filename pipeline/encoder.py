@@ -5,12 +5,14 @@ Three things overlap: worker processes read and preprocess, this process runs th
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,24 +22,27 @@ from torch import Tensor
 
 from pipeline.config import Section
 from pipeline.data.source import Source
-from pipeline.feed import BadSample, Decoded, decode, decode_samples
+from pipeline.feed import Chunk, Decoded, Keyed, decode, decode_samples
 from pipeline.models import Preprocess
+from pipeline.quarantine import BadSample, name_of
 from pipeline.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
 from pipeline.split import Capture, Prefix, capture
 from pipeline.store import Store
 from pipeline.unit import Unit, UnitBuffer
 
 Buffers: TypeAlias = dict[int, UnitBuffer]
-"""What one unit gives at each of its cuts, by the number of the cut."""
+"""What one part gives at each of its cuts, by the number of the cut."""
 
-UNITS_IN_FLIGHT = 2
-"""Finished units that may wait for the writer; with the one being computed they bound the encoder's memory."""
+PROBED_AT_ONCE = 4
+PARTS_IN_FLIGHT = 2
+"""Finished parts that may wait for the writer; with the one being computed they bound the encoder's memory."""
+INFINITE = "its state holds NaN or infinity"
 CUT_PATH = re.compile(r"\w[\w-]*(\.[\w-]+)*(#\d+)?")
 """Names of modules joined by dots, and the number of a call. A cut names a directory too: nothing else may pass."""
 
 
 class EncodeConfig(Section):
-    """How states are made. Of these settings the cuts, `dtype`, `codec` and `precision` decide what is stored."""
+    """How states are made. Of these settings cuts, `dtype`, `codec`, `precision` and `views` decide what is stored."""
 
     cuts: list[float | int | str] = Field(min_length=1)
     """Where to split: a share of the blocks (0.5; 0 for the inputs, 1 for the head only), a number of blocks from 2 on
@@ -53,6 +58,11 @@ class EncodeConfig(Section):
     """Type the prefix computes in: below float32 under autocast."""
     batch_size: int = Field(default=64, ge=1)
     """Samples per forward pass of the prefix."""
+    views: int | None = Field(default=None, ge=1)
+    """Augmented views stored of each training sample, made by `preprocess.augment`; null for none. Each is a store of
+    its own beside the plain one, which then holds the held-out samples alone. More views encode only themselves, and
+    fewer leave the others where they are. While a segment is encoded, its samples' inputs wait in memory in all views
+    (0.15 MB each at 224 pixels)."""
     segment_samples: int = Field(default=512, ge=1)
     """Samples per segment: the unit of work that is committed whole."""
     workers: int | None = Field(default=None, ge=0)
@@ -113,19 +123,32 @@ class Costs:
 class Encoded:
     """What a run of `encode` did."""
 
-    keys: np.ndarray
-    """Key of every row of the data set, (N, 16) uint8."""
+    keyed: Keyed
+    """The data set; its bad samples grow by those that have no state."""
     new: list[int]
     """Samples encoded for each cut."""
     promoted: list[set[str]]
     """Per cut, the state tensors that left the asked type's range in some segment, and have a wider one there."""
-    bad: list[BadSample] = field(default_factory=list)
+    cut_off: list[int] = field(default_factory=list)
+    """Tokens lost by each encoded text that is longer than its inputs may be."""
     costs: Costs = field(default_factory=Costs)
 
-    @property
-    def good(self) -> np.ndarray:
-        """Rows whose states are in the stores, (n,) int64."""
-        return np.setdiff1d(np.arange(len(self.keys)), [sample.row for sample in self.bad])
+    @classmethod
+    def begun(cls, keyed: Keyed, cuts: int) -> Encoded:
+        """Return what was done before the first sample."""
+        return cls(replace(keyed, bad=list(keyed.bad)), [0] * cuts, [set() for _ in range(cuts)])
+
+
+@dataclass(frozen=True)
+class Part:
+    """One unit in one view: what is computed and committed together."""
+
+    rows: np.ndarray
+    """Row numbers in the data set, (n,) int64."""
+    view: int
+    """Number of the view."""
+    cuts: tuple[int, ...]
+    """Numbers of the cuts whose stores lack these samples in this view."""
 
 
 class Encoder:
@@ -134,49 +157,69 @@ class Encoder:
     def __init__(
         self,
         source: Source,
-        preprocess: Preprocess,
+        views: Sequence[Preprocess],
         prefixes: Sequence[Prefix],
-        stores: Sequence[Store],
+        stores: Sequence[Sequence[Store]],
         config: EncodeConfig,
         probes: np.ndarray,
     ) -> None:
-        """Prepare to run units; `probes` are the rows on which it is found out how ragged states are trimmed."""
-        self.source, self.preprocess, self.probes = source, preprocess, probes
+        """Prepare to run units, whose stores are counted through `stores[view][cut]`, view by view.
+
+        `probes` are the rows on which it is found out how ragged states are trimmed: the first ones of unequal shapes.
+        """
+        self.source, self.views, self.probes = source, views, probes
+        self.preprocess = views[0]  # for what all views share
         self.prefixes, self.stores, self.config = prefixes, stores, config
         self.device = model_device(prefixes)
         self.captures: dict[tuple[int, ...], Capture] = {}
         self.trimmings: dict[int, Trimming] = {}
 
-    def run(self, units: Sequence[Unit], done: Encoded) -> Iterator[tuple[Unit, list[BadSample]]]:
-        """Encode `units`; yield each, with the samples it set aside, once its segments are committed."""
-        size = self.config.batch_size
-        chunks = [unit.rows[begin : begin + size] for unit in units for begin in range(0, len(unit.rows), size)]
-        decoded = decode(self.source, self.preprocess, chunks, workers=self._workers())
-        waiting: list[tuple[Unit, list[BadSample], Future[None]]] = []
+    def run(self, units: Sequence[Unit], done: Encoded) -> Generator[tuple[Part, list[BadSample]], None, None]:
+        """Encode `units`; yield each part, with the samples it set aside, once its segments are committed."""
+        chunks = [chunk for unit in units for chunk in self._chunks(unit)]
+        decoded = decode(self.source, chunks, workers=self.workers, keys=done.keyed.keys)
+        waiting: list[tuple[Part, list[BadSample], Future[None]]] = []
         with _writer() as pool:
             for unit in units:
-                buffers, bad = self._encode(unit, decoded, done.costs)
-                waiting.append((unit, bad, pool.submit(self._write, buffers, done)))
-                while len(waiting) > UNITS_IN_FLIGHT:
-                    yield _committed(waiting.pop(0))
+                parts = self.parts(unit)
+                # What the first part takes as it comes is kept for the others: preprocessed images are small.
+                of_unit = itertools.tee(itertools.islice(decoded, len(self._chunks(unit))), len(parts))
+                for number, (part, in_views) in enumerate(zip(parts, of_unit, strict=True)):
+                    buffers, bad = self._encode(part, map(operator.itemgetter(number), in_views), done)
+                    waiting.append((part, bad, pool.submit(self._write, part, buffers, done)))
+                    while len(waiting) > PARTS_IN_FLIGHT:
+                        yield _committed(waiting.pop(0))
             while waiting:
                 yield _committed(waiting.pop(0))
 
-    def _workers(self) -> int:
+    def parts(self, unit: Unit) -> list[Part]:
+        """Divide a unit by view."""
+        by_view = itertools.groupby((divmod(number, len(self.prefixes)) for number in unit.stores), lambda at: at[0])
+        return [Part(unit.rows, view, tuple(cut for _, cut in at)) for view, at in by_view]
+
+    def _chunks(self, unit: Unit) -> list[Chunk]:
+        size, views = self.config.batch_size, [self.views[part.view] for part in self.parts(unit)]
+        return [(unit.rows[begin : begin + size], views) for begin in range(0, len(unit.rows), size)]
+
+    @property
+    def workers(self) -> int:
+        """Processes that read and preprocess."""
         if self.config.workers is not None:
             return self.config.workers
         return 0 if self.device.type == "cpu" else torch.get_num_threads()
 
-    def _encode(self, unit: Unit, decoded: Iterator[Decoded], costs: Costs) -> tuple[Buffers, list[BadSample]]:
-        """Run the prefix over one unit. Samples of unequal shapes wait for its end, to be batched by length."""
-        buffers = {cut: UnitBuffer(unit.rows) for cut in unit.cuts}
+    def _encode(self, part: Part, decoded: Iterator[Decoded], done: Encoded) -> tuple[Buffers, list[BadSample]]:
+        """Run the prefix over one part. Samples of unequal shapes wait for its end, to be batched by length."""
+        buffers = {cut: UnitBuffer(part.rows) for cut in part.cuts}
         bad: list[BadSample] = []
         ragged: list[tuple[int, Sample]] = []
-        for _ in range(0, len(unit.rows), self.config.batch_size):
+        costs = done.costs
+        for _ in range(0, len(part.rows), self.config.batch_size):
             start = time.perf_counter()
             chunk = next(decoded)
             costs.reading += time.perf_counter() - start
             bad += chunk.bad
+            done.cut_off += chunk.cut_off
             if isinstance(chunk.inputs, dict):
                 self._forward(buffers, chunk.rows, chunk.inputs, None, costs)
             else:
@@ -184,11 +227,9 @@ class Encoder:
         for pads, alike in self._by_padding(buffers) if ragged else []:
             for rows, samples in self._by_length(ragged, pads=pads):
                 self._forward(alike, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
-        costs.samples += len(unit.rows)
+        costs.samples += len(part.rows)
         infinite = set().union(*(buffer.infinite for buffer in buffers.values()))
-        bad += [
-            BadSample(row, self.source.row(row).source, "its state holds NaN or infinity") for row in sorted(infinite)
-        ]
+        bad += [BadSample(row, name_of(self.source, row), INFINITE) for row in sorted(infinite)]
         for buffer in buffers.values():
             buffer.drop({sample.row for sample in bad})
         return buffers, bad
@@ -239,9 +280,14 @@ class Encoder:
             yield _unzip(batch)
 
     def _trimming(self, cut: int) -> Trimming:
-        """How this cut's states are trimmed, found on the shortest and the longest samples of the data set."""
+        """How this cut's states are trimmed, found on the probes."""
         if cut not in self.trimmings:
-            samples = decode_samples(self.source, self.preprocess, self.probes)
+            samples: list[Sample] = []
+            for begin in range(0, len(self.probes), PROBED_AT_ONCE):
+                rows = np.sort(self.probes[begin : begin + PROBED_AT_ONCE])
+                samples += decode_samples(self.source, self.preprocess, rows)
+                if len({shapes(sample) for sample in samples}) > 1:
+                    break
             prefix = self.prefixes[cut]
 
             def run(**batch: Tensor) -> dict[str, Tensor]:
@@ -253,13 +299,14 @@ class Encoder:
             self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, exact=exact)
         return self.trimmings[cut]
 
-    def _write(self, buffers: Buffers, done: Encoded) -> None:
+    def _write(self, part: Part, buffers: Buffers, done: Encoded) -> None:
         for cut, buffer in buffers.items():
             start = time.perf_counter()
             rows, tensors = buffer.finish()
             if len(rows):
-                dropped = np.setdiff1d(buffer.rows, rows)
-                info = self.stores[cut].write_segment(done.keys[rows], tensors, set_aside=done.keys[dropped])
+                keys = done.keyed.keys
+                dropped = keys[np.setdiff1d(buffer.rows, rows)]
+                info = self.stores[part.view][cut].write_segment(keys[rows], tensors, set_aside=dropped)
                 done.promoted[cut].update(info.promoted)
             done.costs.writing[cut] = done.costs.writing.get(cut, 0.0) + time.perf_counter() - start
 
@@ -303,10 +350,10 @@ def _suffix_inputs(batch: dict[str, Tensor], samples: list[Sample] | None) -> di
     return inputs
 
 
-def _committed(item: tuple[Unit, list[BadSample], Future[None]]) -> tuple[Unit, list[BadSample]]:
-    unit, bad, written = item
+def _committed(item: tuple[Part, list[BadSample], Future[None]]) -> tuple[Part, list[BadSample]]:
+    part, bad, written = item
     written.result()
-    return unit, bad
+    return part, bad
 
 
 def _unzip(batch: list[tuple[int, Sample]]) -> tuple[np.ndarray, list[Sample]]:

@@ -18,8 +18,8 @@ from pipeline.keys import content_key
 from pipeline.project import Project, Workbench
 from pipeline.ragged import Sample, pad_batch
 from pipeline.split import Prefix, Suffix, merge
-from pipeline.store import Store
 from pipeline.tasks import read_tensor
+from pipeline.views import Views
 
 PROVED_ON = 32
 MERGED_TOLERANCE = 1e-5
@@ -70,7 +70,7 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
     bench = Workbench.open(project, table)
     store, prefix, suffix = bench.open_store(cut, table)
     suffix.load_state_dict(load_file(weights))
-    contents, rows = _samples(project, bench, table)
+    contents, rows = _samples(project, bench, store, table)
     outputs = _outputs(bench, store, table, prefix, suffix, contents, rows)
     parity = _compare(*outputs)
     bound = STORED_TOLERANCE[project.encode.dtype]
@@ -90,8 +90,12 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
     return parity
 
 
-def _samples(project: Project, bench: Workbench, table: SampleTable) -> tuple[list[Sample], np.ndarray]:
-    """Return some samples of the data set, preprocessed, and their rows in the sample table; held-out ones first."""
+def _samples(project: Project, bench: Workbench, store: Views, table: SampleTable) -> tuple[list[Sample], np.ndarray]:
+    """Return some samples of the data set as they are stored, and their rows in the sample table; held-out ones first.
+
+    Where there are augmented views, a training sample is taken in the first of them.
+    """
+    plain, first = bench.preprocess(None), bench.preprocess(0 if project.encode.views else None)
     source = open_source(project.data)
     row_of = {key.tobytes(): row for row, key in enumerate(table.keys)}
     wanted = {
@@ -104,7 +108,7 @@ def _samples(project: Project, bench: Workbench, table: SampleTable) -> tuple[li
             content = source.content(i)
             row = row_of.get(content_key(content))
             if row is not None:
-                samples.append(bench.backbone.preprocess(content))
+                samples.append((first if store.in_views[row] else plain)(content))
                 rows.append(row)
     if not samples:
         raise DataError(
@@ -115,7 +119,7 @@ def _samples(project: Project, bench: Workbench, table: SampleTable) -> tuple[li
 
 def _outputs(
     bench: Workbench,
-    store: Store,
+    store: Views,
     table: SampleTable,
     prefix: Prefix,
     suffix: Suffix,
@@ -135,7 +139,7 @@ def _outputs(
     return full, live, cached
 
 
-def _cached(bench: Workbench, store: Store, table: SampleTable, suffix: Suffix, row: np.ndarray) -> Tensor:
+def _cached(bench: Workbench, store: Views, table: SampleTable, suffix: Suffix, row: np.ndarray) -> Tensor:
     batch = bench.stored_batch(store, table, row)
     return read_tensor(suffix(batch.state, **batch.inputs))
 

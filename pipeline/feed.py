@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from pipeline.data.source import Source
-from pipeline.errors import DataError
+from pipeline.data.source import Row, Source, Stamp
+from pipeline.errors import BadSampleError, DataError
 from pipeline.keys import KEY_BYTES, content_key
 from pipeline.models import Preprocess
+from pipeline.quarantine import ENDS_THE_RUN, BadSample, set_aside
 from pipeline.ragged import Sample, shapes
+from pipeline.stat_cache import StatCache
 
 KEYED_AT_ONCE = 256
+_DEAD = "DataLoader worker (pid"
+"""How torch's message begins when a worker process has died."""
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that was set aside."""
-
-    row: int
-    source: str
-    reason: str
+Chunk: TypeAlias = tuple[np.ndarray, Sequence[Preprocess]]
+"""Row numbers, and the views in which they are wanted: the preprocessing of each."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Preprocessed samples of some rows, without the bad ones."""
+    """Preprocessed samples of some rows in one view, without the bad ones."""
 
     rows: np.ndarray
     """Rows of the good samples, (n,) int64."""
@@ -39,6 +41,8 @@ class Decoded:
     """Where all are alike, stacked along a new first axis and still to be finished (`Preprocess.finish`), on whatever
     device the batch goes to. Else one by one, finished."""
     bad: list[BadSample]
+    cut_off: list[int] = field(default_factory=list)
+    """Tokens lost by each text that is longer than its inputs may be."""
 
 
 @dataclass(frozen=True)
@@ -50,33 +54,45 @@ class Keyed:
     sizes: np.ndarray
     """(N,) int64, size of the content in bytes, characters or items."""
     bad: list[BadSample]
-    """Rows that cannot be read."""
+    """Rows set aside: they cannot be read or, after an encode, have no state."""
 
     @property
     def good(self) -> np.ndarray:
-        """Rows that have a key, (n,) int64."""
+        """The other rows, (n,) int64."""
         return np.setdiff1d(np.arange(len(self.keys)), [sample.row for sample in self.bad])
 
-    def extremes(self) -> np.ndarray:
-        """Return the two rows of the shortest and the two of the longest contents."""
+    def outside_in(self) -> np.ndarray:
+        """Return the good rows by size: the shortest content, the longest, the second shortest, and so on."""
         by_size = self.good[np.argsort(self.sizes[self.good], kind="stable")]
-        return np.unique(np.concatenate([by_size[:2], by_size[-2:]]))
+        order = np.empty_like(by_size)
+        order[::2], order[1::2] = by_size[: (len(by_size) + 1) // 2], by_size[::-1][: len(by_size) // 2]
+        return order
 
 
-def key_contents(source: Source, *, workers: int) -> Keyed:
-    """Read every content of `source` once, for its key, in `workers` threads."""
-    count = len(source)
+def key_contents(source: Source, *, workers: int, cache: StatCache | None = None, trust: bool = True) -> Keyed:
+    """Return the key of every content of `source`, read once for it in `workers` threads.
+
+    A file that `cache` knows by its stamp is not read, unless `trust` is False: then it is, and the cache is renewed.
+    """
+    count, now = len(source), time.time_ns()
     keys, sizes = np.zeros((count, KEY_BYTES), np.uint8), np.zeros(count, np.int64)
+    stamps = [_stamp(source, row) for row in range(count)]
+    if not any(stamps):
+        cache = None
+    known = cache.find(stamps) if cache and trust else {}
 
     def key_some(begin: int) -> list[BadSample]:
         bad = []
         for row in range(begin, min(begin + KEYED_AT_ONCE, count)):
             try:
-                content = source.content(row)
-                keys[row] = np.frombuffer(content_key(content), np.uint8)
-                sizes[row] = sum(map(len, content)) if isinstance(content, tuple) else len(content)
-            except Exception as error:
-                bad.append(_set_aside(source, row, error))
+                _check_name(source.row(row))
+                stamp, key = stamps[row], known.get(row)
+                key, size = (key, stamp.size) if key and stamp else _read_key(source, row)
+                keys[row], sizes[row] = np.frombuffer(key, np.uint8), size
+            except ENDS_THE_RUN:
+                raise
+            except BaseException as error:
+                bad.append(set_aside(source, row, error))
         return bad
 
     bad: list[BadSample] = []
@@ -87,55 +103,137 @@ def key_contents(source: Source, *, workers: int) -> Keyed:
         for found in pool.map(key_some, range(0, count, KEYED_AT_ONCE)):
             bad += found
             progress.update(min(KEYED_AT_ONCE, count - progress.n))
-    return Keyed(keys, sizes, bad)
+    keyed = Keyed(keys, sizes, bad)
+    if cache:
+        read = np.setdiff1d(keyed.good, list(known)).tolist()
+        steady = [(row, stamp) for row in read if (stamp := stamps[row]) and stamp == _stamp(source, row)]
+        cache.update([(stamp, keys[row].tobytes()) for row, stamp in steady if stamp.settled(now)], stamps)
+    return keyed
 
 
-def decode(source: Source, preprocess: Preprocess, chunks: Sequence[np.ndarray], *, workers: int) -> Iterator[Decoded]:
-    """Yield the samples of each of `chunks` (row numbers), in order, read and preprocessed by `workers` processes."""
+def _read_key(source: Source, row: int) -> tuple[bytes, int]:
+    content = source.content(row)
+    return content_key(content), sum(map(len, content)) if isinstance(content, tuple) else len(content)
+
+
+def _stamp(source: Source, row: int) -> Stamp | None:
+    """The stamp of a row; a source that cannot even give that has the row read, which tells what is wrong."""
+    try:
+        return source.stamp(row)
+    except ENDS_THE_RUN:
+        raise
+    except BaseException:
+        return None
+
+
+def _check_name(row: Row) -> None:
+    """Refuse a name that the sample table could not hold: on Linux a file may have any bytes for a name."""
+    try:
+        row.source.encode()
+    except UnicodeEncodeError as error:
+        raise BadSampleError("the name is not UTF-8; rename the file") from error
+
+
+def decode(
+    source: Source, chunks: Sequence[Chunk], *, workers: int, keys: np.ndarray | None = None
+) -> Iterator[list[Decoded]]:
+    """Yield the samples of each of `chunks` in each of its views, in order, made by `workers` processes.
+
+    With `keys` (N, 16) uint8, of all rows, a content that is no longer the one its key was made of is a bad sample.
+    """
     if not chunks:
         return iter(())
-    return iter(DataLoader(_Chunks(source, preprocess, chunks), batch_size=None, num_workers=min(workers, len(chunks))))
+    return iter(DataLoader(_Chunks(source, chunks, keys), batch_size=None, num_workers=min(workers, len(chunks))))
 
 
-class _Chunks(Dataset[Decoded]):
-    def __init__(self, source: Source, preprocess: Preprocess, chunks: Sequence[np.ndarray]) -> None:
-        self.source, self.preprocess, self.chunks = source, preprocess, chunks
+@contextmanager
+def dead_workers_told(workers: int) -> Iterator[None]:
+    """Say what to do about a worker process that died; torch may notice at any moment inside.
+
+    Raises:
+        DataError: one did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(_DEAD):
+            raise
+        raise DataError(
+            f"encode.workers is {workers}, and one of these processes died ({' '.join(str(error).split())}): out of "
+            "memory, or a sample that crashes its decoder. What was committed stays. Set fewer workers; 0 reads in "
+            "the main process, where PYTHONFAULTHANDLER=1 shows a crash"
+        ) from error
+
+
+class _Chunks(Dataset[list[Decoded]]):
+    def __init__(self, source: Source, chunks: Sequence[Chunk], keys: np.ndarray | None) -> None:
+        self.source, self.chunks, self.keys = source, chunks, keys
 
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, index: int) -> Decoded:
-        return decode_rows(self.source, self.preprocess, self.chunks[index])
+    def __getitem__(self, index: int) -> list[Decoded]:
+        return decode_rows(self.source, self.chunks[index], self.keys)
 
 
-def decode_rows(source: Source, preprocess: Preprocess, rows: np.ndarray) -> Decoded:
-    """Read and preprocess `rows` in this process."""
-    good, samples, bad = [], [], []
-    for row in rows.tolist():
-        try:
-            samples.append(preprocess.begin(source.content(row)))
-            good.append(row)
-        except Exception as error:
-            bad.append(_set_aside(source, row, error))
-    kinds = {(shapes(sample), tuple(tensor.dtype for tensor in sample.values())) for sample in samples}
-    inputs = default_collate(samples) if len(kinds) == 1 else [_finished(preprocess, sample) for sample in samples]
-    return Decoded(np.asarray(good, np.int64), inputs, bad)
+def decode_rows(source: Source, chunk: Chunk, keys: np.ndarray | None = None) -> list[Decoded]:
+    """Read and preprocess samples in this process; each is read and opened once for all its views; `keys` as above."""
+    rows, views = chunk
+    made = [_in_views(source, views, row, None if keys is None else keys[row].tobytes()) for row in rows.tolist()]
+    decoded = []
+    for number, view in enumerate(views):
+        of_view = [in_views[number] for in_views in made]
+        good = [(row, one) for row, one in zip(rows.tolist(), of_view, strict=True) if not isinstance(one, BadSample)]
+        bad = [one for one in of_view if isinstance(one, BadSample)]
+        inputs = _stacked(view, [sample for _, (sample, _) in good])
+        cut_off = [excess for _, (_, excess) in good if excess]
+        decoded.append(Decoded(np.asarray([row for row, _ in good], np.int64), inputs, bad, cut_off))
+    return decoded
 
 
 def decode_samples(source: Source, preprocess: Preprocess, rows: np.ndarray) -> list[Sample]:
     """Read and preprocess `rows` in this process, sample by sample, without the bad ones."""
-    inputs = decode_rows(source, preprocess, rows).inputs
-    if isinstance(inputs, list):
-        return inputs
-    batch = preprocess.finish(inputs)
+    (decoded,) = decode_rows(source, (rows, [preprocess]))
+    if isinstance(decoded.inputs, list):
+        return decoded.inputs
+    batch = preprocess.finish(decoded.inputs)
     return [dict(zip(batch, tensors, strict=True)) for tensors in zip(*batch.values(), strict=True)]
+
+
+def _in_views(
+    source: Source, views: Sequence[Preprocess], row: int, key: bytes | None
+) -> list[tuple[Sample, int] | BadSample]:
+    """Return a sample in each view, and how many tokens its text lost."""
+    try:
+        content = source.content(row)
+        if key is not None and content_key(content) != key:
+            raise BadSampleError("the content is not the one its key was made of; encode again with --rehash")
+        opened = views[0].open(content)
+    except ENDS_THE_RUN:
+        raise
+    except BaseException as error:
+        return [set_aside(source, row, error) for _ in views]
+    return [_begun(source, view, row, content, opened) for view in views]
+
+
+def _begun(source: Source, view: Preprocess, row: int, content: Any, opened: Any) -> tuple[Sample, int] | BadSample:
+    try:
+        sample = view.begin(opened)
+        return sample, view.excess(content, sample)
+    except ENDS_THE_RUN:
+        raise
+    except BaseException as error:
+        return set_aside(source, row, error)
+
+
+def _stacked(preprocess: Preprocess, samples: list[Sample]) -> dict[str, Tensor] | list[Sample]:
+    kinds = {(shapes(sample), tuple(tensor.dtype for tensor in sample.values())) for sample in samples}
+    if len(kinds) == 1:
+        stacked: dict[str, Tensor] = default_collate(samples)
+        return stacked
+    return [_finished(preprocess, sample) for sample in samples]
 
 
 def _finished(preprocess: Preprocess, sample: Sample) -> Sample:
     batch = preprocess.finish({name: tensor.unsqueeze(0) for name, tensor in sample.items()})
     return {name: tensor.squeeze(0) for name, tensor in batch.items()}
-
-
-def _set_aside(source: Source, row: int, error: Exception) -> BadSample:
-    reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-    return BadSample(row, source.row(row).source, " ".join(reason.split()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -74,6 +75,18 @@ def sha256(file: Path) -> str:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        # A file name that is not UTF-8 is written with escapes: what tells of it must be readable.
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def is_function(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import shutil
@@ -18,51 +17,81 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from pipeline import order
+from pipeline import order, proved, quarantine
 from pipeline.adapter import merged
 from pipeline.data import SampleTable, Source, build, open_source
 from pipeline.encode import encode
 from pipeline.encoder import Encoded
 from pipeline.errors import DataError, StaleStoreError
-from pipeline.feed import BadSample, Keyed, decode_samples, key_contents
+from pipeline.feed import Keyed, decode_rows, decode_samples, key_contents
 from pipeline.files import sha256
 from pipeline.keys import Recipe, digest
 from pipeline.loader import Loader, place
 from pipeline.project import CutName, Project, Workbench, pick_device
 from pipeline.ragged import pad_batch
 from pipeline.report import Cost, Row, Run, curves, plot, summarise
-from pipeline.split import Cut, Prefix, Suffix
-from pipeline.store import Store
+from pipeline.split import Prefix, Suffix
+from pipeline.stat_cache import StatCache
+from pipeline.store import Store, first_rows
 from pipeline.timing import seconds_per_sample
 from pipeline.train import fit
+from pipeline.views import Views, rows_by_view
 
 log = logging.getLogger("recycle")
 
+EXAMPLE_AMONG = 4
+"""Samples that are decoded at a time until an example is found."""
 
-def encode_project(project: Project) -> bool:
+
+def encode_project(project: Project, *, rehash: bool = False) -> bool:
     """Bring every sample into the store of every cut; write the sample table, the samples set aside and the costs.
 
-    Returns whether the bad samples stay within `encode.max_bad`.
+    Files that did not change are not read, and where nothing is to do no model is built; `rehash` distrusts what was
+    known of both. Returns whether the bad samples stay within `encode.max_bad`.
     """
     source = open_source(project.data)
-    keyed = key_contents(source, workers=project.encode.workers or 1)
-    table = build(source, keyed.keys[keyed.good], project.data, rows=keyed.good)
+    cache = StatCache(project.scratch / "keys.sqlite")
+    keyed = key_contents(source, workers=project.encode.workers or 1, cache=cache, trust=not rehash)
+    if not len(keyed.good):
+        quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # the table will say that nothing is left
+    table = _table(source, keyed, project)
+    circumstances = proved.circumstances(project, table)
+    stores = None if rehash else proved.stores(project, circumstances, table)
+    if stores is not None:
+        _tell_of_one_place_twice(project.encode.cuts, stores[0])
+        done = Encoded.begun(keyed, len(project.encode.cuts))
+    else:
+        stores, done = _encode_what_is_missing(project, source, keyed, table)
+        if proved.circumstances(project, table) == circumstances:
+            proved.remember(project, circumstances, stores)
+    if len(done.keyed.bad) > len(keyed.bad):
+        table = _table(source, done.keyed, project)
+    table.write(project.samples)
+    quarantine.write(project.quarantine, done.keyed.bad, keyed.keys)
+    _write_costs(project, stores, done)
+    return _tell(project, stores, done)
+
+
+def _encode_what_is_missing(
+    project: Project, source: Source, keyed: Keyed, table: SampleTable
+) -> tuple[list[list[Store]], Encoded]:
+    """Build the model, split it at every cut, and encode what the stores of their recipes lack; `stores[view][cut]`."""
     bench = Workbench.open(project, table)
     bench.backbone.model.to(pick_device(project.encode.device))
     if project.encode.channels_last:
         bench.backbone.model.to(memory_format=torch.channels_last)
     example = _example_of_source(bench, source, keyed)
     prefixes = [bench.split(cut, example)[0] for cut in project.encode.cuts]
-    _tell_of_one_place_twice(project.encode.cuts, prefixes)
+    by_view = zip(*map(bench.recipes, prefixes), strict=True)
     stores = [
-        _open_or_replace(project.store_path(cut), bench.recipe(prefix))
-        for cut, prefix in zip(project.encode.cuts, prefixes, strict=True)
+        [
+            _open_or_replace(project.store_path(cut, view), recipe)
+            for cut, recipe in zip(project.encode.cuts, recipes, strict=True)
+        ]
+        for view, recipes in zip(project.views, by_view, strict=True)
     ]
-    done = encode(source, keyed, bench.backbone.preprocess, prefixes, stores, project.encode)
-    build(source, keyed.keys[done.good], project.data, rows=done.good).write(project.samples)
-    _write_quarantine(project.quarantine, done.bad)
-    _write_costs(project, prefixes, stores, done)
-    return _tell(project, done, len(source))
+    _tell_of_one_place_twice(project.encode.cuts, stores[0])
+    return stores, _encode_views(bench, source, keyed, prefixes, stores)
 
 
 def train_project(project: Project, name: str) -> Run:
@@ -74,22 +103,23 @@ def train_project(project: Project, name: str) -> Run:
     )
     table = SampleTable.read(project.samples)
     bench = Workbench.open(project, table)
-    store, prefix, suffix = bench.open_store(cut, table)
-    suffix = bench.adapt(store, table, prefix, suffix)
+    views, prefix, suffix = bench.open_store(cut, table)
+    suffix = bench.adapt(views, table, prefix, suffix)
     load = partial(
         Loader,
-        store,
+        views,
         table.keys,
         bench.task.prepare(table),
         pad=bench.backbone.preprocess.pad,
         device=accelerator.device,
-        source=place(store, table.keys, accelerator.device),
+        source=place(views, table.keys, accelerator.device),
     )
-    training, validation = (load(_order(bench, table, part)) for part in ("train", "validation"))
+    training = load(_order(bench, table, "train"), view=_view_order(project, views, len(table)))
+    validation = load(_order(bench, table, "validation"))
     run = project.run_path(cut)
     shutil.rmtree(run, ignore_errors=True)
     settings = [section.model_dump(mode="json") for section in (project.model, project.task, project.train)]
-    identity = digest([store.recipe.digest, sha256(project.samples), *settings])
+    identity = digest([*(store.recipe.digest for store in views.stores), sha256(project.samples), *settings])
     summary = fit(
         suffix,
         bench.task,
@@ -111,7 +141,7 @@ def train_project(project: Project, name: str) -> Run:
         best_epoch=summary.best_epoch,
         train_samples=len(table.rows("train")),
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
-        frozen_seconds_per_sample=_frozen_cost(prefix, bench, store, table, accelerator.device),
+        frozen_seconds_per_sample=_frozen_cost(prefix, bench, views, table, accelerator.device),
         history=summary.history,
     )
     (run / "run.json").write_text(json.dumps(asdict(finished), indent=2) + "\n")
@@ -136,26 +166,57 @@ def report_project(project: Project) -> list[Row]:
 
 
 def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> dict[str, Tensor]:
-    """The shortest and the longest samples: the batch on which a split is proved."""
-    preprocess = bench.backbone.preprocess
-    for rows in (keyed.extremes(), keyed.good[:64]):
-        samples = decode_samples(source, preprocess, rows)
+    """The shortest and the longest samples that can be decoded: the batch on which a split is proved."""
+    preprocess, rows = bench.backbone.preprocess, keyed.outside_in()
+    for begin in range(0, len(rows), EXAMPLE_AMONG):
+        samples = decode_samples(source, preprocess, np.sort(rows[begin : begin + EXAMPLE_AMONG]))
         if samples:
             samples = [samples[0], samples[-1]] if len(samples) > 1 else samples * 2
             device = next(bench.backbone.model.parameters()).device
             return {name: tensor.to(device) for name, tensor in pad_batch(samples, preprocess.pad).items()}
-    raise DataError("none of the first 64 samples can be decoded; see what data.path and data.source say")
+    bad = decode_rows(source, (keyed.good, [preprocess]))[0].bad
+    quarantine.write(bench.project.quarantine, [*keyed.bad, *bad], keyed.keys)
+    raise DataError(
+        f"none of the {len(bad)} samples can be decoded: {quarantine.summary(bad)}; see {bench.project.quarantine}, "
+        "and what data.path and data.source say"
+    )
 
 
-def _tell_of_one_place_twice(names: Sequence[CutName], prefixes: Sequence[Prefix]) -> None:
+def _tell_of_one_place_twice(names: Sequence[CutName], stores: Sequence[Store]) -> None:
     """Warn: in a shallow network several shares may fall on one block boundary. Each has its store all the same."""
-    known: dict[Cut, CutName] = {}
-    for name, prefix in zip(names, prefixes, strict=True):
-        if prefix.cut in known:
-            log.warning(
-                "encode.cuts has %r and %r, which name one place: %s; keep one", known[prefix.cut], name, prefix.cut
-            )
-        known[prefix.cut] = name
+    known: dict[str, CutName] = {}
+    for name, store in zip(names, stores, strict=True):
+        place = store.recipe.cut
+        if place in known:
+            log.warning("encode.cuts has %r and %r, which name one place: %s; keep one", known[place], name, place)
+        known[place] = name
+
+
+def _encode_views(
+    bench: Workbench, source: Source, keyed: Keyed, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]]
+) -> Encoded:
+    """Fill the stores, `stores[view][cut]`; return what was done.
+
+    Where there are augmented views, a sample that turns out bad can move others to another split (the rest of its
+    group, say): then what these lack where they are now is encoded too.
+    """
+    project = bench.project
+    views = [bench.preprocess(view) for view in project.views]
+    done, found = Encoded.begun(keyed, len(prefixes)), -1
+    while found != len(done.keyed.bad):
+        found = len(done.keyed.bad)
+        if len(views) == 1:
+            encode(source, keyed, views, prefixes, stores, project.encode, done=done)
+        else:
+            plain, augmented = rows_by_view(keyed.keys, _table(source, done.keyed, project))
+            encode(source, keyed, views[:1], prefixes, stores[:1], project.encode, rows=plain, done=done)
+            encode(source, keyed, views[1:], prefixes, stores[1:], project.encode, rows=augmented, done=done)
+    return done
+
+
+def _table(source: Source, keyed: Keyed, project: Project) -> SampleTable:
+    """Return the sample table of the rows that are good."""
+    return build(source, keyed.keys[keyed.good], project.data, rows=keyed.good)
 
 
 def _open_or_replace(path: Path, recipe: Recipe) -> Store:
@@ -179,42 +240,46 @@ def _order(bench: Workbench, table: SampleTable, part: str) -> Callable[[int], l
     return batches
 
 
-def _frozen_cost(prefix: Prefix, bench: Workbench, store: Store, table: SampleTable, device: torch.device) -> float:
+def _view_order(project: Project, views: Views, rows: int) -> Callable[[int], np.ndarray]:
+    """Return which view of each row is trained on, as a function of the epoch."""
+    config = project.train
+    return lambda epoch: order.views(rows, views.count, seed=config.seed, epoch=epoch, how=config.views)
+
+
+def _frozen_cost(prefix: Prefix, bench: Workbench, views: Views, table: SampleTable, device: torch.device) -> float:
     """Seconds per sample of the prefix on a training batch: what it costs at every epoch where nothing is kept."""
     if prefix.cut.share == 0:
         return 0.0
     bench.backbone.model.to(device)
-    inputs = bench.stored_inputs(store, table, table.rows("train")[: bench.project.train.batch_size])
+    inputs = bench.stored_inputs(views, table, table.rows("train")[: bench.project.train.batch_size])
     return seconds_per_sample(prefix, {name: tensor.to(device) for name, tensor in inputs.items()})
 
 
-def _write_quarantine(path: Path, bad: Sequence[BadSample]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "source", "reason"])
-        writer.writerows([sample.row, sample.source, sample.reason] for sample in sorted(bad, key=lambda s: s.row))
+def _write_costs(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> None:
+    """Write results/encode.json. Of all runs under a recipe, the one that encoded most says what a state costs.
 
-
-def _write_costs(project: Project, prefixes: Sequence[Prefix], stores: Sequence[Store], done: Encoded) -> None:
-    """Write results/encode.json. Of all runs under a recipe, the one that encoded most says what a sample costs."""
+    A sample has one state, or several where there are augmented views; all of them count.
+    """
     path = project.results / "encode.json"
     before: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
     cuts = {}
-    for number, (cut, prefix, store) in enumerate(zip(project.encode.cuts, prefixes, stores, strict=True)):
-        samples = len(store.keys())
-        measured = {"recipe": store.recipe.digest, **done.costs.of(number)}
+    for number, (cut, *by_view) in enumerate(zip(project.encode.cuts, *stores, strict=True)):
+        keys = np.concatenate([store.keys() for store in by_view])
+        samples = len(first_rows(keys))
+        training = (by_view[1:] or by_view)[0]
+        measured = {"recipe": training.recipe.digest, **done.costs.of(number)}
         known = before.get(str(cut), {}).get("measured", measured)
         if known["recipe"] == measured["recipe"] and known["samples"] > measured["samples"]:
             measured = known
         cuts[str(cut)] = {
-            "at": str(prefix.cut),
+            "at": training.recipe.cut,
             "samples": samples,
-            "state_bytes_per_sample": store.nbytes() / max(1, samples),
-            "encode_seconds": sum(measured["seconds_per_sample"].values()) * samples if measured["samples"] else None,
+            "state_bytes_per_sample": sum(store.nbytes() for store in by_view) / max(1, samples),
+            "encode_seconds": sum(measured["seconds_per_sample"].values()) * len(keys) if measured["samples"] else None,
             "measured": measured,
         }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"bad": len(done.bad), "cuts": cuts}, indent=2) + "\n")
+    path.write_text(json.dumps({"bad": len(done.keyed.bad), "cuts": cuts}, indent=2) + "\n")
 
 
 def _read_costs(project: Project) -> dict[str, Cost]:
@@ -225,24 +290,26 @@ def _read_costs(project: Project) -> dict[str, Cost]:
     return {name: Cost(cut["state_bytes_per_sample"], cut["encode_seconds"]) for name, cut in cuts.items()}
 
 
-def _tell(project: Project, done: Encoded, total: int) -> bool:
-    for cut, new, promoted in zip(project.encode.cuts, done.new, done.promoted, strict=True):
-        log.info(
-            "cut %s: %d samples encoded, %d were there", cut, new, len(np.unique(done.keys[done.good], axis=0)) - new
-        )
+def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> bool:
+    """Say what was encoded, cut off and set aside; return whether no more is bad than allowed."""
+    for cut, new, promoted, *by_view in zip(project.encode.cuts, done.new, done.promoted, *stores, strict=True):
+        there = sum(len(store.keys()) for store in by_view) - new
+        log.info("cut %s: %d samples encoded, %d were there", cut, new, there)
         if promoted:
             log.info("cut %s: beyond float16, stored in a wider type: %s", cut, ", ".join(sorted(promoted)))
-    allowed = project.encode.max_bad if project.encode.max_bad >= 1 else int(project.encode.max_bad * total)
-    if done.bad:
-        first = done.bad[0]
+    if done.cut_off:
+        longest = stores[0][0].recipe.preprocessing.get("max_length")
         log.warning(
-            "%d bad samples set aside in %s (%s: %s)", len(done.bad), project.quarantine, first.source, first.reason
+            "%d of the texts encoded now are longer than preprocess.max_length, %s tokens, and were cut off at the end "
+            "(the longest by %d); raise it as far as the backbone allows, or divide them",
+            *(len(done.cut_off), longest, max(done.cut_off)),
         )
-    if len(done.bad) > allowed:
+    bad, total = done.keyed.bad, len(done.keyed.keys)
+    allowed = project.encode.max_bad if project.encode.max_bad >= 1 else int(project.encode.max_bad * total + 1e-9)
+    if bad:
+        log.warning("%d bad samples set aside in %s: %s", len(bad), project.quarantine, quarantine.summary(bad))
+    if len(bad) > allowed:
         log.error(
-            "%d bad samples, encode.max_bad allows %d of %d; mend or remove them, or raise it",
-            len(done.bad),
-            allowed,
-            total,
+            "%d bad samples, encode.max_bad allows %d of %d; mend or remove them, or raise it", len(bad), allowed, total
         )
-    return len(done.bad) <= allowed
+    return len(bad) <= allowed

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -14,15 +16,33 @@ from torch import Tensor
 
 from pipeline.errors import TrainError
 from pipeline.split import State
-from pipeline.store import INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Reader, Resident, Rows, Store
+from pipeline.store import INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Reader, Resident, Rows
 
 Residency: TypeAlias = Literal["auto", "device", "host"]
 Order: TypeAlias = Sequence[np.ndarray] | Callable[[int], Sequence[np.ndarray]]
 """The batches of every epoch, or a function of the epoch; a batch is rows of the sample table."""
 
+View: TypeAlias = Callable[[int], np.ndarray]
+"""Which view of each row of the sample table an epoch takes, (N,) int64."""
+
 DEVICE_SHARE = 0.5
 """Share of the free device memory that "auto" gives to the store; weights, gradients and optimizer need the rest."""
 PREFETCHED = 2
+
+
+class Stored(Protocol):
+    """Where samples lie: a store, or several that hold views of the same samples."""
+
+    @property
+    def path(self) -> Path:
+        """The folder that the segments lie in."""
+
+    def rows(self, keys: np.ndarray) -> Rows:
+        """Return the places of `keys` (N, 16) uint8, in their order, one view after the other where there are several.
+
+        Raises:
+            MissingKeysError: some samples were never encoded; the message names up to five.
+        """
 
 
 class Source(Protocol):
@@ -57,10 +77,11 @@ class Batch:
         return replace(self, state=moved(self.state), inputs=moved(self.inputs), targets=moved(self.targets))
 
 
-def place(store: Store, keys: np.ndarray, device: torch.device, residency: Residency = "auto") -> Source:
+def place(store: Stored, keys: np.ndarray, device: torch.device, residency: Residency = "auto") -> Source:
     """Choose where the samples `keys` (N, 16) uint8 are gathered from. Loaders of one store may share the result.
 
-    "auto" copies them to an accelerator when they fit in half of its free memory, and else reads memory maps.
+    "auto" copies them, in all their views, to an accelerator when they fit in half of its free memory, and else reads
+    memory maps.
 
     Raises:
         MissingKeysError: some samples were never encoded; the message names up to five.
@@ -89,11 +110,12 @@ class Loader:
 
     def __init__(
         self,
-        store: Store,
+        store: Stored,
         keys: np.ndarray,
         targets: Mapping[str, np.ndarray],
         batches: Order,
         *,
+        view: View | None = None,
         pad: Mapping[str, float] | None = None,
         floats: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
         device: torch.device | str = "cpu",
@@ -108,6 +130,7 @@ class Loader:
             keys: (N, 16) uint8, the key of every row of the sample table.
             targets: numeric, each (N, ...), one entry for every row of the table.
             batches: rows of the table for every batch; see `pipeline.order`.
+            view: which view of each row an epoch takes, of those that `store` has; by default the first one.
             pad: what ragged inputs are padded with, by input name; 0 where not given.
             floats: floating-point inputs of which the suffix needs shape (without batch axis) and dtype alone; those
                 that the store has shapes of need not be named.
@@ -123,6 +146,7 @@ class Loader:
         """
         self.device = torch.device(device)
         self._places = store.rows(keys)
+        self._view: View = view or (lambda epoch: np.zeros(len(keys), np.int64))
         self._targets = {name: _checked_target(name, values, len(keys)) for name, values in targets.items()}
         self._batches = batches
         self._pad = {f"{INPUT_PREFIX}{name}": value for name, value in (pad or {}).items()}
@@ -139,6 +163,8 @@ class Loader:
         if not 0 <= start <= len(whole):
             raise TrainError(f"start is {start}; epoch {epoch} has {len(whole)} batches; choose one of them")
         self._epoch = whole[start:]
+        views = self._view(epoch)
+        self._place_of_row = views * len(views) + np.arange(len(views))
 
     def __len__(self) -> int:
         """Return the number of batches that the next iteration gives."""
@@ -146,12 +172,14 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of the epoch on the device."""
-        for batch in _ahead(self._read, self._epoch, self._prefetch):
+        for batch in _ahead(partial(self._read, self._place_of_row), self._epoch, self._prefetch):
             yield batch.to(self.device)
 
-    def _read(self, rows: np.ndarray) -> Batch:
-        rows = rows[np.lexsort((self._places.row[rows], self._places.segment[rows]))]
-        tensors = self.source.gather(self._places[rows], self._pad, pin=self._pin)
+    def _read(self, place_of_row: np.ndarray, rows: np.ndarray) -> Batch:
+        places = self._places[place_of_row[rows]]
+        by_place = np.lexsort((places.row, places.segment))
+        rows = rows[by_place]
+        tensors = self.source.gather(places[by_place], self._pad, pin=self._pin)
         inputs = _with_prefix(tensors, INPUT_PREFIX)
         for name, (shape, dtype) in self._floats.items():
             inputs[name] = self._dummy(len(rows), shape, dtype)

@@ -1,4 +1,4 @@
-"""Which rows are trained on at which step: a pure function of seed, epoch, rank and sizes.
+"""Which rows are trained on at which step, and in which view: pure functions of seed, epoch, rank and sizes.
 
 A unit is a set of rows that stay together: one row for classification, anchor and positive for pairs.
 """
@@ -7,8 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
+
+ViewOrder: TypeAlias = Literal["cycle", "random"]
+
+VIEWS = 1
+"""Keeps the draw of views apart from that of batches, which has the same seed and epoch."""
 
 POOLED_STEPS = 50
 """Steps whose units are sorted by length together: more save more padding, fewer mix better."""
@@ -72,6 +78,21 @@ def batches(
     return [_rows(units, chosen) for chosen in mine]
 
 
+def views(n_rows: int, count: int, *, seed: int, epoch: int, how: ViewOrder) -> np.ndarray:
+    """Return which of `count` views of each row this epoch takes, (n_rows,) int64, the same on every rank.
+
+    "cycle" takes view `epoch` mod `count` of all rows; "random" draws one for each row, whatever rows come after it.
+
+    Raises:
+        ValueError: a size is out of its range.
+    """
+    for name, value, least in (("count", count, 1), ("seed", seed, 0), ("epoch", epoch, 0)):
+        _check_least(name, value, least)
+    if how == "cycle":
+        return np.full(n_rows, epoch % count)
+    return np.random.default_rng([seed, epoch, VIEWS]).integers(count, size=n_rows)
+
+
 def _windowed(window: Window, rng: np.random.Generator) -> np.ndarray:
     """Put the groups in random order, then shuffle the units of `size` consecutive groups together."""
     _, group_of_unit = np.unique(window.groups, return_inverse=True)
@@ -117,8 +138,7 @@ def _check(
         ("epoch", epoch, 0),
         ("world", world, 1),
     ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+        _check_least(name, value, least)
     if not 0 <= rank < world:
         raise ValueError(f"rank is {rank}; it must be at least 0 and below world, which is {world}")
     if window is not None and window.size < 1:
@@ -129,3 +149,8 @@ def _check(
         )
     if lengths is not None and len(lengths) != n_units:
         raise ValueError(f"lengths has {len(lengths)} entries; it must have one for each of the {n_units} units")
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")

@@ -18,12 +18,13 @@ from pipeline.encoder import EncodeConfig
 from pipeline.errors import ConfigError
 from pipeline.keys import Recipe
 from pipeline.loader import Batch, Loader
-from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load
+from pipeline.models import Backbone, ModelConfig, Preprocess, PreprocessConfig, load
 from pipeline.recipe import recipe_of
 from pipeline.split import Prefix, Suffix, split
 from pipeline.store import Store
 from pipeline.tasks import Task, TaskConfig, open_task
 from pipeline.train import TrainConfig
+from pipeline.views import Views, view_name
 
 CutName = float | int | str
 
@@ -61,7 +62,10 @@ class Project:
             ConfigError: with one line per fault of the file.
         """
         sections: dict[str, Any] = load_sections(path, SECTIONS)
-        return cls(**sections)
+        project = cls(**sections)
+        if faults := project._faults_of_views():
+            raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
+        return project
 
     def cut(self, name: str) -> CutName:
         """Return the cut of params.yaml that is written `name`."""
@@ -71,9 +75,15 @@ class Project:
         known = ", ".join(map(str, self.encode.cuts))
         raise ConfigError(f"the cut is {name!r}; encode.cuts has {known}; name one of these, or add it and encode")
 
-    def store_path(self, cut: CutName) -> Path:
-        """Return the folder of a cut's store."""
-        return self.activations / str(cut)
+    @property
+    def views(self) -> list[int | None]:
+        """The views that are stored: None for the plain one, then the numbers of the augmented ones."""
+        return [None, *range(self.encode.views or 0)]
+
+    def store_path(self, cut: CutName, view: int | None = None) -> Path:
+        """Return the folder of a cut's store, of its plain view or of an augmented one."""
+        plain = self.activations / str(cut)
+        return plain if view is None else plain / view_name(view)
 
     def run_path(self, cut: CutName) -> Path:
         """Return the folder of a cut's finished run."""
@@ -83,6 +93,26 @@ class Project:
     def storage(self) -> str:
         """Codec and dtype of the stores, as the recipe names them."""
         return f"{self.encode.codec}:{self.encode.dtype}"
+
+    def _faults_of_views(self) -> list[str]:
+        """Say how the settings of views contradict each other across sections."""
+        faults = []
+        if self.preprocess.augment is not None and self.encode.views is None:
+            faults.append(
+                "preprocess.augment is set, but encode.views is not: what is stored is encoded once, and cannot change "
+                "at random from epoch to epoch; set encode.views to how many views are stored (such as 4), or remove "
+                "preprocess.augment"
+            )
+        if self.encode.views is not None and self.preprocess.augment is None:
+            faults.append(
+                f"encode.views is {self.encode.views}, but preprocess.augment is not set: all views would be equal; "
+                "set preprocess.augment, or remove encode.views"
+            )
+        if self.encode.views is None and self.train.views != "cycle":
+            faults.append(
+                f"train.views is {self.train.views!r}, but there are no views; set encode.views, or remove it"
+            )
+        return faults
 
 
 @dataclass(frozen=True)
@@ -103,22 +133,26 @@ class Workbench:
         """Split the model at `cut`, proved on `example`."""
         return split(self.backbone.model, at=cut, example=example)
 
-    def open_store(self, cut: CutName, table: SampleTable) -> tuple[Store, Prefix, Suffix]:
-        """Return the store of `cut` and the model split there; neither the raw data nor another recipe's store is read.
+    def preprocess(self, view: int | None) -> Preprocess:
+        """Return what makes the inputs of a view; None is the plain one."""
+        plain = self.backbone.preprocess
+        return plain if view is None else plain.view(view)
+
+    def open_store(self, cut: CutName, table: SampleTable) -> tuple[Views, Prefix, Suffix]:
+        """Return the stores of `cut` and the model split there; neither raw data nor another recipe's store is read.
 
         Raises:
             ConfigError: the cut was never encoded.
             StaleStoreError: the store was encoded under another recipe; the message names the first field that differs.
         """
-        path = self.project.store_path(cut)
-        if not path.exists():
-            raise ConfigError(f"cut {cut}: there is no store at {path}; encode it (dvc repro encode)")
-        store = Store.open(path, None)
-        self._check_settings(store)
-        prefix, suffix = self.split(cut, self._example(store, table))
-        return Store.open(path, self.recipe(prefix)), prefix, suffix
+        plain, *augmented = (self._open(cut, view) for view in self.project.views)
+        views = Views.of(plain, augmented, table)
+        prefix, suffix = self.split(cut, self._example(views, table))
+        for store, recipe in zip(views.stores, self.recipes(prefix), strict=True):
+            Store.open(store.path, recipe)
+        return views, prefix, suffix
 
-    def adapt(self, store: Store, table: SampleTable, prefix: Prefix, suffix: Suffix) -> Suffix:
+    def adapt(self, store: Views, table: SampleTable, prefix: Prefix, suffix: Suffix) -> Suffix:
         """Return the suffix that trains: with adapters in it where `train.adapter` asks for them.
 
         Raises:
@@ -131,12 +165,12 @@ class Workbench:
         example = self._example(store, table)
         return adapt(backbone.model, prefix, suffix, example, train.adapter, fresh=backbone.fresh, seed=train.seed)
 
-    def stored_batch(self, store: Store, table: SampleTable, rows: np.ndarray) -> Batch:
+    def stored_batch(self, store: Views, table: SampleTable, rows: np.ndarray) -> Batch:
         """Return the states and inputs of some rows of the table as one batch on the CPU, without targets."""
         pad = self.backbone.preprocess.pad
         return next(iter(Loader(store, table.keys, {}, [rows], pad=pad, device=torch.device("cpu"))))
 
-    def stored_inputs(self, store: Store, table: SampleTable, rows: np.ndarray) -> dict[str, Tensor]:
+    def stored_inputs(self, store: Views, table: SampleTable, rows: np.ndarray) -> dict[str, Tensor]:
         """Return the model's inputs of some rows, on the CPU: ids and masks as stored.
 
         Values of floating-point inputs are drawn: the store keeps their shape alone.
@@ -145,25 +179,30 @@ class Workbench:
         draw = torch.Generator().manual_seed(0)
         return {n: torch.randn(t.shape, generator=draw) if t.is_floating_point() else t for n, t in inputs.items()}
 
-    def recipe(self, prefix: Prefix) -> Recipe:
-        """Return the recipe of what `prefix` makes under this project's settings."""
+    def recipes(self, prefix: Prefix) -> list[Recipe]:
+        """Return the recipes of what `prefix` makes under this project's settings, one for each view."""
         project = self.project
-        return recipe_of(
+        plain = recipe_of(
             prefix, self.backbone.preprocess.recipe(), storage=project.storage, compute_dtype=project.encode.precision
         )
+        return [self._of_view(plain, view) for view in project.views]
 
-    def _example(self, store: Store, table: SampleTable) -> dict[str, Tensor]:
+    def _example(self, store: Views, table: SampleTable) -> dict[str, Tensor]:
         return self.stored_inputs(store, table, np.asarray([0, len(table) - 1]))
 
-    def _check_settings(self, store: Store) -> None:
-        """Refuse a store whose settings differ before the model is run on inputs of their shape."""
-        expected = dataclasses.replace(
-            store.recipe,
-            preprocessing=self.backbone.preprocess.recipe(),
-            storage=self.project.storage,
-            compute_dtype=self.project.encode.precision,
+    def _open(self, cut: CutName, view: int | None) -> Store:
+        """Open a store; refuse one whose settings differ before the model is run on inputs of their shape."""
+        path = self.project.store_path(cut, view)
+        if not path.exists():
+            raise ConfigError(f"cut {cut}: there is no store at {path}; encode it (dvc repro encode)")
+        settings = dataclasses.replace(
+            Store.open(path).recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
         )
-        Store.open(store.path, expected)
+        return Store.open(path, self._of_view(settings, view))
+
+    def _of_view(self, recipe: Recipe, view: int | None) -> Recipe:
+        name = None if view is None else view_name(view)
+        return dataclasses.replace(recipe, preprocessing=self.preprocess(view).recipe(), view=name)
 
 
 def pick_device(name: str) -> torch.device:

@@ -7,11 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 @dataclass(frozen=True)
@@ -133,6 +129,11 @@ def curves(runs: Sequence[Run], costs: Mapping[str, Cost]) -> pd.DataFrame:
 
 def plot(runs: Sequence[Run], costs: Mapping[str, Cost], path: Path) -> None:
     """Draw the metric against the seconds spent, encode included, one line per cut, as a PNG."""
+    import matplotlib  # noqa: PLC0415  (slow to import, and no other stage draws)
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
     for run in sorted(runs, key=lambda run: run.recycled):
         line = curves([run], costs)

@@ -30,6 +30,7 @@ from pipeline.checkpoint import resume, save
 from pipeline.config import Section
 from pipeline.errors import TrainError
 from pipeline.loader import Batch
+from pipeline.order import ViewOrder
 from pipeline.split import Suffix
 from pipeline.tasks import Task
 
@@ -64,8 +65,11 @@ class TrainConfig(Section):
     """Epochs without a better validation metric after which training stops; None trains them all."""
     keep: Literal["best", "last"] = "best"
     """Which epoch's weights the run ends with: the best by the task's validation metric, or the last."""
+    views: ViewOrder = "cycle"
+    """Which of the `encode.views` stored views of a sample an epoch trains on: "cycle" takes view `epoch mod views` of
+    all samples, "random" draws one for each sample."""
     seed: int = 0
-    """Seed of the head's initial weights, of the order of batches and of dropout."""
+    """Seed of the head's initial weights, of the order of batches, of views drawn and of dropout."""
 
 
 @dataclass

@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.store import Store
+from pipeline.store import KeySet, Store, first_rows
+
+BLOCK = 1 << 20
+"""Keys that are looked up at a time."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,8 @@ class Unit:
 
     rows: np.ndarray
     """Row numbers in the data set, (n,) int64."""
-    cuts: tuple[int, ...]
-    """Numbers of the cuts whose stores lack these samples."""
+    stores: tuple[int, ...]
+    """Numbers of the stores that lack these samples, ascending."""
 
 
 def plan(keys: np.ndarray, rows: np.ndarray, stores: Sequence[Store], size: int) -> list[Unit]:
@@ -29,23 +32,24 @@ def plan(keys: np.ndarray, rows: np.ndarray, stores: Sequence[Store], size: int)
     were, so an interrupted run is continued with the very same units. Samples that were found bad in a committed unit
     come again in units of their own: they may have been bad for a passing reason.
     """
-    _, first = np.unique(_scalars(keys[rows]), return_index=True)
-    distinct = rows[np.sort(first)]
+    distinct = rows[first_rows(keys[rows])]
     wanted: dict[bytes, tuple[np.ndarray, list[int]]] = {}
-    for cut, store in enumerate(stores):
-        lacking = distinct[store.missing(keys[distinct])]
-        again = np.isin(_scalars(keys[lacking]), _scalars(store.set_aside()))
+    for number, store in enumerate(stores):
+        lacking = _lacking(keys, distinct, store)
+        again = KeySet(store.set_aside()).contains(keys[lacking])
         for waiting in (lacking[~again], lacking[again]):
             for begin in range(0, len(waiting), size):
                 unit = waiting[begin : begin + size]
-                wanted.setdefault(unit.tobytes(), (unit, []))[1].append(cut)
+                wanted.setdefault(unit.tobytes(), (unit, []))[1].append(number)
     return sorted(
-        (Unit(unit, tuple(cuts)) for unit, cuts in wanted.values()), key=lambda unit: (unit.rows[0], unit.cuts)
+        (Unit(unit, tuple(numbers)) for unit, numbers in wanted.values()), key=lambda unit: (unit.rows[0], unit.stores)
     )
 
 
-def _scalars(keys: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(keys).view(f"V{keys.shape[1]}").reshape(-1)
+def _lacking(keys: np.ndarray, rows: np.ndarray, store: Store) -> np.ndarray:
+    """Return those of `rows` that `store` has not. In blocks: a copy of all keys would be the largest thing here."""
+    blocks = np.array_split(rows, len(rows) // BLOCK + 1)
+    return np.concatenate([block[store.missing(keys[block])] for block in blocks])
 
 
 class UnitBuffer:

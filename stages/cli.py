@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "stages.report:command",
     "export": "stages.export:command",
     "fetch": "stages.fetch:command",
+    "store": "stages.store:command",
 }
 
 
@@ -50,6 +51,7 @@ SUMMARIES = {
     "report": "Write the result table and plot of all finished runs.",
     "export": "Write a finished run as a plain model, proved to give the same outputs.",
     "fetch": "Copy a file out of an installed package, checking its digest.",
+    "store": "Look after stores: what they hold, whether it is sound, what can go.",
 }
 
 

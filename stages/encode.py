@@ -16,11 +16,13 @@ TOO_MANY_BAD = 3
 
 @click.command("encode")
 @params_option
-def command(params: Path) -> None:
+@click.option("--rehash", is_flag=True, help="Read every file again, also those that look unchanged.")
+def command(params: Path, rehash: bool) -> None:
     """Run the frozen layers once over the data set and store what they give.
 
-    Samples already in a store are not encoded again. Exits with 3 when more samples are bad than encode.max_bad allows;
-    the good ones are stored all the same.
+    Samples already in a store are not encoded again, and files that did not change (size, mtime, inode) are not even
+    read. Exits with 3 when more samples are bad than encode.max_bad allows; the good ones are stored all the same, and
+    data/quarantine.csv says what is wrong with the others.
     """
-    if not encode_project(Project.load(params)):
+    if not encode_project(Project.load(params), rehash=rehash):
         sys.exit(TOO_MANY_BAD)

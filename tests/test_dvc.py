@@ -25,7 +25,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / ".dvcignore", folder)
     (folder / ".gitignore").write_text(".recycle/\n/photos\n")
     tiny.write_images(folder / "photos", range(20))
-    dtypes = {"codec": "raw", "dtype": "float16", "precision": "float32"}
+    dtypes = {"codec": "raw", "dtype": "float16", "precision": "float32", "views": None}
     tiny.write_params(folder, encode={"cuts": [0.5, 1.0], **dtypes}, train={"epochs": 1})
     commit(folder)
     said = run(folder, "dvc", "repro")
@@ -39,14 +39,14 @@ def commit(folder: Path) -> None:
     run(folder, "git", "commit", "--quiet", "--message", "as it is")
 
 
-def run(folder: Path, *command: str) -> str:
+def run(folder: Path, *command: str, code: int = 0) -> str:
     person = {f"GIT_{who}_{what}": "somebody" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     environment = (
         os.environ
         | person
         | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(tiny.TESTS),
+            "PYTHONPATH": tiny.IMPORTS,
             "OMP_NUM_THREADS": "1",
             "DVC_NO_ANALYTICS": "1",
         }
@@ -54,7 +54,7 @@ def run(folder: Path, *command: str) -> str:
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    assert done.returncode == code, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout + done.stderr
 
 
@@ -88,6 +88,13 @@ def test_a_changed_learning_rate_trains_and_does_not_encode(project: Path) -> No
     assert stages(said) == ["train@0.5", "train@1.0", "report"]
 
 
+def test_other_views_concern_training(project: Path) -> None:
+    before = (project / "params.yaml").read_text()
+    set_param(project, "encode", "views", 2)
+    assert "encode.views" in run(project, "dvc", "status", "train@0.5")
+    (project / "params.yaml").write_text(before)
+
+
 def test_ten_more_images_encode_ten(project: Path) -> None:
     before = tiny.files(project / "data/activations")
     for seed in range(100, 110):
@@ -110,3 +117,16 @@ def test_a_new_cut_trains_only_itself(project: Path) -> None:
     assert stages(said) == ["encode", "train@3", "train@blocks.1", "report"]
     assert "cut 0.5: 0 samples encoded" in said
     assert "cut 3: 70 samples encoded" in said
+
+
+def test_too_many_bad_samples_stop_it_before_training_and_a_mended_one_goes_on(project: Path) -> None:
+    photo = project / "photos/stripe/0000.png"
+    photo.write_bytes(photo.read_bytes()[:-40])
+    (project / "photos/stripe/more.png").write_bytes(tiny.draw(2, 200))
+    said = run(project, "dvc", "repro", code=255)
+    assert stages(said) == ["encode"]
+    assert "exited with 3" in said
+    photo.write_bytes(tiny.draw(2, 201))
+    said = run(project, "dvc", "repro", "encode")
+    assert stages(said) == ["encode"]
+    assert "cut 0.5: 1 samples encoded, 70 were there" in said

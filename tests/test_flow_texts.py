@@ -79,6 +79,14 @@ def test_states_are_those_of_each_text_alone(folder: Path) -> None:
     assert_stored_as_alone(project(folder), 0.5)
 
 
+def test_shortest_and_longest_may_have_the_same_number_of_tokens(folder: Path) -> None:
+    texts = ["x y", "x z", *(" ".join(["good"] * n) for n in range(1, 12)), f"{'x' * 80} y", f"{'x' * 80} z"]
+    lines = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(texts)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    encode_project(project(folder))
+    assert_stored_as_alone(project(folder), 0.5)
+
+
 @pytest.mark.filterwarnings("ignore:.*depends on how far it is padded")
 def test_where_padding_leaks_none_is_used(folder: Path) -> None:
     settings = project(folder, backbone="tiny:leaky")

@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"stages.cli"},
-    {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch"},
+    {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch", "stages.store"},
     {"stages.options"},
-    {"pipeline.flow", "pipeline.export", "pipeline.subject"},
+    {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"},
+    {"pipeline.proved"},
     {"pipeline.project"},
     {"pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
     {
@@ -24,9 +25,9 @@ FLOORS = [
         "pipeline.recipe",
         "pipeline.timing",
     },
-    {"pipeline.unit"},
+    {"pipeline.unit", "pipeline.views"},
     {"pipeline.feed"},
-    {"pipeline.ragged"},
+    {"pipeline.quarantine", "pipeline.ragged", "pipeline.stat_cache"},
     {"pipeline.models", "pipeline.store"},
     {"pipeline.data", "pipeline.tasks"},
     {"pipeline.split"},
@@ -42,6 +43,7 @@ DOORS = {
     "accelerate": {"pipeline.checkpoint", "pipeline.flow", "pipeline.train"},
     "matplotlib": {"pipeline.report"},
     "numcodecs": {"pipeline.store"},
+    "sqlite3": {"pipeline.stat_cache"},
     "peft": {"pipeline.adapter"},
     "pyarrow": {"pipeline.data"},
     "pytorch_metric_learning": {"pipeline.tasks"},

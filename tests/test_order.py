@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.order import Window, batches
+from pipeline.order import Window, batches, views
 
 SIZES = [(n, size, world) for n in (0, 1, 2, 7, 16, 33) for size in (1, 3, 8) for world in (1, 2, 5)]
 
@@ -106,6 +106,30 @@ def test_sizes_out_of_range_are_named(options, message):
     arguments = {"batch_size": 2, "seed": 0, "epoch": 0, "shuffle": True} | options
     with pytest.raises(ValueError, match=message):
         batches(np.arange(5), **arguments)
+
+
+def test_views_take_turns():
+    taken = [views(5, 3, seed=0, epoch=epoch, how="cycle").tolist() for epoch in range(7)]
+    assert taken == [[epoch % 3] * 5 for epoch in range(7)]
+
+
+def test_views_are_drawn_for_each_row_and_epoch_alone():
+    """A row's view is a function of seed, epoch and row: neither other calls nor later rows change it."""
+    drawn = np.stack([views(2000, 4, seed=1, epoch=epoch, how="random") for epoch in range(3)])
+    np.testing.assert_array_equal(views(2000, 4, seed=1, epoch=1, how="random"), drawn[1])
+    np.testing.assert_array_equal(views(300, 4, seed=1, epoch=2, how="random"), drawn[2, :300])
+    assert (drawn[0] == drawn[1]).mean() < 0.35
+    assert (views(2000, 4, seed=2, epoch=0, how="random") == drawn[0]).mean() < 0.35
+    counts = np.bincount(drawn[0], minlength=4)
+    assert len(counts) == 4
+    assert counts.min() > 400
+
+
+@pytest.mark.parametrize("fault", [{"count": 0}, {"seed": -1}, {"epoch": -1}])
+@pytest.mark.parametrize("how", ["cycle", "random"])
+def test_views_out_of_range_are_named(fault, how):
+    with pytest.raises(ValueError, match=f"{next(iter(fault))} is .*; it must be at least"):
+        views(3, **{"count": 2, "seed": 0, "epoch": 0} | fault, how=how)
 
 
 @pytest.mark.parametrize("world", [1, 3])

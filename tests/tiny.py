@@ -20,6 +20,8 @@ from pipeline.errors import BadSampleError
 from pipeline.tasks import Head
 
 TESTS = Path(__file__).parent
+IMPORTS = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+"""For PYTHONPATH: what is tested is this checkout, whatever is installed."""
 CLASSES = ("circle", "square", "stripe")
 
 
@@ -155,7 +157,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def recycle(folder: Path, *args: str) -> subprocess.Popen[str]:
     """Start the command line in `folder`, in a process that can be killed."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": IMPORTS, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "stages.cli", *args],
         cwd=folder,

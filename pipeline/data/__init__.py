@@ -6,13 +6,13 @@ from pipeline.data.config import DataConfig
 from pipeline.data.images import open_images
 from pipeline.data.pairs import open_pairs
 from pipeline.data.pixels import open_pixels
-from pipeline.data.source import Content, Row, Source
+from pipeline.data.source import Content, Row, Source, Stamp
 from pipeline.data.table import SampleTable, build
 from pipeline.data.texts import open_texts
 from pipeline.errors import ConfigError
 from pipeline.files import check_sha256, load_function, locate
 
-__all__ = ["Content", "DataConfig", "Row", "SampleTable", "Source", "build", "open_source"]
+__all__ = ["Content", "DataConfig", "Row", "SampleTable", "Source", "Stamp", "build", "open_source"]
 
 _OPEN = {"images": open_images, "pixels": open_pixels, "text": open_texts, "pairs": open_pairs}
 

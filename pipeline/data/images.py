@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pipeline.data.config import DataConfig
-from pipeline.data.source import Row, Source, find_split
+from pipeline.data.source import Row, Source, Stamp, find_split
 from pipeline.errors import BadSampleError, ConfigError, DataError
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -42,7 +42,13 @@ class ImageFolder(Source):
         try:
             return image.read_bytes()
         except OSError as error:
-            raise BadSampleError(f"{image} cannot be read: {error.strerror}") from error
+            raise BadSampleError(f"the file cannot be read: {error.strerror}") from error
+
+    def stamp(self, i: int) -> Stamp | None:
+        try:
+            return Stamp.of(self.root / self._images[i][0])
+        except OSError:
+            return None
 
 
 def open_images(config: DataConfig, path: Path) -> ImageFolder:

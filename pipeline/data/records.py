@@ -113,7 +113,7 @@ def text_at(column: pa.ChunkedArray, i: int, where: str) -> str:
     """
     value = column[i].as_py()
     if not isinstance(value, str) or not value.strip():
-        raise BadSampleError(f"{where}: {'no text' if value in (None, '') else repr(value)}; expected a text")
+        raise BadSampleError(f"no text: {where} has {value!r}; expected a text")
     return value
 
 

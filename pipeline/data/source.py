@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -31,6 +34,35 @@ class Row:
     """Target columns of the sample table: `label`, or `pair` and `role` ("anchor" or "positive")."""
 
 
+SETTLED_NS = 2_000_000_000
+"""The coarsest clock of a file system (FAT): a file younger than that may change once more and look the same."""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What tells, without reading a file, that it is the one that was read before."""
+
+    path: str
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Return the stamp of the file at `path`.
+
+        Raises:
+            OSError: there is none.
+        """
+        stat = os.stat(path)
+        return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+    def settled(self, now_ns: int) -> bool:
+        """Say whether the file, seen at `now_ns`, cannot have changed since without looking different."""
+        return self.mtime_ns < now_ns - SETTLED_NS
+
+
 class Source(ABC):
     """A data set. Rows are in a fixed order; an instance can be pickled, because worker processes read from a copy."""
 
@@ -49,6 +81,14 @@ class Source(ABC):
         Raises:
             BadSampleError: this row cannot be read; the others can.
         """
+
+    def stamp(self, i: int) -> Stamp | None:
+        """Return the stamp of the file whose bytes, all of them and nothing else, are the content of row `i`.
+
+        It saves reading a file whose key is known from an earlier run. None, as here, where a content is anything
+        else, or the file cannot be seen: such a row is read at every run.
+        """
+        return None
 
 
 def split_named(name: object, where: str) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 
 from pipeline.models.backbone import Backbone, Embedder
-from pipeline.models.config import ModelConfig, PreprocessConfig
+from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
 from pipeline.models.preprocess import Preprocess
 from pipeline.tasks.base import Head
 
-__all__ = ["Backbone", "Embedder", "ModelConfig", "Preprocess", "PreprocessConfig", "load"]
+__all__ = ["PRETRAINED", "Backbone", "Embedder", "ModelConfig", "Preprocess", "PreprocessConfig", "load"]
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,13 @@ def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbo
     """
     if model.weights is None:
         log.warning("model.weights is null: %s gets random weights (model.seed %d)", model.backbone, model.seed)
+    backbone = _load(model, preprocess, head)
+    if preprocess.augment is not None:
+        backbone.preprocess.view(0)
+    return backbone
+
+
+def _load(model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
     if model.library == "hf":
         from pipeline.models.hf import load_hf  # noqa: PLC0415
 

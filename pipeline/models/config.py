@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.config import Section
 from pipeline.files import is_function
+from pipeline.keys import digest
 
 LIBRARIES = ("torchvision", "timm", "hf")
 PRETRAINED = "pretrained"
 
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+
+
+def _as_steps(value: object) -> object:
+    from pipeline.models.augment import as_steps  # noqa: PLC0415  (torchvision is slow to import)
+
+    return value if value is None else as_steps(value)
+
+
+Steps = Annotated[list[dict[str, dict[str, Any]]], BeforeValidator(_as_steps), Field(min_length=1)]
+"""Transforms in their order, each {name: arguments}. A mapping of several and a name alone are read as such a list."""
 
 
 class ModelConfig(Section):
@@ -104,14 +115,31 @@ class PreprocessConfig(Section):
     """image: mean of the red, green and blue values (0..1), subtracted."""
     std: Triple | None = None
     """image: their standard deviation, divided by."""
+    augment: Steps | None = None
+    """image: random changes of the training samples, in this order, by the names and arguments of
+    torchvision.transforms.v2: [{RandomResizedCrop: {size: 224, scale: [0.5, 1.0]}}, RandomHorizontalFlip]. They get the
+    whole decoded image (put a crop first: what follows then has less to do); what they leave is resized and cropped as
+    any image where it is not the network's square already. Needs `encode.views`."""
     tokenizer: str | None = None
     """text: directory or hub name of the tokenizer. hf: backbones bring theirs."""
     max_length: int | None = Field(default=None, ge=2)
     """text: longest input in tokens, special tokens included; longer texts are cut off at the end."""
 
+    @field_validator("augment")
+    @classmethod
+    def _can_augment(cls, augment: list[dict[str, dict[str, Any]]] | None) -> list[dict[str, dict[str, Any]]] | None:
+        if augment is not None:
+            from pipeline.models.augment import check_steps  # noqa: PLC0415
+
+            check_steps(augment)
+            digest(augment)
+        return augment
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         faults = []
+        if self.augment is not None and self.kind not in (None, "image"):
+            faults.append(f"augment is set, but kind is {self.kind!r}; only images can be augmented; remove it")
         if self.resize == "squash" and self.crop != 1.0:
             faults.append(f"crop is {self.crop}, which resize squash does not use; remove it or set resize: crop")
         if self.std is not None and min(self.std) <= 0:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,13 +15,17 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
-from pipeline.errors import BadSampleError
-from pipeline.keys import JSON
+from pipeline.errors import BadSampleError, ConfigError
+from pipeline.keys import JSON, content_key, digest
+from pipeline.models.augment import Augment
 from pipeline.models.config import PreprocessConfig
 from pipeline.models.preprocess import Preprocess
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded. PIL knows more, some of which start other programs (EPS)."""
+Opened: TypeAlias = tuple[Tensor, bytes]
+"""An image (3, H, W), uint8 or float32 in 0..1, and the key of its content where there are views to draw."""
+
 MAX_PIXELS = 89_478_485
 """Larger images are taken for decompression bombs: 256 MiB in RGB."""
 
@@ -35,7 +41,7 @@ class ImageDefaults:
 
 
 class ImagePreprocess(Preprocess):
-    """Decode, make RGB, resize, crop, scale to 0..1, normalise."""
+    """Decode, make RGB, augment in an augmented view, resize, crop, scale to 0..1, normalise."""
 
     def __init__(self, config: PreprocessConfig, defaults: ImageDefaults, input_name: str) -> None:
         self.input_name = input_name
@@ -43,25 +49,49 @@ class ImagePreprocess(Preprocess):
         self.interpolation = config.interpolation or defaults.interpolation
         self.resize, self.crop = config.resize, config.crop
         self.mean, self.std = config.mean or defaults.mean, config.std or defaults.std
+        self.augment = config.augment
+        self._view: int | None = None
+        self._augment: Augment | None = None
         self._scale, self._normalise = v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std, True)
 
     def __call__(self, content: object) -> dict[str, Tensor]:
-        begun = {name: tensor.unsqueeze(0).clone() for name, tensor in self.begin(content).items()}
+        begun = {name: tensor.unsqueeze(0).clone() for name, tensor in self.begin(self.open(content)).items()}
         return {name: tensor.squeeze(0) for name, tensor in self.finish(begun).items()}
 
-    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scale to 0..1 and normalise."""
-        return {name: self._normalise(self._scale(tensor)) for name, tensor in batch.items()}
-
-    def begin(self, content: object) -> dict[str, Tensor]:
-        """Return the square of one image, (3, S, S), uint8, or float32 in 0..1."""
+    def open(self, content: object) -> Opened:
+        """Return the image as it was taken, and what its views are drawn from."""
         if isinstance(content, bytes):
             image = decode(content)
         elif isinstance(content, np.ndarray):
             image = from_array(content)
         else:
             raise BadSampleError(f"content is {type(content).__name__}; an image is bytes or an array")
+        return image, b"" if self.augment is None else content_key(content)
+
+    def begin(self, opened: Opened) -> dict[str, Tensor]:
+        """Return the square of one image, (3, S, S), uint8, or float32 in 0..1."""
+        image, key = opened
+        if self._augment is not None:
+            seed = int.from_bytes(content_key([key, self._view, digest(self.recipe())])[:8], "big")
+            image = self._augment(image.clone(), seed)  # some transforms can write into their input
+            if image.shape[1:] == (self.size, self.size):
+                return {self.input_name: image.contiguous()}
         return {self.input_name: self._square(image)}
+
+    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scale to 0..1 and normalise."""
+        return {name: self._normalise(self._scale(tensor)) for name, tensor in batch.items()}
+
+    def view(self, number: int) -> ImagePreprocess:
+        """Return the preprocessing of one augmented view, from 0 on.
+
+        It draws from the sample's key, the view and this recipe, and from nothing else.
+        """
+        if self.augment is None:
+            raise ConfigError("encode.views needs random changes to differ by; set preprocess.augment, or remove it")
+        augmented = copy.copy(self)
+        augmented._view, augmented._augment = number, Augment(self.augment)
+        return augmented
 
     def _square(self, image: Tensor) -> Tensor:
         before = [self.size, self.size] if self.resize == "squash" else [round(self.size / self.crop)]
@@ -74,7 +104,8 @@ class ImagePreprocess(Preprocess):
         return square.contiguous()
 
     def recipe(self) -> Mapping[str, JSON]:
-        return {
+        augment: dict[str, JSON] = {} if self._augment is None else {"augment": self.augment}
+        return augment | {
             "kind": "image",
             "input": self.input_name,
             "image_size": self.size,
@@ -99,7 +130,7 @@ def decode(content: bytes) -> Tensor:
         image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BadSampleError(
-                f"the image has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are decoded"
+                f"the image is too large: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded"
             )
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
@@ -110,7 +141,7 @@ def decode(content: bytes) -> Tensor:
         return pixels
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSampleError(f"the image is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
         raise BadSampleError(f"the image cannot be decoded: {error}") from error
 
 

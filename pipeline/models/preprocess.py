@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import BadSampleError
+from pipeline.errors import BadSampleError, ConfigError
 from pipeline.keys import JSON
 
 
@@ -30,13 +31,27 @@ class Preprocess(ABC):
             BadSampleError: the content cannot be used; the message says why.
         """
 
-    def begin(self, content: object) -> dict[str, Tensor]:
-        """Do what must be done sample by sample, small to ship; `finish` does the rest on a batch of these.
+    def open(self, content: object) -> Any:
+        """Do what all views of a sample share (decode it), once for all of them; `begin` goes on from there.
 
         Raises:
             BadSampleError: the content cannot be used; the message says why.
         """
-        return self(content)
+        return content
+
+    def begin(self, opened: Any) -> dict[str, Tensor]:
+        """Do what must be done sample by sample, small to ship; `finish` does the rest on a batch of these.
+
+        `opened` is left as it is.
+
+        Raises:
+            BadSampleError: the content cannot be used; the message says why.
+        """
+        return self(opened)
+
+    def excess(self, content: object, sample: dict[str, Tensor]) -> int:
+        """Return how many tokens of a text its inputs, `sample`, leave out; 0 where they hold all of the content."""
+        return 0
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn what `begin` returned, stacked along a new first axis, into the inputs of a batch, on its device.
@@ -44,6 +59,18 @@ class Preprocess(ABC):
         It may write into `batch`. Sample by sample or in a batch, it gives the same values.
         """
         return batch
+
+    def view(self, number: int) -> Preprocess:
+        """Return the preprocessing of the augmented view `number`, from 0 on; it too is a pure function of the content.
+
+        It shares `open` and `finish` with the plain one.
+
+        Raises:
+            ConfigError: there are no augmented views.
+        """
+        raise ConfigError(
+            f"preprocess.augment is for images, and {type(self).__name__} does not know it; remove it, and encode.views"
+        )
 
     @abstractmethod
     def recipe(self) -> Mapping[str, JSON]:

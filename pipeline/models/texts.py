@@ -38,6 +38,13 @@ class TextPreprocess(Preprocess):
         encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         return {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.inputs}
 
+    def excess(self, content: object, sample: dict[str, Tensor]) -> int:
+        """Return by how many tokens a text is longer than `max_length`."""
+        if len(sample[self.inputs[0]]) < self.max_length:
+            return 0
+        texts = content if isinstance(content, tuple) else (content,)
+        return len(self.tokenizer(*texts, verbose=False)[self.inputs[0]]) - self.max_length
+
     @property
     def pad(self) -> dict[str, float]:
         """Value that fills up an input, by input name."""

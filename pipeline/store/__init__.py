@@ -1,25 +1,48 @@
 """States on disk: written once in immutable zarr v3 segments, read through memory maps."""
 
-from pipeline.store.format import FORMAT, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, segment_id
+from pipeline.store.codecs import CODECS
+from pipeline.store.describe import describe, readable, tell
+from pipeline.store.format import FORMAT, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, find_stores, segment_id
+from pipeline.store.format import segment_nbytes as folder_nbytes
 from pipeline.store.index import Rows
+from pipeline.store.keyset import KeySet, first_rows
 from pipeline.store.materialise import Scratch
 from pipeline.store.reader import Reader
 from pipeline.store.resident import Resident
-from pipeline.store.store import Store
+from pipeline.store.scratch import discard, sweep
+from pipeline.store.store import Store, alone
+from pipeline.store.trial import through
+from pipeline.store.upkeep import Upkeep, plan_compact, plan_gc, plan_removal
 from pipeline.store.verify import verify
 from pipeline.store.writer import SegmentInfo
 
 __all__ = [
+    "CODECS",
     "FORMAT",
     "INPUT_PREFIX",
     "SHAPE_PREFIX",
     "STATE_PREFIX",
+    "KeySet",
     "Reader",
     "Resident",
     "Rows",
     "Scratch",
     "SegmentInfo",
     "Store",
+    "Upkeep",
+    "alone",
+    "describe",
+    "discard",
+    "find_stores",
+    "folder_nbytes",
+    "first_rows",
+    "plan_compact",
+    "plan_gc",
+    "plan_removal",
+    "readable",
     "segment_id",
+    "sweep",
+    "tell",
+    "through",
     "verify",
 ]

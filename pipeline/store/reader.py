@@ -108,6 +108,11 @@ class Reader:
 
     def _open(self, path: Path) -> Segment:
         store = path.parent
+        if not path.is_dir():
+            raise StoreError(
+                f"{path}: this segment was there when the store was opened, and is gone; recycle store compact, gc or "
+                "rm-samples has run since: start again"
+            )
         if store not in self._recipes:
             self._recipes[store] = read_recipe(store).digest
         opened, given_up = open_segment(path, self._recipes[store], self._scratch)

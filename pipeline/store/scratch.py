@@ -46,18 +46,53 @@ def scratch(root: Path) -> Iterator[Path]:
 
 def sweep(root: Path) -> None:
     """Remove temporary folders under `root` whose writer is dead."""
-    for path in sorted(root.glob(f"{PREFIX}*")):
-        is_ours = path.name.startswith(f"{PREFIX}{_HOST}-")
-        if not is_ours and not _is_old(path):
-            continue
-        try:
-            descriptor = _lock(path, wait=False)
-        except OSError:
-            if _is_old(path):
-                shutil.rmtree(path, ignore_errors=True)
-            continue
+    for path in _abandoned(root):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def leftovers(root: Path) -> list[Path]:
+    """Return the temporary folders under `root` that `sweep` would remove."""
+    return list(_abandoned(root))
+
+
+def discard(path: Path) -> None:
+    """Remove a folder, which is gone at once for everybody: a kill leaves a temporary folder, never half of it."""
+    aside = _new_path(path.parent)
+    path.rename(aside)
+    sync(aside.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def hold(path: Path) -> int | None:
+    """Keep `claim` away from the folder `path` while the descriptor returned is open; None without locks.
+
+    Raises:
+        BlockingIOError: somebody has claimed the folder.
+    """
+    try:
+        descriptor = _lock(path, wait=False, shared=True)
+    except OSError:
+        return None
+    if descriptor is None:
+        raise BlockingIOError(errno.EWOULDBLOCK, "somebody removes or merges its segments", str(path))
+    return descriptor
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Have the folder `path` alone; give False when somebody holds or has claimed it.
+
+    Where the file system has no locks, or they do not reach another machine, nothing is known of others.
+    """
+    try:
+        descriptor = _lock(path, wait=False)
+    except OSError:
+        yield True
+        return
+    try:
+        yield descriptor is not None
+    finally:
         if descriptor is not None:
-            shutil.rmtree(path, ignore_errors=True)
             os.close(descriptor)
 
 
@@ -116,14 +151,31 @@ def _set_aside(leftover: Path, is_whole: Callable[[Path], bool]) -> None:
         return
     try:
         if not is_whole(leftover):
-            aside = _new_path(leftover.parent)
-            leftover.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            discard(leftover)
     finally:
         os.close(descriptor)
 
 
-def _lock(path: Path, *, wait: bool) -> int | None:
+def _abandoned(root: Path) -> Iterator[Path]:
+    """Yield temporary folders whose writer is dead; nobody else can take one as long as the caller has it."""
+    for path in sorted(root.glob(f"{PREFIX}*")):
+        is_ours = path.name.startswith(f"{PREFIX}{_HOST}-")
+        if not is_ours and not _is_old(path):
+            continue
+        try:
+            descriptor = _lock(path, wait=False)
+        except OSError:
+            if _is_old(path):
+                yield path
+            continue
+        if descriptor is not None:
+            try:
+                yield path
+            finally:
+                os.close(descriptor)
+
+
+def _lock(path: Path, *, wait: bool, shared: bool = False) -> int | None:
     """Lock the folder `path`; None when somebody else has it or it is no longer there.
 
     Raises:
@@ -134,7 +186,8 @@ def _lock(path: Path, *, wait: bool) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
         if os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
     except (BlockingIOError, FileNotFoundError):

@@ -165,9 +165,9 @@ def _read_beside(path: Path, spec: SegmentSpec, offsets: Sequence[str], scales: 
         if array.stored != stored or (name == SUMS and array.shape != (spec.samples, len(spec.tensors))):
             raise corrupt(path / name, f"has shape {array.shape} of {array.stored} for {spec.samples} samples")
         read[name] = read_small(path / name, array)
-    keys = read_array_spec(path / KEYS).shape
-    if keys != (spec.samples, KEY_BYTES):
-        raise corrupt(path / KEYS, f"has shape {keys}, expected {(spec.samples, KEY_BYTES)}")
+    keys = read_array_spec(path / KEYS)
+    if keys != ArraySpec((spec.samples, KEY_BYTES), "uint8", "uint8"):
+        raise corrupt(path / KEYS, f"is {keys}, expected raw uint8 of shape {(spec.samples, KEY_BYTES)}")
     return read
 
 

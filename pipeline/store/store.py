@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +22,16 @@ from pipeline.store.format import (
     segment_nbytes,
 )
 from pipeline.store.index import KeyIndex, Rows
-from pipeline.store.scratch import publish_file, scratch, sweep
+from pipeline.store.rewrite import Change, Progress, apply
+from pipeline.store.scratch import claim, hold, publish_file, scratch, sweep
 from pipeline.store.writer import SegmentInfo, write_segment
 
 
 class Store:
     """The states of one recipe. Any number of processes may write to it and read from it at the same time.
 
-    What other processes commit is seen after `refresh`.
+    What other processes commit is seen after `refresh`. Segments are removed or merged under `alone` only, when
+    nobody writes; a store that `create` gave counts as writing for as long as it exists.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
@@ -41,7 +46,7 @@ class Store:
 
         Raises:
             StaleStoreError: a store of another recipe is there.
-            StoreError: the folder holds something else, or cannot be written.
+            StoreError: the folder holds something else, or cannot be written, or its segments are being removed.
         """
         check_storage(recipe.storage)
         if recipe.format != FORMAT:
@@ -53,7 +58,14 @@ class Store:
                 _write_recipe(path, recipe)
         except OSError as error:
             raise StoreError(f"{path}: no store can be made here ({error.strerror}); choose another folder") from error
-        return cls.open(path, recipe)
+        store = cls.open(path, recipe)
+        try:
+            held = hold(path)
+        except BlockingIOError as error:
+            raise StoreError(f"{path}: {error.strerror}; wait for its end and run again") from error
+        if held is not None:
+            weakref.finalize(store, os.close, held)
+        return store
 
     @classmethod
     def open(cls, path: Path, expected: Recipe | None = None) -> Store:
@@ -80,7 +92,7 @@ class Store:
 
     def keys(self) -> np.ndarray:
         """Return the keys (N, 16) uint8 of all committed samples, segment by segment."""
-        return self._open_index().keys
+        return self._open_index().keys()
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Return (n,) bool: which of `keys` (n, 16) uint8 are not stored."""
@@ -125,11 +137,38 @@ class Store:
         self.refresh()
         return info
 
+    def apply(self, changes: Sequence[Change], progress: Progress = iter) -> list[str]:
+        """Carry out what `pipeline.store.upkeep` planned under this `alone`, and remove what dead writers left.
+
+        Returns the faults, one line each, of segments that could not be changed because their bytes are not those that
+        were written; they are left as they are.
+
+        Raises:
+            StoreError: the disk refuses; what was not changed yet is as it was.
+        """
+        faults = apply(self.path, self.recipe, changes, progress)
+        sweep(self.path)
+        self.refresh()
+        return faults
+
     def _open_index(self) -> KeyIndex:
         index = self._index  # a thread that writes may forget it meanwhile
         if index is None:
             index = self._index = KeyIndex(self.path, self.segments())
         return index
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other processes from writing to the store at `path`, and from changing it in any other way, meanwhile.
+
+    Raises:
+        StoreError: somebody writes to it, or changes it.
+    """
+    with claim(path) as is_alone:
+        if not is_alone:
+            raise StoreError(f"{path}: somebody is writing to this store; wait for its end and run again")
+        yield
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:

@@ -7,14 +7,14 @@ import stat
 from pathlib import Path
 
 
-def read_file(where: Path, limit: int | None = None) -> bytes:
+def read_file(where: Path | str, limit: int | None = None) -> bytes:
     """Return the bytes of a regular file; to open anything else may wait for ever, or have effects.
 
     Raises:
         OSError: it cannot be read, or is no file.
         ValueError: it is longer than `limit` bytes.
     """
-    if not stat.S_ISREG(where.stat().st_mode):
+    if not stat.S_ISREG(os.stat(where).st_mode):
         raise OSError(None, "no file", str(where))
     with open(os.open(where, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         text = file.read(-1 if limit is None else limit + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -27,7 +27,7 @@ from pipeline.store.segment import Segment, open_segment
 from pipeline.store.store import Store
 
 
-def verify(store: Store) -> list[str]:
+def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = iter) -> list[str]:
     """Read every segment whole and return its faults, one line each; an empty list means that the store is sound.
 
     Checked are the recipe, all metadata against the segments' seals, the sizes of all files, the crc32c of every chunk
@@ -40,7 +40,7 @@ def verify(store: Store) -> list[str]:
         segments = store.segments()
     except StoreError as error:
         return [str(error)]
-    faults = [fault for segment in segments for fault in _faults(store.path / segment, recipe.digest)]
+    faults = [fault for segment in progress(segments) for fault in _faults(store.path / segment, recipe.digest)]
     return faults + list(_strays(store.path, there, {RECIPE_FILE, *segments}, "of the store"))
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from pipeline.data import DataConfig, Row, Source, open_source
+from pipeline.data import DataConfig, Row, Source, Stamp, open_source
 from pipeline.data.source import SPLITS
 from pipeline.keys import content_key
 
@@ -51,6 +51,13 @@ class SourceContract:
         again = open_source(config)
         assert [again.row(i) for i in range(len(again))] == [source.row(i) for i in range(len(source))]
         assert keys(again) == keys(source)
+
+    def test_a_stamp_is_of_the_file_that_is_the_content(self, source: Source) -> None:
+        stamps = [source.stamp(i) for i in range(len(source))]
+        assert all(stamps) or not any(stamps)
+        for i, stamp in enumerate(stamps):
+            assert stamp is None or Path(stamp.path).read_bytes() == source.content(i)
+            assert stamp is None or stamp == Stamp.of(Path(stamp.path))
 
     def test_a_copy_reads_the_same(self, source: Source) -> None:
         assert keys(pickle.loads(pickle.dumps(source))) == keys(source)

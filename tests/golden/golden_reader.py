@@ -19,7 +19,7 @@ TYPES = {
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
 
 
-class WrongStoreError(Exception):
+class WrongError(Exception):
     """The store is not what was written."""
 
 
@@ -64,7 +64,7 @@ def read_array(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
         raw = (folder / ".".join(["c", str(number), *["0"] * (len(shape) - 1)])).read_bytes()
         body = raw[:-4]
         if crc32c(body) != int.from_bytes(raw[-4:], "little"):
-            raise WrongStoreError(f"{folder}: checksum of chunk {number}")
+            raise WrongError(f"{folder}: checksum of chunk {number}")
         if len(meta["codecs"]) == 3:
             body = Blosc().decode(body)
         chunks.append(np.frombuffer(body, dtype).reshape(chunk_shape))
@@ -75,14 +75,14 @@ def read_segment(folder: Path, recipe: str) -> tuple[np.ndarray, list[str], dict
     """Return the keys of the samples, those of the bad ones in hex, and each tensor's samples; bf16 as float32."""
     group = json.loads((folder / "zarr.json").read_bytes())["attributes"]
     if group["format"] != 2 or group["recipe"] != recipe:
-        raise WrongStoreError(f"{folder}: format {group['format']}, recipe {group['recipe']}")
+        raise WrongError(f"{folder}: format {group['format']}, recipe {group['recipe']}")
     arrays = {path.parent.name: read_array(path.parent) for path in folder.glob("*/zarr.json")}
     sealed = {"segment": {**group, "seal": ""}, "arrays": {name: meta for name, (_, meta) in arrays.items()}}
     if digest(sealed) != group["seal"]:
-        raise WrongStoreError(f"{folder}: seal")
+        raise WrongError(f"{folder}: seal")
     keys, sums = arrays["keys"][0], arrays["sums"][0]
     if segment_id(keys) != folder.name or len(keys) != group["samples"]:
-        raise WrongStoreError(f"{folder}: keys")
+        raise WrongError(f"{folder}: keys")
     tensors = {}
     for column, name in enumerate(group["tensors"]):
         data, meta = arrays[name]
@@ -90,7 +90,7 @@ def read_segment(folder: Path, recipe: str) -> tuple[np.ndarray, list[str], dict
         bounds = np.arange(len(data) + 1) if axis is None else arrays[f"{name}.offsets"][0]
         for row in range(len(keys)):
             if crc32c(data[bounds[row] : bounds[row + 1]].tobytes()) != sums[row, column]:
-                raise WrongStoreError(f"{folder}: sample {row} of {name}")
+                raise WrongError(f"{folder}: sample {row} of {name}")
         scales = arrays[f"{name}.scales"][0] if f"{name}.scales" in arrays else None
         values = meant(data, scales, meta["attributes"]["dtype"])
         parts = [values[bounds[row] : bounds[row + 1]] for row in range(len(keys))]

@@ -127,6 +127,13 @@ class TestSquashedImages(TestImages):
         return ImagePreprocess(config, ImageDefaults(), "pixels")
 
 
+class TestAugmentedImages(TestImages):
+    def make(self, text_folder: Path) -> Preprocess:
+        augment: Any = [{"RandomResizedCrop": {"size": 16}}, "RandomHorizontalFlip", {"ColorJitter": {"contrast": 0.3}}]
+        config = PreprocessConfig(image_size=16, augment=augment)
+        return ImagePreprocess(config, ImageDefaults(), "pixels").view(1)
+
+
 class TestArrays(PreprocessContract):
     good = (np.arange(6, dtype=np.int16), np.zeros((3,), np.float64))
     bad = (b"bytes", "text", np.array([np.inf]))

@@ -1,0 +1,235 @@
+"""What each codec would change: in the states of some samples, and in what the layers after the cut make of them.
+
+N samples, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.data import SampleTable
+from pipeline.errors import DataError
+from pipeline.loader import Loader
+from pipeline.project import Project, Workbench, pick_device
+from pipeline.ragged import Sample, pad_batch
+from pipeline.split import Suffix
+from pipeline.store import CODECS, STATE_PREFIX, Reader, Rows, readable, through
+from pipeline.tasks import read_tensor
+from pipeline.views import Views
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """What one codec would cost and change.
+
+    Attributes:
+        storage: codec and dtype, `int8:float16`.
+        bytes: of one sample, all its tensors, without metadata.
+        state_largest: largest deviation of a state, relative to the largest value of its tensor.
+        state_mean: mean deviation relative to the mean magnitude.
+        output_largest: largest deviation of an output.
+        output_mean: mean deviation of outputs, relative to their standard deviation.
+        changed: share of outputs whose largest class, or nearest neighbour among the N, is another one.
+    """
+
+    storage: str
+    bytes: float
+    state_largest: float
+    state_mean: float
+    output_largest: float
+    output_mean: float
+    changed: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The deviations of one store from what it gives now."""
+
+    cut: str
+    samples: int
+    storage: str
+    kind: str
+    """"classes" or "embedding": what the outputs are."""
+    is_trained: bool
+    """Whether the weights after the cut are those of a finished run."""
+    deviations: list[Deviation]
+
+
+class _Held:
+    """Samples in memory, gathered as a reader gathers them from disk."""
+
+    def __init__(self, places: Rows, samples: Mapping[str, Sequence[Tensor]]) -> None:
+        self._number = {place: i for i, place in enumerate(_places(places))}
+        self._samples = samples
+
+    def gather(self, rows: Rows, pad: Mapping[str, float] | None = None, *, pin: bool = False) -> dict[str, Tensor]:
+        numbers = [self._number[place] for place in _places(rows)]
+        chosen: list[Sample] = [{name: own[i] for name, own in self._samples.items()} for i in numbers]
+        batch = pad_batch(chosen, pad or {})
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch
+
+
+def measure(project: Project, name: str, count: int) -> Report:
+    """Try every codec on `count` samples of a cut's store, drawn from the sample table; nothing is written.
+
+    Memory: the states of these samples, three times in float32.
+
+    Raises:
+        ConfigError: no such cut, or it was never encoded.
+        MissingKeysError: a sample of the table is not in the store.
+        DataError: the finished run does not fit the model.
+    """
+    cut = project.cut(name)
+    table = SampleTable.read(project.samples)
+    bench = Workbench.open(project, table)
+    store, _, suffix = bench.open_store(cut, table)
+    is_trained = _load_run(project, name, suffix)
+    suffix.to(pick_device(project.encode.device)).eval()
+    drawn = np.sort(np.random.default_rng(0).permutation(len(table))[:count])
+    stored = _read(store.path, store.rows(table.keys)[drawn])
+    kind = bench.task.head(table).kind
+
+    def outputs(samples: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
+        return _outputs(bench, store, table, drawn, suffix, samples)
+
+    now = outputs(stored)
+    deviations = []
+    for storage in _storages(project.storage):
+        tried, nbytes = dict[str, list[Tensor]](), 0
+        for tensor, own in stored.items():
+            tried[tensor], size = through(tensor, own, storage)
+            nbytes += size
+        largest, mean = _compare_states(stored, tried)
+        deviations.append(
+            Deviation(storage, nbytes / len(drawn), largest, mean, *_compare_outputs(now, outputs(tried), kind))
+        )
+    return Report(name, len(drawn), project.storage, kind, is_trained, deviations)
+
+
+def table(report: Report) -> str:
+    """Return the report for people."""
+    dtype = report.storage.partition(":")[2]
+    lost = {"float32": "those the prefix gave"}.get(dtype, f"already rounded to {dtype}")
+    if report.storage.startswith("int8"):
+        lost = "already rounded to int8"
+    weights = "a finished run" if report.is_trained else "pretrained layers and an untrained head: train first for more"
+    changed = {"classes": "class changed"}.get(report.kind, "neighbour changed")
+    lines = [
+        f"cut {report.cut}: {report.samples:,} samples; deviations from the values in the store ({report.storage}), "
+        f"{lost}",
+        f"outputs of {weights}",
+        f"{'':<22}{'bytes':>10}  {'state: largest':>14}{'mean':>10}  {'output: largest':>15}{'mean':>10}  {changed}",
+    ]
+    for one in report.deviations:
+        mark = "*" if one.storage == report.storage else " "
+        lines.append(
+            f"{mark} {one.storage:<20}{readable(one.bytes):>10}  {one.state_largest:>14.1e}{one.state_mean:>10.1e}  "
+            f"{one.output_largest:>15.1e}{one.output_mean:>10.1e}  {one.changed:.1%}"
+        )
+    lines.append(
+        "* the store's. Of states, relative to the largest and the mean magnitude; of outputs, absolute and relative"
+    )
+    lines.append("their standard deviation.")
+    return "\n".join(lines) + "\n"
+
+
+def _storages(own: str) -> list[str]:
+    """Every dtype as it is, and the other codecs in the store's dtype."""
+    dtype = own.partition(":")[2]
+    return [*(f"raw:{other}" for other in DTYPES), *(f"{codec}:{dtype}" for codec in CODECS if codec != "raw")]
+
+
+def _load_run(project: Project, name: str, suffix: Suffix) -> bool:
+    weights = project.run_path(project.cut(name)) / "model.safetensors"
+    if not weights.exists():
+        return False
+    try:
+        suffix.load_state_dict(load_file(weights))
+    except RuntimeError as error:
+        raise DataError(f"{weights} does not fit the model of params.yaml; train again, or remove it") from error
+    return True
+
+
+def _read(root: Path, places: Rows) -> dict[str, list[Tensor]]:
+    """Return the samples at N places by tensor name, each N tensors; at most one segment is open at a time."""
+    found: dict[str, list[Tensor]] = {}
+    samples: list[dict[str, Tensor]] = [{} for _ in range(len(places))]
+    for number in np.unique(places.segment):
+        reader, segment = Reader(root), places.segments[number]
+        here = np.flatnonzero(places.segment == number)
+        reader.check(segment, places.row[here])
+        for i in here.tolist():
+            tensors = reader.segment(segment).tensors
+            samples[i] = {name: tensor.sample(int(places.row[i])).clone() for name, tensor in tensors.items()}
+    for sample in samples:
+        for name, value in sample.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _outputs(
+    bench: Workbench,
+    store: Views,
+    table: SampleTable,
+    rows: np.ndarray,
+    suffix: Suffix,
+    samples: Mapping[str, Sequence[Tensor]],
+) -> list[Tensor]:
+    """Return the outputs of rows of the table batch by batch, fp32 on the CPU; always in the same order."""
+    size = bench.project.encode.batch_size
+    loader = Loader(
+        store,
+        table.keys,
+        {},
+        [rows[begin : begin + size] for begin in range(0, len(rows), size)],
+        pad=bench.backbone.preprocess.pad,
+        device=pick_device(bench.project.encode.device),
+        source=_Held(store.rows(table.keys)[rows], samples),
+    )
+    with torch.no_grad():
+        return [read_tensor(suffix(batch.state, **batch.inputs)).float().cpu() for batch in loader]
+
+
+def _compare_states(stored: Mapping[str, list[Tensor]], tried: Mapping[str, list[Tensor]]) -> tuple[float, float]:
+    """Return the largest and the mean relative deviation, of the state tensor where each is largest."""
+    largest = mean = 0.0
+    for name, own in stored.items():
+        if name.startswith(STATE_PREFIX):
+            before = torch.cat([one.flatten() for one in own]).float()
+            moved = torch.cat([one.flatten() for one in tried[name]]).float().sub_(before).abs_()
+            largest = max(largest, _ratio(moved.max(), before.abs().max()))
+            mean = max(mean, _ratio(moved.mean(), before.abs().mean()))
+    return largest, mean
+
+
+def _compare_outputs(before: list[Tensor], after: list[Tensor], kind: str) -> tuple[float, float, float]:
+    flat = torch.cat([one.flatten() for one in before])
+    moved = torch.cat([one.flatten() for one in after]).sub(flat).abs_()
+    if kind == "classes":
+        changed = torch.cat([(a.argmax(-1) != b.argmax(-1)).flatten() for a, b in zip(before, after, strict=True)])
+    else:
+        changed = _nearest(torch.cat(before)) != _nearest(torch.cat(after))
+    return float(moved.max()), _ratio(moved.mean(), flat.std()), float(changed.float().mean())
+
+
+def _nearest(vectors_ND: Tensor) -> Tensor:
+    """Return for each vector which other one is nearest by cosine."""
+    unit_ND = torch.nn.functional.normalize(vectors_ND, dim=-1)
+    return (unit_ND @ unit_ND.T).fill_diagonal_(-torch.inf).argmax(-1)
+
+
+def _ratio(value: Tensor, scale: Tensor) -> float:
+    return float(value / scale) if float(scale) > 0 else float(value)
+
+
+def _places(rows: Rows) -> list[tuple[int, int]]:
+    return list(zip(rows.segment.tolist(), rows.row.tolist(), strict=True))

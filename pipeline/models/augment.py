@@ -1,0 +1,133 @@
+"""Random changes of an image, by the names of torchvision.transforms.v2, repeatable from a seed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from pipeline.errors import BadSampleError
+
+Step: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""One transform: {name: arguments}."""
+
+KNOWN: Mapping[str, type[v2.Transform]] = {
+    name: kind
+    for name, kind in vars(v2).items()
+    if inspect.isclass(kind) and issubclass(kind, v2.Transform) and kind is not v2.Transform and name[0] != "_"
+}
+"""What may be named: nothing else of torchvision, or of Python, can be reached from a setting."""
+ENUMS = {"interpolation": v2.InterpolationMode, "policy": v2.AutoAugmentPolicy}
+"""Arguments that are written as text and read as a constant."""
+INNER = "transforms"
+"""The argument of RandomApply, RandomChoice, RandomOrder and Compose that holds transforms itself."""
+PROBES = (64, 1024)
+"""Sides of the images that transforms are tried on; a crop may ask for more pixels than the first one has."""
+
+
+class Augment:
+    """Transforms, one after the other, as a pure function of an image and a seed. Can be pickled."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        """Make the transforms of `steps`.
+
+        Raises:
+            ValueError: a name or an argument is wrong; the message has the remedy.
+        """
+        self._transforms = _make_all(steps)
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        """Return `image` (3, H, W), uint8 or float32, changed: (3, H', W') of the same type.
+
+        Nothing else's randomness moves: these transforms draw from torch's generator of the CPU alone, which is put
+        back as it was.
+
+        Raises:
+            BadSampleError: a transform cannot be used on this image.
+        """
+        before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            for transform in self._transforms:
+                image = _apply(transform, image)
+        finally:
+            torch.default_generator.set_state(before)
+        return image
+
+
+def check_steps(steps: Sequence[Step]) -> None:
+    """Make the transforms of `steps`, and try them on drawn images.
+
+    Raises:
+        ValueError: a name, an argument or what a transform returns is wrong; the message has the remedy.
+    """
+    augment, fault = Augment(steps), ""
+    for side in PROBES:
+        try:
+            augment(torch.arange(3 * side * side).remainder(251).to(torch.uint8).view(3, side, side), seed=0)
+            return
+        except BadSampleError as error:
+            fault = str(error)
+    raise ValueError(f"{fault}; change its arguments or remove it")
+
+
+def as_steps(value: object) -> list[object]:
+    """Return transforms, however they are written, as a list of {name: arguments}; what is none is left as it is."""
+    steps: list[object] = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, str):
+            steps.append({item: {}})
+        elif isinstance(item, Mapping):
+            steps += [{name: _with_inner_steps(arguments)} for name, arguments in item.items()]
+        else:
+            steps.append(item)
+    return steps
+
+
+def _with_inner_steps(arguments: object) -> object:
+    if isinstance(arguments, Mapping):
+        return {name: as_steps(value) if name == INNER else value for name, value in arguments.items()}
+    return {} if arguments is None else arguments
+
+
+def _make_all(steps: Sequence[Step]) -> list[v2.Transform]:
+    if not all(
+        isinstance(step, Mapping) and all(isinstance(inner, Mapping) for inner in step.values()) for step in steps
+    ):
+        raise ValueError(f"{steps!r} are no transforms; write each as its name, or as {{name: {{argument: value}}}}")
+    return [_make(name, arguments) for step in steps for name, arguments in step.items()]
+
+
+def _make(name: str, arguments: Mapping[str, Any]) -> v2.Transform:
+    if name not in KNOWN:
+        near = ", ".join(get_close_matches(name, KNOWN, n=3)) or "none; see its documentation"
+        raise ValueError(f"torchvision.transforms.v2 has no transform {name!r} (near: {near}); name one that it has")
+    try:
+        return KNOWN[name](**{key: _argument(key, value) for key, value in arguments.items()})
+    except Exception as error:  # each transform checks its arguments in its own way
+        takes = ", ".join(inspect.signature(KNOWN[name]).parameters) or "no arguments"
+        raise ValueError(f"{name} with {dict(arguments)}: {error}; it takes {takes}") from error
+
+
+def _argument(name: str, value: Any) -> Any:
+    if name == INNER:
+        return _make_all(value)
+    return ENUMS[name](value) if name in ENUMS and isinstance(value, str) else value
+
+
+def _apply(transform: v2.Transform, image: Tensor) -> Tensor:
+    name = type(transform).__name__
+    try:
+        changed = transform(image)
+    except Exception as error:  # as many faults as there are transforms
+        raise BadSampleError(f"{name} cannot be used on an image {tuple(image.shape)}: {error}") from error
+    if not isinstance(changed, Tensor) or changed.ndim != 3 or len(changed) != 3 or changed.dtype != image.dtype:
+        is_tensor = isinstance(changed, Tensor)
+        found = f"{tuple(changed.shape)} of {changed.dtype}" if is_tensor else type(changed).__name__
+        raise BadSampleError(f"{name} returns {found}; an image stays (3, H, W) of {image.dtype}")
+    return changed

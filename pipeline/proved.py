@@ -1,0 +1,159 @@
+"""What an earlier encode proved: that the stores are of the recipe these settings make. So one that has nothing to do
+builds no model.
+
+A recipe is read off a built model, which takes seconds. It is a function of the settings, the files of weights, the
+keys and targets of the data set, the libraries and this package; a digest of all these is remembered beside the
+recipes they made, once the model said so. Where one of them cannot be known without building (the user's own function,
+a download whose file is not known here), nothing is remembered. The file may be deleted at any time, and is no
+authority elsewhere: training proves its store's recipe by the model again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import Section
+from pipeline.data import SampleTable, Stamp
+from pipeline.errors import StoreError
+from pipeline.files import PACKAGE, is_function, locate, write_whole
+from pipeline.keys import JSON, content_key, digest
+from pipeline.models import PRETRAINED, ModelConfig
+from pipeline.project import SECTIONS, Project
+from pipeline.store import Store
+from pipeline.views import VIEWED
+
+FILE = "proved.json"
+IRRELEVANT: Mapping[str, frozenset[str]] = {
+    "encode": frozenset({"batch_size", "segment_samples", "workers", "device", "channels_last", "max_bad"}),
+    "train": frozenset(SECTIONS["train"].model_fields),
+    "data": frozenset(SECTIONS["data"].model_fields),
+}
+"""Settings that decide no recipe; those of the data decide keys and targets, and these are in the digest."""
+LIBRARIES = ("numpy", "safetensors", "timm", "tokenizers", "torch", "torchvision", "transformers")
+
+
+def circumstances(project: Project, table: SampleTable) -> str | None:
+    """Return the digest of everything that decides the recipes; None where some of it cannot be known."""
+    now = time.time_ns()
+    try:
+        files = _files(project)
+        stamps = None if files is None else [Stamp.of(file) for file in files]
+    except OSError:
+        return None
+    if stamps is None or is_function(project.task.kind) or not all(stamp.settled(now) for stamp in stamps):
+        return None
+    settings: dict[str, Section] = {name: getattr(project, name) for name in SECTIONS}
+    known: dict[str, JSON] = {
+        "settings": {
+            name: section.model_dump(mode="json", exclude=set(IRRELEVANT.get(name, ())))
+            for name, section in settings.items()
+        },
+        "files": [[stamp.path, stamp.size, stamp.mtime_ns, stamp.inode] for stamp in stamps],
+        "table": _table(table),
+        "libraries": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
+        "package": _package(),
+    }
+    return digest(known)
+
+
+def stores(project: Project, circumstances: str | None, table: SampleTable) -> list[list[Store]] | None:
+    """Return the stores, `stores[view][cut]`, if they are known to be of these circumstances and lack nothing."""
+    recipes = _remembered(project, circumstances)
+    augmented = (table.split == VIEWED) & (len(project.views) > 1)
+    found = []
+    for view in project.views:
+        keys = table.keys[augmented if view is not None else ~augmented]
+        try:
+            of_view = [Store.open(project.store_path(cut, view)) for cut in project.encode.cuts]
+            if any(one.recipe.digest != recipes.get(_name(one)) or one.missing(keys).any() for one in of_view):
+                return None
+        except StoreError:
+            return None
+        found.append(of_view)
+    return found
+
+
+def remember(project: Project, circumstances: str | None, stores: Sequence[Sequence[Store]]) -> None:
+    """Remember the recipes of `stores`, `stores[view][cut]`: the model has just given them."""
+    if circumstances is not None:
+        recipes = {_name(store): store.recipe.digest for of_view in stores for store in of_view}
+        text = json.dumps({"circumstances": circumstances, "recipes": recipes}, indent=2) + "\n"
+        write_whole(project.scratch / FILE, text)
+
+
+def _name(store: Store) -> str:
+    return store.path.as_posix()
+
+
+def _remembered(project: Project, circumstances: str | None) -> Mapping[str, str]:
+    try:
+        known: Any = json.loads((project.scratch / FILE).read_text(encoding="utf-8"))
+        if circumstances is not None and known["circumstances"] == circumstances:
+            return dict(known["recipes"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return {}
+
+
+def _files(project: Project) -> list[Path] | None:
+    """Return every file that the model and its preprocessing are read from; None where they are not known."""
+    model, tokenizer = project.model, project.preprocess.tokenizer
+    folders = [] if tokenizer is None else [_folder(tokenizer)]
+    if model.library == "function" or model.trust_remote_code:
+        return None
+    if model.library == "hf":
+        folders.append(_folder(model.name))
+    elif model.weights == PRETRAINED:
+        folders.append(_downloads(model))
+    files = [locate(str(model.weights), "model.weights")] if model.has_file else []
+    for folder in folders:
+        inside = [] if folder is None else sorted(_walk(folder))
+        if not inside or any(file.name == "adapter_config.json" for file in inside):  # it names another network
+            return None
+        files += inside
+    return files
+
+
+def _folder(name: str) -> Path | None:
+    """The directory that a setting names; None where it names a repository of the hub."""
+    if name.startswith(PACKAGE):
+        return locate(name, "model.backbone")
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _downloads(model: ModelConfig) -> Path | None:
+    """Where a library keeps the weights it downloaded; timm's lie in the hub's cache and may be fetched anew."""
+    return Path(torch.hub.get_dir()) / "checkpoints" if model.library == "torchvision" else None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent) / name for name in names)
+
+
+def _table(table: SampleTable) -> str:
+    targets = {name: values.tolist() for name, values in table.targets.items()}
+    return content_key([table.keys, table.split.tolist(), targets]).hex()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _package() -> str:
+    root = Path(__file__).parent
+    files = sorted(root.rglob("*.py"))
+    return content_key([[file.relative_to(root).as_posix(), file.read_bytes()] for file in files]).hex()

@@ -1,0 +1,97 @@
+"""Samples that are set aside: what was wrong with each, and the table that says so."""
+
+from __future__ import annotations
+
+import csv
+import io
+import traceback
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.source import Source
+from pipeline.errors import DataError
+from pipeline.files import write_whole
+
+ENDS_THE_RUN = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""Raised while a sample is read, these end the run. All else is the sample's fault: a panic of a library written in
+Rust, for one, is no `Exception`."""
+FRAMES = 5
+LONGEST_REASON = 300
+COLUMNS = ("row", "source", "key", "reason", "traceback")
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that was set aside."""
+
+    row: int
+    source: str
+    reason: str
+    traceback: str = ""
+    """Innermost frames, `file:line function`, the innermost first; empty where nothing was raised."""
+
+    @property
+    def kind(self) -> str:
+        """The reason without its particulars, which come after a colon or a semicolon."""
+        return self.reason.replace(";", ":").partition(":")[0]
+
+
+def set_aside(source: Source, row: int, error: BaseException) -> BadSample:
+    """Return what is to be told of a sample on which `error` was raised."""
+    return BadSample(row, name_of(source, row), _reason(error), _frames(error))
+
+
+def name_of(source: Source, row: int) -> str:
+    """Return what a source calls its row; its number where it cannot say."""
+    try:
+        return str(source.row(row).source)
+    except ENDS_THE_RUN:
+        raise
+    except BaseException:
+        return f"row {row}"
+
+
+def write(path: Path, bad: Iterable[BadSample], keys: np.ndarray) -> None:
+    """Write the table of `bad` samples, in the order of the data set, whole or not at all.
+
+    `keys` (N, 16) uint8 are the keys of all rows, zeros where a row has none.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for sample in sorted(bad, key=lambda sample: sample.row):
+        key = keys[sample.row].tobytes().hex() if keys[sample.row].any() else ""
+        writer.writerow([sample.row, sample.source, key, sample.reason, sample.traceback])
+    write_whole(path, text.getvalue())
+
+
+def summary(bad: Sequence[BadSample]) -> str:
+    """Return the counts by kind, the most frequent first, each with its first sample."""
+    first: dict[str, str] = {}
+    for sample in sorted(bad, key=lambda sample: sample.row):
+        first.setdefault(sample.kind, sample.source)
+    counts = Counter(sample.kind for sample in bad)
+    return ", ".join(f"{count} x {kind} (first: {first[kind]})" for kind, count in counts.most_common())
+
+
+def _reason(error: BaseException) -> str:
+    try:
+        said = " ".join(str(error).split())
+    except ENDS_THE_RUN:
+        raise
+    except BaseException:
+        said = "its message cannot be printed"
+    name = type(error).__name__
+    reason = said if isinstance(error, DataError) and said else f"{name}: {said}" if said else name
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
+
+
+def _frames(error: BaseException) -> str:
+    innermost = deque(traceback.walk_tb(error.__traceback__), maxlen=FRAMES)
+    return " < ".join(
+        f"{Path(frame.f_code.co_filename).name}:{line} {frame.f_code.co_name}" for frame, line in reversed(innermost)
+    )

@@ -1,0 +1,99 @@
+"""Keys of files that were read before: one of the same path, size, mtime and inode is not read again.
+
+An SQLite file that may be deleted at any time, and shared by processes. What is wrong with it costs reading the files
+again and a warning, never the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline.data.source import Stamp
+from pipeline.keys import KEY_BYTES, content_key
+
+log = logging.getLogger("recycle")
+
+T = TypeVar("T")
+
+WAIT_SECONDS = 5.0
+"""How long another process may hold the file."""
+_PROBE = content_key([b"bytes", "text", ("two", "texts"), np.arange(3), {"of": None}])
+VERSION = int.from_bytes(_PROBE[:4], "big") >> 1
+"""Names the key function by what it gives: keys of another one are dropped. SQLite keeps a number of 31 bits."""
+
+
+class StatCache:
+    """The keys of files by their stamps, in the SQLite file at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def find(self, stamps: Sequence[Stamp | None]) -> dict[int, bytes]:
+        """Return the known keys by the place in `stamps`; a file of another size, mtime or inode is not known."""
+
+        def look_up(connection: sqlite3.Connection) -> dict[int, bytes]:
+            connection.execute("CREATE TEMP TABLE wanted (place INTEGER PRIMARY KEY, path BLOB, stamp TEXT)")
+            wanted = ((place, *_fields(stamp)) for place, stamp in enumerate(stamps) if stamp is not None)
+            connection.executemany("INSERT INTO wanted VALUES (?, ?, ?)", wanted)
+            rows = connection.execute("SELECT place, key FROM wanted JOIN files USING (path, stamp)")
+            return {place: key for place, key in rows if isinstance(key, bytes) and len(key) == KEY_BYTES}
+
+        return self._use(look_up) or {}
+
+    def update(self, keys: Iterable[tuple[Stamp, bytes]], present: Sequence[Stamp | None]) -> None:
+        """Remember `keys`, and forget the files that are gone; those of `present` are not looked for."""
+        new = [(*_fields(stamp), key) for stamp, key in keys]
+        seen = {os.fsencode(stamp.path) for stamp in present if stamp is not None}
+
+        def write(connection: sqlite3.Connection) -> None:
+            known = [path for (path,) in connection.execute("SELECT path FROM files")]
+            gone = [(path,) for path in known if path not in seen and not os.path.lexists(path)]
+            if new or gone:
+                connection.executemany("DELETE FROM files WHERE path = ?", gone)
+                connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", new)
+
+        self._use(write)
+
+    def _use(self, action: Callable[[sqlite3.Connection], T]) -> T | None:
+        """Return what `action` does in one transaction, or None with a warning where the file cannot be used.
+
+        What is no sound database, such as one that a crash tore, is removed: the next use makes it anew.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.path, timeout=WAIT_SECONDS)) as connection, connection:
+                _prepare(connection)
+                return action(connection)
+        except (sqlite3.Error, OSError) as error:
+            log.warning("%s cannot be used (%s): files are read again; it is safe to delete", self.path, error)
+            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+                with suppress(OSError):
+                    self.path.unlink()
+            return None
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA temp_store = MEMORY")
+    if _version(connection) != VERSION:
+        connection.execute("BEGIN IMMEDIATE")
+        if _version(connection) != VERSION:  # another process may have made it meanwhile
+            connection.execute("DROP TABLE IF EXISTS files")
+            connection.execute("CREATE TABLE files (path BLOB PRIMARY KEY, stamp TEXT, key BLOB) WITHOUT ROWID")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _fields(stamp: Stamp) -> tuple[bytes, str]:
+    """Return path and stamp as SQLite holds them: names need not be UTF-8, numbers may exceed its 64 bits."""
+    return os.fsencode(stamp.path), f"{stamp.size} {stamp.mtime_ns} {stamp.inode}"

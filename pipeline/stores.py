@@ -1,0 +1,115 @@
+"""The stores of a project, and what its sample tables say about them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data import SampleTable
+from pipeline.errors import ConfigError, DataError
+from pipeline.keys import KEY_BYTES
+from pipeline.project import Project
+from pipeline.store import KeySet, find_stores
+
+
+@dataclass(frozen=True)
+class Used:
+    """What sample tables refer to.
+
+    Attributes:
+        keys: of all their samples.
+        written: when the table that `encode` writes was written, in seconds since the epoch.
+    """
+
+    keys: KeySet
+    written: float
+
+
+def stores_of(project: Project) -> list[Path]:
+    """Return the folders of the stores of all cuts of params.yaml, views included.
+
+    Raises:
+        ConfigError: there is none yet.
+    """
+    found = [path for cut in project.encode.cuts for path in find_stores(project.store_path(cut))]
+    if not found:
+        raise ConfigError(f"{project.activations} holds no store of encode.cuts; encode first, or name a folder")
+    return found
+
+
+def stores_without_cut(project: Project) -> list[Path]:
+    """Return the folders of stores that no cut of params.yaml names."""
+    named = [project.store_path(cut) for cut in project.encode.cuts]
+    return [path for path in find_stores(project.activations) if not any(path.is_relative_to(cut) for cut in named)]
+
+
+def used_by(table: Path, others: Sequence[Path]) -> Used:
+    """Return what the sample table that `encode` writes and `others` refer to.
+
+    Raises:
+        DataError: one of them is missing, or is no sample table.
+    """
+    keys = [SampleTable.read(path).keys for path in (table, *others)]
+    return Used(KeySet(np.concatenate(keys)), table.stat().st_mtime)
+
+
+def find_samples(table: SampleTable, keys: Sequence[str], sources: Sequence[str]) -> np.ndarray:
+    """Return the keys (n, 16) uint8 of samples named by key, in hex, or by what the table calls their source.
+
+    Raises:
+        ConfigError: a key is no key, or no sample has the source; one line for each.
+    """
+    faults, found = [], []
+    for key in keys:
+        try:
+            raw = bytes.fromhex(key)
+        except ValueError:
+            raw = b""
+        found.append(raw)
+        if len(raw) != KEY_BYTES:
+            faults.append(f"{key!r} is no sample key: {KEY_BYTES * 2} hex digits")
+    by_source: dict[str, list[bytes]] = {}
+    for source, own in zip(table.source, table.keys, strict=True):
+        by_source.setdefault(source, []).append(own.tobytes())
+    for source in sources:
+        found += by_source.get(source, [])
+        if source not in by_source:
+            faults.append(f"no sample of the table has the source {source!r}")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return np.frombuffer(b"".join(found), np.uint8).reshape(-1, KEY_BYTES)
+
+
+def without(table: SampleTable, keys: np.ndarray) -> SampleTable:
+    """Return `table` without the samples `keys` (n, 16) uint8, and without what is left of a pair that loses one half.
+
+    Raises:
+        DataError: nothing would be left.
+    """
+    kept = ~KeySet(keys).contains(table.keys)
+    if "pair" in table.targets:
+        pairs = table.targets["pair"].tolist()
+        halves = Counter(pair for pair, stays in zip(pairs, kept.tolist(), strict=True) if stays)
+        kept &= np.array([halves[pair] == 2 for pair in pairs], np.bool_)
+    if not kept.any():
+        raise DataError("no sample would be left in the sample table; remove its file, and the stores, instead")
+    rows = np.flatnonzero(kept)
+    return replace(
+        table,
+        keys=table.keys[rows],
+        split=table.split[rows],
+        source=[table.source[row] for row in rows.tolist()],
+        targets={name: values[rows] for name, values in table.targets.items()},
+    )
+
+
+def rewrite(table: SampleTable, path: Path) -> None:
+    """Write `table` to `path` as old as what it replaces: it says nothing of segments committed since."""
+    before = path.stat()
+    table.write(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
