@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import traceback
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from pipeline.keys import digest
 from pipeline.store import Reader, Resident, Rows, Store, segment_id, verify
 from pipeline.store.format import ArraySpec, read_array_spec
 from pipeline.store.materialise import Scratch
+from pipeline.store.store import alone
+from pipeline.store.upkeep import plan_removal
 
 GOLDEN = Path(__file__).parents[1] / "golden/stores"
 CODECS = ("raw", "zstd", "int8", "int8-channel")
@@ -380,8 +383,10 @@ def attempt(root: str, scratch: str, pristine: str, forged: bool, told: str) -> 
         truth = replace(truth, tensors=None)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
-    outcome = {}
-    for step in (use_verify, use_tables, use_reader, use_scratch, use_resident):
+    outcome, before = {}, listing(Path(root))
+    for step in (use_verify, use_tables, use_reader, use_scratch, use_resident, use_upkeep):
+        if step is use_upkeep and listing(Path(root)) != before:
+            outcome["store"] = "FINDING changed by being read"
         try:
             outcome[step.__name__] = step(Path(root), Path(scratch), truth)
         except RecyclingError as error:
@@ -391,6 +396,12 @@ def attempt(root: str, scratch: str, pristine: str, forged: bool, told: str) -> 
             outcome[step.__name__] = f"FINDING {traceback.format_exc()}"
     outcome["peak"] = str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
     Path(told).write_text(json.dumps(outcome))
+
+
+def listing(folder: Path, but: Collection[str] = ()) -> list[tuple[str, int, int]]:
+    """Everything in a folder, with what tells that it was changed, but for some entries."""
+    found = [path for path in sorted(folder.rglob("*")) if path.relative_to(folder).parts[0] not in but]
+    return [(str(path), path.lstat().st_mtime_ns, path.lstat().st_size) for path in found]
 
 
 def use_verify(root: Path, scratch: Path, truth: Truth) -> str:
@@ -412,6 +423,14 @@ def use_reader(root: Path, scratch: Path, truth: Truth) -> str:
 def use_scratch(root: Path, scratch: Path, truth: Truth) -> str:
     store = Store.open(root)
     return truth.compare(Reader(root, scratch=Scratch(scratch, SCRATCH)).gather(truth.rows(store)))
+
+
+def use_upkeep(root: Path, scratch: Path, truth: Truth) -> str:
+    """Take the first sample out: the one verb that reads a segment to write another."""
+    store = Store.open(root)
+    with alone(root):
+        plan = plan_removal(root, store.keys()[:1])
+        return "refused" if store.apply(plan.changes) else "changed"
 
 
 def use_resident(root: Path, scratch: Path, truth: Truth) -> str:

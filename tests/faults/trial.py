@@ -27,9 +27,10 @@ LONGEST_CASE = 8000
 
 
 def run(server: forks.Server, root: Path, forged: bool) -> dict[str, str]:
-    """Use the store `root` in a child; what it did outside of its scratch, hangs and deaths are findings."""
+    """Use the store `root` in a child; what it did outside of store and scratch, hangs and deaths are findings."""
     folder = root.parent
-    before = outside(folder)
+    own = {"store", "scratch", "told", "said"}
+    before = hostile.listing(folder, own)
     files = (root, folder / "scratch", folder / "pristine", forged, folder / "told")
     child = server.start(
         folder, "hostile:attempt", *(one if isinstance(one, bool) else str(one) for one in files), log="said"
@@ -41,16 +42,9 @@ def run(server: forks.Server, root: Path, forged: bool) -> dict[str, str]:
     if code:
         return {"all": f"FINDING died with {code}: {child.said()}"}
     outcome: dict[str, str] = json.loads((folder / "told").read_text())
-    if outside(folder) != before:
+    if hostile.listing(folder, own) != before:
         outcome["outside"] = "FINDING changed"
     return outcome
-
-
-def outside(folder: Path) -> list[tuple[str, int, int]]:
-    """Everything in the sandbox that must not change: the store too, but not the scratch."""
-    own = {"scratch", "told", "said"}
-    found = [path for path in sorted(folder.rglob("*")) if path.relative_to(folder).parts[0] not in own]
-    return [(str(path), path.lstat().st_mtime_ns, path.lstat().st_size) for path in found]
 
 
 def sandbox(folder: Path, codec: str, number: int) -> hostile.Victim:
