@@ -4,7 +4,7 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 RUN := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 
-.PHONY: demo demo-text test check zoo format bench clean
+.PHONY: demo demo-text test faults check zoo format bench clean
 
 demo: $(VENV)/installed data/mnist_5k.csv.gz
 	$(RUN) dvc repro
@@ -15,6 +15,10 @@ demo-text: $(VENV)/installed examples/faq/data/faq.jsonl
 
 test: $(VENV)/installed
 	$(RUN) python -m pytest
+
+# 200 kills, every bit of a small store, full disks, 10 minutes of hostile stores.
+faults: $(VENV)/installed
+	$(RUN) python -m pytest tests/faults --faults
 
 check: $(VENV)/installed
 	$(RUN) ruff check .

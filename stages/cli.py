@@ -65,11 +65,17 @@ def recycle() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run `recycle`; an error raised on purpose is one message and exit code 1."""
+    """Run `recycle`; an error raised on purpose, or by a disk, is one message and exit code 1."""
     try:
         recycle(args=args, prog_name="recycle", standalone_mode=True)
     except RecyclingError as error:
         click.echo(f"recycle: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(
+            f"recycle: {place}{error.strerror or error}; make room there, or give access, and run again", err=True
+        )
         sys.exit(1)
 
 

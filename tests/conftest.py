@@ -13,6 +13,10 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "good", "bad"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="Try faults at length: kills, flipped bits, hostile stores.")
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Tiny tensors lose more to many threads than they gain."""

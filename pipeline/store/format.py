@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ import torch
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe, content_key, digest, parse_json
+from pipeline.store.untrusted import is_same, read_file
 
 FORMAT = 2
 RECIPE_FILE = "recipe.json"
@@ -52,6 +52,8 @@ MAX_BESIDE_BYTES = 1 << 28
 """Size of arrays that are read into memory whole: keys, sums, offsets, scales."""
 MAX_EMPTY_BYTES = 1 << 31
 """Size that an array without values may claim, its axes of length 0 counted as 1; no file bears such a claim out."""
+SPARSE_ABOVE = 1 << 30
+"""Larger chunk files must be on disk, not holes for the most part: reading those takes long and comes to nothing."""
 MAX_AXES = 32
 
 CLEVEL = 3
@@ -274,7 +276,7 @@ def read_recipe(store: Path) -> Recipe:
     """
     where = store / RECIPE_FILE
     try:
-        text = _read_file(where, MAX_METADATA_BYTES)
+        text = read_file(where, MAX_METADATA_BYTES)
         recipe = Recipe.from_json(text.decode("utf-8"))
     except OSError as error:
         raise StoreError(f"{where}: cannot be read ({error.strerror}); no store is here, encode first") from error
@@ -341,6 +343,8 @@ def read_array_spec(array: Path) -> ArraySpec:
         size = found.st_size
         if not stat.S_ISREG(found.st_mode):
             raise corrupt(array / name, "is no file")
+        if size > SPARSE_ABOVE and found.st_blocks * 512 < size // 64:
+            raise corrupt(array / name, f"has {size} bytes, of which {found.st_blocks * 512} are on disk")
         if spec.layout == "raw" and size != spec.nbytes + CHECKSUM_BYTES:
             needed = spec.nbytes + CHECKSUM_BYTES
             raise corrupt(array / name, f"has {size} bytes, shape {spec.shape} of {spec.stored} needs {needed}")
@@ -373,7 +377,7 @@ def read_keys(segment: Path) -> np.ndarray:
     """
     where = f"{segment}/{KEYS}/{_KEYS_CHUNK}"  # strings: with thousands of segments, paths take longer than reading
     try:
-        raw = _read_file(where, MAX_BESIDE_BYTES)
+        raw = read_file(where, MAX_BESIDE_BYTES)
     except (OSError, ValueError) as error:
         raise CorruptStoreError(f"{where}: cannot be read ({error}); {REMEDY}") from error
     if len(raw) % KEY_BYTES != CHECKSUM_BYTES or len(raw) == CHECKSUM_BYTES:
@@ -398,7 +402,7 @@ def _parse_array(where: Path, raw: dict[str, Any]) -> ArraySpec:
     spec = ArraySpec(tuple(shape), dtype, stored, axis, "zstd" if compressed else "raw")
     metadata = spec.metadata(where.parent.name)
     for field, expected in metadata.items():
-        if not _is_same(raw.get(field), expected):
+        if not is_same(raw.get(field), expected):
             raise corrupt(where, f"has {field} {raw.get(field)!r}, expected {expected!r}")
     fill = raw.get("fill_value")
     if not isinstance(fill, bool | int | float) or fill != 0:
@@ -433,7 +437,7 @@ def read_metadata(node: Path) -> dict[str, Any]:
 def _read_json(node: Path) -> tuple[Path, dict[str, Any]]:
     where = node / METADATA_FILE
     try:
-        text = _read_file(where, MAX_METADATA_BYTES)
+        text = read_file(where, MAX_METADATA_BYTES)
         raw = parse_json(text.decode("utf-8"))
     except OSError as error:
         raise _unreadable(where, error) from error
@@ -451,25 +455,9 @@ def read_chunk(where: Path) -> bytes:
         CorruptStoreError: it cannot be read, or is no file.
     """
     try:
-        return _read_file(where)
+        return read_file(where)
     except OSError as error:
         raise _unreadable(where, error) from error
-
-
-def _read_file(where: Path | str, limit: int | None = None) -> bytes:
-    """Return the bytes of a regular file; to open anything else may wait for ever, or have effects.
-
-    Raises:
-        OSError: it cannot be read, or is no file.
-        ValueError: it is longer than `limit` bytes.
-    """
-    if not stat.S_ISREG(os.stat(where).st_mode):
-        raise OSError(None, "no file", str(where))
-    with open(os.open(where, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        text = file.read(-1 if limit is None else limit + 1)
-    if limit is not None and len(text) > limit:
-        raise ValueError(f"longer than {limit} bytes")
-    return text
 
 
 def _unreadable(where: Path, error: OSError) -> CorruptStoreError:
@@ -486,17 +474,6 @@ def corrupt(where: Path, fault: str) -> CorruptStoreError:
 
 def _is_size(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def _is_same(value: object, expected: object) -> bool:
-    """Compare JSON values; to Python `true`, 1 and 1.0 are equal, to other readers they are not."""
-    if type(value) is not type(expected):
-        return False
-    if isinstance(value, dict) and isinstance(expected, dict):
-        return value.keys() == expected.keys() and all(_is_same(value[name], expected[name]) for name in expected)
-    if isinstance(value, list) and isinstance(expected, list):
-        return len(value) == len(expected) and all(map(_is_same, value, expected))
-    return value == expected
 
 
 def _ceil(number: int, divisor: int) -> int:

@@ -137,7 +137,7 @@ def _gather(parts: list[tuple[StoredTensor, np.ndarray, int]], pad: float, pin: 
     shapes = {tensor.values.shape[1:] for tensor in tensors}
     if len(shapes) > 1 or any(tensor.offsets is not None for tensor in tensors):
         return _gather_padded(parts, n_rows, dtype, pad, pin)
-    batch = torch.empty((n_rows, *shapes.pop()), dtype=dtype, pin_memory=pin)
+    batch = _new_batch((n_rows, *shapes.pop()), dtype, pin)
     for tensor, within, begin in parts:
         out = batch[begin : begin + len(within)]
         if tensor.values.dtype == dtype:  # only with mode="clip" does np.take write into `out` directly
@@ -152,7 +152,7 @@ def _gather_padded(
 ) -> Tensor:
     samples = [(tensor.dtype, sample) for tensor, within, _ in parts for sample in tensor.samples(within)]
     longest = tuple(map(max, zip(*(sample.shape for _, sample in samples), strict=True)))
-    batch = torch.empty((n_rows, *longest), dtype=dtype, pin_memory=pin)
+    batch = _new_batch((n_rows, *longest), dtype, pin)
     filler = as_numpy(torch.tensor(pad, dtype=dtype))
     for row, (own, sample) in zip(as_numpy(batch), samples, strict=True):
         values = sample if own == dtype else _converted(sample, own, dtype)
@@ -165,6 +165,13 @@ def _gather_padded(
             row[...] = filler
             row[tuple(map(slice, sample.shape))] = values
     return batch
+
+
+def _new_batch(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=pin)
+    except (RuntimeError, MemoryError) as error:
+        raise StoreError(f"a batch of shape {shape} in {dtype} finds no memory; make batches smaller") from error
 
 
 def _converted(sample: np.ndarray, own: torch.dtype, dtype: torch.dtype) -> np.ndarray:

@@ -165,9 +165,9 @@ def _read_beside(path: Path, spec: SegmentSpec, offsets: Sequence[str], scales: 
         if array.stored != stored or (name == SUMS and array.shape != (spec.samples, len(spec.tensors))):
             raise corrupt(path / name, f"has shape {array.shape} of {array.stored} for {spec.samples} samples")
         read[name] = read_small(path / name, array)
-    keys = read_array_spec(path / KEYS).shape
-    if keys != (spec.samples, KEY_BYTES):
-        raise corrupt(path / KEYS, f"has shape {keys}, expected {(spec.samples, KEY_BYTES)}")
+    keys = read_array_spec(path / KEYS)
+    if keys != ArraySpec((spec.samples, KEY_BYTES), "uint8", "uint8"):
+        raise corrupt(path / KEYS, f"is {keys}, expected raw uint8 of shape {(spec.samples, KEY_BYTES)}")
     return read
 
 
@@ -213,7 +213,10 @@ def _map(array: Path, spec: ArraySpec, unpacked: Path | None) -> Tensor:
             raise StoreError(f"{file}: cannot be mapped ({error}); look at its permissions") from error
         values = raw.view(dtype).view(spec.shape)
     else:
-        plain = np.empty(spec.shape, spec.stored)
+        try:
+            plain = np.empty(spec.shape, spec.stored)
+        except MemoryError as error:
+            raise StoreError(f"{array} unpacks to {spec.nbytes} bytes; give a scratch on disk") from error
         unpack_array(array, spec, plain)
         values = torch.from_numpy(plain)
     return values.view(torch.bfloat16) if spec.dtype == "bfloat16" and not spec.is_scaled else values

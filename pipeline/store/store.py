@@ -108,7 +108,9 @@ class Store:
 
     def set_aside(self) -> np.ndarray:
         """Return the keys (m, 16) uint8 of the samples that were found bad in a unit that is committed."""
-        keys = [key for segment in self.segments() for key in read_segment_spec(self.path / segment).set_aside]
+        # Of the segments that `missing` knows: a unit that is committed meanwhile must count in both or in neither.
+        known = self._open_index().segments
+        keys = [key for segment in known for key in read_segment_spec(self.path / segment).set_aside]
         return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, KEY_BYTES)
 
     def nbytes(self) -> int:

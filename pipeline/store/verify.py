@@ -23,6 +23,7 @@ from pipeline.store.format import (
     read_keys,
     read_recipe,
 )
+from pipeline.store.scratch import PREFIX
 from pipeline.store.segment import Segment, open_segment
 from pipeline.store.store import Store
 
@@ -36,12 +37,13 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
     """
     try:
         recipe = read_recipe(store.path)
+        there = _entries(store.path)  # before the segments, of which a writer may commit more meanwhile
         segments = store.segments()
     except StoreError as error:
         return [str(error)]
     faults = [fault for segment in progress(segments) for fault in _faults(store.path / segment, recipe.digest)]
     inside = {path.relative_to(store.path).parts[0] for path in find_stores(store.path) if path != store.path}
-    return faults + list(_strays(store.path, {RECIPE_FILE, *segments, *inside}, "of the store"))
+    return faults + list(_strays(store.path, there, {RECIPE_FILE, *segments, *inside}, "of the store"))
 
 
 def _faults(path: Path, recipe: str) -> Iterator[str]:
@@ -64,9 +66,10 @@ def _faults(path: Path, recipe: str) -> Iterator[str]:
         except (CorruptStoreError, OSError) as error:
             yield str(error)
     yield from _wrong_samples(segment, sound)
-    yield from _strays(path, {METADATA_FILE, *arrays}, "of the segment")
+    yield from _strays(path, _entries(path), {METADATA_FILE, *arrays}, "of the segment")
     for name in arrays:
-        yield from _strays(path / name, {METADATA_FILE, *read_array_spec(path / name).chunk_files}, "of the array")
+        chunks = read_array_spec(path / name).chunk_files
+        yield from _strays(path / name, _entries(path / name), {METADATA_FILE, *chunks}, "of the array")
 
 
 def _check_raw(array: Path) -> None:
@@ -88,6 +91,11 @@ def _wrong_samples(segment: Segment, names: Sequence[str]) -> Iterator[str]:
             yield f"{segment.path / name} has other bytes in {len(wrong)} rows ({wrong[0]}, ...) than were written"
 
 
-def _strays(folder: Path, expected: set[str], what: str) -> Iterator[str]:
-    for stray in sorted({entry.name for entry in folder.iterdir() if not entry.name.startswith(".tmp-")} - expected):
+def _entries(folder: Path) -> set[str]:
+    """Names in a folder, but for what writers have in hand."""
+    return {entry.name for entry in folder.iterdir() if not entry.name.startswith(PREFIX)}
+
+
+def _strays(folder: Path, there: set[str], expected: set[str], what: str) -> Iterator[str]:
+    for stray in sorted(there - expected):
         yield f"{folder / stray} is no part {what}; remove it"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import golden_reader
@@ -11,7 +13,7 @@ import pytest
 import torch
 import zarr
 
-from pipeline.store import Reader, Store, verify
+from pipeline.store import Reader, Store, segment_id, verify
 
 CODECS = make_golden.CODECS
 
@@ -68,6 +70,15 @@ def test_this_version_reads_it(codec, expected):
                 assert not got.flatten().tolist() or got.double().abs().sum() == own.double().abs().sum()
     bad = np.concatenate([part["set_aside"] for part in parts.values()])
     assert sorted(store.set_aside().tolist()) == sorted(bad.tolist())
+
+
+def test_the_documents_examples_are_right():
+    document = (Path(__file__).parents[2] / "docs/store-format.md").read_text(encoding="utf-8")
+    (canonical,) = re.findall(r"^    (\{.*\})$", document, re.MULTILINE)
+    recipe = make_golden.recipe("raw")
+    assert golden_reader.digest(json.loads(canonical)) == recipe.digest
+    assert f"has the digest `{recipe.digest}`" in document
+    assert f"the id `{segment_id(np.zeros((1, 16), np.uint8))}`" in document
 
 
 @pytest.mark.parametrize("codec", CODECS)

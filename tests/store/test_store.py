@@ -225,3 +225,15 @@ def test_permissions_follow_the_umask(store, make_keys):
     finally:
         os.umask(mask)
     assert (store.path / info.id).stat().st_mode & 0o777 == 0o755
+
+
+def test_a_unit_committed_meanwhile_is_missing_whole_until_the_store_looks_again(store, make_keys):
+    """Else its bad sample alone would drop out of the plan of an encoder beside, and shift all units after it."""
+    keys = make_keys(3)
+    assert store.missing(keys).all()
+    Store.open(store.path).write_segment(keys[:2], {"state.x": np.ones((2, 1))}, keys[2:])
+    assert store.missing(keys).all()
+    assert len(store.set_aside()) == 0
+    store.refresh()
+    assert store.missing(keys).tolist() == [False, False, True]
+    assert store.set_aside().tolist() == keys[2:].tolist()
