@@ -17,7 +17,7 @@ from pipeline import order
 from pipeline.data import SampleTable
 from pipeline.loader import Loader, place
 from pipeline.memory import memory_bytes
-from pipeline.project import Workbench
+from pipeline.project import UNPACKED, Workbench
 from pipeline.store import Reader, Scratch
 from pipeline.views import Views
 
@@ -39,7 +39,7 @@ def open_loaders(
         CorruptStoreError: the store is not what was written.
     """
     project, config = bench.project, bench.project.train
-    scratch = Scratch(project.scratch / "unpacked", int(config.scratch_gb * 1e9))
+    scratch = Scratch(project.scratch / UNPACKED, int(config.scratch_gb * 1e9))
     reader = Reader(views.path, scratch=scratch, check=config.check)
     source = place(views, table.keys, device, reader=reader)
     draws = Draws.of(bench, table, views, reader, memory if source is reader else None)

@@ -15,18 +15,23 @@ from pipeline.adapter import adapt
 from pipeline.config import Section, load_sections
 from pipeline.data import DataConfig, SampleTable
 from pipeline.encoder import EncodeConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, CorruptStoreError
 from pipeline.keys import Recipe
 from pipeline.loader import Batch, Loader
 from pipeline.models import Backbone, ModelConfig, Preprocess, PreprocessConfig, load
 from pipeline.recipe import recipe_of
 from pipeline.split import Prefix, Suffix, split
-from pipeline.store import Store
+from pipeline.store import SHAPE_PREFIX, Store
 from pipeline.tasks import Task, TaskConfig, open_task
 from pipeline.train import TrainConfig
 from pipeline.views import Views, view_name
 
 CutName = float | int | str
+
+MAX_VALUES = 1 << 28
+"""Values of one input of one sample that are drawn because a store says it had so many."""
+UNPACKED = "unpacked"
+"""Folder below a project's scratch where compressed segments are unpacked for training."""
 
 SECTIONS: dict[str, type[Section]] = {
     "data": DataConfig,
@@ -174,8 +179,17 @@ class Workbench:
         """Return the model's inputs of some rows, on the CPU: ids and masks as stored.
 
         Values of floating-point inputs are drawn: the store keeps their shape alone.
+
+        Raises:
+            CorruptStoreError: a shape claims more than any sample has.
         """
         inputs = self.stored_batch(store, table, rows).inputs
+        for name, tensor in inputs.items():
+            if tensor.numel() > MAX_VALUES * len(rows):
+                raise CorruptStoreError(
+                    f"{store.path}: {SHAPE_PREFIX}{name} says {list(tensor.shape[1:])}, at most {MAX_VALUES} values are "
+                    "made; encode again"
+                )
         draw = torch.Generator().manual_seed(0)
         return {n: torch.randn(t.shape, generator=draw) if t.is_floating_point() else t for n, t in inputs.items()}
 

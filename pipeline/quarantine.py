@@ -6,7 +6,7 @@ import csv
 import io
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,16 @@ def write(path: Path, bad: Iterable[BadSample], keys: np.ndarray) -> None:
     for sample in sorted(bad, key=lambda sample: sample.row):
         key = keys[sample.row].tobytes().hex() if keys[sample.row].any() else ""
         writer.writerow([sample.row, sample.source, key, sample.reason, sample.traceback])
+    write_whole(path, text.getvalue())
+
+
+def forget(path: Path, keys: Collection[str]) -> None:
+    """Take the rows of `keys`, in hex, out of a table that `write` wrote, if it is there."""
+    if not path.exists():
+        return
+    text = io.StringIO()
+    with path.open(newline="", encoding="utf-8") as file:
+        csv.writer(text).writerows(row for row in csv.reader(file) if row[COLUMNS.index("key")] not in keys)
     write_whole(path, text.getvalue())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import quarantine
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, DataError
 from pipeline.keys import KEY_BYTES
-from pipeline.project import Project
+from pipeline.project import UNPACKED, Project
 from pipeline.store import KeySet, find_stores
 
 
@@ -116,3 +118,9 @@ def rewrite(table: SampleTable, path: Path) -> None:
     before = path.stat()
     table.write(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def forget(project: Project, keys: np.ndarray) -> None:
+    """Remove the samples `keys` (n, 16) uint8 where they lie beside the stores: unpacked copies, rows set aside."""
+    shutil.rmtree(project.scratch / UNPACKED, ignore_errors=True)
+    quarantine.forget(project.quarantine, {key.tobytes().hex() for key in keys})

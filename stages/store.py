@@ -31,7 +31,7 @@ from pipeline.store import (
     tell,
     verify,
 )
-from pipeline.stores import find_samples, rewrite, stores_of, unnamed_stores, used_by, without
+from pipeline.stores import find_samples, forget, rewrite, stores_of, unnamed_stores, used_by, without
 from stages.options import params_option
 
 Item = TypeVar("Item")
@@ -173,7 +173,7 @@ def rm_samples(
     yes: bool,
     dry_run: bool,
 ) -> None:
-    """Take samples out of every store of the project, of former cuts too, and out of the sample table.
+    """Take samples out of every store of the project, of former cuts too, out of the sample table and the quarantine.
 
     KEYS are sample keys in hex. The raw data, finished runs, and earlier versions in DVC's cache and remotes are not
     touched.
@@ -192,6 +192,7 @@ def rm_samples(
     )
     if done:
         rewrite(smaller, project.samples)
+        forget(project, unwanted)
         click.echo(
             "Remove these samples from the data set too, or the next encode brings them back. What DVC keeps of "
             "earlier versions goes with `dvc commit` and then `dvc gc --workspace`, of a remote with --cloud."

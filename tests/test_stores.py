@@ -170,8 +170,14 @@ def test_removed_samples_are_gone_from_stores_and_table(folder: Path) -> None:
     table, written = SampleTable.read(path), path.stat().st_mtime_ns
     keys = table.keys[[3, 30]]
     (folder / "keys.txt").write_text(keys[1].tobytes().hex() + "\n\n")
+    quarantined, unpacked = folder / "data/quarantine.csv", folder / ".recycle/unpacked/recipe/segment"
+    quarantined.write_text(f"{quarantined.read_text()}7,another,{keys[1].tobytes().hex()},reason,\n8,b,{'0' * 32},c,\n")
+    unpacked.mkdir(parents=True)
     result = run("rm-samples", "--source", table.source[3], "--from", "keys.txt", "--yes")
     assert result.exit_code == 0, result.output
+    assert keys[1].tobytes().hex() not in quarantined.read_text()
+    assert "8,b," in quarantined.read_text()
+    assert not unpacked.exists()
     assert "data/samples.parquet: 2 of 59 rows go" in result.output
     assert "or the next encode brings them back" in result.output
     after = SampleTable.read(path)
