@@ -3,7 +3,7 @@
     python benchmarks/scale.py                 # makes stores of 0.2, 0.6 and 2 GB in --dir, and removes them again
 
 Each part runs in a process of its own. Memory is what the process takes beyond its imports: resident memory (VmHWM) for
-opening and planning, anonymous memory (RssAnon) for an epoch. Pages of the store belong to the page cache: the system
+opening and planning, anonymous memory (RssAnon) for epochs. Pages of the store belong to the page cache: the system
 takes them back when a limit is near, so what has to stay below the limit is the anonymous memory.
 """
 
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import google_crc32c
@@ -21,6 +22,7 @@ import numpy as np
 
 from pipeline.keys import Recipe
 from pipeline.loader import Loader
+from pipeline.memory import keep_freed_memory
 from pipeline.order import batches
 from pipeline.store import FORMAT, Store, segment_id
 from pipeline.unit import plan
@@ -61,10 +63,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         path = Path(folder, "large")
         apart(make_large, path, options.gb)
-        first, grown = apart(epoch, path)
+        peak, grown, mapped = apart(epochs, path)
         print(
-            f"| an epoch of a store of {options.gb:.1f} GB | anonymous memory {first / 1e6:.0f} MB at the first batch, "
-            f"{grown / 1e6:+.1f} MB from there | flat, below a tenth of the store |"
+            f"| two epochs of a store of {options.gb:.1f} GB | {peak / 1e6:.0f} MB anonymous in the first, "
+            f"{grown / 1e6:+.0f} MB in the second, {mapped / 1e6:.0f} MB in the store's maps | "
+            f"a limit of {options.gb * 100:.0f} MB, flat, 0 MB |"
         )
 
 
@@ -131,20 +134,33 @@ def plan_all(path: Path, count: int) -> tuple[float, int]:
     return time.perf_counter() - start, status("VmHWM") - before
 
 
-def epoch(path: Path) -> tuple[int, int]:
-    """Return the anonymous memory at the first batch, beyond imports, and how far it grew from there in an epoch."""
+def epochs(path: Path) -> tuple[int, int, int]:
+    """Return the most anonymous memory of an epoch, beyond imports, how far a second one exceeds it, and the maps'."""
+    keep_freed_memory()  # as `recycle` does
     before = status("RssAnon")
     store = Store.open(path)
     keys = store.keys()
-    order = batches(np.arange(len(keys)), BATCH, seed=0, epoch=0, shuffle=True)
-    loader = Loader(store, keys, {"label": np.arange(len(keys))}, order)
-    first = largest = 0
-    for batch in loader:
-        assert len(batch.rows)
-        anonymous = status("RssAnon")
-        first = first or anonymous
-        largest = max(largest, anonymous)
-    return first - before, largest - first
+    loader = Loader(store, keys, {"label": np.arange(len(keys))}, partial(order_of, len(keys)))
+    most = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        most.append(max(status("RssAnon") for _ in loader))
+    return most[0] - before, most[1] - most[0], anonymous_in(path)
+
+
+def order_of(samples: int, epoch: int) -> list[np.ndarray]:
+    return batches(np.arange(samples), BATCH, seed=0, epoch=epoch, shuffle=True)
+
+
+def anonymous_in(path: Path) -> int:
+    """Return the bytes of files under `path` that this process has mapped and holds copies of."""
+    within, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            total += int(line.split()[1]) * 1024 * within
+        elif not line.split(" ", 1)[0].endswith(":"):
+            within = str(path) in line
+    return total
 
 
 def status(field: str) -> int:

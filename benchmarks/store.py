@@ -136,7 +136,14 @@ def cold(folder: Path, options: argparse.Namespace) -> None:
         for name, check in (("checked", True), ("recycling loader", False)):
             forget(files)
             source = Reader(store.path, check=check)
-            loader = Loader(store, store_keys(options), {"label": labels}, order, source=source, read_ahead=2)
+            loader = Loader(
+                store,
+                store_keys(options),
+                {"label": labels},
+                order,
+                source=source,
+                read_ahead=2 * SEGMENT // options.batch,
+            )
             start = time.perf_counter()
             for _ in read(loader)(turn):
                 pass

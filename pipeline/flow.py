@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from pipeline import order, proved, quarantine
+from pipeline import proved, quarantine
 from pipeline.adapter import merged
 from pipeline.data import SampleTable, Source, build, open_source
 from pipeline.encode import encode
 from pipeline.encoder import Encoded
+from pipeline.epochs import open_loaders
 from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import Keyed, decode_rows, decode_samples, key_contents
 from pipeline.files import sha256
 from pipeline.keys import Recipe, digest
-from pipeline.loader import Loader, place
 from pipeline.project import CutName, Project, Workbench, pick_device
 from pipeline.ragged import pad_batch
 from pipeline.report import Cost, Row, Run, curves, plot, summarise
@@ -56,7 +55,8 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
         quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # the table will say that nothing is left
     table = _table(source, keyed, project)
     circumstances = proved.circumstances(project, table)
-    stores = None if rehash else proved.stores(project, circumstances, table)
+    wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
+    stores = None if rehash else proved.stores(project, circumstances, wanted)
     if stores is not None:
         _tell_of_one_place_twice(project.encode.cuts, stores[0])
         done = Encoded.begun(keyed, len(project.encode.cuts))
@@ -105,17 +105,7 @@ def train_project(project: Project, name: str) -> Run:
     bench = Workbench.open(project, table)
     views, prefix, suffix = bench.open_store(cut, table)
     suffix = bench.adapt(views, table, prefix, suffix)
-    load = partial(
-        Loader,
-        views,
-        table.keys,
-        bench.task.prepare(table),
-        pad=bench.backbone.preprocess.pad,
-        device=accelerator.device,
-        source=place(views, table.keys, accelerator.device),
-    )
-    training = load(_order(bench, table, "train"), view=_view_order(project, views, len(table)))
-    validation = load(_order(bench, table, "validation"))
+    training, validation = open_loaders(bench, table, views, accelerator.device)
     run = project.run_path(cut)
     shutil.rmtree(run, ignore_errors=True)
     settings = [section.model_dump(mode="json") for section in (project.model, project.task, project.train)]
@@ -205,13 +195,19 @@ def _encode_views(
     done, found = Encoded.begun(keyed, len(prefixes)), -1
     while found != len(done.keyed.bad):
         found = len(done.keyed.bad)
-        if len(views) == 1:
-            encode(source, keyed, views, prefixes, stores, project.encode, done=done)
-        else:
-            plain, augmented = rows_by_view(keyed.keys, _table(source, done.keyed, project))
-            encode(source, keyed, views[:1], prefixes, stores[:1], project.encode, rows=plain, done=done)
-            encode(source, keyed, views[1:], prefixes, stores[1:], project.encode, rows=augmented, done=done)
+        plain, *augmented = _rows_by_view(project, done.keyed, _table(source, done.keyed, project))
+        encode(source, keyed, views[:1], prefixes, stores[:1], project.encode, rows=plain, done=done)
+        if augmented:
+            encode(source, keyed, views[1:], prefixes, stores[1:], project.encode, rows=augmented[0], done=done)
     return done
+
+
+def _rows_by_view(project: Project, keyed: Keyed, table: SampleTable) -> list[np.ndarray]:
+    """Return the rows that are wanted in each view: all in the plain one where there is no other."""
+    if len(project.views) == 1:
+        return [keyed.good]
+    plain, augmented = rows_by_view(keyed.keys, table)
+    return [plain, *[augmented] * (len(project.views) - 1)]
 
 
 def _table(source: Source, keyed: Keyed, project: Project) -> SampleTable:
@@ -227,23 +223,6 @@ def _open_or_replace(path: Path, recipe: Recipe) -> Store:
         log.warning("%s; encoding anew", stale)
         shutil.rmtree(path)
         return Store.create(path, recipe)
-
-
-def _order(bench: Workbench, table: SampleTable, part: str) -> Callable[[int], list[np.ndarray]]:
-    """Return the batches of a split as a function of the epoch; only training samples are shuffled."""
-    config = bench.project.train
-
-    def batches(epoch: int) -> list[np.ndarray]:
-        units = bench.task.units(table, part, seed=config.seed, epoch=epoch)
-        return order.batches(units, config.batch_size, seed=config.seed, epoch=epoch, shuffle=part == "train")
-
-    return batches
-
-
-def _view_order(project: Project, views: Views, rows: int) -> Callable[[int], np.ndarray]:
-    """Return which view of each row is trained on, as a function of the epoch."""
-    config = project.train
-    return lambda epoch: order.views(rows, views.count, seed=config.seed, epoch=epoch, how=config.views)
 
 
 def _frozen_cost(prefix: Prefix, bench: Workbench, views: Views, table: SampleTable, device: torch.device) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,7 +78,14 @@ class Batch:
         return replace(self, state=moved(self.state), inputs=moved(self.inputs), targets=moved(self.targets))
 
 
-def place(store: Stored, keys: np.ndarray, device: torch.device, residency: Residency = "auto") -> Source:
+def place(
+    store: Stored,
+    keys: np.ndarray,
+    device: torch.device,
+    residency: Residency = "auto",
+    *,
+    reader: Reader | None = None,
+) -> Source:
     """Choose where the samples `keys` (N, 16) uint8 are gathered from. Loaders of one store may share the result.
 
     "auto" copies them, in all their views, to an accelerator when they fit in half of its free memory, and else reads
@@ -87,7 +95,7 @@ def place(store: Stored, keys: np.ndarray, device: torch.device, residency: Resi
         MissingKeysError: some samples were never encoded; the message names up to five.
         TrainError: "device" was asked for and there is not enough memory; the message has both sizes.
     """
-    reader = Reader(store.path)
+    reader = reader or Reader(store.path)
     if residency == "host" or device.type == "cpu":
         return reader
     rows = store.rows(keys)
@@ -122,6 +130,7 @@ class Loader:
         residency: Residency = "auto",
         prefetch: int | None = None,
         source: Source | None = None,
+        read_ahead: int = 0,
     ) -> None:
         """Prepare to load samples of a table; nothing of their states is read yet, unless they go to the device.
 
@@ -139,6 +148,8 @@ class Loader:
             prefetch: batches read ahead by a thread; by default 2 for an accelerator, and none on the CPU, where
                 reading ahead takes a core from training.
             source: shared with another loader (its `source`), instead of one made from `keys` and `residency`.
+            read_ahead: batches whose segments a thread brings into the page cache, whole, before they are asked for;
+                worth its while where batches are drawn from a few segments at a time and the disk is to be waited for.
 
         Raises:
             MissingKeysError: some samples were never encoded; the message names up to five.
@@ -155,6 +166,7 @@ class Loader:
         on_host = not isinstance(self.source, Resident)
         self._pin = on_host and self.device.type == "cuda"
         self._prefetch = (PREFETCHED if on_host and self.device.type != "cpu" else 0) if prefetch is None else prefetch
+        self._read_ahead = read_ahead if isinstance(self.source, Reader) else 0
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -172,8 +184,28 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of the epoch on the device."""
-        for batch in _ahead(partial(self._read, self._place_of_row), self._epoch, self._prefetch):
+        for batch in _ahead(partial(self._read, self._place_of_row), self._arrived(), self._prefetch):
             yield batch.to(self.device)
+
+    def _arrived(self) -> Iterator[np.ndarray]:
+        """Yield the rows of each batch once its segments were read ahead, if they are to be."""
+        if not self._read_ahead or not isinstance(self.source, Reader):
+            yield from self._epoch
+            return
+        segments = [np.unique(self._places.segment[self._place_of_row[rows]]).tolist() for rows in self._epoch]
+        arriving: dict[int, Future[None]] = {}
+        pool, asked = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead"), 0
+        try:
+            for number, rows in enumerate(self._epoch):
+                for segment in itertools.chain.from_iterable(segments[asked : number + self._read_ahead + 1]):
+                    if segment not in arriving:
+                        arriving[segment] = pool.submit(self.source.read_ahead, self._places.segments[segment])
+                asked = number + self._read_ahead + 1
+                for segment in segments[number]:
+                    arriving[segment].result()
+                yield rows
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _read(self, place_of_row: np.ndarray, rows: np.ndarray) -> Batch:
         places = self._places[place_of_row[rows]]
@@ -210,7 +242,7 @@ def _checked_target(name: str, values: np.ndarray, n_rows: int) -> np.ndarray:
     return values
 
 
-def _ahead(read: Callable[[np.ndarray], Batch], batches: Sequence[np.ndarray], depth: int) -> Iterator[Batch]:
+def _ahead(read: Callable[[np.ndarray], Batch], batches: Iterable[np.ndarray], depth: int) -> Iterator[Batch]:
     """Yield `read` of each batch, in order; with a `depth` that many are read by a thread before they are asked for."""
     if depth == 0:
         yield from map(read, batches)

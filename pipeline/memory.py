@@ -1,9 +1,11 @@
-"""How the C library keeps the memory of freed tensors."""
+"""How much memory there is, and how the C library keeps that of freed tensors."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 # Parameters of `mallopt`, as glibc's malloc.h numbers them, and their values in bytes.
 M_TRIM_THRESHOLD, KEPT = -1, 2**31 - 1
@@ -20,3 +22,11 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGEST)
         mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def memory_bytes() -> int:
+    """Return the memory of this machine, or of the control group (a container, a cluster job) where that is less."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [*Path("/sys/fs/cgroup").glob("memory.max"), *Path("/sys/fs/cgroup/memory").glob("memory.limit_in_bytes")]
+    found = [file.read_text().strip() for file in limits]
+    return min(physical, *(int(limit) for limit in found if limit.isdigit()), physical)

@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.config import Section
@@ -29,7 +30,6 @@ from pipeline.keys import JSON, content_key, digest
 from pipeline.models import PRETRAINED, ModelConfig
 from pipeline.project import SECTIONS, Project
 from pipeline.store import Store
-from pipeline.views import VIEWED
 
 FILE = "proved.json"
 IRRELEVANT: Mapping[str, frozenset[str]] = {
@@ -65,16 +65,17 @@ def circumstances(project: Project, table: SampleTable) -> str | None:
     return digest(known)
 
 
-def stores(project: Project, circumstances: str | None, table: SampleTable) -> list[list[Store]] | None:
-    """Return the stores, `stores[view][cut]`, if they are known to be of these circumstances and lack nothing."""
+def stores(project: Project, circumstances: str | None, keys: Sequence[np.ndarray]) -> list[list[Store]] | None:
+    """Return the stores, `stores[view][cut]`, if they are known to be of these circumstances and lack nothing.
+
+    `keys[view]` (n, 16) uint8 are those of the samples wanted in each view.
+    """
     recipes = _remembered(project, circumstances)
-    augmented = (table.split == VIEWED) & (len(project.views) > 1)
     found = []
-    for view in project.views:
-        keys = table.keys[augmented if view is not None else ~augmented]
+    for view, wanted in zip(project.views, keys, strict=True):
         try:
             of_view = [Store.open(project.store_path(cut, view)) for cut in project.encode.cuts]
-            if any(one.recipe.digest != recipes.get(_name(one)) or one.missing(keys).any() for one in of_view):
+            if any(one.recipe.digest != recipes.get(_name(one)) or one.missing(wanted).any() for one in of_view):
                 return None
         except StoreError:
             return None

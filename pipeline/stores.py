@@ -31,21 +31,24 @@ class Used:
 
 
 def stores_of(project: Project) -> list[Path]:
-    """Return the folders of the stores of all cuts of params.yaml, views included.
+    """Return the folders of the stores of all cuts and views of params.yaml.
 
     Raises:
         ConfigError: there is none yet.
     """
-    found = [path for cut in project.encode.cuts for path in find_stores(project.store_path(cut))]
+    found = [path for path in _named(project) if path in find_stores(path)]
     if not found:
         raise ConfigError(f"{project.activations} holds no store of encode.cuts; encode first, or name a folder")
     return found
 
 
-def stores_without_cut(project: Project) -> list[Path]:
-    """Return the folders of stores that no cut of params.yaml names."""
-    named = [project.store_path(cut) for cut in project.encode.cuts]
-    return [path for path in find_stores(project.activations) if not any(path.is_relative_to(cut) for cut in named)]
+def unnamed_stores(project: Project) -> list[Path]:
+    """Return the folders of stores of cuts and views that params.yaml does not name."""
+    return [path for path in find_stores(project.activations) if path not in _named(project)]
+
+
+def _named(project: Project) -> list[Path]:
+    return [project.store_path(cut, view) for cut in project.encode.cuts for view in project.views]
 
 
 def used_by(table: Path, others: Sequence[Path]) -> Used:

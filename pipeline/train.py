@@ -65,6 +65,15 @@ class TrainConfig(Section):
     """Epochs without a better validation metric after which training stops; None trains them all."""
     keep: Literal["best", "last"] = "best"
     """Which epoch's weights the run ends with: the best by the task's validation metric, or the last."""
+    shuffle: Literal["auto", "exact", "window"] = "auto"
+    """"exact" draws each epoch's order from all orders. "window" draws batches from some segments at a time and reads
+    the next ones ahead, whole, as a disk likes it. "auto" is exact while the store fits in half of the memory."""
+    group_by_length: bool = False
+    """Put samples of similar length in a batch, picked among 50 batches in a row: less padding to compute on."""
+    check: bool = True
+    """Prove every sample's bytes against their checksum when the run reads them for the first time."""
+    scratch_gb: float = Field(default=64, gt=0)
+    """Disk, in 10^9 bytes, that unpacked segments (`encode.codec: zstd`) may take below .recycle/unpacked."""
     views: ViewOrder = "cycle"
     """Which of the `encode.views` stored views of a sample an epoch trains on: "cycle" takes view `epoch mod views` of
     all samples, "random" draws one for each sample."""

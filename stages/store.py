@@ -31,7 +31,7 @@ from pipeline.store import (
     tell,
     verify,
 )
-from pipeline.stores import find_samples, rewrite, stores_of, stores_without_cut, used_by, without
+from pipeline.stores import find_samples, rewrite, stores_of, unnamed_stores, used_by, without
 from stages.options import params_option
 
 Item = TypeVar("Item")
@@ -109,7 +109,7 @@ def verify_command(stores: tuple[Path, ...], params: Path) -> None:
 @params_option
 @keep_option
 @click.option("--rewrite", "rewrites", is_flag=True, help="Also take unused samples out of segments that others use.")
-@click.option("--cuts", is_flag=True, help="Also remove stores of cuts that the settings' file does not name.")
+@click.option("--cuts", is_flag=True, help="Also remove stores of cuts and views that the settings do not name.")
 @yes_option
 @dry_run_option
 def gc(
@@ -128,7 +128,7 @@ def gc(
     """
     project = Project.load(params)
     used = used_by(project.samples, keep)
-    removed = stores_without_cut(project) if cuts else []
+    removed = unnamed_stores(project) if cuts else []
     if cuts and not dry_run:
         sweep(project.activations)
     _carry_out(
@@ -232,7 +232,7 @@ def _carry_out(
         for store, upkeep in zip(stores, plans, strict=True):
             _announce(store, upkeep)
         for path in removed:
-            click.echo(f"{path}: no cut names this store; all of it goes, {readable(folder_nbytes(path))}")
+            click.echo(f"{path}: of no cut or view of the settings; all of it goes, {readable(folder_nbytes(path))}")
         if not removed and not also and not any(upkeep.changes or upkeep.leftovers for upkeep in plans):
             click.echo("nothing to do")
             return False

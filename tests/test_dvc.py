@@ -119,6 +119,14 @@ def test_a_new_cut_trains_only_itself(project: Path) -> None:
     assert "cut 3: 70 samples encoded" in said
 
 
+def test_a_compaction_that_is_committed_runs_nothing(project: Path) -> None:
+    before = tiny.files(project / "data/activations")
+    assert "come in their place" in run(project, "recycle", "store", "compact", "--target-samples", "60", "--yes")
+    assert tiny.files(project / "data/activations") != before
+    run(project, "dvc", "commit", "--force")
+    assert stages(run(project, "dvc", "repro")) == []
+
+
 def test_too_many_bad_samples_stop_it_before_training_and_a_mended_one_goes_on(project: Path) -> None:
     photo = project / "photos/stripe/0000.png"
     photo.write_bytes(photo.read_bytes()[:-40])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -14,6 +16,7 @@ from pipeline.errors import DataError
 from pipeline.export import ParityError, export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
+from pipeline.store import Reader, Store
 
 
 @pytest.fixture
@@ -55,11 +58,17 @@ def test_a_run_that_was_never_trained_is_named(project: Project, tmp_path: Path)
 
 
 def test_states_that_are_not_the_networks_are_found_out(project: Project, tmp_path: Path) -> None:
-    """The proof can fail: here the first half of every stored state is wiped."""
-    for chunk in Path("data/activations/0.5").glob("*/state.*/c.*"):
-        data = bytearray(chunk.read_bytes())
-        data[: len(data) // 2] = bytes(len(data) // 2)
-        chunk.write_bytes(data)
+    """The proof can fail: here every stored state is halved, and sealed as if it had been made so."""
+    store = Store.open(Path("data/activations/0.5"))
+    keys, reader = store.keys(), Reader(store.path)
+    for segment in store.segments():
+        tensors = {
+            name: tensor.take(np.arange(len(tensor))) for name, tensor in reader.segment(segment).tensors.items()
+        }
+        states = {name: tensor / 2 for name, tensor in tensors.items() if name.startswith("state.")}
+        shutil.rmtree(store.path / segment)
+        store.write_segment(keys[: len(next(iter(tensors.values())))], tensors | states)
+        keys = keys[len(next(iter(tensors.values()))) :]
     with pytest.raises(ParityError, match="nothing was exported"):
         export_run(project, "0.5", tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -162,9 +162,9 @@ def touch(name: str) -> Callable[[Path], object]:
 def test_files_that_decide_a_recipe_are_watched(folder: Path, change: Callable[[Path], object]) -> None:
     encode_project(project(folder))
     keys = SampleTable.read(folder / "data/samples.parquet").keys
-    assert proved.stores(project(folder), circumstances(project(folder)), keys)
+    assert proved.stores(project(folder), circumstances(project(folder)), [keys])
     change(folder)
-    assert proved.stores(project(folder), circumstances(project(folder)), keys) is None
+    assert proved.stores(project(folder), circumstances(project(folder)), [keys]) is None
 
 
 def circumstances(given: Project) -> str | None:
@@ -297,4 +297,4 @@ def test_half_a_pair_counts_too(folder: Path, built: list[Project]) -> None:
 
 
 def test_nothing_known_vouches_for_nothing(folder: Path) -> None:
-    assert proved.stores(project(folder), None, np.zeros((0, 16), np.uint8)) is None
+    assert proved.stores(project(folder), None, [np.zeros((0, 16), np.uint8)]) is None

@@ -146,7 +146,7 @@ def test_gc_takes_leftovers_and_stores_without_a_cut(folder: Path) -> None:
     assert "1 temporary folders of killed writers go" in run("gc", "--yes").output
     assert not list((folder / "data/activations/0.5").glob(".tmp-*"))
     assert (folder / "data/activations/0").is_dir()
-    assert "data/activations/0: no cut names this store" in run("gc", "--cuts", "--yes").output
+    assert "data/activations/0: of no cut or view of the settings" in run("gc", "--cuts", "--yes").output
     assert [entry.name for entry in (folder / "data/activations").iterdir()] == ["0.5"]
 
 
@@ -230,3 +230,22 @@ def test_error_tells_what_codecs_change(folder: Path) -> None:
     assert "8 samples; deviations from the values in the store (raw:float16), already rounded to float16" in said
     assert "* raw:float16" in said
     assert activations(folder) == before
+
+
+def test_views_are_stores_like_others(folder: Path) -> None:
+    shutil.rmtree(folder / "data")
+    views = {"preprocess": {"augment": ["RandomHorizontalFlip"]}, "encode": {"cuts": [0.5], "views": 2}}
+    encode_project(Project.load(tiny.write_params(folder, **views)))
+    names = ["data/activations/0.5", "data/activations/0.5/view-0", "data/activations/0.5/view-1"]
+    assert [line.split(":")[0] for line in run("info").output.splitlines() if line.startswith("data")] == names
+    assert run("verify").output == "sound\n"
+    table = SampleTable.read(folder / "data/samples.parquet")
+    gone = table.keys[table.rows("train")[:1]]
+    assert run("rm-samples", gone[0].tobytes().hex(), "--yes").exit_code == 0
+    assert not any(gone.tobytes() in data for data in tiny.files(folder / "data").values())
+    views["encode"] = {"cuts": [0.5], "views": 1}
+    tiny.write_params(folder, **views)
+    assert f"{names[2]}: of no cut or view of the settings" in run("gc", "--cuts", "--yes").output
+    assert run("verify").output == "sound\n"
+    assert [(folder / name).is_dir() for name in names] == [True, True, False]
+    assert measure(Project.load(folder / "params.yaml"), "0.5", 30).samples == 30

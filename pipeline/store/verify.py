@@ -18,6 +18,7 @@ from pipeline.store.format import (
     SCALES,
     SUMS,
     corrupt,
+    find_stores,
     read_array_spec,
     read_keys,
     read_recipe,
@@ -41,7 +42,8 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
     except StoreError as error:
         return [str(error)]
     faults = [fault for segment in progress(segments) for fault in _faults(store.path / segment, recipe.digest)]
-    return faults + list(_strays(store.path, there, {RECIPE_FILE, *segments}, "of the store"))
+    inside = {path.relative_to(store.path).parts[0] for path in find_stores(store.path) if path != store.path}
+    return faults + list(_strays(store.path, there, {RECIPE_FILE, *segments, *inside}, "of the store"))
 
 
 def _faults(path: Path, recipe: str) -> Iterator[str]:
