@@ -232,9 +232,12 @@ def committed_segments(root: Path) -> list[str]:
 
 
 def find_stores(root: Path) -> list[Path]:
-    """Return the folders of stores at and under `root`, sorted; segments and temporary folders are not looked into."""
+    """Return the folders of stores at and under `root`, sorted; segments and temporary folders are not looked into.
+
+    Links under it are not followed: they may lead in circles, or anywhere.
+    """
     found = [root] if (root / RECIPE_FILE).is_file() else []
-    inner = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+    inner = [one for one in root.iterdir() if one.is_dir() and not one.is_symlink()] if root.is_dir() else []
     for folder in sorted(inner):
         if not _SEGMENT_ID.fullmatch(folder.name) and not folder.name.startswith("."):
             found += find_stores(folder)

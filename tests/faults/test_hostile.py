@@ -170,6 +170,16 @@ def test_what_no_writer_writes_is_refused(server: forks.Server, what: str, tmp_p
     check(trial.run(server, victim.root, forged=True), refused=True)
 
 
+def test_links_beside_the_segments_are_told_and_not_followed(server: forks.Server, tmp_path: Path) -> None:
+    victim = trial.sandbox(tmp_path, "raw", 0)
+    for name, target in (("a", "."), ("b", "."), ("c", ".."), ("d", "/")):
+        victim.do("link", name, target)
+    outcome = trial.run(server, victim.root, forged=False)
+    check(outcome)
+    assert outcome["use_reader"] == "equal"
+    assert outcome["use_verify"] == "refused"
+
+
 def test_a_segment_that_is_a_link_is_read_for_what_it_holds(server: forks.Server, tmp_path: Path) -> None:
     """DVC may link files and folders to its cache."""
     victim = trial.sandbox(tmp_path, "raw", 0)
