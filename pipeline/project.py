@@ -187,8 +187,8 @@ class Workbench:
         for name, tensor in inputs.items():
             if tensor.numel() > MAX_VALUES * len(rows):
                 raise CorruptStoreError(
-                    f"{store.path}: {SHAPE_PREFIX}{name} says {list(tensor.shape[1:])}, at most {MAX_VALUES} values are "
-                    "made; encode again"
+                    f"{store.path}: {SHAPE_PREFIX}{name} says {list(tensor.shape[1:])}, at most {MAX_VALUES} values "
+                    "are made; encode again"
                 )
         draw = torch.Generator().manual_seed(0)
         return {n: torch.randn(t.shape, generator=draw) if t.is_floating_point() else t for n, t in inputs.items()}

@@ -30,10 +30,10 @@ from transformers import (
 import pipeline.train
 from pipeline.adapter import AdapterConfig, adapt, merged
 from pipeline.data import SampleTable
+from pipeline.epochs import open_loaders
 from pipeline.errors import ConfigError, TrainError
 from pipeline.export import export_run
-from pipeline.flow import _order, encode_project, train_project
-from pipeline.loader import Loader
+from pipeline.flow import encode_project, train_project
 from pipeline.project import Project, Workbench
 from pipeline.split import merge, split
 from pipeline.train import TrainConfig, evaluate
@@ -329,9 +329,7 @@ def test_the_value_is_that_of_the_kept_weights(folder: Path) -> None:
     bench = Workbench.open(made, table)
     store, _, suffix = bench.open_store(0.5, table)
     suffix.load_state_dict(load_file("results/runs/0.5/model.safetensors"))
-    batches = Loader(
-        store, table.keys, bench.task.prepare(table), _order(bench, table, "validation"), device=torch.device("cpu")
-    )
+    _, batches = open_loaders(bench, table, store, torch.device("cpu"))
     assert evaluate(suffix, bench.task, batches, Accelerator())[run.metric] == pytest.approx(run.value)
 
 
