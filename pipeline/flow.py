@@ -271,8 +271,10 @@ def _read_costs(project: Project) -> dict[str, Cost]:
 
 def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> bool:
     """Say what was encoded, cut off and set aside; return whether no more is bad than allowed."""
+    keys = done.keyed.keys[done.keyed.good]
+    keys = keys[first_rows(keys)]
     for cut, new, promoted, *by_view in zip(project.encode.cuts, done.new, done.promoted, *stores, strict=True):
-        there = sum(len(store.keys()) for store in by_view) - new
+        there = sum(int((~store.missing(keys)).sum()) for store in by_view) - new
         log.info("cut %s: %d samples encoded, %d were there", cut, new, there)
         if promoted:
             log.info("cut %s: beyond float16, stored in a wider type: %s", cut, ", ".join(sorted(promoted)))

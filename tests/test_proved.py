@@ -77,6 +77,7 @@ def test_with_nothing_to_do_no_model_is_built_and_all_comes_out_the_same(
     encode_project(project(folder))
     first = outputs(folder)
     caplog.set_level("INFO", logger="recycle")
+    caplog.clear()
     assert encode_project(project(folder))
     assert len(built) == 1
     quick, said = outputs(folder), caplog.messages
