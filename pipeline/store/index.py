@@ -10,8 +10,8 @@ import numpy as np
 
 from pipeline.errors import MissingKeysError
 from pipeline.keys import KEY_BYTES
-from pipeline.store.format import read_keys
 from pipeline.store.keyset import KeySet
+from pipeline.store.metadata import read_keys
 
 
 @dataclass(frozen=True)

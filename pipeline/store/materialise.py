@@ -18,7 +18,8 @@ import numpy as np
 from numcodecs import blosc
 
 from pipeline.errors import StoreError
-from pipeline.store.format import CHECKSUM_BYTES, ArraySpec, corrupt, read_chunk
+from pipeline.store.format import CHECKSUM_BYTES, ArraySpec
+from pipeline.store.metadata import corrupt, read_chunk
 from pipeline.store.scratch import scratch, sweep
 
 SCRATCH_BYTES = 64 << 30

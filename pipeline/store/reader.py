@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.store.format import CHUNK_SEPARATOR, STATE_PREFIX, read_recipe
+from pipeline.store.format import CHUNK_SEPARATOR, STATE_PREFIX
 from pipeline.store.index import Rows
 from pipeline.store.materialise import Scratch
+from pipeline.store.metadata import read_recipe
 from pipeline.store.segment import Segment, StoredTensor, as_numpy, open_segment
 
 READ_AHEAD_BYTES = 8 << 20

@@ -20,20 +20,9 @@ from zarr.storage import LocalStore
 from pipeline.errors import CorruptStoreError
 from pipeline.keys import Recipe
 from pipeline.store.codecs import Encoded
-from pipeline.store.format import (
-    KEYS,
-    METADATA_FILE,
-    OFFSETS,
-    SCALES,
-    SUMS,
-    SegmentSpec,
-    read_array_spec,
-    read_keys,
-    read_metadata,
-    read_segment_spec,
-    segment_id,
-)
+from pipeline.store.format import KEYS, METADATA_FILE, OFFSETS, SCALES, SUMS, SegmentSpec, segment_id
 from pipeline.store.index import KeyIndex
+from pipeline.store.metadata import read_array_spec, read_keys, read_metadata, read_segment_spec
 from pipeline.store.reader import Reader, runs
 from pipeline.store.scratch import discard, scratch, sync
 from pipeline.store.segment import Segment, StoredTensor, as_numpy, open_segment

@@ -18,22 +18,9 @@ from torch import Tensor
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import KEY_BYTES
 from pipeline.store.codecs import dequantise
-from pipeline.store.format import (
-    KEYS,
-    OFFSETS,
-    RECIPE_FILE,
-    SCALES,
-    SUMS,
-    ArraySpec,
-    SegmentSpec,
-    check_seal,
-    corrupt,
-    read_array_spec,
-    read_segment_spec,
-    read_small,
-    sample_sum,
-)
+from pipeline.store.format import KEYS, OFFSETS, RECIPE_FILE, SCALES, SUMS, ArraySpec, SegmentSpec, sample_sum
 from pipeline.store.materialise import Scratch, check_packed, unpack_array
+from pipeline.store.metadata import check_seal, corrupt, read_array_spec, read_segment_spec, read_small
 
 IN_MEMORY_BYTES = 4 << 30
 """Size that the compressed arrays of one segment may unpack to where there is no scratch."""

@@ -13,15 +13,9 @@ import numpy as np
 from pipeline.errors import StaleStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe
 from pipeline.store.codecs import Values, check_storage
-from pipeline.store.format import (
-    FORMAT,
-    RECIPE_FILE,
-    committed_segments,
-    read_recipe,
-    read_segment_spec,
-    segment_nbytes,
-)
+from pipeline.store.format import FORMAT, RECIPE_FILE, committed_segments, segment_nbytes
 from pipeline.store.index import KeyIndex, Rows
+from pipeline.store.metadata import read_recipe, read_segment_spec
 from pipeline.store.rewrite import Change, Progress, apply
 from pipeline.store.scratch import claim, hold, publish_file, scratch, sweep
 from pipeline.store.writer import SegmentInfo, write_segment

@@ -9,20 +9,8 @@ import google_crc32c
 import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.store.format import (
-    CHECKSUM_BYTES,
-    KEYS,
-    METADATA_FILE,
-    OFFSETS,
-    RECIPE_FILE,
-    SCALES,
-    SUMS,
-    corrupt,
-    find_stores,
-    read_array_spec,
-    read_keys,
-    read_recipe,
-)
+from pipeline.store.format import CHECKSUM_BYTES, KEYS, METADATA_FILE, OFFSETS, RECIPE_FILE, SCALES, SUMS, find_stores
+from pipeline.store.metadata import corrupt, read_array_spec, read_keys, read_recipe
 from pipeline.store.scratch import PREFIX
 from pipeline.store.segment import Segment, open_segment
 from pipeline.store.store import Store

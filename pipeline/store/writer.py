@@ -32,13 +32,11 @@ from pipeline.store.format import (
     SegmentSpec,
     check_tensor_name,
     is_committed,
-    read_array_spec,
-    read_metadata,
-    read_segment_spec,
     sample_sums,
     segment_id,
     segment_nbytes,
 )
+from pipeline.store.metadata import read_array_spec, read_metadata, read_segment_spec
 from pipeline.store.scratch import publish, scratch
 
 

@@ -27,8 +27,9 @@ from numcodecs import blosc
 from pipeline.errors import RecyclingError
 from pipeline.keys import digest
 from pipeline.store import Reader, Resident, Rows, Store, segment_id, verify
-from pipeline.store.format import ArraySpec, read_array_spec
+from pipeline.store.format import ArraySpec
 from pipeline.store.materialise import Scratch
+from pipeline.store.metadata import read_array_spec
 from pipeline.store.store import alone
 from pipeline.store.upkeep import plan_removal
 

@@ -18,7 +18,8 @@ import trial
 from pipeline.errors import RecyclingError
 from pipeline.keys import parse_json
 from pipeline.store import Store
-from pipeline.store.format import ArraySpec, read_array_spec
+from pipeline.store.format import ArraySpec
+from pipeline.store.metadata import read_array_spec
 
 MINUTES = 10
 """Of fuzzing in `make faults`; `make test` runs `SEEDS` cases and the corpus."""

@@ -15,7 +15,7 @@ import torch
 from pipeline.errors import StoreError
 from pipeline.store import KeySet, Reader, Store, alone, verify
 from pipeline.store import rewrite as module
-from pipeline.store.format import read_segment_spec
+from pipeline.store.metadata import read_segment_spec
 from pipeline.store.segment import as_numpy
 from pipeline.store.upkeep import plan_compact, plan_gc, plan_removal
 
