@@ -137,4 +137,5 @@ def test_too_many_bad_samples_stop_it_before_training_and_a_mended_one_goes_on(p
     photo.write_bytes(tiny.draw(2, 201))
     said = run(project, "dvc", "repro", "encode")
     assert stages(said) == ["encode"]
-    assert "cut 0.5: 1 samples encoded, 70 were there" in said
+    there = len(list((project / "photos").rglob("*.png"))) - 1
+    assert f"cut 0.5: 1 samples encoded, {there} were there" in said
