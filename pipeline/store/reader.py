@@ -63,13 +63,13 @@ class Reader:
         """
         opened = [(self.segment(segment), within, begin) for segment, within, begin in runs(rows)]
         names = opened[0][0].tensors.keys() if opened else ()
-        for segment, _, _ in opened:
+        for segment, within, _ in opened:
             if segment.tensors.keys() != names:
                 raise CorruptStoreError(
                     f"{segment.path} has tensors {sorted(segment.tensors)}, others {sorted(names)}; encode again"
                 )
-        for name, within, _ in runs(rows):
-            self.check(name, within)
+            if self._check:
+                segment.check(within)
         return {
             name: _gather(
                 [(segment.tensors[name], within, begin) for segment, within, begin in opened],
@@ -141,8 +141,8 @@ def _gather(parts: list[tuple[StoredTensor, np.ndarray, int]], pad: float, pin: 
     batch = _new_batch((n_rows, *shapes.pop()), dtype, pin)
     for tensor, within, begin in parts:
         out = batch[begin : begin + len(within)]
-        if tensor.values.dtype == dtype:  # only with mode="clip" does np.take write into `out` directly
-            np.take(as_numpy(tensor.values), within, axis=0, out=as_numpy(out), mode="clip")
+        if tensor.values.dtype == dtype:  # straight into the batch, by as many threads as torch has
+            torch.index_select(tensor.values, 0, torch.from_numpy(within), out=out)
         else:
             out.copy_(tensor.take(within))
     return batch

@@ -51,8 +51,7 @@ class StoredTensor:
 
     def take(self, entries: np.ndarray) -> Tensor:
         """Return entries of the first axis, (B, ...): samples, where all have one shape."""
-        stored = torch.from_numpy(np.take(as_numpy(self.values), entries, axis=0)).view(self.values.dtype)
-        return self._scaled(stored, entries)
+        return self._scaled(self.values.index_select(0, torch.from_numpy(entries)), entries)
 
     def sample(self, row: int) -> Tensor:
         """Return one sample without padding: a view in its stored dtype, or its scaled values."""
