@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,10 @@ from pipeline.store.metadata import read_recipe
 from pipeline.store.segment import Segment, StoredTensor, as_numpy, open_segment
 
 READ_AHEAD_BYTES = 8 << 20
+SHARED_ABOVE = 1 << 20
+"""Bytes of a batch beyond which several threads fill it."""
+COPIERS = 4
+"""Threads at most: a few reach what the memory gives."""
 
 
 class Reader:
@@ -139,12 +144,19 @@ def _gather(parts: list[tuple[StoredTensor, np.ndarray, int]], pad: float, pin: 
     if len(shapes) > 1 or any(tensor.offsets is not None for tensor in tensors):
         return _gather_padded(parts, n_rows, dtype, pad, pin)
     batch = _new_batch((n_rows, *shapes.pop()), dtype, pin)
-    for tensor, within, begin in parts:
-        out = batch[begin : begin + len(within)]
-        if tensor.values.dtype == dtype:  # straight into the batch, by as many threads as torch has
-            torch.index_select(tensor.values, 0, torch.from_numpy(within), out=out)
-        else:
-            out.copy_(tensor.take(within))
+    plain = [part for part in parts if part[0].values.dtype == dtype]
+    values, out = [as_numpy(tensor.values) for tensor, _, _ in plain], as_numpy(batch)
+
+    def copy(share: int, shares: int) -> None:
+        for (_, within, begin), mapped in zip(plain, values, strict=True):
+            low, high = len(within) * share // shares, len(within) * (share + 1) // shares
+            # Only with mode="clip" does np.take write into `out` directly.
+            np.take(mapped, within[low:high], axis=0, out=out[begin + low : begin + high], mode="clip")
+
+    _shared(copy, batch.nbytes)
+    for tensor, within, begin in parts if len(plain) < len(parts) else ():
+        if tensor.values.dtype != dtype:
+            batch[begin : begin + len(within)].copy_(tensor.take(within))
     return batch
 
 
@@ -154,18 +166,40 @@ def _gather_padded(
     samples = [(tensor.dtype, sample) for tensor, within, _ in parts for sample in tensor.samples(within)]
     longest = tuple(map(max, zip(*(sample.shape for _, sample in samples), strict=True)))
     batch = _new_batch((n_rows, *longest), dtype, pin)
-    filler = as_numpy(torch.tensor(pad, dtype=dtype))
-    for row, (own, sample) in zip(as_numpy(batch), samples, strict=True):
-        values = sample if own == dtype else _converted(sample, own, dtype)
-        if sample.shape == longest:
-            row[...] = values
-        elif sample.shape[1:] == longest[1:]:
-            row[: len(sample)] = values
-            row[len(sample) :] = filler
-        else:
-            row[...] = filler
-            row[tuple(map(slice, sample.shape))] = values
+    filler, out = as_numpy(torch.tensor(pad, dtype=dtype)), as_numpy(batch)
+
+    def fill(share: int, shares: int) -> None:
+        for (own, sample), row in zip(samples[share::shares], out[share::shares], strict=True):
+            values = sample if own == dtype else _converted(sample, own, dtype)
+            if sample.shape == longest:
+                row[...] = values
+            elif sample.shape[1:] == longest[1:]:
+                row[: len(sample)] = values
+                row[len(sample) :] = filler
+            else:
+                row[...] = filler
+                row[tuple(map(slice, sample.shape))] = values
+
+    _shared(fill, batch.nbytes)
     return batch
+
+
+def _shared(work: Callable[[int, int], None], nbytes: int) -> None:
+    """Call `work` with (share, of how many): in several threads where there are many bytes to copy.
+
+    numpy lets go of the interpreter while it copies. torch's own threads copy faster when nothing else runs, and thirty
+    times slower when something does: each of them waits for all at the end of every call.
+    """
+    shares = min(torch.get_num_threads(), COPIERS) if nbytes > SHARED_ABOVE else 1
+    elsewhere = [_copiers().submit(work, share, shares) for share in range(1, shares)]
+    work(0, shares)
+    for copied in elsewhere:
+        copied.result()
+
+
+@functools.cache
+def _copiers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(COPIERS, thread_name_prefix="copier")
 
 
 def _new_batch(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
