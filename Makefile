@@ -35,6 +35,7 @@ format: $(VENV)/installed
 	$(RUN) ruff format .
 
 bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	for file in benchmarks/[a-z]*.py; do $(RUN) python "$$file" || exit 1; done
 
 data/mnist_5k.csv.gz: | $(VENV)/installed

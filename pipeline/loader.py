@@ -157,6 +157,7 @@ class Loader:
         """
         self.device = torch.device(device)
         self._places = store.rows(keys)
+        self._rank = (self._places.segment.astype(np.int64) << 32) + self._places.row
         self._view: View = view or (lambda epoch: np.zeros(len(keys), np.int64))
         self._targets = {name: _checked_target(name, values, len(keys)) for name, values in targets.items()}
         self._batches = batches
@@ -185,7 +186,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of the epoch on the device."""
         for batch in _ahead(partial(self._read, self._place_of_row), self._arrived(), self._prefetch):
-            yield batch.to(self.device)
+            yield batch.to(self.device) if self.device.type != "cpu" else batch
 
     def _arrived(self) -> Iterator[np.ndarray]:
         """Yield the rows of each batch once its segments were read ahead, if they are to be."""
@@ -208,10 +209,10 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
     def _read(self, place_of_row: np.ndarray, rows: np.ndarray) -> Batch:
-        places = self._places[place_of_row[rows]]
-        by_place = np.lexsort((places.row, places.segment))
+        places = place_of_row[rows]
+        by_place = np.argsort(self._rank[places], kind="stable")
         rows = rows[by_place]
-        tensors = self.source.gather(places[by_place], self._pad, pin=self._pin)
+        tensors = self.source.gather(self._places[places[by_place]], self._pad, pin=self._pin)
         inputs = _with_prefix(tensors, INPUT_PREFIX)
         for name, (shape, dtype) in self._floats.items():
             inputs[name] = self._dummy(len(rows), shape, dtype)

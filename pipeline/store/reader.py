@@ -148,10 +148,11 @@ def _gather(parts: list[tuple[StoredTensor, np.ndarray, int]], pad: float, pin: 
     values, out = [as_numpy(tensor.values) for tensor, _, _ in plain], as_numpy(batch)
 
     def copy(share: int, shares: int) -> None:
+        first, end = n_rows * share // shares, n_rows * (share + 1) // shares
         for (_, within, begin), mapped in zip(plain, values, strict=True):
-            low, high = len(within) * share // shares, len(within) * (share + 1) // shares
-            # Only with mode="clip" does np.take write into `out` directly.
-            np.take(mapped, within[low:high], axis=0, out=out[begin + low : begin + high], mode="clip")
+            low, high = max(first - begin, 0), min(end - begin, len(within))
+            if low < high:  # only with mode="clip" does np.take write into `out` directly
+                np.take(mapped, within[low:high], axis=0, out=out[begin + low : begin + high], mode="clip")
 
     _shared(copy, batch.nbytes)
     for tensor, within, begin in parts if len(plain) < len(parts) else ():
