@@ -170,16 +170,16 @@ def _gather_padded(
     filler, out = as_numpy(torch.tensor(pad, dtype=dtype)), as_numpy(batch)
 
     def fill(share: int, shares: int) -> None:
-        for (own, sample), row in zip(samples[share::shares], out[share::shares], strict=True):
-            values = sample if own == dtype else _converted(sample, own, dtype)
-            if sample.shape == longest:
-                row[...] = values
-            elif sample.shape[1:] == longest[1:]:
-                row[: len(sample)] = values
-                row[len(sample) :] = filler
+        for place in range(share, n_rows, shares):
+            own, sample = samples[place]
+            values = sample if own is dtype else _converted(sample, own, dtype)
+            if sample.shape[1:] == longest[1:]:
+                out[place, : len(sample)] = values
+                if len(sample) < longest[0]:
+                    out[place, len(sample) :] = filler
             else:
-                row[...] = filler
-                row[tuple(map(slice, sample.shape))] = values
+                out[place] = filler
+                out[place][tuple(map(slice, sample.shape))] = values
 
     _shared(fill, batch.nbytes)
     return batch

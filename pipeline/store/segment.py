@@ -65,7 +65,7 @@ class StoredTensor:
         """Return samples without padding, views where no scale is applied; numpy has no bfloat16 and gets its bits."""
         if self.offsets is None:
             return list(as_numpy(self.take(rows))) if self.scales is not None else list(as_numpy(self.values)[rows])
-        bounds = [(int(self.offsets[row]), int(self.offsets[row + 1])) for row in rows.tolist()]
+        bounds = list(zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True))
         if self.scales is None:
             flat = as_numpy(self.values)
         else:
