@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.data.source import Source
-from pipeline.encoder import EncodeConfig, Encoded, Encoder
+from pipeline.encoded import Encoded
+from pipeline.encoder import EncodeConfig, Encoder
 from pipeline.feed import Keyed, dead_workers_told
 from pipeline.models import Preprocess
 from pipeline.quarantine import BadSample, name_of

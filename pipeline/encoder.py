@@ -12,8 +12,8 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pipeline.config import Section
 from pipeline.data.source import Source
-from pipeline.feed import Chunk, Decoded, Keyed, decode, decode_samples
+from pipeline.encoded import Costs, Encoded
+from pipeline.feed import Chunk, Decoded, decode, decode_samples
 from pipeline.models import Preprocess
 from pipeline.quarantine import BadSample, name_of
 from pipeline.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
@@ -90,53 +91,6 @@ class EncodeConfig(Section):
         if len({str(cut) for cut in cuts}) != len(cuts):
             raise ValueError("a cut is listed twice; name each once")
         return cuts
-
-
-@dataclass
-class Costs:
-    """Seconds spent, added up over the samples of a run."""
-
-    samples: int = 0
-    reading: float = 0.0
-    """Time the prefix waited for samples."""
-    forward: dict[int, float] = field(default_factory=dict)
-    """Per cut, the forward time from the inputs to the cut."""
-    forward_samples: dict[int, int] = field(default_factory=dict)
-    writing: dict[int, float] = field(default_factory=dict)
-
-    def of(self, cut: int) -> dict[str, Any]:
-        """Return how many samples were encoded for `cut`, and what one of them cost by step."""
-        count = self.forward_samples.get(cut, 0)
-        seconds = (
-            {
-                "read": self.reading / self.samples,
-                "forward": self.forward[cut] / count,
-                "write": self.writing.get(cut, 0.0) / count,
-            }
-            if count
-            else {}
-        )
-        return {"samples": count, "seconds_per_sample": seconds}
-
-
-@dataclass
-class Encoded:
-    """What a run of `encode` did."""
-
-    keyed: Keyed
-    """The data set; its bad samples grow by those that have no state."""
-    new: list[int]
-    """Samples encoded for each cut."""
-    promoted: list[set[str]]
-    """Per cut, the state tensors that left the asked type's range in some segment, and have a wider one there."""
-    cut_off: list[int] = field(default_factory=list)
-    """Tokens lost by each encoded text that is longer than its inputs may be."""
-    costs: Costs = field(default_factory=Costs)
-
-    @classmethod
-    def begun(cls, keyed: Keyed, cuts: int) -> Encoded:
-        """Return what was done before the first sample."""
-        return cls(replace(keyed, bad=list(keyed.bad)), [0] * cuts, [set() for _ in range(cuts)])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pipeline import proved, quarantine
 from pipeline.adapter import merged
 from pipeline.data import SampleTable, Source, build, open_source
 from pipeline.encode import encode
-from pipeline.encoder import Encoded
+from pipeline.encoded import Encoded
 from pipeline.epochs import open_loaders
 from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import Keyed, decode_rows, decode_samples, key_contents

@@ -25,7 +25,7 @@ FLOORS = [
         "pipeline.recipe",
         "pipeline.timing",
     },
-    {"pipeline.unit", "pipeline.views"},
+    {"pipeline.encoded", "pipeline.unit", "pipeline.views"},
     {"pipeline.feed"},
     {"pipeline.quarantine", "pipeline.ragged", "pipeline.stat_cache"},
     {"pipeline.models", "pipeline.store"},

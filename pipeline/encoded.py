@@ -1,0 +1,55 @@
+"""What a run of `encode` did, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline.feed import Keyed
+
+
+@dataclass
+class Costs:
+    """Seconds spent, added up over the samples of a run."""
+
+    samples: int = 0
+    reading: float = 0.0
+    """Time the prefix waited for samples."""
+    forward: dict[int, float] = field(default_factory=dict)
+    """Per cut, the forward time from the inputs to the cut."""
+    forward_samples: dict[int, int] = field(default_factory=dict)
+    writing: dict[int, float] = field(default_factory=dict)
+
+    def of(self, cut: int) -> dict[str, Any]:
+        """Return how many samples were encoded for `cut`, and what one of them cost by step."""
+        count = self.forward_samples.get(cut, 0)
+        seconds = (
+            {
+                "read": self.reading / self.samples,
+                "forward": self.forward[cut] / count,
+                "write": self.writing.get(cut, 0.0) / count,
+            }
+            if count
+            else {}
+        )
+        return {"samples": count, "seconds_per_sample": seconds}
+
+
+@dataclass
+class Encoded:
+    """What a run of `encode` did."""
+
+    keyed: Keyed
+    """The data set; its bad samples grow by those that have no state."""
+    new: list[int]
+    """Samples encoded for each cut."""
+    promoted: list[set[str]]
+    """Per cut, the state tensors that left the asked type's range in some segment, and have a wider one there."""
+    cut_off: list[int] = field(default_factory=list)
+    """Tokens lost by each encoded text that is longer than its inputs may be."""
+    costs: Costs = field(default_factory=Costs)
+
+    @classmethod
+    def begun(cls, keyed: Keyed, cuts: int) -> Encoded:
+        """Return what was done before the first sample."""
+        return cls(replace(keyed, bad=list(keyed.bad)), [0] * cuts, [set() for _ in range(cuts)])
