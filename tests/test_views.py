@@ -314,3 +314,25 @@ def test_a_sample_that_a_view_lacks_is_named(tmp_path: Path) -> None:
     views.augmented[1].refresh()
     with pytest.raises(MissingKeysError, match="of 20 samples were never encoded"):
         views.rows(keys)
+
+
+def test_with_every_view_there_no_model_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = {"backbone": "torchvision:squeezenet1_1", "weights": None}
+
+    def settings(views: int) -> Project:
+        return project(views, model=model, preprocess={"image_size": 32})
+
+    encode_project(settings(2))
+    before = tiny.files(Path("data/activations"))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a model is built")
+
+    monkeypatch.setattr(Workbench, "open", refuse)
+    assert encode_project(settings(2))
+    assert tiny.files(Path("data/activations")) == before
+    with pytest.raises(AssertionError, match="a model is built"):
+        encode_project(settings(3))
+    shutil.rmtree(next(path for path in (STORE / "view-1").iterdir() if path.is_dir()))
+    with pytest.raises(AssertionError, match="a model is built"):
+        encode_project(settings(2))
