@@ -9,18 +9,17 @@ Each store is trained from in a process of its own, for one epoch; shown is the 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import apart, new_store, status
 from torch import nn
 
-from pipeline.keys import Recipe
 from pipeline.loader import Loader
 from pipeline.order import batches
-from pipeline.store import FORMAT, Store
+from pipeline.store import Store
 
 SHAPE = (256, 14, 14)
 SEGMENT = 512
@@ -41,21 +40,16 @@ def main() -> None:
     for size in options.gb:
         with tempfile.TemporaryDirectory(dir=options.dir) as folder:
             samples = int(size * 1e9 / SAMPLE_BYTES)
-            in_own_process(make, Path(folder, "store"), samples)
-            start, largest, steps = in_own_process(train, Path(folder, "store"))
+            apart(make, Path(folder, "store"), samples)
+            start, largest, steps = apart(train, Path(folder, "store"))
         anonymous.append(largest)
         print(f"| {size:.1f} GB | {samples:,} | {start / 1e9:.2f} GB | {largest / 1e9:.2f} GB | {steps} |", flush=True)
     difference = (anonymous[1] - anonymous[0]) / 1e9
     print(f"\ndifference {difference:+.2f} GB (target: within {TARGET_GB:.1f} GB)")
 
 
-def in_own_process(function, *arguments):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
 def make(path: Path, samples: int) -> None:
-    store = Store.create(path, Recipe(FORMAT, "", "", "", {}, None, "float32", "raw:float16"))
+    store = new_store(path)
     noise = np.random.default_rng(0).standard_normal((SEGMENT, *SHAPE), np.float32).astype(np.float16)
     for begin in range(0, samples, SEGMENT):
         count = min(SEGMENT, samples - begin)
@@ -71,22 +65,15 @@ def train(path: Path) -> tuple[int, int, int]:
     keys = store.keys()
     suffix = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(SHAPE[0], 10))
     optimizer = torch.optim.AdamW(suffix.parameters())
-    start, largest = rss_anon(), 0
+    start, largest = status("RssAnon"), 0
     order = batches(np.arange(len(keys)), BATCH, seed=0, epoch=0, shuffle=True)
     for batch in Loader(store, keys, {"label": np.arange(len(keys)) % 10}, order):
         loss = nn.functional.cross_entropy(suffix(batch.state["hidden"].float()), batch.targets["label"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        largest = max(largest, rss_anon())
+        largest = max(largest, status("RssAnon"))
     return start, largest, len(order)
-
-
-def rss_anon() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("/proc/self/status has no RssAnon: this benchmark needs Linux")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ takes them back when a limit is near, so what has to stay below the limit is the
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import tempfile
 import time
@@ -19,12 +18,12 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+from measuring import apart, new_store, status
 
-from pipeline.keys import Recipe
 from pipeline.loader import Loader
 from pipeline.memory import keep_freed_memory
 from pipeline.order import batches
-from pipeline.store import FORMAT, Store, segment_id
+from pipeline.store import Store, segment_id
 from pipeline.unit import plan
 
 SEGMENT = 500
@@ -71,11 +70,6 @@ def main() -> None:
         )
 
 
-def apart(function, *arguments):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
 def keys_of(first: int, count: int) -> np.ndarray:
     """Keys as random as digests, the same for every process."""
     return np.random.default_rng([3, first]).integers(0, 256, (count, 16), dtype=np.uint8)
@@ -83,7 +77,7 @@ def keys_of(first: int, count: int) -> np.ndarray:
 
 def make_tiny(path: Path, samples: int, keys_only: bool = False) -> None:
     """Write segments of four fp16 numbers a sample: the first by the store, the others with its metadata."""
-    store = Store.create(path, Recipe(FORMAT, "", "", "", {}, None, "float32", "raw:float16"))
+    store = new_store(path)
     values = np.random.default_rng(0).standard_normal((SEGMENT, TINY)).astype(np.float16)
     info = store.write_segment(keys_of(0, SEGMENT), {"state.hidden": values})
     files = {
@@ -104,7 +98,7 @@ def make_tiny(path: Path, samples: int, keys_only: bool = False) -> None:
 
 
 def make_large(path: Path, gb: float) -> None:
-    store = Store.create(path, Recipe(FORMAT, "", "", "", {}, None, "float32", "raw:float16"))
+    store = new_store(path)
     noise = np.random.default_rng(0).standard_normal((SEGMENT, *SHAPE), np.float32).astype(np.float16)
     for number in range(max(1, round(gb * 1e9 / noise.nbytes))):
         store.write_segment(keys_of(number, SEGMENT), {"state.hidden": noise})
@@ -161,14 +155,6 @@ def anonymous_in(path: Path) -> int:
         elif not line.split(" ", 1)[0].endswith(":"):
             within = str(path) in line
     return total
-
-
-def status(field: str) -> int:
-    """Return a size in /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {field}: this benchmark needs Linux")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import peers
 import torch
+from measuring import new_store
 from numcodecs import blosc
 
-from pipeline.keys import Recipe
 from pipeline.loader import Loader
 from pipeline.memory import keep_freed_memory
 from pipeline.order import Window, batches
-from pipeline.store import FORMAT, Reader, Scratch, Store
+from pipeline.store import Reader, Scratch, Store
 
 SHAPE = (256, 14, 14)
 WIDTH, LONGEST = 384, 256
@@ -247,10 +247,6 @@ def some_keys(begin: int, count: int) -> np.ndarray:
 
 def store_keys(options: argparse.Namespace) -> np.ndarray:
     return some_keys(0, options.samples)
-
-
-def new_store(path: Path, storage: str = "raw:float16") -> Store:
-    return Store.create(path, Recipe(FORMAT, "", "", "", {}, None, "float32", storage))
 
 
 def filled(path: Path, states: np.ndarray | list[np.ndarray], storage: str = "raw:float16") -> Store:
