@@ -9,7 +9,8 @@ import hashlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -77,16 +78,23 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a file to write, which takes the place of `path` at the end, unless something is raised."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        # A file name that is not UTF-8 is written with escapes: what tells of it must be readable.
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+        yield beside
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as beside:
+        # A file name that is not UTF-8 is written with escapes: what tells of it must be readable.
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def is_function(name: str) -> bool:

@@ -7,7 +7,6 @@ Columns: `key` (16 bytes), `split`, `source`, then the target columns of the dat
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import pyarrow.parquet
 from pipeline.data.config import DataConfig
 from pipeline.data.source import SPLITS, Row, Source
 from pipeline.errors import DataError
+from pipeline.files import whole
 from pipeline.keys import KEY_BYTES
 
 _FIXED = ("key", "split", "source")
@@ -56,12 +56,8 @@ class SampleTable:
             "source": pa.array(list(self.source), pa.string()),
         }
         columns |= {name: pa.array(values.tolist()) for name, values in self.targets.items()}
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with whole(path) as beside:
             pa.parquet.write_table(pa.table(columns), beside, compression="zstd")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path) -> SampleTable:
