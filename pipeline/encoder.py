@@ -130,14 +130,15 @@ class Encoder:
 
     def run(self, units: Sequence[Unit], done: Encoded) -> Generator[tuple[Part, list[BadSample]], None, None]:
         """Encode `units`; yield each part, with the samples it set aside, once its segments are committed."""
-        chunks = [chunk for unit in units for chunk in self._chunks(unit)]
-        decoded = decode(self.source, chunks, workers=self.workers, keys=done.keyed.keys)
+        parts_of_units = [self.parts(unit) for unit in units]
+        chunks_of_units = [self._chunks(parts) for parts in parts_of_units]
+        in_order = list(itertools.chain.from_iterable(chunks_of_units))
+        decoded = decode(self.source, in_order, workers=self.workers, keys=done.keyed.keys)
         waiting: list[tuple[Part, list[BadSample], Future[None]]] = []
         with _writer() as pool:
-            for unit in units:
-                parts = self.parts(unit)
+            for parts, chunks in zip(parts_of_units, chunks_of_units, strict=True):
                 # What the first part takes as it comes is kept for the others: preprocessed images are small.
-                of_unit = itertools.tee(itertools.islice(decoded, len(self._chunks(unit))), len(parts))
+                of_unit = itertools.tee(itertools.islice(decoded, len(chunks)), len(parts))
                 for number, (part, in_views) in enumerate(zip(parts, of_unit, strict=True)):
                     buffers, bad = self._encode(part, map(operator.itemgetter(number), in_views), done)
                     waiting.append((part, bad, pool.submit(self._write, part, buffers, done)))
@@ -151,9 +152,10 @@ class Encoder:
         by_view = itertools.groupby((divmod(number, len(self.prefixes)) for number in unit.stores), lambda at: at[0])
         return [Part(unit.rows, view, tuple(cut for _, cut in at)) for view, at in by_view]
 
-    def _chunks(self, unit: Unit) -> list[Chunk]:
-        size, views = self.config.batch_size, [self.views[part.view] for part in self.parts(unit)]
-        return [(unit.rows[begin : begin + size], views) for begin in range(0, len(unit.rows), size)]
+    def _chunks(self, parts: Sequence[Part]) -> list[Chunk]:
+        """Divide the rows of a unit into batches, wanted in the views of its parts."""
+        size, rows, views = self.config.batch_size, parts[0].rows, [self.views[part.view] for part in parts]
+        return [(rows[begin : begin + size], views) for begin in range(0, len(rows), size)]
 
     @property
     def workers(self) -> int:

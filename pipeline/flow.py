@@ -91,7 +91,7 @@ def _encode_what_is_missing(
         for view, recipes in zip(project.views, by_view, strict=True)
     ]
     _tell_of_one_place_twice(project.encode.cuts, stores[0])
-    return stores, _encode_views(bench, source, keyed, prefixes, stores)
+    return stores, _encode_views(bench, source, keyed, table, prefixes, stores)
 
 
 def train_project(project: Project, name: str) -> Run:
@@ -183,7 +183,12 @@ def _tell_of_one_place_twice(names: Sequence[CutName], stores: Sequence[Store]) 
 
 
 def _encode_views(
-    bench: Workbench, source: Source, keyed: Keyed, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]]
+    bench: Workbench,
+    source: Source,
+    keyed: Keyed,
+    table: SampleTable,
+    prefixes: Sequence[Prefix],
+    stores: Sequence[Sequence[Store]],
 ) -> Encoded:
     """Fill the stores, `stores[view][cut]`; return what was done.
 
@@ -192,14 +197,16 @@ def _encode_views(
     """
     project = bench.project
     views = [bench.preprocess(view) for view in project.views]
-    done, found = Encoded.begun(keyed, len(prefixes)), -1
-    while found != len(done.keyed.bad):
+    done = Encoded.begun(keyed, len(prefixes))
+    while True:
         found = len(done.keyed.bad)
-        plain, *augmented = _rows_by_view(project, done.keyed, _table(source, done.keyed, project))
+        plain, *augmented = _rows_by_view(project, done.keyed, table)
         encode(source, keyed, views[:1], prefixes, stores[:1], project.encode, rows=plain, done=done)
         if augmented:
             encode(source, keyed, views[1:], prefixes, stores[1:], project.encode, rows=augmented[0], done=done)
-    return done
+        if not augmented or len(done.keyed.bad) == found:
+            return done
+        table = _table(source, done.keyed, project)
 
 
 def _rows_by_view(project: Project, keyed: Keyed, table: SampleTable) -> list[np.ndarray]:
