@@ -157,7 +157,7 @@ class Loader:
         """
         self.device = torch.device(device)
         self._places = store.rows(keys)
-        self._rank = (self._places.segment.astype(np.int64) << 32) + self._places.row
+        self._codes = self._places.codes
         self._view: View = view or (lambda epoch: np.zeros(len(keys), np.int64))
         self._targets = {name: _checked_target(name, values, len(keys)) for name, values in targets.items()}
         self._batches = batches
@@ -210,7 +210,7 @@ class Loader:
 
     def _read(self, place_of_row: np.ndarray, rows: np.ndarray) -> Batch:
         places = place_of_row[rows]
-        by_place = np.argsort(self._rank[places], kind="stable")
+        by_place = np.argsort(self._codes[places], kind="stable")
         rows = rows[by_place]
         tensors = self.source.gather(self._places[places[by_place]], self._pad, pin=self._pin)
         inputs = _with_prefix(tensors, INPUT_PREFIX)

@@ -31,6 +31,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.segment)
 
+    @property
+    def codes(self) -> np.ndarray:
+        """One number for each place, (n,) int64, in the order of segments and rows."""
+        codes: np.ndarray = (self.segment.astype(np.int64) << 32) + self.row
+        return codes
+
     def __getitem__(self, chosen: np.ndarray) -> Rows:
         return Rows(self.segments, self.segment[chosen], self.row[chosen])
 

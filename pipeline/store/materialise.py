@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
@@ -131,10 +130,7 @@ def unpack_array(array: Path, spec: ArraySpec, out: np.ndarray) -> None:
 
 
 def _decompress(where: Path, spec: ArraySpec, out: np.ndarray) -> None:
-    raw = read_chunk(where)
-    packed, checksum = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
-    if google_crc32c.value(packed) != int.from_bytes(checksum, "little"):
-        raise corrupt(where, "does not match its checksum")
+    packed = read_chunk(where)
     try:
         blosc.decompress(packed, out)
     except (RuntimeError, ValueError) as error:

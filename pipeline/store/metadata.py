@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -30,10 +29,13 @@ from pipeline.store.format import (
     MAX_EMPTY_BYTES,
     MAX_METADATA_BYTES,
     METADATA_FILE,
+    OFFSETS,
     RECIPE_FILE,
+    SCALES,
     SEGMENT_ID,
     SPARSE_ABOVE,
     STORED_AS,
+    SUMS,
     TENSOR_NAME,
     ArraySpec,
     SegmentSpec,
@@ -64,7 +66,7 @@ def read_recipe(store: Path) -> Recipe:
 
 
 def read_segment_spec(segment: Path) -> SegmentSpec:
-    """Return the metadata of a segment. Its seal is not looked at: see `check_seal`.
+    """Return the metadata of a segment. Its seal is not looked at: see `read_arrays`.
 
     Raises:
         CorruptStoreError: `zarr.json` is missing, or is not what this package writes.
@@ -89,14 +91,35 @@ def read_segment_spec(segment: Path) -> SegmentSpec:
     return spec
 
 
-def check_seal(segment: Path, spec: SegmentSpec, arrays: Sequence[str]) -> None:
-    """Raise CorruptStoreError unless the metadata of a segment and of its `arrays` is that which was written."""
+def read_arrays(segment: Path, spec: SegmentSpec) -> dict[str, ArraySpec]:
+    """Return the metadata of all arrays of a segment by name, once its seal proves that it is what was written.
+
+    Raises:
+        CorruptStoreError: metadata or chunk files are missing, are not what this package writes, or do not fit.
+    """
+    raw: dict[str, dict[str, Any]] = {}
+    arrays: dict[str, ArraySpec] = {}
+
+    def read(name: str) -> ArraySpec:
+        where, raw[name] = _read_json(segment / name)
+        arrays[name] = _array_spec(where, raw[name])
+        return arrays[name]
+
+    for name in (KEYS, SUMS):
+        read(name)
+    for name in spec.tensors:
+        tensor = read(name)
+        if tensor.axis is not None:
+            read(f"{name}{OFFSETS}")
+        if tensor.is_scaled:
+            read(f"{name}{SCALES}")
     try:
-        seal = spec.sealed_over({name: read_metadata(segment / name) for name in arrays})
+        seal = spec.sealed_over(raw)
     except ValueError as error:
         raise corrupt(segment, f"has metadata that cannot be sealed ({error})") from error
     if seal != spec.seal:
         raise corrupt(segment, "has metadata that does not match its seal")
+    return arrays
 
 
 def read_array_spec(array: Path) -> ArraySpec:
@@ -105,10 +128,13 @@ def read_array_spec(array: Path) -> ArraySpec:
     Raises:
         CorruptStoreError: metadata or chunk files are missing, are not what this package writes, or do not fit.
     """
-    where, raw = _read_json(array)
+    return _array_spec(*_read_json(array))
+
+
+def _array_spec(where: Path, raw: dict[str, Any]) -> ArraySpec:
     if raw.get("zarr_format") != 3 or raw.get("node_type") != "array":
         raise corrupt(where, "is no zarr v3 array")
-    spec = _parse_array(where, raw)
+    array, spec = where.parent, _parse_array(where, raw)
     if spec.layout == "zstd":
         _check_count(array, spec)
     for name in spec.chunk_files:
@@ -137,11 +163,7 @@ def read_small(array: Path, spec: ArraySpec) -> np.ndarray:
         raise corrupt(array, f"has {spec.nbytes} bytes in layout {spec.layout}, expected raw and {MAX_BESIDE_BYTES}")
     if not spec.nbytes:
         return np.empty(spec.shape, spec.stored)
-    where = array / spec.chunk_files[0]
-    raw = read_chunk(where)
-    values, checksum = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
-    if google_crc32c.value(values) != int.from_bytes(checksum, "little"):
-        raise corrupt(where, "does not match its checksum")
+    values = read_chunk(array / spec.chunk_files[0])
     return np.frombuffer(values, np.dtype(spec.stored).newbyteorder("<")).reshape(spec.shape)
 
 
@@ -225,15 +247,19 @@ def _read_json(node: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def read_chunk(where: Path) -> bytes:
-    """Return a chunk file whole.
+    """Return what a chunk file holds, whole, once its checksum is proved.
 
     Raises:
-        CorruptStoreError: it cannot be read, or is no file.
+        CorruptStoreError: it cannot be read, is no file, or does not match its checksum.
     """
     try:
-        return read_file(where)
+        raw = read_file(where)
     except OSError as error:
         raise _unreadable(where, error) from error
+    values, checksum = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
+    if google_crc32c.value(values) != int.from_bytes(checksum, "little"):
+        raise corrupt(where, "does not match its checksum")
+    return values
 
 
 def _unreadable(where: Path, error: OSError) -> CorruptStoreError:

@@ -73,7 +73,7 @@ class Resident:
     def __init__(self, reader: Reader, rows: Rows, device: torch.device) -> None:
         """Copy the samples `rows` to `device`. Memory on the host: one segment at a time."""
         self._segments = rows.segments
-        self._codes, first = np.unique(_codes(rows), return_index=True)
+        self._codes, first = np.unique(rows.codes, return_index=True)
         self._blocks: dict[str, Block] = {}
         for segment, within, _ in runs(rows[first]):
             reader.check(segment, within)
@@ -85,7 +85,7 @@ class Resident:
     @staticmethod
     def nbytes(reader: Reader, rows: Rows) -> int:
         """Return how many bytes of device memory the samples `rows` need."""
-        _, first = np.unique(_codes(rows), return_index=True)
+        _, first = np.unique(rows.codes, return_index=True)
         return sum(_plan(name, parts).nbytes for name, parts in _parts(reader, rows[first]).items())
 
     def gather(self, rows: Rows, pad: Mapping[str, float] | None = None, *, pin: bool = False) -> dict[str, Tensor]:
@@ -94,18 +94,12 @@ class Resident:
         Raises:
             StoreError: a sample is not among those that are held.
         """
-        wanted = _codes(rows)
+        wanted = rows.codes
         index = np.searchsorted(self._codes, wanted)
         held = rows.segments == self._segments and index.max(initial=-1) < len(self._codes)
         if not held or not np.array_equal(self._codes[index], wanted):
             raise StoreError("some samples are not held on the device; give their keys when the source is made")
         return {name: block.gather(index, (pad or {}).get(name, 0)) for name, block in self._blocks.items()}
-
-
-def _codes(rows: Rows) -> np.ndarray:
-    """One number for each place, in the order of segments and rows."""
-    codes: np.ndarray = (rows.segment.astype(np.int64) << 32) + rows.row
-    return codes
 
 
 def _parts(reader: Reader, rows: Rows) -> dict[str, Parts]:

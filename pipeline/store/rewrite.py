@@ -6,7 +6,6 @@ readers tolerate, and the old ones are then redundant: the next upkeep removes t
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +19,9 @@ from zarr.storage import LocalStore
 from pipeline.errors import CorruptStoreError
 from pipeline.keys import Recipe
 from pipeline.store.codecs import Encoded
-from pipeline.store.format import KEYS, METADATA_FILE, OFFSETS, SCALES, SUMS, SegmentSpec, segment_id
+from pipeline.store.format import METADATA_FILE, SegmentSpec, segment_id
 from pipeline.store.index import KeyIndex
-from pipeline.store.metadata import read_array_spec, read_keys, read_metadata, read_segment_spec
+from pipeline.store.metadata import read_array_spec, read_arrays, read_keys, read_metadata, read_segment_spec
 from pipeline.store.reader import Reader, runs
 from pipeline.store.scratch import discard, scratch, sync
 from pipeline.store.segment import Segment, StoredTensor, as_numpy, open_segment
@@ -114,7 +113,7 @@ def _joined(names: Sequence[str], parts: Sequence[tuple[Segment, np.ndarray]]) -
     for name in names:
         spec = read_array_spec(parts[0][0].path / name)
         tensors = [(segment.tensors[name], rows) for segment, rows in parts]
-        entries = [_entries(tensor, rows) for tensor, rows in tensors]
+        entries = [tensor.entries(rows) for tensor, rows in tensors]
         data = np.concatenate(
             [as_numpy(tensor.values)[at].view(spec.stored) for (tensor, _), at in zip(tensors, entries, strict=True)]
         )
@@ -126,14 +125,6 @@ def _joined(names: Sequence[str], parts: Sequence[tuple[Segment, np.ndarray]]) -
             lengths = [np.diff(tensor.offsets)[rows] for tensor, rows in tensors if tensor.offsets is not None]
             offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
         yield Encoded(replace(spec, shape=data.shape), data, offsets, scales)
-
-
-def _entries(tensor: StoredTensor, rows: np.ndarray) -> np.ndarray:
-    """Return the entries of the first axis that are the samples `rows`, in their order."""
-    if tensor.offsets is None:
-        return rows
-    bounds = [(int(tensor.offsets[row]), int(tensor.offsets[row + 1])) for row in rows.tolist()]
-    return np.concatenate([np.empty(0, np.int64), *itertools.starmap(np.arange, bounds)])
 
 
 def _joined_scales(tensors: Sequence[StoredTensor], entries: Sequence[np.ndarray]) -> np.ndarray:
@@ -150,12 +141,9 @@ def _reseal(segment: Path, bad: tuple[str, ...]) -> None:
     if bad == spec.set_aside:
         return
     age = (segment / METADATA_FILE).stat().st_mtime_ns
-    beside = [
-        f"{name}{end}" for name in spec.tensors for end in (OFFSETS, SCALES) if (segment / f"{name}{end}").is_dir()
-    ]
-    arrays = {name: read_metadata(segment / name) for name in (KEYS, SUMS, *spec.tensors, *beside)}
+    arrays = {name: read_metadata(segment / name) for name in read_arrays(segment, spec)}
     spec = replace(spec, set_aside=bad)
-    sealed = replace(spec, seal=spec.sealed_over({name: read_metadata(segment / name) for name in arrays}))
+    sealed = replace(spec, seal=spec.sealed_over(arrays))
     with scratch(segment.parent) as temporary:
         zarr.create_group(LocalStore(temporary), zarr_format=3, attributes=sealed.attributes)
         os.utime(temporary / METADATA_FILE, ns=(age, age))

@@ -7,7 +7,7 @@ page cache's. Compressed arrays are unpacked to scratch first.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from pipeline.keys import KEY_BYTES
 from pipeline.store.codecs import dequantise
 from pipeline.store.format import KEYS, OFFSETS, RECIPE_FILE, SCALES, SUMS, ArraySpec, SegmentSpec, sample_sum
 from pipeline.store.materialise import Scratch, check_packed, unpack_array
-from pipeline.store.metadata import check_seal, corrupt, read_array_spec, read_segment_spec, read_small
+from pipeline.store.metadata import corrupt, read_arrays, read_segment_spec, read_small
 
+BESIDE = (OFFSETS, SCALES)
 IN_MEMORY_BYTES = 4 << 30
 """Size that the compressed arrays of one segment may unpack to where there is no scratch."""
 
@@ -65,16 +66,22 @@ class StoredTensor:
         """Return samples without padding, views where no scale is applied; numpy has no bfloat16 and gets its bits."""
         if self.offsets is None:
             return list(as_numpy(self.take(rows))) if self.scales is not None else list(as_numpy(self.values)[rows])
-        bounds = list(zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True))
+        bounds = self._bounds(rows, self.offsets)
         if self.scales is None:
             flat = as_numpy(self.values)
         else:
-            entries = np.concatenate([np.arange(begin, end) for begin, end in bounds])
-            flat = as_numpy(self.take(entries))
+            flat = as_numpy(self.take(self.entries(rows)))
             ends = np.cumsum([end - begin for begin, end in bounds]).tolist()
             bounds = list(itertools.pairwise([0, *ends]))
         samples = [flat[begin:end] for begin, end in bounds]
         return [np.moveaxis(sample, 0, self.axis) for sample in samples] if self.axis else samples
+
+    def entries(self, rows: np.ndarray) -> np.ndarray:
+        """Return the entries of the first axis that are the samples `rows`, in their order."""
+        if self.offsets is None:
+            return rows
+        ranges = [np.arange(begin, end) for begin, end in self._bounds(rows, self.offsets)]
+        return np.concatenate([np.empty(0, np.int64), *ranges])
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         """Return the bytes of samples in `values`, (B,) int64."""
@@ -87,6 +94,9 @@ class StoredTensor:
         """Tell whether the bytes of a sample are those that were written."""
         entries = slice(row, row + 1) if self.offsets is None else slice(self.offsets[row], self.offsets[row + 1])
         return sample_sum(as_numpy(self.values)[entries]) == int(self.sums[row])
+
+    def _bounds(self, rows: np.ndarray, offsets: np.ndarray) -> list[tuple[int, int]]:
+        return list(zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True))
 
     def _scaled(self, stored: Tensor, entries: np.ndarray | slice) -> Tensor:
         if self.scales is None:
@@ -130,16 +140,13 @@ def open_segment(path: Path, recipe: str, scratch: Scratch | None = None) -> tup
     spec = read_segment_spec(path)
     if spec.recipe != recipe:
         raise corrupt(path, f"was written under recipe {spec.recipe}, its store's {RECIPE_FILE} is {recipe}")
-    specs = {name: read_array_spec(path / name) for name in spec.tensors}
-    offsets = [f"{name}{OFFSETS}" for name, one in specs.items() if one.axis is not None]
-    scales = [f"{name}{SCALES}" for name, one in specs.items() if one.is_scaled]
-    check_seal(path, spec, [KEYS, SUMS, *specs, *offsets, *scales])
-    beside = _read_beside(path, spec, offsets, scales)
-    packed = {name: one for name, one in specs.items() if one.layout == "zstd" and one.nbytes}
+    arrays = read_arrays(path, spec)
+    beside = _read_beside(path, spec, arrays)
+    packed = {name: one for name, one in arrays.items() if one.layout == "zstd" and one.nbytes}
     files, given_up = _unpack(path, recipe, packed, scratch)
     tensors = {}
-    for column, (name, one) in enumerate(specs.items()):
-        scale = beside.get(f"{name}{SCALES}")
+    for column, name in enumerate(spec.tensors):
+        one, scale = arrays[name], beside.get(f"{name}{SCALES}")
         tensors[name] = StoredTensor(
             _map(path / name, one, files.get(name)),
             one.torch_dtype,
@@ -152,18 +159,18 @@ def open_segment(path: Path, recipe: str, scratch: Scratch | None = None) -> tup
     return Segment(path, tensors, np.zeros(spec.samples, np.bool_), spec.samples), given_up
 
 
-def _read_beside(path: Path, spec: SegmentSpec, offsets: Sequence[str], scales: Sequence[str]) -> dict[str, np.ndarray]:
+def _read_beside(path: Path, spec: SegmentSpec, arrays: Mapping[str, ArraySpec]) -> dict[str, np.ndarray]:
     """Read the checksums of samples, the offsets and the scales, whose types and sizes are fixed."""
-    types = {SUMS: "uint32"} | dict.fromkeys(offsets, "int64") | dict.fromkeys(scales, "float32")
+    types = {SUMS: "uint32"}
+    types |= {name: "int64" if name.endswith(OFFSETS) else "float32" for name in arrays if name.endswith(BESIDE)}
     read = {}
     for name, stored in types.items():
-        array = read_array_spec(path / name)
+        array = arrays[name]
         if array.stored != stored or (name == SUMS and array.shape != (spec.samples, len(spec.tensors))):
             raise corrupt(path / name, f"has shape {array.shape} of {array.stored} for {spec.samples} samples")
         read[name] = read_small(path / name, array)
-    keys = read_array_spec(path / KEYS)
-    if keys != ArraySpec((spec.samples, KEY_BYTES), "uint8", "uint8"):
-        raise corrupt(path / KEYS, f"is {keys}, expected raw uint8 of shape {(spec.samples, KEY_BYTES)}")
+    if arrays[KEYS] != ArraySpec((spec.samples, KEY_BYTES), "uint8", "uint8"):
+        raise corrupt(path / KEYS, f"is {arrays[KEYS]}, expected raw uint8 of shape {(spec.samples, KEY_BYTES)}")
     return read
 
 
@@ -215,6 +222,11 @@ def _map(array: Path, spec: ArraySpec, unpacked: Path | None) -> Tensor:
             raise StoreError(f"{array} unpacks to {spec.nbytes} bytes; give a scratch on disk") from error
         unpack_array(array, spec, plain)
         values = torch.from_numpy(plain)
+    return typed(values, spec)
+
+
+def typed(values: Tensor, spec: ArraySpec) -> Tensor:
+    """Return what is stored as `spec` says in the type that it means; zarr has no bfloat16 and holds its bits."""
     return values.view(torch.bfloat16) if spec.dtype == "bfloat16" and not spec.is_scaled else values
 
 

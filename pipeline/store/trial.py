@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.store.codecs import Encoded, encode
 from pipeline.store.format import CLEVEL
-from pipeline.store.segment import StoredTensor
+from pipeline.store.segment import StoredTensor, typed
 
 
 def through(name: str, samples: Sequence[Tensor], storage: str) -> tuple[list[Tensor], int]:
@@ -21,11 +21,8 @@ def through(name: str, samples: Sequence[Tensor], storage: str) -> tuple[list[Te
         StoreError: their shapes, dtypes or range cannot be stored.
     """
     encoded = encode(name, samples, len(samples), storage)
-    values = torch.from_numpy(encoded.data)
-    if encoded.spec.dtype == "bfloat16" and not encoded.spec.is_scaled:
-        values = values.view(torch.bfloat16)
     tensor = StoredTensor(
-        values,
+        typed(torch.from_numpy(encoded.data), encoded.spec),
         encoded.spec.torch_dtype,
         encoded.offsets,
         encoded.spec.axis or 0,

@@ -9,8 +9,8 @@ import google_crc32c
 import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.store.format import CHECKSUM_BYTES, KEYS, METADATA_FILE, OFFSETS, RECIPE_FILE, SCALES, SUMS, find_stores
-from pipeline.store.metadata import corrupt, read_array_spec, read_keys, read_recipe
+from pipeline.store.format import CHECKSUM_BYTES, METADATA_FILE, RECIPE_FILE, ArraySpec, find_stores
+from pipeline.store.metadata import corrupt, read_arrays, read_keys, read_recipe, read_segment_spec
 from pipeline.store.scratch import PREFIX
 from pipeline.store.segment import Segment, open_segment
 from pipeline.store.store import Store
@@ -37,32 +37,27 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
 def _faults(path: Path, recipe: str) -> Iterator[str]:
     try:
         segment, _ = open_segment(path, recipe)
+        arrays = read_arrays(path, read_segment_spec(path))
         read_keys(path)
     except StoreError as error:
         yield str(error)
         return
-    beside = {
-        name: [f"{name}{OFFSETS}"] * (tensor.offsets is not None) + [f"{name}{SCALES}"] * (tensor.scales is not None)
-        for name, tensor in segment.tensors.items()
-    }
-    arrays = [KEYS, SUMS, *segment.tensors, *(name for names in beside.values() for name in names)]
     sound = []
-    for name in arrays:
+    for name, spec in arrays.items():
         try:
-            _check_raw(path / name)
+            _check_raw(path / name, spec)
             sound.append(name)
         except (CorruptStoreError, OSError) as error:
             yield str(error)
     yield from _wrong_samples(segment, sound)
     yield from _strays(path, _entries(path), {METADATA_FILE, *arrays}, "of the segment")
-    for name in arrays:
-        chunks = read_array_spec(path / name).chunk_files
-        yield from _strays(path / name, _entries(path / name), {METADATA_FILE, *chunks}, "of the array")
+    for name, spec in arrays.items():
+        expected = {METADATA_FILE, *spec.chunk_files}
+        yield from _strays(path / name, _entries(path / name), expected, "of the array")
 
 
-def _check_raw(array: Path) -> None:
+def _check_raw(array: Path, spec: ArraySpec) -> None:
     """Raise CorruptStoreError unless a raw chunk matches its checksum; the others were proved as they were unpacked."""
-    spec = read_array_spec(array)
     for name in spec.chunk_files if spec.layout == "raw" else ():
         values = np.memmap(array / name, np.uint8, "r", shape=spec.nbytes)
         with (array / name).open("rb") as file:
