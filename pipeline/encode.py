@@ -52,9 +52,10 @@ def encode(
         tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05) as progress,
     ):
         for part, bad in running:
-            known = {sample.row for sample in done.keyed.bad}
-            alike = [other for sample in bad for other in _alike(sample, source, keyed.keys)]
-            done.keyed.bad.extend(sample for sample in alike if sample.row not in known)
+            if bad:
+                known = {sample.row for sample in done.keyed.bad}
+                alike = [other for sample in bad for other in _alike(sample, source, keyed.keys)]
+                done.keyed.bad.extend(sample for sample in alike if sample.row not in known)
             for cut in part.cuts:
                 done.new[cut] += len(part.rows) - len(bad)
             progress.update(len(part.rows))

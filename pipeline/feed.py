@@ -63,7 +63,8 @@ class Keyed:
 
     def outside_in(self) -> np.ndarray:
         """Return the good rows by size: the shortest content, the longest, the second shortest, and so on."""
-        by_size = self.good[np.argsort(self.sizes[self.good], kind="stable")]
+        good = self.good
+        by_size = good[np.argsort(self.sizes[good], kind="stable")]
         order = np.empty_like(by_size)
         order[::2], order[1::2] = by_size[: (len(by_size) + 1) // 2], by_size[::-1][: len(by_size) // 2]
         return order

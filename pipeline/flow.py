@@ -219,7 +219,8 @@ def _rows_by_view(project: Project, keyed: Keyed, table: SampleTable) -> list[np
 
 def _table(source: Source, keyed: Keyed, project: Project) -> SampleTable:
     """Return the sample table of the rows that are good."""
-    return build(source, keyed.keys[keyed.good], project.data, rows=keyed.good)
+    good = keyed.good
+    return build(source, keyed.keys[good], project.data, rows=good)
 
 
 def _open_or_replace(path: Path, recipe: Recipe) -> Store:
