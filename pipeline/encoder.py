@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -285,13 +285,23 @@ def in_format(batch: dict[str, Tensor], config: EncodeConfig) -> dict[str, Tenso
     return {name: t.contiguous(memory_format=images) if t.dim() == 4 else t.contiguous() for name, t in batch.items()}
 
 
-def _writer() -> ThreadPoolExecutor:
-    """One thread, in which torch uses no more than that thread.
+@contextmanager
+def _writer() -> Iterator[ThreadPoolExecutor]:
+    """One thread, in which torch uses no more than that thread; what it was given is written at the end.
 
     Each thread has OpenMP helpers of its own; when there are more of them than cores, OpenMP lets all of them sleep
     between any two kernels, those of the prefix too.
     """
-    return ThreadPoolExecutor(1, "segment-writer", initializer=torch.set_num_threads, initargs=(1,))
+    with ThreadPoolExecutor(1, "segment-writer", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        finally:
+            last = pool.submit(int)  # its turn comes when everything before is written
+            try:
+                last.result()
+            except BaseException:  # torch raises wherever the program is when it hears that a worker has died
+                last.result()
+                raise
 
 
 def _suffix_inputs(batch: dict[str, Tensor], samples: list[Sample] | None) -> dict[str, Tensor | list[Tensor]]:
