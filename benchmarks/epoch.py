@@ -60,9 +60,7 @@ def main() -> None:
     os.chdir(options.project)
     project = Project.load(Path("params.yaml"))
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
-    print(
-        f"{options.project}: {options.threads} torch threads, medians of {options.rounds} rounds of {options.steps} steps"
-    )
+    print(f"{options.project}, {options.threads} torch threads, {options.rounds} rounds of {options.steps} steps")
     print(f"{'cut':>8} {'measured':>10} {'ideal':>10} {'ratio':>7} {'frozen':>10} {'full':>10}   seconds per epoch")
     whole = Side(project, 0, table, options.steps)
     for cut in project.encode.cuts:
