@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -27,6 +28,8 @@ class Run:
     frozen_seconds_per_sample: float
     """Time of the prefix alone on training batches: what frozen layers cost at every epoch where nothing is kept."""
     history: list[dict[str, float]]
+    classes: list[Any] = field(default_factory=list)
+    """What the outputs are called, in their order; empty where they have no names."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,18 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"stages.cli"},
-    {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch", "stages.store"},
+    {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch", "stages.store"}
+    | {"stages.predict"},
     {"stages.options"},
-    {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"},
-    {"pipeline.epochs", "pipeline.proved"},
+    {
+        "pipeline.deviation",
+        "pipeline.flow",
+        "pipeline.export",
+        "pipeline.predict",
+        "pipeline.stores",
+        "pipeline.subject",
+    },
+    {"pipeline.epochs", "pipeline.finished", "pipeline.proved"},
     {"pipeline.project"},
     {"pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
     {
@@ -27,7 +35,7 @@ FLOORS = [
     },
     {"pipeline.encoded", "pipeline.unit", "pipeline.views"},
     {"pipeline.feed"},
-    {"pipeline.quarantine", "pipeline.ragged", "pipeline.stat_cache"},
+    {"pipeline.predictions", "pipeline.quarantine", "pipeline.ragged", "pipeline.stat_cache"},
     {"pipeline.models", "pipeline.store"},
     {"pipeline.data", "pipeline.tasks"},
     {"pipeline.split"},
@@ -45,7 +53,7 @@ DOORS = {
     "numcodecs": {"pipeline.store"},
     "sqlite3": {"pipeline.stat_cache"},
     "peft": {"pipeline.adapter"},
-    "pyarrow": {"pipeline.data"},
+    "pyarrow": {"pipeline.data", "pipeline.predictions"},
     "pytorch_metric_learning": {"pipeline.tasks"},
     "timm": {"pipeline.models"},
     "torchmetrics": {"pipeline.tasks"},

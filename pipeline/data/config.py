@@ -38,6 +38,9 @@ class DataConfig(Section):
     """text: name of the field that holds the text."""
     text_pair: str | None = None
     """text: name of the field of a second text, for tasks on two texts; both go into one input."""
+    labelled: bool = True
+    """Whether labels and splits are read. Without them a data set is contents alone, as `recycle predict` reads its
+    input: images need no folder per class, tables no column of labels, pairs one half each."""
     label: str | int | None = None
     """text: name of the label's field. pixels: its column by name or by number (the default is -1, the last); in
     .npz the name of its array (default "y"); for .npy the file beside it (default "<name>.labels.npy")."""
@@ -74,6 +77,7 @@ class DataConfig(Section):
             if getattr(self, name) not in (None, {})
         ]
         required = () if kind == "module:function" else ("path", *_REQUIRED_BY.get(kind, ()))
+        required = tuple(name for name in required if self.labelled or name != "label")
         faults += [
             f"{name} is not set; source {self.source} needs it" for name in required if getattr(self, name) is None
         ]
@@ -84,3 +88,7 @@ class DataConfig(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def of_inputs(self, path: str) -> Self:
+        """Return the settings of data of the same kind at `path`, without labels."""
+        return self.model_copy(update={"path": path, "sha256": None, "labelled": False})

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pipeline.data.config import DataConfig
-from pipeline.data.source import Row, Source, Stamp, find_split
+from pipeline.data.source import Row, Source, Stamp, Target, find_split
 from pipeline.errors import BadSampleError, ConfigError, DataError
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -14,28 +14,33 @@ EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm",
 
 class ImageFolder(Source):
     """Images below `root`: `<class>/**/<image>`, or `<split>/<class>/**/<image>` with splits train, validation, test.
+    Where they are not `labelled`, `**/<image>`.
 
     Content is the bytes of the file: an image is decoded by preprocessing alone, so that a key costs no decoding.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, labelled: bool = True) -> None:
         self.root = root
-        self._images = [
-            (image, split, label)
-            for split, folder in _splits(root)
-            for label in _folders(folder)
-            for image in _images(root, folder / label)
-        ]
+        self._images: list[tuple[str, str | None, dict[str, Target]]] = (
+            [
+                (image, split, {"label": label})
+                for split, folder in _splits(root)
+                for label in _folders(folder)
+                for image in _images(root, folder / label)
+            ]
+            if labelled
+            else [(image, None, {}) for image in _images(root, root)]
+        )
         if not self._images:
             known = " ".join(sorted(EXTENSIONS))
-            raise DataError(f"data.path {root} holds no images ({known}) in folders named after their class")
+            where = " in folders named after their class" if labelled else ""
+            raise DataError(f"data.path {root} holds no images ({known}){where}")
 
     def __len__(self) -> int:
         return len(self._images)
 
     def row(self, i: int) -> Row:
-        image, split, label = self._images[i]
-        return Row(image, split, {"label": label})
+        return Row(*self._images[i])
 
     def content(self, i: int) -> bytes:
         image = self.root / self._images[i][0]
@@ -54,10 +59,9 @@ class ImageFolder(Source):
 def open_images(config: DataConfig, path: Path) -> ImageFolder:
     """Open the image folder at `path`."""
     if not path.is_dir():
-        raise ConfigError(
-            f"data.path is {config.path!r}, a file; source images needs a folder, with a folder per class"
-        )
-    return ImageFolder(path)
+        needed = ", with a folder per class" if config.labelled else ""
+        raise ConfigError(f"data.path is {config.path!r}, a file; source images needs a folder{needed}")
+    return ImageFolder(path, labelled=config.labelled)
 
 
 def _splits(root: Path) -> list[tuple[str | None, Path]]:

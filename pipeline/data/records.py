@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from pipeline.data.source import split_named
 from pipeline.errors import BadSampleError, ConfigError, DataError
 
 
-def read_records(path: Path, fields: dict[str, str], *, records: str | None) -> dict[str, pa.ChunkedArray]:
-    """Return the columns that `fields` (setting -> field name) asks for, by setting.
+def read_records(
+    path: Path, fields: dict[str, str], *, records: str | None, any_of: Collection[str] = ()
+) -> dict[str, pa.ChunkedArray]:
+    """Return the columns that `fields` (setting -> field name) asks for, by setting; of `any_of` those that exist.
 
     Raises:
         ConfigError: a field does not exist (the message names those that do), or the kind of file is unknown.
@@ -42,6 +44,8 @@ def read_records(path: Path, fields: dict[str, str], *, records: str | None) -> 
         raise DataError(f"data.path {path} cannot be read as {kind}: {error}") from error
     if table.num_rows == 0:
         raise DataError(f"data.path {path} holds no records")
+    if any(fields[setting] in table.column_names for setting in any_of):
+        fields = {s: name for s, name in fields.items() if s not in any_of or name in table.column_names}
     for setting, name in fields.items():
         if name not in table.column_names:
             raise ConfigError(f"data.{setting} is {name!r}; {path} has the fields {', '.join(table.column_names)}")

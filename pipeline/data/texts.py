@@ -13,11 +13,14 @@ from pipeline.errors import DataError
 
 
 class Texts(Source):
-    """A text (or a text and its partner) and a label per record of a table; `columns` by setting, as Arrow arrays."""
+    """A text (or a text and its partner) and a label per record of a table; `columns` by setting, as Arrow arrays.
+
+    The label's column may be left out.
+    """
 
     def __init__(self, name: str, columns: dict[str, pa.ChunkedArray]) -> None:
         self.name, self._columns = name, columns
-        if missing := columns["label"].null_count:
+        if missing := columns["label"].null_count if "label" in columns else 0:
             raise DataError(f"{name}: {missing} records have no label; give them one, or leave them out")
 
     def __len__(self) -> int:
@@ -25,8 +28,9 @@ class Texts(Source):
 
     def row(self, i: int) -> Row:
         where = f"{self.name}#{i}"
-        label = _as_target(self._columns["label"][i].as_py())
-        return Row(where, split_at(self._columns.get("split"), i, where), {"label": label})
+        labels = self._columns.get("label")
+        targets = {} if labels is None else {"label": _as_target(labels[i].as_py())}
+        return Row(where, split_at(self._columns.get("split"), i, where), targets)
 
     def content(self, i: int) -> str | tuple[str, str]:
         where = f"{self.name}#{i}"
@@ -37,7 +41,8 @@ class Texts(Source):
 
 def open_texts(config: DataConfig, path: Path) -> Texts:
     """Read the table of texts at `path`."""
-    fields = {name: getattr(config, name) for name in ("text", "text_pair", "label", "split")}
+    known = ("label", "split") if config.labelled else ()
+    fields = {name: getattr(config, name) for name in ("text", "text_pair", *known)}
     named = {setting: name for setting, name in fields.items() if name is not None}
     return Texts(path.name, read_records(path, named, records=config.records))
 

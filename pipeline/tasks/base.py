@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, TrainError
+
+Kind: TypeAlias = "type | list[Kind] | dict[str, Kind]"
+"""What a column of predictions holds: `str`, `int`, `float` or `bool`; any number of one kind, as `[str]`; or a value
+under each name, as `{"cat": float, "dog": float}`."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,29 @@ class Task(ABC):
     @abstractmethod
     def metrics(self) -> Metrics:
         """Return fresh scores."""
+
+    def classes(self, table: Table) -> list[Any]:
+        """Return what the outputs are called, in their order; a run keeps it. Empty where they have no names, as here.
+
+        Raises:
+            DataError: the labels do not allow the task.
+        """
+        return []
+
+    def columns(self, classes: Sequence[Any]) -> Mapping[str, Kind]:
+        """Return the columns of `predictions`."""
+        return {"output": [float]}
+
+    def predictions(
+        self, output: Any, inputs: Mapping[str, Tensor], classes: Sequence[Any]
+    ) -> Mapping[str, np.ndarray | Sequence[Any]]:
+        """Return what the model's `output` for a batch of B samples says, by column.
+
+        Each is (B,), or (B, n) for a list of n, or for n names in their order, or a sequence of B values. `inputs` are
+        the batch's, `classes` those of the run. Here: the numbers of the output as they come.
+        """
+        numbers = read_tensor(output).float().cpu()
+        return {"output": numbers.reshape(len(numbers), -1).numpy()}
 
 
 def column(table: Table, name: str, task: str) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import Head, Kind, Metrics, Table, Task, column, read_tensor
 from pipeline.tasks.config import SCORES, TaskConfig
 
 NAMED = 5
@@ -65,6 +65,21 @@ class Classification(Task):
 
     def metrics(self) -> Metrics:
         return ClassificationScores()
+
+    def columns(self, classes: Sequence[Any]) -> Mapping[str, Kind]:
+        each: Kind = {str(label): float for label in classes}
+        return {"label": type(classes[0]), "probability": float, "probabilities": each}
+
+    def predictions(
+        self, output: Any, inputs: Mapping[str, Tensor], classes: Sequence[Any]
+    ) -> Mapping[str, np.ndarray | Sequence[Any]]:
+        probabilities_BC = read_tensor(output).float().softmax(-1).cpu()
+        highest_B, number_B = probabilities_BC.max(-1)
+        return {
+            "label": np.array(classes)[number_B.numpy()],
+            "probability": highest_B.numpy(),
+            "probabilities": probabilities_BC.numpy(),
+        }
 
 
 class ClassificationScores:
