@@ -22,11 +22,11 @@ from pipeline.encode import encode_units
 from pipeline.encoded import Encoded
 from pipeline.encoder import Encoder, autocast
 from pipeline.feed import Keyed
-from pipeline.finished import FinishedRun, open_run
 from pipeline.loader import Batch, Loader
 from pipeline.predictions import DESCRIBED, Predictions, check_format, described, joined, open_output
 from pipeline.project import Project
 from pipeline.quarantine import BadSample
+from pipeline.runs import FinishedRun, open_run
 from pipeline.store import KeySet, Reader, Store, discard, sweep, temporary_folder
 from pipeline.tasks import Kind
 from pipeline.unit import plan

@@ -14,15 +14,9 @@ FLOORS = [
     {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch", "stages.store"}
     | {"stages.predict"},
     {"stages.options"},
-    {
-        "pipeline.deviation",
-        "pipeline.flow",
-        "pipeline.export",
-        "pipeline.predict",
-        "pipeline.stores",
-        "pipeline.subject",
-    },
-    {"pipeline.epochs", "pipeline.finished", "pipeline.proved"},
+    {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"}
+    | {"pipeline.predict"},
+    {"pipeline.epochs", "pipeline.proved", "pipeline.runs"},
     {"pipeline.project"},
     {"pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
     {
