@@ -106,7 +106,8 @@ class SharedStates:
     def encode(self, rows: np.ndarray) -> None:
         """Run the prefix on those of `rows` (n,) int64 that are new."""
         encode_units(self.encoder, plan(self.keys, rows, [self.fresh], self.config.segment_samples), self.done)
-        self.known.refresh()
+        if not self.forgets:
+            self.known.refresh()
 
     def predict(self, rows: np.ndarray) -> None:
         """Add what the runs say of `rows` (n,) int64, all distinct, to the predictions; bad ones are left out."""

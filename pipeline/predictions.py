@@ -30,34 +30,42 @@ class Predictions:
     def __init__(self, kinds: Mapping[str, Kind]) -> None:
         """Begin with none; `kinds` are the columns."""
         self.schema = pa.schema([(name, _type(kind)) for name, kind in kinds.items()])
-        self._rows = [np.empty(0, np.int64)]
-        self._tables = [self.schema.empty_table()]
+        self._rows, self._table = np.empty(0, np.int64), self.schema.empty_table()
+        self._added: list[tuple[np.ndarray, Columns]] = []
 
     def add(self, rows: np.ndarray, columns: Columns) -> None:
         """Take in the predictions of `rows` (B,) int64: each column (B,), or (B, n) for lists or names, or a list."""
-        arrays = [_array(columns[field.name], field.type) for field in self.schema]
-        self._rows.append(rows)
-        self._tables.append(pa.table(arrays, schema=self.schema))
+        self._added.append((rows, columns))
 
     def take(self, rows: np.ndarray) -> pa.Table:
         """Return the predictions of `rows` (n,) int64, in their order; nulls for a row that has none."""
+        self._settle()
         places = self._places(rows)
-        return pa.concat_tables(self._tables).take(pa.array(places, mask=places < 0))
+        return self._table.take(pa.array(places, mask=places < 0))
 
     def keep(self, rows: np.ndarray) -> None:
         """Forget all but `rows`, of those that are there."""
+        self._settle()
         rows = rows[self._places(rows) >= 0]
-        self._tables = [self.take(rows)]
-        self._rows = [rows]
+        self._table = self.take(rows)
+        self._rows = rows
+
+    def _settle(self) -> None:
+        """Make one table of what was added: thousands of columns cost more by the piece than by the value."""
+        if self._added:
+            columns = [_joined([columns[name] for _, columns in self._added]) for name in self.schema.names]
+            arrays = [_array(values, field.type) for values, field in zip(columns, self.schema, strict=True)]
+            self._rows = np.concatenate([self._rows, *(rows for rows, _ in self._added)])
+            self._table = pa.concat_tables([self._table, pa.table(arrays, schema=self.schema)])
+            self._added.clear()
 
     def _places(self, rows: np.ndarray) -> np.ndarray:
         """Return (n,) int64: where each of `rows` lies, -1 where it does not."""
-        known = np.concatenate(self._rows)
-        if not len(known):
+        if not len(self._rows):
             return np.full(len(rows), -1, np.int64)
-        order = np.argsort(known)
-        near = order[np.minimum(np.searchsorted(known, rows, sorter=order), len(known) - 1)]
-        return np.where(known[near] == rows, near, -1)
+        order = np.argsort(self._rows)
+        near = order[np.minimum(np.searchsorted(self._rows, rows, sorter=order), len(order) - 1)]
+        return np.where(self._rows[near] == rows, near, -1)
 
 
 def described(sources: Sequence[str], keys: Sequence[str | None], reasons: Sequence[str | None]) -> pa.Table:
@@ -107,6 +115,13 @@ def _type(kind: Kind) -> pa.DataType:
     if isinstance(kind, dict):
         return pa.struct([(name, _type(of)) for name, of in kind.items()])
     return _TYPES[kind]
+
+
+def _joined(batches: Sequence[np.ndarray | Sequence[Any]]) -> np.ndarray | Sequence[Any]:
+    """Return the values of all batches in one; lists of a length that differs between batches become a list of them."""
+    if all(isinstance(batch, np.ndarray) for batch in batches) and len({np.shape(batch)[1:] for batch in batches}) == 1:
+        return np.concatenate([np.asarray(batch) for batch in batches])
+    return [value for batch in batches for value in batch]
 
 
 def _array(values: np.ndarray | Sequence[Any], of: pa.DataType) -> pa.Array:

@@ -172,7 +172,7 @@ class Workbench:
         config, device = self.project.encode, pick_device(self.project.encode.device)
         self.backbone.model.to(device)
         if config.channels_last:
-            self.backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.backbone.model.to(memory_format=torch.channels_last)
         return device
 
     def split(self, cut: CutName, example: dict[str, Tensor]) -> tuple[Prefix, Suffix]:
