@@ -28,7 +28,7 @@ from pipeline.project import Project
 from pipeline.quarantine import BadSample
 from pipeline.runs import FinishedRun, open_run
 from pipeline.store import KeySet, Reader, Store, discard, sweep, temporary_folder
-from pipeline.tasks import Kind
+from pipeline.tasks import Asked, Column, Kind
 from pipeline.unit import plan
 
 log = logging.getLogger("recycle")
@@ -72,7 +72,7 @@ def predict_project(
         if write:
             for states in shared:
                 states.encode(keyed.good)
-        _predict_all(source, keyed, shared, output)
+        predict_spans(source, keyed, shared, output)
     return _tell(project, keyed, shared, output)
 
 
@@ -123,14 +123,16 @@ class SharedStates:
 
     def _predict(self, store: Store, reader: Reader, rows: np.ndarray) -> None:
         for batch in self._batches(store, reader, rows):
-            columns: dict[str, np.ndarray | Sequence[object]] = {}
+            numbers = rows[batch.rows.numpy()]
+            asked = Asked(batch.targets, [self.encoder.source.row(row).targets for row in numbers.tolist()])
+            columns: dict[str, Column] = {}
             for beginning, run in self.runs.items():
                 precision = PRECISIONS[run.bench.project.train.precision]
                 with torch.no_grad(), autocast(precision, self.device):
                     output = run.suffix(batch.state, **batch.inputs)
-                said = run.bench.task.predictions(output, batch.inputs, run.classes)
+                said = run.bench.task.predictions(output, asked, run.classes)
                 columns |= {beginning + name: values for name, values in said.items()}
-            self.predictions.add(rows[batch.rows.numpy()], columns)
+            self.predictions.add(numbers, columns)
 
     def _batches(self, store: Store, reader: Reader, rows: np.ndarray) -> Iterator[Batch]:
         """Yield `rows` in batches of states of similar size, and within these as they lie in the store."""
@@ -147,7 +149,7 @@ class SharedStates:
         return {beginning + name: kind for beginning, of in kinds.items() for name, kind in of.items()}
 
 
-def _predict_all(source: Source, keyed: Keyed, shared: Sequence[SharedStates], output: Path) -> None:
+def predict_spans(source: Source, keyed: Keyed, shared: Sequence[SharedStates], output: Path) -> None:
     """Write the predictions of all inputs, span by span; of equal inputs the first one's are everyone's."""
     first, numbers = KeySet(keyed.keys).find(keyed.keys), np.arange(len(keyed.keys))
     last = numbers.copy()

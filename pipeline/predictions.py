@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +13,7 @@ import pyarrow.parquet
 
 from pipeline.errors import ConfigError
 from pipeline.files import whole
-from pipeline.tasks import Kind
-
-Columns: TypeAlias = Mapping[str, np.ndarray | Sequence[Any]]
+from pipeline.tasks import Column, Kind
 
 _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float32(), bool: pa.bool_()}
 DESCRIBED = pa.schema([("source", pa.string()), ("key", pa.string()), ("reason", pa.string())])
@@ -31,10 +28,10 @@ class Predictions:
         """Begin with none; `kinds` are the columns."""
         self.schema = pa.schema([(name, _type(kind)) for name, kind in kinds.items()])
         self._rows, self._table = np.empty(0, np.int64), self.schema.empty_table()
-        self._added: list[tuple[np.ndarray, Columns]] = []
+        self._added: list[tuple[np.ndarray, Mapping[str, Column]]] = []
 
-    def add(self, rows: np.ndarray, columns: Columns) -> None:
-        """Take in the predictions of `rows` (B,) int64: each column (B,), or (B, n) for lists or names, or a list."""
+    def add(self, rows: np.ndarray, columns: Mapping[str, Column]) -> None:
+        """Take in the predictions of `rows` (B,) int64."""
         self._added.append((rows, columns))
 
     def take(self, rows: np.ndarray) -> pa.Table:
@@ -117,14 +114,14 @@ def _type(kind: Kind) -> pa.DataType:
     return _TYPES[kind]
 
 
-def _joined(batches: Sequence[np.ndarray | Sequence[Any]]) -> np.ndarray | Sequence[Any]:
+def _joined(batches: Sequence[Column]) -> Column:
     """Return the values of all batches in one; lists of a length that differs between batches become a list of them."""
     if all(isinstance(batch, np.ndarray) for batch in batches) and len({np.shape(batch)[1:] for batch in batches}) == 1:
         return np.concatenate([np.asarray(batch) for batch in batches])
     return [value for batch in batches for value in batch]
 
 
-def _array(values: np.ndarray | Sequence[Any], of: pa.DataType) -> pa.Array:
+def _array(values: Column, of: pa.DataType) -> pa.Array:
     """Return a column as Arrow has it; arrays are not taken apart into Python's objects."""
     if not isinstance(values, np.ndarray) or values.ndim < 2:
         return pa.array(values, of)

@@ -16,6 +16,19 @@ Kind: TypeAlias = "type | list[Kind] | dict[str, Kind]"
 """What a column of predictions holds: `str`, `int`, `float` or `bool`; any number of one kind, as `[str]`; or a value
 under each name, as `{"cat": float, "dog": float}`."""
 
+Column: TypeAlias = np.ndarray | Sequence[Any]
+"""Predictions for B samples: (B,), (B, n) for lists of n or for n names in their order, or a sequence of B values."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is known of B samples whose outputs are read."""
+
+    extras: Mapping[str, Tensor]
+    """What is stored of them beside the state and the inputs, each (B, ...)."""
+    rows: Sequence[Mapping[str, Any]]
+    """What their source says of each; labels may be missing."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -113,13 +126,10 @@ class Task(ABC):
         """Return the columns of `predictions`."""
         return {"output": [float]}
 
-    def predictions(
-        self, output: Any, inputs: Mapping[str, Tensor], classes: Sequence[Any]
-    ) -> Mapping[str, np.ndarray | Sequence[Any]]:
+    def predictions(self, output: Any, asked: Asked, classes: Sequence[Any]) -> Mapping[str, Column]:
         """Return what the model's `output` for a batch of B samples says, by column.
 
-        Each is (B,), or (B, n) for a list of n, or for n names in their order, or a sequence of B values. `inputs` are
-        the batch's, `classes` those of the run. Here: the numbers of the output as they come.
+        `classes` are those of the run. Here: the numbers of the output as they come.
         """
         numbers = read_tensor(output).float().cpu()
         return {"output": numbers.reshape(len(numbers), -1).numpy()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Head, Kind, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
 from pipeline.tasks.config import SCORES, TaskConfig
 
 NAMED = 5
@@ -70,9 +70,7 @@ class Classification(Task):
         each: Kind = {str(label): float for label in classes}
         return {"label": type(classes[0]), "probability": float, "probabilities": each}
 
-    def predictions(
-        self, output: Any, inputs: Mapping[str, Tensor], classes: Sequence[Any]
-    ) -> Mapping[str, np.ndarray | Sequence[Any]]:
+    def predictions(self, output: Any, asked: Asked, classes: Sequence[Any]) -> Mapping[str, Column]:
         probabilities_BC = read_tensor(output).float().softmax(-1).cpu()
         highest_B, number_B = probabilities_BC.max(-1)
         return {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Head, Kind, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
 from pipeline.tasks.config import LABEL_LOSSES, SCORES, TaskConfig
 from pipeline.tasks.losses import make_loss, make_miner
 from pipeline.tasks.retrieval import RetrievalScores
@@ -108,9 +108,7 @@ class Similarity(Task):
     def columns(self, classes: Sequence[Any]) -> Mapping[str, Kind]:
         return {"embedding": [float]}
 
-    def predictions(
-        self, output: Any, inputs: Mapping[str, Tensor], classes: Sequence[Any]
-    ) -> Mapping[str, np.ndarray | Sequence[Any]]:
+    def predictions(self, output: Any, asked: Asked, classes: Sequence[Any]) -> Mapping[str, Column]:
         return {"embedding": read_tensor(output).float().cpu().numpy()}
 
 
