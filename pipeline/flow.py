@@ -133,7 +133,7 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
         frozen_seconds_per_sample=_frozen_cost(prefix, bench, views, table, accelerator.device),
         history=summary.history,
-        classes=bench.task.classes(table),
+        legend=bench.task.legend(table),
     )
     runs.write(project, finished)
     log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)

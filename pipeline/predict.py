@@ -130,7 +130,7 @@ class SharedStates:
                 precision = PRECISIONS[run.bench.project.train.precision]
                 with torch.no_grad(), autocast(precision, self.device):
                     output = run.suffix(batch.state, **batch.inputs)
-                said = run.bench.task.predictions(output, asked, run.classes)
+                said = run.bench.task.predictions(output, asked, run.legend)
                 columns |= {beginning + name: values for name, values in said.items()}
             self.predictions.add(numbers, columns)
 
@@ -145,7 +145,7 @@ class SharedStates:
         return iter(Loader(store, keys, {}, batches, pad=self.pad, device=self.device, source=reader))
 
     def _columns(self) -> Mapping[str, Kind]:
-        kinds = {beginning: run.bench.task.columns(run.classes) for beginning, run in self.runs.items()}
+        kinds = {beginning: run.bench.task.columns(run.legend) for beginning, run in self.runs.items()}
         return {beginning + name: kind for beginning, of in kinds.items() for name, kind in of.items()}
 
 

@@ -37,8 +37,8 @@ class Run:
     frozen_seconds_per_sample: float
     """Time of the prefix alone on training batches: what frozen layers cost at every epoch where nothing is kept."""
     history: list[dict[str, float]]
-    classes: list[Any] = field(default_factory=list)
-    """What the outputs are called, in their order; empty where they have no names."""
+    legend: list[Any] = field(default_factory=list)
+    """What the model's outputs mean: the task reads them with it."""
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ class FinishedRun:
     prefix: Prefix
     suffix: Suffix
     """With the trained weights, in eval mode, on the CPU."""
-    classes: Sequence[Any]
-    """What its outputs are called, in their order; empty where they have no names."""
+    legend: Sequence[Any]
+    """What its outputs mean, as they did when it was trained."""
 
 
 def open_run(project: Project, name: str) -> FinishedRun:
@@ -94,20 +94,16 @@ def open_run(project: Project, name: str) -> FinishedRun:
     project = project.overridden(run.overrides)
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
     bench = Workbench.open(project, table)
-    if (today := bench.task.classes(table)) != run.classes:
-        raise DataError(
-            f"run {name} was trained on the classes {_few(run.classes)}; {project.samples} has {_few(today)}; "
-            "train it again"
-        )
     store, prefix, suffix = bench.open_store(project.cut(str(run.cut)), table)
     weights = project.run_path(name) / WEIGHTS
     try:
         suffix.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:
         raise DataError(
-            f"run {name}: {weights} does not fit today's settings; train it again: {' '.join(str(error).split())}"
+            f"run {name}: {weights} does not fit today's settings and labels; train it again "
+            f"({' '.join(str(error).split())})"
         ) from error
-    return FinishedRun(bench, table, store, prefix, suffix.eval(), run.classes)
+    return FinishedRun(bench, table, store, prefix, suffix.eval(), run.legend)
 
 
 def current(project: Project) -> list[Run]:
@@ -138,8 +134,3 @@ def _holds(project: Project, run: Run) -> bool:
         pass
     log.warning("run %s was made of other settings, samples or stores: it is left out; train it again", run.name)
     return False
-
-
-def _few(classes: Sequence[Any]) -> str:
-    named = ", ".join(map(str, classes[:5]))
-    return named + (f", ... ({len(classes)})" if len(classes) > 5 else "") or "(none)"

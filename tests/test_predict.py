@@ -247,17 +247,23 @@ def test_what_is_wrong_is_said(project: Project) -> None:
     assert not out.exists()
 
 
-def test_classes_must_be_those_of_training(project: Project) -> None:
+def test_classes_are_called_as_in_training(project: Project) -> None:
+    before = rows_of(project, "new")
     shutil.copytree("photos/circle", "photos/round")
     shutil.rmtree("photos/circle")
     encode_project(project)
-    with pytest.raises(DataError, match=r"classes circle, square, stripe; .* has round, square, stripe; train"):
-        rows_of(project)
+    assert rows_of(project, "new") == before
+    shutil.copytree("new", "photos/another")
+    encode_project(project)
+    with pytest.raises(DataError, match=r"does not fit today's settings and labels; train it again .*size mismatch"):
+        rows_of(project, "new")
 
 
 def test_weights_must_fit(project: Project) -> None:
     shutil.copy("results/runs/1.0/model.safetensors", "results/runs/0.5/model.safetensors")
-    with pytest.raises(DataError, match=r"run 0\.5: .* does not fit today's settings; train it again: .*Missing key"):
+    with pytest.raises(
+        DataError, match=r"run 0\.5: .* does not fit today's settings and labels; .*Missing key"
+    ):
         rows_of(project)
 
 

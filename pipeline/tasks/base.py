@@ -114,22 +114,21 @@ class Task(ABC):
     def metrics(self) -> Metrics:
         """Return fresh scores."""
 
-    def classes(self, table: Table) -> list[Any]:
-        """Return what the outputs are called, in their order; a run keeps it. Empty where they have no names, as here.
+    def legend(self, table: Table) -> list[Any]:
+        """Return what the outputs of a model that is trained on `table` mean: names of classes, say. A run keeps it.
 
-        Raises:
-            DataError: the labels do not allow the task.
+        It holds what JSON can hold. Empty where outputs speak for themselves, as here.
         """
         return []
 
-    def columns(self, classes: Sequence[Any]) -> Mapping[str, Kind]:
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         """Return the columns of `predictions`."""
         return {"output": [float]}
 
-    def predictions(self, output: Any, asked: Asked, classes: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
         """Return what the model's `output` for a batch of B samples says, by column.
 
-        `classes` are those of the run. Here: the numbers of the output as they come.
+        `legend` is the run's. Here: the numbers of the output as they come.
         """
         numbers = read_tensor(output).float().cpu()
         return {"output": numbers.reshape(len(numbers), -1).numpy()}

@@ -66,15 +66,18 @@ class Classification(Task):
     def metrics(self) -> Metrics:
         return ClassificationScores()
 
-    def columns(self, classes: Sequence[Any]) -> Mapping[str, Kind]:
-        each: Kind = {str(label): float for label in classes}
-        return {"label": type(classes[0]), "probability": float, "probabilities": each}
+    def legend(self, table: Table) -> list[Any]:
+        return self.classes(table)
 
-    def predictions(self, output: Any, asked: Asked, classes: Sequence[Any]) -> Mapping[str, Column]:
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        each: Kind = {str(label): float for label in legend}
+        return {"label": type(legend[0]), "probability": float, "probabilities": each}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
         probabilities_BC = read_tensor(output).float().softmax(-1).cpu()
         highest_B, number_B = probabilities_BC.max(-1)
         return {
-            "label": np.array(classes)[number_B.numpy()],
+            "label": np.array(legend)[number_B.numpy()],
             "probability": highest_B.numpy(),
             "probabilities": probabilities_BC.numpy(),
         }

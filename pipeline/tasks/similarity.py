@@ -105,10 +105,10 @@ class Similarity(Task):
     def metrics(self) -> Metrics:
         return RetrievalScores()
 
-    def columns(self, classes: Sequence[Any]) -> Mapping[str, Kind]:
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"embedding": [float]}
 
-    def predictions(self, output: Any, asked: Asked, classes: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
         return {"embedding": read_tensor(output).float().cpu().numpy()}
 
 
