@@ -45,13 +45,15 @@ DOORS = {
     "accelerate": {"pipeline.checkpoint", "pipeline.flow", "pipeline.train"},
     "matplotlib": {"pipeline.report"},
     "numcodecs": {"pipeline.store"},
+    "soundfile": {"pipeline.models"},
+    "soxr": {"pipeline.models"},
     "sqlite3": {"pipeline.stat_cache"},
     "peft": {"pipeline.adapter"},
     "pyarrow": {"pipeline.data", "pipeline.predictions"},
     "pytorch_metric_learning": {"pipeline.tasks"},
     "timm": {"pipeline.models"},
     "torchmetrics": {"pipeline.tasks"},
-    "torchvision": {"pipeline.models"},
+    "torchvision": {"pipeline.data", "pipeline.models"},  # its data sets, and its networks
     "transformers": {"pipeline.adapter", "pipeline.models"},
     "zarr": {"pipeline.store"},
 }

@@ -261,9 +261,7 @@ def test_classes_are_called_as_in_training(project: Project) -> None:
 
 def test_weights_must_fit(project: Project) -> None:
     shutil.copy("results/runs/1.0/model.safetensors", "results/runs/0.5/model.safetensors")
-    with pytest.raises(
-        DataError, match=r"run 0\.5: .* does not fit today's settings and labels; .*Missing key"
-    ):
+    with pytest.raises(DataError, match=r"run 0\.5: .* does not fit today's settings and labels; .*Missing key"):
         rows_of(project)
 
 

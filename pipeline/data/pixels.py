@@ -1,4 +1,4 @@
-"""Pixels in a table (a row per image, CSV) or in an array file (.npy, .npz)."""
+"""Pixels in a table: a row per image, a column per pixel (CSV)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHANNELS = (1, 3)
 
 
 class Pixels(Source):
-    """Images of one size, held in memory: `images` (N, H, W) or (N, H, W, C), `labels` one per image, if there are."""
+    """Images of one size, held in memory: `images` (N, H, W) or (N, H, W, C), `labels` one per image, if any."""
 
     def __init__(self, name: str, images: np.ndarray, labels: list[Target] | None) -> None:
         self.name, self._images, self._labels = name, images, labels
@@ -35,18 +35,9 @@ class Pixels(Source):
 
 
 def open_pixels(config: DataConfig, path: Path) -> Pixels:
-    """Read the table (.csv, .csv.gz) or the arrays (.npy, .npz) at `path`; pickled objects are refused."""
-    if path.suffix not in (".npy", ".npz"):
-        return _read_table(config, path)
-    try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"data.path {path} cannot be read as {path.suffix}: {error}") from error
-    return _from_array(config, path, arrays[""]) if path.suffix == ".npy" else _from_arrays(config, path, arrays)
-
-
-def _read_table(config: DataConfig, path: Path) -> Pixels:
+    """Read the table (.csv, .csv.gz) at `path`."""
+    if path.suffix in (".npy", ".npz"):
+        raise ConfigError(f"data.path is {path}, an array; source pixels reads tables; set data.source: arrays")
     header = _has_header(path) if config.header is None else config.header
     try:
         table = pa.csv.read_csv(path, read_options=pa.csv.ReadOptions(autogenerate_column_names=not header))
@@ -113,7 +104,7 @@ def _few(names: list[str]) -> str:
 
 
 def _check_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:
-    remedy = "pixels of a table are whole numbers in 0..255; .npy holds other ranges"
+    remedy = "pixels of a table are whole numbers in 0..255; source arrays holds other ranges"
     if not pa.types.is_integer(values.type) or values.null_count:
         raise DataError(f"{path}: column {name} holds {values.type}, {values.null_count} of them empty; {remedy}")
     bounds = pc.min_max(values).as_py()
@@ -128,38 +119,3 @@ def _square(pixels: int) -> tuple[int, ...] | None:
         if side * side * channels == pixels:
             return (side, side) if channels == 1 else (side, side, channels)
     return None
-
-
-def _from_array(config: DataConfig, path: Path, images: np.ndarray) -> Pixels:
-    """Pair a .npy of images with the .npy of labels beside it."""
-    if not config.labelled:
-        return _checked(path, images, None)
-    beside = path.with_name(config.label if isinstance(config.label, str) else f"{path.stem}.labels.npy")
-    if not beside.is_file():
-        raise ConfigError(f"data.label: {path} holds images alone and {beside} is missing; name the .npy of labels")
-    try:
-        labels = np.load(beside, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{beside} cannot be read as .npy: {error}") from error
-    return _checked(path, images, labels)
-
-
-def _from_arrays(config: DataConfig, path: Path, arrays: dict[str, np.ndarray]) -> Pixels:
-    """Take the labels' array by name; the one other array holds the images."""
-    name = config.label if isinstance(config.label, str) else "y"
-    others = sorted(set(arrays) - {name})
-    if (name not in arrays and config.labelled) or len(others) != 1:
-        raise ConfigError(f"data.label is {name!r}; {path} holds {', '.join(sorted(arrays))}; expected it and one more")
-    return _checked(path, arrays[others[0]], arrays[name] if config.labelled else None)
-
-
-def _checked(path: Path, images: np.ndarray, labels: np.ndarray | None) -> Pixels:
-    if labels is None:
-        if images.ndim < 2 or images.dtype.kind not in "uifb":
-            raise DataError(f"{path}: images {images.dtype} of shape {images.shape}; expected numbers (N, ...)")
-        return Pixels(path.name, images, None)
-    if images.ndim < 2 or labels.shape != images.shape[:1]:
-        raise DataError(f"{path}: images {images.shape} and labels {labels.shape}; expected (N, ...) and (N,)")
-    if images.dtype.kind not in "uifb" or labels.dtype.kind not in "uifbU":
-        raise DataError(f"{path}: images {images.dtype}, labels {labels.dtype}; expected numbers, and numbers or text")
-    return Pixels(path.name, images, labels.tolist())

@@ -27,6 +27,14 @@ def open_task(config: TaskConfig) -> Task:
         from pipeline.tasks.similarity import Similarity  # noqa: PLC0415
 
         return Similarity(config)
+    if config.kind == "multi-label":
+        from pipeline.tasks.multi_label import MultiLabel  # noqa: PLC0415
+
+        return MultiLabel(config)
+    if config.kind == "regression":
+        from pipeline.tasks.regression import Regression  # noqa: PLC0415
+
+        return Regression(config)
     task = load_function(config.kind, "task.kind")(config)
     if not isinstance(task, Task):
         raise ConfigError(f"task.kind is {config.kind!r}, which returned {type(task).__name__}; expected a Task")

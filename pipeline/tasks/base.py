@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -11,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, TrainError
+from pipeline.tasks.config import LOWER_IS_BETTER
 
 Kind: TypeAlias = "type | list[Kind] | dict[str, Kind]"
 """What a column of predictions holds: `str`, `int`, `float` or `bool`; any number of one kind, as `[str]`; or a value
@@ -35,7 +38,8 @@ class Head:
     """What the suffix must end in."""
 
     kind: Literal["classes", "embedding"]
-    """"classes": logits (B, size) from the architecture's own classifier. "embedding": one vector per sample (B, D)."""
+    """"classes": logits, or numbers to regress, (B, size), from the architecture's own classifier.
+    "embedding": one vector per sample (B, D)."""
     size: int | None = None
     """classes: how many."""
     pooling: Literal["mean", "cls", "pooled"] | None = None
@@ -76,7 +80,12 @@ class Task(ABC):
 
     name: str
     monitor: str
-    """Name of the score that decides which epoch is best; higher is better."""
+    """Name of the score that decides which epoch is best."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Say in which direction `monitor` is better: the lower, where it is an error."""
+        return self.monitor not in LOWER_IS_BETTER
 
     @property
     def loss_module(self) -> nn.Module | None:
@@ -144,6 +153,14 @@ def column(table: Table, name: str, task: str) -> np.ndarray:
         known = ", ".join(table.targets) or "none"
         raise DataError(f"task {task} needs the target {name}; the samples have {known}; set another task or source")
     return table.targets[name]
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Silence what a library of scores warns of, where it is what this code means to do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def read_tensor(output: Any) -> Tensor:

@@ -11,9 +11,16 @@ from pipeline.files import is_function
 
 SCORES = {
     "classification": ("accuracy", "macro_f1"),
+    "multi-label": ("average_precision", "micro_f1", "macro_f1"),
+    "regression": ("rmse", "mae", "r2", "pearson", "spearman"),
     "similarity": ("precision_at_1", "reciprocal_rank", "r_precision"),
 }
 """What each task is scored by; the first is its `monitor` unless another is set."""
+
+LOWER_IS_BETTER = frozenset({"rmse", "mae"})
+"""Scores that are errors."""
+
+REGRESSION_LOSSES = ("mse", "l1", "huber")
 
 LABEL_LOSSES = frozenset(
     {"arcface", "cosface", "normalized_softmax", "proxy_anchor", "soft_triple", "sub_center_arcface"}
@@ -21,11 +28,18 @@ LABEL_LOSSES = frozenset(
 """Losses that hold trainable vectors for every label of the training split."""
 
 _USED_BY: dict[str, frozenset[str]] = {
-    "classification": frozenset({"label_smoothing", "monitor"}),
+    "classification": frozenset({"label_smoothing", "class_weights", "monitor"}),
+    "multi-label": frozenset({"label_smoothing", "class_weights", "monitor"}),
+    "regression": frozenset({"loss", "loss_options", "monitor"}),
     "similarity": frozenset({"loss", "loss_options", "miner", "miner_options", "symmetric", "pooling", "layers"})
     | {"samples_per_label", "monitor", "seed"},
     "module:function": frozenset({"options"}),
 }
+_DEFAULT_LOSS = {"similarity": "multiple_negatives", "regression": "mse"}
+
+
+def _default_loss(settings: dict[str, Any]) -> str:
+    return _DEFAULT_LOSS.get(settings.get("kind", ""), "")
 
 
 class TaskConfig(Section):
@@ -34,21 +48,29 @@ class TaskConfig(Section):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     kind: str = "classification"
-    """"classification" (one label per sample), "similarity" (an embedding in which what belongs together is near:
+    """"classification" (one label per sample), "multi-label" (any number of them), "regression" (a number, or several),
+    "similarity" (an embedding in which what belongs together is near:
     pairs, or samples under one label), or the user's own "module:function", which is called with this section and
     returns a `Task`."""
     monitor: str | None = None
     """Score on the validation split that decides which epoch is best. classification: accuracy (default) or macro_f1;
-    similarity: precision_at_1 (default), reciprocal_rank or r_precision."""
+    multi-label: average_precision (default), micro_f1 or macro_f1; regression: rmse (default), mae, r2, pearson or
+    spearman, of which the first two are better the lower; similarity: precision_at_1 (default), reciprocal_rank or
+    r_precision."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """classification: share of each target that is spread over all classes."""
-    loss: str = "multiple_negatives"
-    """similarity: a loss of pytorch-metric-learning. For pairs and labels: "multiple_negatives" (the others of the
+    """classification: share of each target that is spread over all classes. multi-label: share of each yes and no that
+    becomes a maybe."""
+    class_weights: Literal["balanced"] | None = None
+    """classification, multi-label: "balanced" weighs each class as if all were equally frequent in the training
+    split (multi-label: as if as many samples had a label as not)."""
+    loss: str = Field(default_factory=_default_loss)
+    """regression: "mse" (the default), "l1" or "huber", on standardised numbers.
+    similarity: a loss of pytorch-metric-learning. For pairs and labels: "multiple_negatives" (the others of the
     batch are the negatives; also called "ntxent"), "contrastive", "triplet_margin", "multi_similarity", "circle",
     "supcon"; for labels alone: "arcface", "cosface", "normalized_softmax", "proxy_anchor", "soft_triple",
     "sub_center_arcface", which need `layers`."""
     loss_options: dict[str, Any] = Field(default_factory=dict)
-    """similarity: arguments of the loss, as in {temperature: 0.05} or {margin: 0.2}."""
+    """regression, similarity: arguments of the loss, as in {delta: 0.5}, {temperature: 0.05} or {margin: 0.2}."""
     miner: str | None = None
     """similarity: what picks the informative pairs of a batch for the loss: "batch_hard", "batch_easy_hard",
     "multi_similarity", "triplet_margin", "pair_margin", "angular" or "distance_weighted"."""
@@ -79,10 +101,13 @@ class TaskConfig(Section):
         faults = [
             f"{name} is {getattr(self, name)!r}, which kind {self.kind} does not use; remove it"
             for name in sorted(unused)
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+            if getattr(self, name)
+            != type(self).model_fields[name].get_default(call_default_factory=True, validated_data={"kind": self.kind})
         ]
         if self.monitor is not None and self.monitor not in SCORES.get(kind, (self.monitor,)):
             faults.append(f"monitor is {self.monitor!r}; {kind} has {', '.join(SCORES[kind])}")
+        if kind == "regression" and self.loss not in REGRESSION_LOSSES:
+            faults.append(f"loss is {self.loss!r}; regression has {', '.join(REGRESSION_LOSSES)}")
         if self.miner_options and self.miner is None:
             faults.append(f"miner_options is {self.miner_options!r}, but no miner is set; set one")
         if self.loss in LABEL_LOSSES and not self.layers:

@@ -162,3 +162,25 @@ def test_rows_must_agree() -> None:
         table_of(Listed([("a", "dev", {"label": 1})]))
     with pytest.raises(DataError, match="no usable sample"):
         build(labelled(3), np.zeros((0, 16), np.uint8), config(), np.array([], int))
+
+
+@pytest.mark.parametrize(
+    "lists", [[["a"], [], ["b", "c"]], [[1, 2], [3, 4], [5, 6]], [[0.5], [1], []], [[], [], []]], ids=str
+)
+def test_a_target_may_be_a_list(tmp_path: Path, lists: list[Any]) -> None:
+    table = table_of(Listed([(f"t{i}", "train", {"tags": tags}) for i, tags in enumerate(lists)]))
+    assert table.targets["tags"].shape == (3,)
+    for name in ("one", "two"):
+        table.write(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    read = SampleTable.read(tmp_path / "one").targets["tags"]
+    assert read.dtype == object
+    assert read.tolist() == table.targets["tags"].tolist() == lists
+    assert read[np.array([2, 0])].tolist() == [lists[2], lists[0]]
+
+
+def test_lists_must_be_alike(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="target tags is a list in 1 of 2 rows"):
+        table_of(Listed([("a", None, {"tags": ["x"]}), ("b", None, {"tags": "x"})]))
+    with pytest.raises(DataError, match="lists of the target tags mix types"):
+        table_of(Listed([("a", None, {"tags": ["x"]}), ("b", None, {"tags": [1]})])).write(tmp_path / "table")
