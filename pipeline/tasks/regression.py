@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor, without_advice
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor, without_advice
 from pipeline.tasks.config import REGRESSION_LOSSES, SCORES, TaskConfig
 
 # N row of the table, B batch, K number to regress
@@ -88,6 +88,19 @@ class Regression(Task):
         if self._scale is None:
             raise TrainError("the unit of the numbers is not known; call prepare(table) before metrics()")
         return RegressionScores(self._scale)
+
+    def legend(self, table: Table) -> list[Any]:
+        """Return mean and standard deviation of each number."""
+        return np.stack(self.units_of(table), axis=1).tolist()
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"value": float} if len(legend) == 1 else {"values": [float]}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        numbers = read_tensor(output).float().cpu().numpy()
+        mean_K, deviation_K = np.array(legend).T
+        values_BK = numbers.reshape(len(numbers), -1) * deviation_K + mean_K
+        return {"value": values_BK[:, 0]} if len(legend) == 1 else {"values": values_BK}
 
 
 class RegressionScores:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from pipeline.data import DataConfig, Row, Source
 from pipeline.flow import encode_project, train_project
 from pipeline.order import batches
+from pipeline.predictions import Predictions
 from pipeline.project import Project
-from pipeline.tasks import Head, Task, TaskConfig, open_task
+from pipeline.tasks import Asked, Head, Task, TaskConfig, open_task
 from pipeline.tasks.config import LOWER_IS_BETTER
 
 CUT = 0.5
@@ -78,6 +80,8 @@ class TaskContract:
 
     settings: Mapping[str, Any]
     table: Rows
+    says: ClassVar[str | None] = None
+    """The column of predictions that has a sample's target `label` where the model is never wrong."""
 
     def right(self, targets: Mapping[str, Tensor]) -> Tensor:
         """Return the output (B, ...) of a model that is never wrong."""
@@ -180,6 +184,26 @@ class TaskContract:
     def test_scores_of_nothing_are_not_numbers(self, task: Task) -> None:
         task.prepare(self.table)
         assert np.isnan(task.metrics().compute()[task.monitor])
+
+    def test_predictions_fill_their_columns(self, task: Task) -> None:
+        legend = json.loads(json.dumps(task.legend(self.table)))
+        rows = np.flatnonzero(self.table.split == "validation")
+        known = [{name: values[row] for name, values in self.table.targets.items()} for row in rows]
+        predictions = Predictions(task.columns(legend))
+        reader = open_task(TaskConfig(**self.settings))  # one that was never trained: the legend is all it has
+        for chosen in np.split(np.arange(len(rows)), [1]):
+            targets = self.batch(task, rows[chosen])
+            asked = Asked(targets, [known[place] for place in chosen])
+            output = self.wrapped(self.right(targets).float())
+            predictions.add(rows[chosen], reader.predictions(output, asked, legend))
+        said = predictions.take(rows[::-1]).to_pylist()
+        assert len(said) == len(rows)
+        assert all(value is not None for one in said for value in one.values())
+        if self.says is not None:
+            for one, right in zip(said, known[::-1], strict=True):
+                label, given = right["label"], one[self.says]
+                several_names = isinstance(label, list) and not isinstance((*label, "")[0], int | float)
+                assert given == (sorted(label) if several_names else pytest.approx(label))
 
     def test_a_run_from_data_to_a_score_is_the_same_every_time(
         self, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

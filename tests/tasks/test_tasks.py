@@ -23,6 +23,7 @@ PAIRS = paired(6, 3)
 class TestClassification(TaskContract):
     settings: Mapping[str, Any] = {}
     table = LABELS
+    says = "label"
 
     def right(self, targets: Mapping[str, Tensor]) -> Tensor:
         return 9 * nn.functional.one_hot(targets["label"], 3).float()
@@ -48,6 +49,7 @@ class TestMultiLabel(TaskContract):
     """One sample has no label, and one label no sample of validation."""
 
     settings: Mapping[str, Any] = {"kind": "multi-label"}
+    says = "labels"
     table = labelled([["a", "c"], [], ["b"], ["a"], ["c", "b"], ["a", "d"]], [["a"], ["b", "a"], [], ["c"]])
 
     def right(self, targets: Mapping[str, Tensor]) -> Tensor:
@@ -75,6 +77,7 @@ class TestBalancedMultiLabel(TestMultiLabel):
 
 class TestRegression(TaskContract):
     settings: Mapping[str, Any] = {"kind": "regression"}
+    says = "value"
     table = labelled([1e6, 1e6 + 1, 1e6 + 5, 1e6 - 3], [1e6 + 2, 1e6 - 2, 1e6 + 9])
 
     def right(self, targets: Mapping[str, Tensor]) -> Tensor:
@@ -115,6 +118,7 @@ class TestRegressionOfSeveral(TestRegression):
         "loss_options": {"delta": 0.5},
         "monitor": "r2",
     }
+    says = "values"
     table = labelled([[1, 10.5], [2, 20], [3, 35], [5, 1]], [[1, 30], [2, 2], [2.5, 20]])
 
 
