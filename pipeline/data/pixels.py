@@ -77,7 +77,7 @@ def _is_number(text: str) -> bool:
 
 
 def _label_column(config: DataConfig, names: list[str], *, named: bool) -> int:
-    label = -1 if config.label is None else config.label
+    label = config.label if isinstance(config.label, str | int) else -1
     if isinstance(label, str):
         if not named or label not in names:
             known = f"the columns {_few(names)}" if named else f"{len(names)} columns without names; give its number"
