@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import runs
@@ -61,20 +60,14 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
         DataError: the run does not exist, or the samples of its store are not in the data set any more.
         ParityError: the full model's outputs differ from the cached path's.
     """
-    run = runs.read(project, name)
-    project = project.overridden(run.overrides)
-    cut = project.cut(str(run.cut))
-    weights = project.run_path(name) / "model.safetensors"
     if to.exists() and any(to.iterdir()):
         raise DataError(f"{to} is not empty; name a new folder, an export overwrites nothing")
-    table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
-    bench = Workbench.open(project, table)
-    store, prefix, suffix = bench.open_store(cut, table)
-    suffix.load_state_dict(load_file(weights))
-    contents, rows = _samples(project, bench, store, table)
-    outputs = _outputs(bench, store, table, prefix, suffix, contents, rows)
+    run = runs.open_run(project, name)
+    bench, store, table = run.bench, run.store, run.table
+    contents, rows = _samples(bench.project, bench, store, table)
+    outputs = _outputs(bench, store, table, run.prefix, run.suffix, contents, rows)
     parity = _compare(*outputs)
-    bound = STORED_TOLERANCE[project.encode.dtype]
+    bound = STORED_TOLERANCE[bench.project.encode.dtype]
     if parity.merged > MERGED_TOLERANCE or parity.stored > bound:
         raise ParityError(
             f"run {name}: the full model's outputs are {parity.merged:.1e} from prefix + suffix (bound "

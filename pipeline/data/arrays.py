@@ -18,26 +18,26 @@ NUMBERS = "uifb"
 
 @dataclass
 class Arrays(Source):
-    """Arrays of one shape: `samples` (N, ...), with labels, and splits and groups where they are known, each (N,).
+    """Arrays of one shape: `samples` (N, ...), with labels, splits and groups where they are known, each (N,).
 
     Labels (N, K) are a list for each sample: K numbers, or of booleans the numbers of the columns that are true.
     """
 
     path: Path
     samples: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
     splits: np.ndarray | None = None
     groups: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.samples)
 
     def row(self, i: int) -> Row:
         where = f"{self.path.name}#{i}"
-        label = self.labels[i]
-        targets: dict[str, Any] = {
-            "label": np.flatnonzero(label).tolist() if label.ndim and label.dtype == bool else label.tolist()
-        }
+        targets: dict[str, Any] = {}
+        if self.labels is not None:
+            label = self.labels[i]
+            targets["label"] = np.flatnonzero(label).tolist() if label.ndim and label.dtype == bool else label.tolist()
         if self.groups is not None:
             targets["group"] = str(self.groups[i])
         return Row(where, None if self.splits is None else split_named(self.splits[i], where), targets)
@@ -86,7 +86,7 @@ def _from_npz(config: DataConfig, path: Path) -> Arrays:
     named = {"label": label, "split": config.split, "group": config.group}
     others = sorted(set(arrays) - set(named.values()))
     for setting, name in named.items():
-        if name is not None and (name not in arrays or len(others) != 1):
+        if name is not None and ((name not in arrays and config.labelled) or len(others) != 1):
             raise ConfigError(
                 f"data.{setting} is {name!r}; {path} holds {', '.join(sorted(arrays))}; expected what is named and "
                 "one more array, with the samples"
@@ -97,6 +97,10 @@ def _from_npz(config: DataConfig, path: Path) -> Arrays:
 def _checked(
     config: DataConfig, path: Path, samples: np.ndarray, read: Callable[[str, str], np.ndarray], label: str
 ) -> Arrays:
+    if not config.labelled:
+        if samples.ndim < 2 or samples.dtype.kind not in NUMBERS:
+            raise DataError(f"{path}: samples {samples.dtype} of shape {samples.shape}; expected numbers (N, ...)")
+        return Arrays(path, samples, None)
     labels = read("label", config.label if isinstance(config.label, str) else label)
     if samples.ndim < 2 or labels.ndim not in (1, 2) or len(labels) != len(samples):
         raise DataError(

@@ -50,6 +50,9 @@ class DataConfig(Section):
     """images in a table: name of the field that holds its path, relative to the table's folder, or its bytes."""
     audio: str | None = None
     """audio in a table: name of the field that holds its path, relative to the table's folder, or its bytes."""
+    labelled: bool = True
+    """Whether labels, splits and groups are read. Without them a data set is contents alone, as `recycle predict` reads
+    its input: files need no folder per class, tables no field of labels, pairs one half each."""
     label: str | int | Names | None = None
     """Tables: name of the label's field (it may hold a list), or names of several: a list of numbers to regress.
     pixels: its column by name or by number (the default is -1, the last). arrays: in .npz the name of its array
@@ -103,6 +106,7 @@ class DataConfig(Section):
             if getattr(self, name) not in (None, {})
         ]
         required = () if kind == "module:function" else ("path", *_REQUIRED_BY.get(kind, ()))
+        required = tuple(name for name in required if self.labelled or name != "label")
         faults += [
             f"{name} is not set; source {self.source} needs it" for name in required if getattr(self, name) is None
         ]
@@ -115,3 +119,7 @@ class DataConfig(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def of_inputs(self, path: str) -> Self:
+        """Return the settings of data of the same kind at `path`, without labels."""
+        return self.model_copy(update={"path": path, "sha256": None, "labelled": False})

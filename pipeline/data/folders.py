@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import ClassVar
 
-from pipeline.data.source import Row, Source, Stamp, find_split
+from pipeline.data.source import Row, Source, Stamp, Target, find_split
 from pipeline.errors import BadSampleError, DataError
 
 
 class ClassFolder(Source):
     """Files below `root`: `<class>/**/<file>`, or `<split>/<class>/**/<file>` with splits train, validation, test.
+    Where they are not `labelled`, `**/<file>`.
 
     Content is the bytes of the file: it is decoded by preprocessing alone, so that a key costs no decoding.
     """
@@ -20,24 +21,28 @@ class ClassFolder(Source):
     """What the files are, in the plural."""
     extensions: ClassVar[frozenset[str]]
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, labelled: bool = True) -> None:
         self.root = root
-        self._files = [
-            (file, split, label)
-            for split, folder in _splits(root)
-            for label in _folders(folder)
-            for file in self._below(folder / label)
-        ]
+        self._files: list[tuple[str, str | None, dict[str, Target]]] = (
+            [
+                (file, split, {"label": label})
+                for split, folder in _splits(root)
+                for label in _folders(folder)
+                for file in self._below(folder / label)
+            ]
+            if labelled
+            else [(file, None, {}) for file in self._below(root)]
+        )
         if not self._files:
             known = " ".join(sorted(self.extensions))
-            raise DataError(f"data.path {root} holds no {self.holds} ({known}) in folders named after their class")
+            where = " in folders named after their class" if labelled else ""
+            raise DataError(f"data.path {root} holds no {self.holds} ({known}){where}")
 
     def __len__(self) -> int:
         return len(self._files)
 
     def row(self, i: int) -> Row:
-        file, split, label = self._files[i]
-        return Row(file, split, {"label": label})
+        return Row(*self._files[i])
 
     def content(self, i: int) -> bytes:
         return read_file(self.root / self._files[i][0])

@@ -19,17 +19,17 @@ class Labelled(Source):
 
     The target `label` is the cell of the label's field; the list of cells where several fields are named (numbers to
     regress); or, with a `delimiter`, the list of the texts between the delimiters. With a field `group`, samples of one
-    group are never parted by a split.
+    group are never parted by a split. Where columns have no labels, there is no target.
     """
 
     def __init__(self, name: str, columns: dict[str, pa.ChunkedArray], delimiter: str | None = None) -> None:
         self.name, self._columns, self._delimiter = name, columns, delimiter
         self._labels = [column for setting, column in columns.items() if setting.partition(".")[0] == LABEL]
-        if missing := max(column.null_count for column in self._labels):
+        if missing := max((column.null_count for column in self._labels), default=0):
             raise DataError(f"{name}: {missing} records have no label; give them one, or leave them out")
 
     def __len__(self) -> int:
-        return len(self._labels[0])
+        return len(next(iter(self._columns.values())))
 
     def where(self, i: int) -> str:
         """Return the name of row `i`, for people."""
@@ -37,7 +37,7 @@ class Labelled(Source):
 
     def row(self, i: int) -> Row:
         where = self.where(i)
-        targets: dict[str, Any] = {LABEL: self._label(i)}
+        targets: dict[str, Any] = {LABEL: self._label(i)} if self._labels else {}
         if "group" in self._columns:
             targets["group"] = str(self._columns["group"][i].as_py())
         return Row(where, split_at(self._columns.get("split"), i, where), targets)
@@ -51,7 +51,9 @@ class Labelled(Source):
 
 
 def label_fields(config: DataConfig) -> dict[str, str]:
-    """Return the settings that every labelled table shares -> the names of their fields."""
+    """Return the settings that every labelled table shares -> the names of their fields; none where not `labelled`."""
+    if not config.labelled:
+        return {}
     labels = config.label if isinstance(config.label, tuple) else (config.label,)
     named = {LABEL if not number else f"{LABEL}.{number}": name for number, name in enumerate(labels)}
     named |= {"split": config.split, "group": config.group}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pyarrow as pa
@@ -78,16 +77,18 @@ def open_audio(config: DataConfig, path: Path) -> Source:
     return _open(config, path, "audio", AudioFolder)
 
 
-def _open(config: DataConfig, path: Path, setting: str, folder: Callable[[Path], ClassFolder]) -> Source:
+def _open(config: DataConfig, path: Path, setting: str, folder: type[ClassFolder]) -> Source:
     of_tables = (setting, "label", "split", "group", "records", "delimiter")
     if path.is_dir() and not is_saved(path):
-        if unused := [name for name in of_tables if getattr(config, name) is not None]:
+        unused = [name for name in of_tables if getattr(config, name) is not None]
+        if unused and config.labelled:
             raise ConfigError(
                 f"data.{unused[0]} is {getattr(config, unused[0])!r}, which is for tables; data.path {path} is a "
                 "folder of classes; remove it"
             )
-        return folder(path)
-    if missing := [name for name in (setting, "label") if getattr(config, name) is None]:
+        return folder(path, labelled=config.labelled)
+    needed = (setting, "label") if config.labelled else (setting,)
+    if missing := [name for name in needed if getattr(config, name) is None]:
         raise ConfigError(
             f"data.{missing[0]} is not set; data.path {path} is a table; name the field, or give a folder of classes"
         )

@@ -18,16 +18,16 @@ CHANNELS = (1, 3)
 
 
 class Pixels(Source):
-    """Images of one size, held in memory: `images` (N, H, W) or (N, H, W, C), `labels` one per image."""
+    """Images of one size, held in memory: `images` (N, H, W) or (N, H, W, C), `labels` one per image, if any."""
 
-    def __init__(self, name: str, images: np.ndarray, labels: list[Target]) -> None:
+    def __init__(self, name: str, images: np.ndarray, labels: list[Target] | None) -> None:
         self.name, self._images, self._labels = name, images, labels
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._images)
 
     def row(self, i: int) -> Row:
-        return Row(f"{self.name}#{i}", None, {"label": self._labels[i]})
+        return Row(f"{self.name}#{i}", None, {} if self._labels is None else {"label": self._labels[i]})
 
     def content(self, i: int) -> np.ndarray:
         image: np.ndarray = self._images[i]
@@ -44,19 +44,24 @@ def open_pixels(config: DataConfig, path: Path) -> Pixels:
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"data.path {path} cannot be read as CSV: {error}") from error
     column = _label_column(config, table.column_names, named=header)
-    pixels = table.remove_column(column)
+    pixels = table if column is None else table.remove_column(column)
     for name, values in zip(pixels.column_names, pixels.columns, strict=True):
         _check_bytes(path, name, values)
     flat = np.empty((table.num_rows, pixels.num_columns), np.uint8)
     for i, values in enumerate(pixels.columns):
         flat[:, i] = values.to_numpy()
-    shape = config.shape or _guess_shape(path, pixels.num_columns)
+    shape = config.shape or _square(pixels.num_columns)
+    if shape is None:
+        raise ConfigError(f"{path} has {pixels.num_columns} pixels a row, which is no square image; set data.shape")
     if math.prod(shape) != pixels.num_columns:
         raise ConfigError(f"data.shape is {list(shape)}, {math.prod(shape)} pixels; {path} has {pixels.num_columns}")
+    images = flat.reshape(-1, *shape)
+    if column is None or not config.labelled:
+        return Pixels(path.name, images, None)
     labels = table.column(column)
     if labels.null_count:
         raise DataError(f"{path}: {labels.null_count} rows have no label (column {column})")
-    return Pixels(path.name, flat.reshape(-1, *shape), labels.to_pylist())
+    return Pixels(path.name, images, labels.to_pylist())
 
 
 def _has_header(path: Path) -> bool:
@@ -76,8 +81,14 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _label_column(config: DataConfig, names: list[str], *, named: bool) -> int:
+def _label_column(config: DataConfig, names: list[str], *, named: bool) -> int | None:
+    """Return the number of the labels' column; None where none are wanted and all columns are pixels."""
     label = config.label if isinstance(config.label, str | int) else -1
+    if not config.labelled:
+        pixels = _square(len(names)) if config.shape is None else config.shape
+        absent = label not in names if isinstance(label, str) else math.prod(pixels or ()) == len(names)
+        if absent:
+            return None
     if isinstance(label, str):
         if not named or label not in names:
             known = f"the columns {_few(names)}" if named else f"{len(names)} columns without names; give its number"
@@ -101,9 +112,10 @@ def _check_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:
         raise DataError(f"{path}: column {name} holds {bounds['min']}..{bounds['max']}; {remedy}")
 
 
-def _guess_shape(path: Path, pixels: int) -> tuple[int, ...]:
+def _square(pixels: int) -> tuple[int, ...] | None:
+    """Return the shape of a square image, grey or RGB, of so many pixels, if there is one."""
     for channels in CHANNELS:
         side = math.isqrt(pixels // channels)
         if side * side * channels == pixels:
             return (side, side) if channels == 1 else (side, side, channels)
-    raise ConfigError(f"{path} has {pixels} pixels a row, which is no square image; set data.shape")
+    return None

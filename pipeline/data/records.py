@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,14 @@ from pipeline.errors import BadSampleError, ConfigError, DataError
 
 
 def read_records(
-    path: Path, fields: dict[str, str], *, records: str | None, labels_as_text: bool = False
+    path: Path,
+    fields: dict[str, str],
+    *,
+    records: str | None,
+    labels_as_text: bool = False,
+    any_of: Collection[str] = (),
 ) -> dict[str, pa.ChunkedArray]:
-    """Return the columns that `fields` (setting -> field name) asks for, by setting.
+    """Return the columns that `fields` (setting -> field name) asks for, by setting; of `any_of` those that exist.
 
     A saved dictionary of splits has a column `split`, too, unless the field of one is named. Class numbers that have
     names are these names. With `labels_as_text`, a label of CSV is a text even where it looks like a number.
@@ -31,6 +36,8 @@ def read_records(
     table, splits = read_saved(path) if is_saved(path) else (_read_file(path, fields, records, labels_as_text), None)
     if table.num_rows == 0:
         raise DataError(f"data.path {path} holds no records")
+    if any(fields[setting] in table.column_names for setting in any_of):
+        fields = {s: name for s, name in fields.items() if s not in any_of or name in table.column_names}
     for setting, name in fields.items():
         if name not in table.column_names:
             raise ConfigError(f"data.{setting} is {name!r}; {path} has the fields {', '.join(table.column_names)}")

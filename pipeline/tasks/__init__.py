@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pipeline.errors import ConfigError
 from pipeline.files import load_function
-from pipeline.tasks.base import Head, Metrics, Table, Task, read_tensor
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, read_tensor
 from pipeline.tasks.config import TaskConfig
 
-__all__ = ["Head", "Metrics", "Table", "Task", "TaskConfig", "open_task", "read_tensor"]
+__all__ = ["Asked", "Column", "Head", "Kind", "Metrics", "Table", "Task", "TaskConfig", "open_task", "read_tensor"]
 
 
 def open_task(config: TaskConfig) -> Task:

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, TrainError
 from pipeline.tasks.config import LOWER_IS_BETTER
+
+Kind: TypeAlias = "type | list[Kind] | dict[str, Kind]"
+"""What a column of predictions holds: `str`, `int`, `float` or `bool`; any number of one kind, as `[str]`; or a value
+under each name, as `{"cat": float, "dog": float}`."""
+
+Column: TypeAlias = np.ndarray | Sequence[Any]
+"""Predictions for B samples: (B,), (B, n) for lists of n or for n names in their order, or a sequence of B values."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is known of B samples whose outputs are read."""
+
+    extras: Mapping[str, Tensor]
+    """What is stored of them beside the state and the inputs, each (B, ...)."""
+    rows: Sequence[Mapping[str, Any]]
+    """What their source says of each; labels may be missing."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +122,25 @@ class Task(ABC):
     @abstractmethod
     def metrics(self) -> Metrics:
         """Return fresh scores."""
+
+    def legend(self, table: Table) -> list[Any]:
+        """Return what the outputs of a model that is trained on `table` mean: names of classes, say. A run keeps it.
+
+        It holds what JSON can hold. Empty where outputs speak for themselves, as here.
+        """
+        return []
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        """Return the columns of `predictions`."""
+        return {"output": [float]}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        """Return what the model's `output` for a batch of B samples says, by column.
+
+        `legend` is the run's. Here: the numbers of the output as they come.
+        """
+        numbers = read_tensor(output).float().cpu()
+        return {"output": numbers.reshape(len(numbers), -1).numpy()}
 
 
 def column(table: Table, name: str, task: str) -> np.ndarray:

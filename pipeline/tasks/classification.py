@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
 from pipeline.tasks.config import SCORES, TaskConfig
 
 NAMED = 5
@@ -72,6 +72,22 @@ class Classification(Task):
 
     def metrics(self) -> Metrics:
         return ClassificationScores()
+
+    def legend(self, table: Table) -> list[Any]:
+        return self.classes(table)
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        each: Kind = {str(label): float for label in legend}
+        return {"label": type(legend[0]), "probability": float, "probabilities": each}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        probabilities_BC = read_tensor(output).float().softmax(-1).cpu()
+        highest_B, number_B = probabilities_BC.max(-1)
+        return {
+            "label": np.array(legend)[number_B.numpy()],
+            "probability": highest_B.numpy(),
+            "probabilities": probabilities_BC.numpy(),
+        }
 
 
 class ClassificationScores:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
 from pipeline.tasks.config import LABEL_LOSSES, SCORES, TaskConfig
 from pipeline.tasks.losses import make_loss, make_miner
 from pipeline.tasks.retrieval import RetrievalScores
@@ -104,6 +104,12 @@ class Similarity(Task):
 
     def metrics(self) -> Metrics:
         return RetrievalScores()
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"embedding": [float]}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        return {"embedding": read_tensor(output).float().cpu().numpy()}
 
 
 def draw_groups(rows: np.ndarray, labels: np.ndarray, size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
