@@ -73,7 +73,8 @@ def _from_npy(config: DataConfig, path: Path) -> Arrays:
         file = path.parent / name
         if Path(name).name != name or not file.is_file():
             raise ConfigError(f"data.{setting}: {path} holds samples alone; {name} is missing beside it; name its .npy")
-        return _load(file)
+        loaded: np.ndarray = _load(file)
+        return loaded
 
     return _checked(config, path, _load(path), beside, label=f"{path.stem}.labels.npy")
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 from pipeline.data.config import DataConfig
 from pipeline.data.folders import AudioFolder, ClassFolder, ImageFolder, read_file, stamp_file
 from pipeline.data.labelled import Labelled, label_fields
-from pipeline.data.records import is_saved, read_records
+from pipeline.data.records import read_records
+from pipeline.data.saved import is_saved
 from pipeline.data.source import Source, Stamp
 from pipeline.errors import BadSampleError, ConfigError, DataError
 

@@ -83,7 +83,7 @@ def _is_number(text: str) -> bool:
 
 def _label_column(config: DataConfig, names: list[str], *, named: bool) -> int | None:
     """Return the number of the labels' column; None where none are wanted and all columns are pixels."""
-    label = -1 if config.label is None else config.label
+    label = config.label if isinstance(config.label, str | int) else -1
     if not config.labelled:
         pixels = _square(len(names)) if config.shape is None else config.shape
         absent = label not in names if isinstance(label, str) else math.prod(pixels or ()) == len(names)

@@ -32,8 +32,8 @@ def read_saved(path: Path) -> tuple[pa.Table, pa.ChunkedArray | None]:
     """
     if not (path / SPLITS).is_file():
         return _read_one(path), None
-    names = _read_json(path / SPLITS, "splits")
-    parts = [_read_one(path / _plain(name, path / SPLITS)) for name in names]
+    names = [_plain(name, path / SPLITS) for name in _read_json(path / SPLITS, "splits")]
+    parts = [_read_one(path / name) for name in names]
     try:
         table = pa.concat_tables(parts, promote_options="default")
     except pa.ArrowException as error:

@@ -46,7 +46,8 @@ class SampleTable:
         return np.flatnonzero(self.split == split)
 
     def share(self, fraction: float, seed: int) -> SampleTable:
-        """Return the table with a `fraction` of its training samples, the same share of each label, of at least one.
+        """Return the table with a `fraction` of its training samples, the same share of each label, of at least one,
+        where a sample has one label.
 
         What belongs together (a duplicate, the pairs of a group) stays together. Which samples are taken depends on
         their keys and on `seed` alone; a larger fraction has all that a smaller one has.
@@ -55,8 +56,9 @@ class SampleTable:
             return self
         training = self.rows("train")
         identities = _identities(self.keys[training], {k: v[training] for k, v in self.targets.items()}, "samples")
-        labels = [str(label) for label in self.targets["label"][training]] if "label" in self.targets else None
-        labels = labels or [""] * len(training)
+        labels = [""] * len(training)
+        if "label" in self.targets and self.targets["label"].dtype.kind in "iuU":  # numbers to regress are no strata
+            labels = [str(label) for label in self.targets["label"][training]]
         strata: dict[str, dict[bytes, float]] = defaultdict(dict)
         for label, identity in zip(labels, identities, strict=True):
             strata[label][identity] = _fraction(identity, seed)
@@ -148,6 +150,8 @@ def _arrow(name: str, values: np.ndarray) -> pa.Array:
 def _target(row: Row, name: str) -> Target:
     if name not in row.targets:
         raise DataError(f"{row.source} has the targets {', '.join(row.targets)}; expected {name}, as other rows have")
+    if row.targets[name] is None:
+        raise DataError(f"{row.source}: the target {name} is None; give it a value, or leave the sample out")
     return row.targets[name]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.source import Row, Source, find_split
 from pipeline.errors import BadSampleError, ConfigError, DataError
 
-SPLIT_ARGUMENTS = {
+SPLIT_ARGUMENTS: Mapping[str, Mapping[Any, str]] = {
     "train": {True: "train", False: "test"},
     "split": {name: name for name in ("train", "trainval", "val", "valid", "test")},
     "image_set": {name: name for name in ("train", "val", "test")},
@@ -99,7 +99,7 @@ def open_torchvision(config: DataConfig, path: Path) -> Torchvision:
     chooser = next((one for one in SPLIT_ARGUMENTS if one in accepted and one not in config.options), None)
     if chooser is None:
         return Torchvision(name, [(None, _make(kind, arguments, path))])
-    parts = []
+    parts: list[tuple[str | None, Any]] = []
     for value, split in SPLIT_ARGUMENTS[chooser].items():
         if split == "trainval" and parts:
             continue  # it is the training split, where that is not a part of it
@@ -111,8 +111,14 @@ def open_torchvision(config: DataConfig, path: Path) -> Torchvision:
 
 
 def _arguments(kind: type) -> set[str]:
-    """Return what the constructor takes, or hands on to those of its base classes."""
-    return {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    """Return what the constructor takes; one with `**kwargs` hands on to that of its base class."""
+    names: set[str] = set()
+    for constructor in (vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)):
+        parameters = inspect.signature(constructor).parameters
+        names |= set(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
 
 
 def _make(kind: type, arguments: dict[str, Any], path: Path, chooser: str | None = None) -> Any:

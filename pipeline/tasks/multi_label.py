@@ -108,7 +108,7 @@ class MultiLabelScores:
     """
 
     def __init__(self) -> None:
-        self.reset()
+        self._scores: dict[str, Any] = {}
 
     def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
         logits_BC, hot_BC = read_tensor(output).detach().float().cpu(), targets["label"].long().cpu()
@@ -138,4 +138,4 @@ class MultiLabelScores:
         }
 
     def reset(self) -> None:
-        self._scores: dict[str, Any] = {}
+        self._scores = {}
