@@ -96,7 +96,7 @@ class MultiLabel(Task):
 
     def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
         probabilities_BC = read_tensor(output).float().sigmoid().cpu().numpy()
-        labels = [[legend[number] for number in np.flatnonzero(one)] for one in probabilities_BC > HALF]
+        labels = [[legend[number] for number in np.flatnonzero(one).tolist()] for one in probabilities_BC > HALF]
         return {"labels": labels, "probabilities": probabilities_BC}
 
 

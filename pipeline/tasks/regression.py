@@ -91,7 +91,8 @@ class Regression(Task):
 
     def legend(self, table: Table) -> list[Any]:
         """Return mean and standard deviation of each number."""
-        return np.stack(self.units_of(table), axis=1).tolist()
+        each: list[Any] = np.stack(self.units_of(table), axis=1).tolist()
+        return each
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"value": float} if len(legend) == 1 else {"values": [float]}
