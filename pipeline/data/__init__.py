@@ -7,14 +7,24 @@ from pipeline.data.images import open_images
 from pipeline.data.pairs import open_pairs
 from pipeline.data.pixels import open_pixels
 from pipeline.data.source import Content, Row, Source, Stamp
+from pipeline.data.squad import open_squad
 from pipeline.data.table import SampleTable, build
+from pipeline.data.tagged import open_conll, open_tagged
 from pipeline.data.texts import open_texts
 from pipeline.errors import ConfigError
 from pipeline.files import check_sha256, load_function, locate
 
 __all__ = ["Content", "DataConfig", "Row", "SampleTable", "Source", "Stamp", "build", "open_source"]
 
-_OPEN = {"images": open_images, "pixels": open_pixels, "text": open_texts, "pairs": open_pairs}
+_OPEN = {
+    "images": open_images,
+    "pixels": open_pixels,
+    "text": open_texts,
+    "pairs": open_pairs,
+    "conll": open_conll,
+    "tagged": open_tagged,
+    "squad": open_squad,
+}
 
 
 def open_source(config: DataConfig) -> Source:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pipeline.errors import ConfigError
 from pipeline.files import load_function
-from pipeline.tasks.base import Head, Metrics, Table, Task, read_tensor
+from pipeline.tasks.base import Head, Metrics, Prepared, Ragged, Table, Task, read_tensor
 from pipeline.tasks.config import TaskConfig
 
-__all__ = ["Head", "Metrics", "Table", "Task", "TaskConfig", "open_task", "read_tensor"]
+__all__ = ["Head", "Metrics", "Prepared", "Ragged", "Table", "Task", "TaskConfig", "open_task", "read_tensor"]
 
 
 def open_task(config: TaskConfig) -> Task:
@@ -27,6 +27,14 @@ def open_task(config: TaskConfig) -> Task:
         from pipeline.tasks.similarity import Similarity  # noqa: PLC0415
 
         return Similarity(config)
+    if config.kind == "tagging":
+        from pipeline.tasks.tagging import Tagging  # noqa: PLC0415
+
+        return Tagging(config)
+    if config.kind == "answers":
+        from pipeline.tasks.answers import Answers  # noqa: PLC0415
+
+        return Answers(config)
     task = load_function(config.kind, "task.kind")(config)
     if not isinstance(task, Task):
         raise ConfigError(f"task.kind is {config.kind!r}, which returned {type(task).__name__}; expected a Task")

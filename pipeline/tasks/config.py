@@ -12,6 +12,8 @@ from pipeline.files import is_function
 SCORES = {
     "classification": ("accuracy", "macro_f1"),
     "similarity": ("precision_at_1", "reciprocal_rank", "r_precision"),
+    "tagging": ("f1", "precision", "recall", "accuracy"),
+    "answers": ("f1", "exact_match"),
 }
 """What each task is scored by; the first is its `monitor` unless another is set."""
 
@@ -24,6 +26,8 @@ _USED_BY: dict[str, frozenset[str]] = {
     "classification": frozenset({"label_smoothing", "monitor"}),
     "similarity": frozenset({"loss", "loss_options", "miner", "miner_options", "symmetric", "pooling", "layers"})
     | {"samples_per_label", "monitor", "seed"},
+    "tagging": frozenset({"label_smoothing", "monitor"}),
+    "answers": frozenset({"max_answer", "monitor"}),
     "module:function": frozenset({"options"}),
 }
 
@@ -35,13 +39,16 @@ class TaskConfig(Section):
 
     kind: str = "classification"
     """"classification" (one label per sample), "similarity" (an embedding in which what belongs together is near:
-    pairs, or samples under one label), or the user's own "module:function", which is called with this section and
-    returns a `Task`."""
+    pairs, or samples under one label), "tagging" (a tag for every word: entities), "answers" (the span of a text that
+    answers a question), or the user's own "module:function", which is called with this section and returns a `Task`."""
     monitor: str | None = None
     """Score on the validation split that decides which epoch is best. classification: accuracy (default) or macro_f1;
-    similarity: precision_at_1 (default), reciprocal_rank or r_precision."""
+    similarity: precision_at_1 (default), reciprocal_rank or r_precision; tagging: f1 of entities (default), precision,
+    recall or accuracy of tags; answers: f1 of words (default) or exact_match."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """classification: share of each target that is spread over all classes."""
+    """classification, tagging: share of each target that is spread over all classes."""
+    max_answer: int = Field(default=30, ge=1)
+    """answers: longest answer that is looked for, in tokens."""
     loss: str = "multiple_negatives"
     """similarity: a loss of pytorch-metric-learning. For pairs and labels: "multiple_negatives" (the others of the
     batch are the negatives; also called "ntxent"), "contrastive", "triplet_margin", "multi_similarity", "circle",
