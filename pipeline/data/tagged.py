@@ -16,6 +16,8 @@ from pipeline.errors import ConfigError, DataError
 
 DOCUMENT = "-DOCSTART-"
 COMMENT = "#"
+NO_WORDS = (DOCUMENT, COMMENT)
+"""What lines without a word begin with; a word may be "#", too."""
 
 
 @dataclass(frozen=True)
@@ -78,24 +80,26 @@ def open_tagged(config: DataConfig, path: Path) -> Tagged:
 
 def _read_conll(path: Path, split: str | None, word: int, tag: int) -> Iterator[Sentence]:
     """Yield the sentences of a file; one is called by the number of its first line."""
-    begun: tuple[int, list[str], list[Tag]] | None = None
-    width: int | None = None
-    for number, line in enumerate([*_lines(path), ""], 1):
+    lines = [line.split("\t") if "\t" in line else line.split() for line in _lines(path)]
+    of_words = (
+        (number, line) for number, line in enumerate(lines, 1) if any(line) and not line[0].startswith(NO_WORDS)
+    )
+    width = next((_checked_width(line, word, tag, f"{path.name}:{number}") for number, line in of_words), 0)
+    begun, words, tags = 0, list[str](), list[Tag]()
+    for number, fields in enumerate([*lines, []], 1):
         where = f"{path.name}:{number}"
-        fields = line.split("\t") if "\t" in line else line.split()
         if _is_comment(fields, width, tag):
             continue
-        if not line.strip() or fields[0].startswith(DOCUMENT):
-            if begun is not None:
-                yield Sentence(f"{path.name}:{begun[0]}", split, *begun[1:])
-            begun = None
+        if not any(fields) or fields[0].startswith(DOCUMENT):
+            if words:
+                yield Sentence(f"{path.name}:{begun}", split, words, tags)
+            words, tags = [], []
             continue
-        width = width or _width(fields, word, tag, where)
         if len(fields) != width:
-            raise DataError(f"{where} has {len(fields)} columns, the first word has {width}: {line!r}; mend the line")
+            raise DataError(f"{where} has {len(fields)} columns, the first word {width}: {fields}; mend the line")
         if not fields[word].strip():
             raise DataError(f"{where}: column {word} (data.words) is empty; every line needs a word")
-        _, words, tags = begun = begun or (number, [], [])
+        begun = number if not words else begun
         words.append(fields[word])
         tags.append(_parsed(fields[tag].strip(), where))
 
@@ -107,12 +111,12 @@ def _lines(path: Path) -> list[str]:
         raise DataError(f"data.path {path} cannot be read as text: {error}") from error
 
 
-def _is_comment(fields: list[str], width: int | None, tag: int) -> bool:
-    """Say whether a line is a comment: "#" may be a word too, but then the line has a tag in the right column."""
+def _is_comment(fields: list[str], width: int, tag: int) -> bool:
+    """Say whether a line is a comment. Where "#" is a word, the line has all columns, and a tag in the right one."""
     return bool(fields) and fields[0].startswith(COMMENT) and (len(fields) != width or parse(fields[tag]) is None)
 
 
-def _width(fields: list[str], word: int, tag: int, where: str) -> int:
+def _checked_width(fields: list[str], word: int, tag: int, where: str) -> int:
     """Return the number of columns; check that those asked for are among them."""
     width = len(fields)
     for name, column in (("words", word), ("tags", tag)):

@@ -95,7 +95,7 @@ class Metrics(Protocol):
 
 
 class Task(ABC):
-    """A task; `prepare` is called once before `loss`."""
+    """A task; `prepare` is called once before `loss` and `metrics`."""
 
     name: str
     monitor: str

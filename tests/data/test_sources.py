@@ -45,7 +45,7 @@ class SourceContract:
         assert len({tuple(row.targets) for row in described}) == 1
         assert all(row.split is None or row.split in SPLITS for row in described)
         assert all(row.source and row.targets for row in described)
-        assert all(type(value) in (str, int, float) for row in described for value in row.targets.values())
+        assert all(type(value) in (str, int, float, list) for row in described for value in row.targets.values())
 
     def test_opened_again_it_is_the_same(self, config: DataConfig, source: Source) -> None:
         again = open_source(config)
