@@ -14,6 +14,8 @@ SCORES = {
     "multi-label": ("average_precision", "micro_f1", "macro_f1"),
     "regression": ("rmse", "mae", "r2", "pearson", "spearman"),
     "similarity": ("precision_at_1", "reciprocal_rank", "r_precision"),
+    "tagging": ("f1", "precision", "recall", "accuracy"),
+    "answers": ("f1", "exact_match"),
 }
 """What each task is scored by; the first is its `monitor` unless another is set."""
 
@@ -33,6 +35,8 @@ _USED_BY: dict[str, frozenset[str]] = {
     "regression": frozenset({"loss", "loss_options", "monitor"}),
     "similarity": frozenset({"loss", "loss_options", "miner", "miner_options", "symmetric", "pooling", "layers"})
     | {"samples_per_label", "monitor", "seed"},
+    "tagging": frozenset({"label_smoothing", "monitor"}),
+    "answers": frozenset({"max_answer", "monitor"}),
     "module:function": frozenset({"options"}),
 }
 _DEFAULT_LOSS = {"similarity": "multiple_negatives", "regression": "mse"}
@@ -49,20 +53,23 @@ class TaskConfig(Section):
 
     kind: str = "classification"
     """"classification" (one label per sample), "multi-label" (any number of them), "regression" (a number, or several),
-    "similarity" (an embedding in which what belongs together is near:
-    pairs, or samples under one label), or the user's own "module:function", which is called with this section and
-    returns a `Task`."""
+    "similarity" (an embedding in which what belongs together is near: pairs, or samples under one label), "tagging" (a
+    tag for every word: entities), "answers" (the span of a text that answers a question), or the user's own
+    "module:function", which is called with this section and returns a `Task`."""
     monitor: str | None = None
     """Score on the validation split that decides which epoch is best. classification: accuracy (default) or macro_f1;
     multi-label: average_precision (default), micro_f1 or macro_f1; regression: rmse (default), mae, r2, pearson or
     spearman, of which the first two are better the lower; similarity: precision_at_1 (default), reciprocal_rank or
-    r_precision."""
+    r_precision; tagging: f1 of entities (default), precision, recall or accuracy of tags; answers: f1 of words
+    (default) or exact_match."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """classification: share of each target that is spread over all classes. multi-label: share of each yes and no that
-    becomes a maybe."""
+    """classification, tagging: share of each target that is spread over all classes. multi-label: share of each yes and
+    no that becomes a maybe."""
     class_weights: Literal["balanced"] | None = None
     """classification, multi-label: "balanced" weighs each class as if all were equally frequent in the training
     split (multi-label: as if as many samples had a label as not)."""
+    max_answer: int = Field(default=30, ge=1)
+    """answers: longest answer that is looked for, in tokens."""
     loss: str = Field(default_factory=_default_loss)
     """regression: "mse" (the default), "l1" or "huber", on standardised numbers.
     similarity: a loss of pytorch-metric-learning. For pairs and labels: "multiple_negatives" (the others of the
