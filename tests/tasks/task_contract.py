@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.data import DataConfig, Row, Source
 from pipeline.flow import encode_project, train_project
 from pipeline.order import batches
 from pipeline.project import Project
-from pipeline.tasks import Head, Task, TaskConfig, open_task
+from pipeline.tasks import Asked, Head, Task, TaskConfig, open_task
 from pipeline.tasks.config import LOWER_IS_BETTER
 
 CUT = 0.5
@@ -184,6 +185,19 @@ class TaskContract:
     def test_scores_of_nothing_are_not_numbers(self, task: Task) -> None:
         task.prepare(self.table)
         assert np.isnan(task.metrics().compute()[task.monitor])
+
+    def test_predictions_have_their_columns(self, task: Task) -> None:
+        rows = np.flatnonzero(self.table.split == "train")[:3]
+        targets = self.batch(task, rows)
+        legend = json.loads(json.dumps(task.legend(self.table)))  # as a run keeps it
+        sources = [{name: values[row] for name, values in self.table.targets.items()} for row in rows.tolist()]
+        said = task.predictions(self.wrapped(self.right(targets).float()), Asked(targets, sources), legend)
+        assert said.keys() == task.columns(legend).keys()
+        assert all(len(values) == len(rows) for values in said.values())
+        self.check_predictions(said, rows)
+
+    def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
+        """Check what is predicted for `rows` by a model that is never wrong."""
 
     def test_a_run_from_data_to_a_score_is_the_same_every_time(
         self, task: Task, tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
