@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, TrainError
+from pipeline.tasks.heads import Layer
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class Head:
     """"classes": logits (B, size) from the architecture's own classifier. "embedding": one vector per sample (B, D)."""
     size: int | None = None
     """classes: how many."""
-    pooling: Literal["mean", "cls", "pooled"] | None = None
-    """embedding: how the vectors of a sample become one: the mean over its unmasked tokens, the first token, or what
-    the backbone itself pools. None takes the usual one: mean for texts, the backbone's own for images."""
-    layers: tuple[int, ...] = ()
-    """embedding: widths of linear layers after pooling (ReLU between them); the last is D. Without, D is the
-    backbone's."""
+    pooling: Literal["mean", "cls", "max", "pooled"] | None = None
+    """embedding: how the vectors of a sample become one: the mean or the largest over its unmasked tokens, the first
+    token, or what the backbone itself pools. None takes the usual one: mean for texts, the backbone's own for images.
+    """
+    layers: tuple[Layer, ...] = ()
+    """embedding: the layers after pooling, for `build_head`; without, D is the backbone's."""
 
 
 class Table(Protocol):
@@ -60,10 +61,14 @@ class Task(ABC):
     name: str
     monitor: str
     """Name of the score that decides which epoch is best; higher is better."""
+    width: int | None = None
+    """Size D of the embeddings that the model gives, where it gives some and it is known; set before `prepare`."""
 
     @property
     def loss_module(self) -> nn.Module | None:
-        """The loss's own trainable parameters (class weights of ArcFace), for the optimiser; None if it has none."""
+        """What a checkpoint must hold of the loss: parameters that train along (class weights of ArcFace) and other
+        state (a memory of earlier batches); None if it has none. It is complete after `prepare`.
+        """
         return None
 
     @abstractmethod
