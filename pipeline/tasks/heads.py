@@ -77,7 +77,7 @@ class Mlp(LayerConfig):
             if self.dropout:
                 layers.append(nn.Dropout(self.dropout))
             layers.append(nn.Linear(ins, outs))
-        return nn.Sequential(*layers)
+        return Stack(*layers)
 
     def width_after(self, width: int) -> int:
         return self.widths[-1]
@@ -110,7 +110,7 @@ class Widening(LayerConfig):
 
     def build(self, width: int) -> nn.Module:
         middle = max(1, round(width * self.factor))
-        return nn.Sequential(nn.Linear(width, middle), _ACTIVATIONS[self.activation](), nn.Linear(middle, width))
+        return Stack(nn.Linear(width, middle), _ACTIVATIONS[self.activation](), nn.Linear(middle, width))
 
 
 class Dropout(LayerConfig):
@@ -138,6 +138,10 @@ class ActivationLayer(LayerConfig):
 
     def build(self, width: int) -> nn.Module:
         return _ACTIVATIONS[self.function]()
+
+
+class Stack(nn.Sequential):
+    """Layers one after another. A type of its own tells them from a backbone's blocks, which a cut counts."""
 
 
 class Gate(nn.Module):
@@ -191,7 +195,7 @@ def build_head(layers: Sequence[Layer], width: int) -> nn.Module:
         config = parse(layer)
         modules.append(config.build(width))
         width = config.width_after(width)
-    return nn.Sequential(*modules) if modules else nn.Identity()
+    return Stack(*modules) if modules else nn.Identity()
 
 
 def last_width(layers: Sequence[Layer]) -> int | None:

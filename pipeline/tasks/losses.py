@@ -17,7 +17,8 @@ from pipeline.errors import ConfigError, TrainError
 # B batch, D channel, L label
 
 Compares = Literal["pairs", "labels", "vectors"]
-"""What a loss compares: two sets of samples or one with itself; one set with itself; samples and vectors per label."""
+"""What a loss compares: samples with others (of a pair's other side, of a memory) or among themselves; samples among
+themselves alone; samples with vectors per label."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,19 @@ class Choice:
     compares: Compares = "pairs"
     distance: Literal["given", "cosine", "none"] = "given"
     """given: any, as an argument. cosine: its own, that of cosines. none: it compares no two embeddings."""
-    remembers: bool = True
-    """Pairs: whether a memory of earlier batches may be the second set."""
     miner: tuple[str, Mapping[str, Any]] | None = None
     """Miner that is part of what the loss is."""
 
 
-class SoftmaxLoss(losses.LargeMarginSoftmaxLoss):  # type: ignore[misc]
-    """Cross entropy of a linear layer without bias: the large-margin softmax without its margin."""
+class SoftmaxLoss(losses.NormalizedSoftmaxLoss):  # type: ignore[misc]
+    """Cross entropy of a linear layer without bias: the library's, with nothing normalised."""
 
     def __init__(self, num_classes: int, embedding_size: int) -> None:
-        start = TorchInitWrapper(nn.init.xavier_uniform_)
-        super().__init__(num_classes, embedding_size, margin=1, weight_init_func=start)
+        super().__init__(num_classes, embedding_size, weight_init_func=TorchInitWrapper(nn.init.xavier_uniform_))
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Return (B, L) for (B, D)."""
+        return embeddings @ self.W
 
 
 class CenterLoss(nn.Module):
@@ -102,7 +104,7 @@ _LOSSES: dict[str, Choice] = {
     "multi_similarity": Choice(losses.MultiSimilarityLoss),
     "circle": Choice(losses.CircleLoss, distance="cosine"),
     "supcon": Choice(losses.SupConLoss),
-    "fastap": Choice(losses.FastAPLoss, compares="labels", distance="cosine", remembers=False),
+    "fastap": Choice(losses.FastAPLoss, compares="labels", distance="cosine"),
     "arcface": Choice(losses.ArcFaceLoss, compares="vectors", distance="cosine"),
     "cosface": Choice(losses.CosFaceLoss, compares="vectors", distance="cosine"),
     "sub_center_arcface": Choice(losses.SubCenterArcFaceLoss, compares="vectors", distance="cosine"),

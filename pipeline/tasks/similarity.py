@@ -30,8 +30,10 @@ class Similarity(Task):
         self.config = config
         self.monitor = config.monitor or retrieval_scores(config.precision_at)[0]
         self._kind = choose_loss(config.loss, config.distance)
-        if config.memory is not None and not self._kind.remembers:
-            raise ConfigError(f"task.memory is {config.memory}; loss {config.loss} compares no batches: remove it")
+        if config.memory is not None and self._kind.compares != "pairs":
+            raise ConfigError(
+                f"task.memory is {config.memory}; loss {config.loss} compares no sample with another batch's: remove it"
+            )
         self._miner = make_miner(
             config.miner, config.miner_options, config.distance, loss=config.loss, loss_options=config.loss_options
         )

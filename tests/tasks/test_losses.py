@@ -18,12 +18,12 @@ from pipeline.tasks.similarity import Similarity
 
 LABELS, EACH, FEATURES, WIDTH = 6, 8, 24, 8
 OF_PAIRS = (
-    ["circle", "contrastive", "multi_similarity", "multiple_negatives", "ntxent", "online_contrastive"]
-    + ["supcon", "triplet_margin"]  # fmt: skip
+    *("circle", "contrastive", "multi_similarity", "multiple_negatives", "ntxent", "online_contrastive"),
+    *("supcon", "triplet_margin"),
 )
 OF_LABELS = (
-    ["arcface", "center", "cosface", "fastap", "normalized_softmax", "proxy_anchor", "proxy_nca", "soft_triple"]
-    + ["softmax", "sub_center_arcface"]  # fmt: skip
+    *("arcface", "center", "cosface", "fastap", "normalized_softmax", "proxy_anchor", "proxy_nca", "soft_triple"),
+    *("softmax", "sub_center_arcface"),
 )
 CASES: list[dict[str, Any]] = [
     *({"loss": loss} for loss in [*OF_PAIRS, *OF_LABELS]),
@@ -55,7 +55,7 @@ class Table:
             self.targets = {"pair": np.repeat(np.arange(count), 2), "role": roles, "group": names}
         draw = torch.Generator().manual_seed(7)
         centers = torch.randn(LABELS, FEATURES, generator=draw)
-        self.inputs = centers[labels] + 1.6 * torch.randn(len(labels), FEATURES, generator=draw)
+        self.inputs = centers[labels] + torch.randn(len(labels), FEATURES, generator=draw)
 
 
 def opened(settings: dict[str, Any], table: Table) -> tuple[Similarity, dict[str, Tensor]]:
@@ -102,9 +102,8 @@ def test_a_toy_problem_is_learnt_reproducibly(settings: dict[str, Any], pairs: b
     if pairs and settings["loss"] in OF_LABELS:
         pytest.skip("needs labels")
     losses, (before, after) = train(settings, pairs=pairs)
-    assert after["r_precision"] > before["r_precision"] + 0.03
-    if not (settings.keys() & {"memory", "miner"} or settings["loss"] == "online_contrastive"):
-        assert min(losses[-5:]) < losses[0]
+    assert after["r_precision"] > before["r_precision"] + 0.15
+    assert losses[-1] < losses[0] / 1.3
     assert train(settings, pairs=pairs, epochs=3)[0] == losses[:3]
 
 
@@ -214,8 +213,8 @@ def test_the_miner_has_the_margin_of_the_loss() -> None:
     [
         ({"loss": "circle", "distance": "dot"}, "the loss circle is made for cosine: remove task.distance, or set"),
         ({"miner": "angular", "distance": "euclidean"}, "the miner angular is made for cosine"),
-        ({"loss": "fastap", "memory": 9}, "task.memory is 9; loss fastap compares no batches: remove it"),
-        ({"loss": "arcface", "memory": 9}, "task.memory is 9"),
+        ({"loss": "fastap", "memory": 9}, "task.memory is 9; loss fastap compares no sample with another batch's"),
+        ({"loss": "arcface", "memory": 9}, "task.memory is 9; loss arcface"),
         ({"loss_options": {"temperature": "warm"}}, "task.loss_options.temperature is 'warm'; .* expects a number"),
         ({"loss": "online_contrastive", "miner": "hdc"}, "task.miner is 'hdc'; online_contrastive brings its own"),
         ({"miner": "batch_hard", "miner_options": {"pos_strategy": "easy"}}, "BatchHardMiner does not take it"),
@@ -239,7 +238,7 @@ def test_the_embeddings_size_must_be_known(settings: dict[str, Any]) -> None:
 def test_a_memory_smaller_than_a_batch_is_refused() -> None:
     table = Table()
     task, targets = opened({"memory": 5}, table)
-    with pytest.raises(TrainError, match="task.memory is 5 embeddings; a batch brings 48"):
+    with pytest.raises(TrainError, match=r"task\.memory is 5 embeddings; a batch brings 48"):
         task.loss(torch.ones(48, WIDTH), targets)
 
 
