@@ -142,7 +142,8 @@ def _sums(
     before_QM = nearest - torch.searchsorted(wrong_QK, least_QM)
     rank_QM = torch.arange(1, right_QM.shape[1] + 1) + before_QM
     rank_QM.masked_fill_(right_QM == float("-inf"), NEVER)
-    first_Q = 1 + (wrong_QR >= least_QM[:, :1]).sum(dim=1)
+    # numpy counts what is true several times faster than torch, and in no more memory than the truths take
+    first_Q = 1 + torch.from_numpy((wrong_QR >= least_QM[:, :1]).numpy().sum(axis=1))
     scores = [
         *((rank_QM <= k).sum(dim=1) / k for k in precision_at),
         1 / first_Q,
