@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import DataError, TrainError
 from pipeline.tasks.config import LOWER_IS_BETTER
+from pipeline.tasks.heads import Layer
 
 Kind: TypeAlias = "type | list[Kind] | dict[str, Kind]"
 """What a column of predictions holds: `str`, `int`, `float` or `bool`; any number of one kind, as `[str]`; or a value
@@ -49,12 +50,12 @@ class Head:
     as the last of a span, (B, 2, T) or an output with `start_logits` and `end_logits`."""
     size: int | None = None
     """classes, tokens: how many classes."""
-    pooling: Literal["mean", "cls", "pooled"] | None = None
-    """embedding: how the vectors of a sample become one: the mean over its unmasked tokens, the first token, or what
-    the backbone itself pools. None takes the usual one: mean for texts, the backbone's own for images."""
-    layers: tuple[int, ...] = ()
-    """embedding: widths of linear layers after pooling (ReLU between them); the last is D. Without, D is the
-    backbone's."""
+    pooling: Literal["mean", "cls", "max", "pooled"] | None = None
+    """embedding: how the vectors of a sample become one: the mean or the largest over its unmasked tokens, the first
+    token, or what the backbone itself pools. None takes the usual one: mean for texts, the backbone's own for images.
+    """
+    layers: tuple[Layer, ...] = ()
+    """embedding: the layers after pooling, for `build_head`; without, D is the backbone's."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class Task(ABC):
     name: str
     monitor: str
     """Name of the score that decides which epoch is best."""
+    width: int | None = None
+    """Size D of the embeddings that the model gives, where it gives some and it is known; set before `prepare`."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -129,7 +132,9 @@ class Task(ABC):
 
     @property
     def loss_module(self) -> nn.Module | None:
-        """The loss's own trainable parameters (class weights of ArcFace), for the optimiser; None if it has none."""
+        """What a checkpoint must hold of the loss: parameters that train along (class weights of ArcFace) and other
+        state (a memory of earlier batches); None if it has none. It is complete after `prepare`.
+        """
         return None
 
     @abstractmethod
