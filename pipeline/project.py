@@ -77,7 +77,7 @@ class Project:
         """
         sections: dict[str, Any] = load_sections(path, SECTIONS, overrides)
         project = cls(**sections, params=path, overrides=dict(overrides or {}))
-        if faults := project._faults_of_views():
+        if faults := [*project._faults_of_views(), *project._faults_of_batches()]:
             raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
         return project
 
@@ -152,6 +152,15 @@ class Project:
             )
         return faults
 
+    def _faults_of_batches(self) -> list[str]:
+        """Say where a batch has nothing to compare."""
+        if self.task.kind != "similarity" or self.train.batch_size > 1 or self.task.memory is not None:
+            return []
+        return [
+            "train.batch_size is 1: one pair, or one label, per step leaves nothing to tell it from; set 2 or more, or "
+            "task.memory"
+        ]
+
 
 @dataclass(frozen=True)
 class Workbench:
@@ -165,7 +174,9 @@ class Workbench:
     def open(cls, project: Project, table: SampleTable) -> Workbench:
         """Build the model that `project` describes; the head is drawn from `model.seed`."""
         task = open_task(project.task)
-        return cls(project, task, load(project.model, project.preprocess, task.head(table)))
+        backbone = load(project.model, project.preprocess, task.head(table))
+        task.width = backbone.width
+        return cls(project, task, backbone)
 
     def to_device(self) -> torch.device:
         """Move the model to where prefixes run, and return that device."""

@@ -18,8 +18,8 @@ from pipeline.tasks.config import SCORES, TaskConfig
 
 # B batch, C class
 
-HALF = 0.5
-"""Probability above which a label is given."""
+GIVEN = 0.5
+"""Probability above which a sample is given a label, as the scores have it."""
 
 
 class MultiLabel(Task):
@@ -96,8 +96,8 @@ class MultiLabel(Task):
 
     def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
         probabilities_BC = read_tensor(output).float().sigmoid().cpu().numpy()
-        labels = [[legend[number] for number in np.flatnonzero(one).tolist()] for one in probabilities_BC > HALF]
-        return {"labels": labels, "probabilities": probabilities_BC}
+        given = [[legend[number] for number in np.flatnonzero(one > GIVEN).tolist()] for one in probabilities_BC]
+        return {"labels": given, "probabilities": probabilities_BC}
 
 
 class MultiLabelScores:

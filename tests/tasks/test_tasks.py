@@ -23,10 +23,12 @@ PAIRS = paired(6, 3)
 class TestClassification(TaskContract):
     settings: Mapping[str, Any] = {}
     table = LABELS
-    says = "label"
 
     def right(self, targets: Mapping[str, Tensor]) -> Tensor:
         return 9 * nn.functional.one_hot(targets["label"], 3).float()
+
+    def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
+        assert said["label"].tolist() == self.table.targets["label"][rows].tolist()
 
 
 class TestSmoothedClassification(TestClassification):
@@ -49,11 +51,14 @@ class TestMultiLabel(TaskContract):
     """One sample has no label, and one label no sample of validation."""
 
     settings: Mapping[str, Any] = {"kind": "multi-label"}
-    says = "labels"
     table = labelled([["a", "c"], [], ["b"], ["a"], ["c", "b"], ["a", "d"]], [["a"], ["b", "a"], [], ["c"]])
 
     def right(self, targets: Mapping[str, Tensor]) -> Tensor:
         return 18 * (targets["label"].float() - 0.5)
+
+    def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
+        assert said["labels"] == [sorted(labels) for labels in self.table.targets["label"][rows]]
+        assert said["probabilities"].shape == (len(rows), 4)
 
     def test_several_hot(self, task: Task) -> None:
         assert task.prepare(self.table)["label"][:3].tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
@@ -77,11 +82,14 @@ class TestBalancedMultiLabel(TestMultiLabel):
 
 class TestRegression(TaskContract):
     settings: Mapping[str, Any] = {"kind": "regression"}
-    says = "value"
     table = labelled([1e6, 1e6 + 1, 1e6 + 5, 1e6 - 3], [1e6 + 2, 1e6 - 2, 1e6 + 9])
 
     def right(self, targets: Mapping[str, Tensor]) -> Tensor:
         return targets["label"].clone()
+
+    def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
+        expected = np.array(self.table.targets["label"][rows].tolist())
+        assert said["value"] == pytest.approx(expected, rel=1e-6)
 
     def test_scores_are_in_the_unit_of_the_user(self, task: Task) -> None:
         targets = self.batch(task, np.array([4, 5, 6]))
@@ -118,7 +126,6 @@ class TestRegressionOfSeveral(TestRegression):
         "loss_options": {"delta": 0.5},
         "monitor": "r2",
     }
-    says = "values"
     table = labelled([[1, 10.5], [2, 20], [3, 35], [5, 1]], [[1, 30], [2, 2], [2.5, 20]])
 
 
@@ -239,7 +246,8 @@ def test_own_tasks() -> None:
         ({"monitor": "recall"}, ["monitor is 'recall'; classification has accuracy, macro_f1"]),
         ({"kind": "similarity", "label_smoothing": 0.1}, ["label_smoothing is 0.1"]),
         ({"kind": "similarity", "miner_options": {"a": 1}}, ["no miner is set"]),
-        ({"kind": "similarity", "loss": "arcface"}, ["loss arcface must know the embedding's size"]),
+        ({"kind": "similarity", "monitor": "precision_at_5"}, ["similarity has precision_at_1, reciprocal_rank, r_p"]),
+        ({"kind": "similarity", "layers": [4, {"skp": 1}]}, ["'skp' is no layer; there are identity, linear, mlp"]),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_all_told(settings: dict[str, Any], faults: list[str]) -> None:
@@ -254,8 +262,8 @@ def test_settings_that_do_not_fit_each_other_are_all_told(settings: dict[str, An
     [
         ({"loss": "hinge"}, "task.loss is 'hinge'; expected one of arcface, "),
         ({"miner": "coal"}, "task.miner is 'coal'; expected one of angular, "),
-        ({"loss_options": {"temp": 1}}, r"task.loss_options is \{'temp': 1\}; NTXentLoss does not take it"),
-        ({"miner": "angular", "miner_options": {"x": 1}}, "task.miner_options"),
+        ({"loss_options": {"temp": 1}}, "task.loss_options has temp; NTXentLoss takes temperature"),
+        ({"miner": "angular", "miner_options": {"x": 1}}, "task.miner_options has x; AngularMiner takes angle"),
         ({"kind": "regression", "loss_options": {"delta": 1}}, "MSELoss does not take it"),
     ],
 )
@@ -293,7 +301,7 @@ def test_losses_and_miners_that_do_not_exist(settings: dict[str, Any], message: 
         ({"kind": "regression"}, labelled([], [1]), "the training split has no sample"),
         ({}, PAIRS, "needs the target label; the samples have pair, role, group"),
         ({"kind": "similarity"}, labelled([1, 1], []), "1 labels or groups; similarity needs two"),
-        ({"kind": "similarity"}, labelled([1, 2, 3], []), "no label of the training split has two samples"),
+        ({"kind": "similarity"}, labelled([1, 2, 3], []), "no label of the train split has two samples"),
         ({"kind": "similarity"}, labelled([1, 1, 2], [1, 2]), "no label of the validation split has two samples"),
     ],
 )
