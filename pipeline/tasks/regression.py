@@ -107,20 +107,6 @@ class Regression(Task):
             raise TrainError("the unit of the numbers is not known; call prepare(table) before metrics()")
         return RegressionScores(self._scale)
 
-    def legend(self, table: Table) -> list[Any]:
-        """Return mean and standard deviation of each number."""
-        each: list[Any] = np.stack(self.units_of(table), axis=1).tolist()
-        return each
-
-    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
-        return {"value": float} if len(legend) == 1 else {"values": [float]}
-
-    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
-        numbers = read_tensor(output).float().cpu().numpy()
-        mean_K, deviation_K = np.array(legend).T
-        values_BK = numbers.reshape(len(numbers), -1) * deviation_K + mean_K
-        return {"value": values_BK[:, 0]} if len(legend) == 1 else {"values": values_BK}
-
 
 class RegressionScores:
     """`rmse` and `mae` in the user's unit, `r2`, `pearson` and `spearman`; of several numbers, the mean over them.
