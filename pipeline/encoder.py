@@ -76,6 +76,10 @@ class EncodeConfig(Section):
     max_bad: int | float = Field(default=0, ge=0)
     """Bad samples tolerated before the run ends with exit code 3: a count, or below 1 a fraction of the data set."""
 
+    def tolerated(self, samples: int) -> int:
+        """Return how many bad ones `max_bad` tolerates among so many samples."""
+        return int(self.max_bad if self.max_bad >= 1 else self.max_bad * samples + 1e-9)
+
     @field_validator("cuts")
     @classmethod
     def _distinct(cls, cuts: list[float | int | str]) -> list[float | int | str]:

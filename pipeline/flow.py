@@ -16,21 +16,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from pipeline import proved, quarantine
+from pipeline import proved, quarantine, runs
 from pipeline.adapter import merged
 from pipeline.data import SampleTable, Source, build, open_source
 from pipeline.encode import encode
 from pipeline.encoded import Encoded
 from pipeline.epochs import open_loaders
 from pipeline.errors import DataError, StaleStoreError
-from pipeline.feed import Keyed, decode_rows, decode_samples, key_contents
-from pipeline.files import sha256
-from pipeline.keys import Recipe, digest
-from pipeline.project import CutName, Project, Workbench, pick_device
+from pipeline.feed import Keyed, decode_rows, decode_samples
+from pipeline.keys import Recipe
+from pipeline.project import CutName, Project, Workbench
 from pipeline.ragged import pad_batch
 from pipeline.report import Cost, Row, Run, curves, plot, summarise
 from pipeline.split import Prefix, Suffix
-from pipeline.stat_cache import StatCache
 from pipeline.store import Store, first_rows
 from pipeline.timing import seconds_per_sample
 from pipeline.train import fit
@@ -49,8 +47,7 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
     known of both. Returns whether the bad samples stay within `encode.max_bad`.
     """
     source = open_source(project.data)
-    cache = StatCache(project.scratch / "keys.sqlite")
-    keyed = key_contents(source, workers=project.encode.workers or 1, cache=cache, trust=not rehash)
+    keyed = project.keys_of(source, trust=not rehash)
     if not len(keyed.good):
         quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # the table will say that nothing is left
     table = _table(source, keyed, project)
@@ -77,9 +74,7 @@ def _encode_what_is_missing(
 ) -> tuple[list[list[Store]], Encoded]:
     """Build the model, split it at every cut, and encode what the stores of their recipes lack; `stores[view][cut]`."""
     bench = Workbench.open(project, table)
-    bench.backbone.model.to(pick_device(project.encode.device))
-    if project.encode.channels_last:
-        bench.backbone.model.to(memory_format=torch.channels_last)
+    bench.to_device()
     example = _example_of_source(bench, source, keyed)
     prefixes = [bench.split(cut, example)[0] for cut in project.encode.cuts]
     by_view = zip(*map(bench.recipes, prefixes), strict=True)
@@ -94,36 +89,41 @@ def _encode_what_is_missing(
     return stores, _encode_views(bench, source, keyed, table, prefixes, stores)
 
 
-def train_project(project: Project, name: str) -> Run:
-    """Fine-tune the suffix of one cut from its store; the raw data is not read."""
-    cut = project.cut(name)
+def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
+    """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`."""
+    cut = project.cut(cut_name)
+    name = name or runs.run_name(project, cut)
+    out = project.run_path(name)
     set_seed(project.train.seed)
     accelerator = Accelerator(
         mixed_precision=project.train.precision, gradient_accumulation_steps=project.train.gradient_accumulation
     )
-    table = SampleTable.read(project.samples)
+    table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
     bench = Workbench.open(project, table)
     views, prefix, suffix = bench.open_store(cut, table)
     suffix = bench.adapt(views, table, prefix, suffix)
+    if project.train.channels_last:
+        suffix.to(memory_format=torch.channels_last)
     training, validation = open_loaders(bench, table, views, accelerator.device)
-    run = project.run_path(cut)
-    shutil.rmtree(run, ignore_errors=True)
-    settings = [section.model_dump(mode="json") for section in (project.model, project.task, project.train)]
-    identity = digest([*(store.recipe.digest for store in views.stores), sha256(project.samples), *settings])
+    shutil.rmtree(out, ignore_errors=True)
+    identity = runs.identity(project, cut)
     summary = fit(
         suffix,
         bench.task,
         training,
         validation,
         project.train,
-        out=run,
+        out=out,
         checkpoint=project.scratch / "checkpoints" / identity,
         accelerator=accelerator,
         fresh=bench.backbone.fresh,
         weights=merged if project.train.adapter else Suffix.state_dict,
     )
     finished = Run(
+        name=name,
         cut=cut,
+        overrides=project.overrides,
+        identity=identity,
         recycled=prefix.cut.share,
         metric=summary.metric,
         value=summary.value,
@@ -133,25 +133,20 @@ def train_project(project: Project, name: str) -> Run:
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
         frozen_seconds_per_sample=_frozen_cost(prefix, bench, views, table, accelerator.device),
         history=summary.history,
+        legend=bench.task.legend(table),
     )
-    (run / "run.json").write_text(json.dumps(asdict(finished), indent=2) + "\n")
-    log.info("cut %s: %s %.3f after epoch %d", cut, summary.metric, summary.value, summary.best_epoch)
+    runs.write(project, finished)
+    log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
     return finished
 
 
 def report_project(project: Project) -> list[Row]:
     """Write the result table, the curves and the plot of all finished runs."""
-    costs = _read_costs(project)
-    runs = []
-    for cut in project.encode.cuts:
-        file = project.run_path(cut) / "run.json"
-        if not file.exists():
-            raise DataError(f"cut {cut}: {file} does not exist; train it (dvc repro train)")
-        runs.append(Run(**json.loads(file.read_text())))
-    rows = summarise(runs, costs)
+    costs, finished = _read_costs(project), runs.current(project)
+    rows = summarise(finished, costs)
     (project.results / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    curves(runs, costs).to_csv(project.results / "curves.csv", index=False)
-    plot(runs, costs, project.results / "accuracy.png")
+    curves(finished, costs).to_csv(project.results / "curves.csv", index=False)
+    plot(finished, costs, project.results / "runs.png")
     return rows
 
 
@@ -294,7 +289,7 @@ def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) ->
             *(len(done.cut_off), longest, max(done.cut_off)),
         )
     bad, total = done.keyed.bad, len(done.keyed.keys)
-    allowed = project.encode.max_bad if project.encode.max_bad >= 1 else int(project.encode.max_bad * total + 1e-9)
+    allowed = project.encode.tolerated(total)
     if bad:
         log.warning("%d bad samples set aside in %s: %s", len(bad), project.quarantine, quarantine.summary(bad))
     if len(bad) > allowed:

@@ -109,6 +109,8 @@ def draw_inputs(preprocess: Preprocess, batch: int, tokens: int) -> dict[str, Te
     recipe = preprocess.recipe()
     if recipe.get("kind") == "image":
         contents: list[Any] = list(rng.integers(0, 256, (batch, SIDE, SIDE, 3), np.uint8))
+    elif recipe.get("kind") == "audio":
+        contents = list(rng.standard_normal((batch, int(str(recipe["rate"]))), np.float32))
     elif recipe.get("kind") == "text":
         contents = [" ".join(words) for words in rng.choice(list(string.ascii_lowercase), (batch, tokens))]
     else:

@@ -14,26 +14,33 @@ ROLES = ("anchor", "positive")
 
 
 class Pairs(Source):
-    """Two rows per record, the anchor and then its positive; the target `pair` is the record's number."""
+    """Two rows per record, the anchor and then its positive; the target `pair` is the record's number.
+
+    Where `columns` have one of the two alone, a record is one row.
+    """
 
     def __init__(self, name: str, columns: dict[str, pa.ChunkedArray]) -> None:
         self.name, self._columns = name, columns
+        self._roles = [role for role in ROLES if role in columns]
 
     def __len__(self) -> int:
-        return 2 * len(self._columns["anchor"])
+        return len(self._roles) * len(self._columns[self._roles[0]])
 
     def row(self, i: int) -> Row:
-        pair, role = divmod(i, 2)
+        pair, role = divmod(i, len(self._roles))
         where = f"{self.name}#{pair}"
-        return Row(where, split_at(self._columns.get("split"), pair, where), {"pair": pair, "role": ROLES[role]})
+        split = split_at(self._columns.get("split"), pair, where)
+        return Row(where, split, {"pair": pair, "role": self._roles[role]})
 
     def content(self, i: int) -> str:
-        pair, role = divmod(i, 2)
-        return text_at(self._columns[ROLES[role]], pair, f"{self.name}#{pair}, {ROLES[role]}")
+        pair, number = divmod(i, len(self._roles))
+        role = self._roles[number]
+        return text_at(self._columns[role], pair, f"{self.name}#{pair}, {role}")
 
 
 def open_pairs(config: DataConfig, path: Path) -> Pairs:
     """Read the table of pairs at `path`."""
-    fields = {name: getattr(config, name) for name in (*ROLES, "split")}
+    fields = {name: getattr(config, name) for name in (*ROLES, "split") if config.labelled or name in ROLES}
     named = {setting: name for setting, name in fields.items() if name is not None}
-    return Pairs(path.name, read_records(path, named, records=config.records))
+    any_of = () if config.labelled else ROLES
+    return Pairs(path.name, read_records(path, named, records=config.records, any_of=any_of))

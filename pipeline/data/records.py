@@ -1,9 +1,9 @@
-"""Tables with named fields: CSV, TSV, JSON Lines, JSON and Parquet, all as one Arrow table."""
+"""Tables with named fields: CSV, TSV, JSON Lines, JSON, Parquet and saved data sets, all as one Arrow table."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,46 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from pipeline.data.saved import is_saved, read_saved, with_class_names
 from pipeline.data.source import split_named
 from pipeline.errors import BadSampleError, ConfigError, DataError
 
 
-def read_records(path: Path, fields: dict[str, str], *, records: str | None) -> dict[str, pa.ChunkedArray]:
-    """Return the columns that `fields` (setting -> field name) asks for, by setting.
+def read_records(
+    path: Path,
+    fields: dict[str, str],
+    *,
+    records: str | None,
+    labels_as_text: bool = False,
+    any_of: Collection[str] = (),
+) -> dict[str, pa.ChunkedArray]:
+    """Return the columns that `fields` (setting -> field name) asks for, by setting; of `any_of` those that exist.
+
+    A saved dictionary of splits has a column `split`, too, unless the field of one is named. Class numbers that have
+    names are these names. With `labels_as_text`, a label of CSV is a text even where it looks like a number.
 
     Raises:
         ConfigError: a field does not exist (the message names those that do), or the kind of file is unknown.
         DataError: the file cannot be read as its name says.
     """
+    table, splits = read_saved(path) if is_saved(path) else (_read_file(path, fields, records, labels_as_text), None)
+    if table.num_rows == 0:
+        raise DataError(f"data.path {path} holds no records")
+    if any(fields[setting] in table.column_names for setting in any_of):
+        fields = {s: name for s, name in fields.items() if s not in any_of or name in table.column_names}
+    for setting, name in fields.items():
+        if name not in table.column_names:
+            raise ConfigError(f"data.{setting} is {name!r}; {path} has the fields {', '.join(table.column_names)}")
+    columns = {setting: with_class_names(table, name) for setting, name in fields.items()}
+    return columns if splits is None else {"split": splits} | columns
+
+
+def _read_file(path: Path, fields: dict[str, str], records: str | None, labels_as_text: bool) -> pa.Table:
+    # Texts are texts even where they look like numbers ("007") or like nothing ("null"); labels may be numbers.
+    texts = [name for setting, name in fields.items() if labels_as_text or setting.partition(".")[0] != "label"]
     kinds: dict[str, Callable[[Path], pa.Table]] = {
-        ".csv": lambda file: _read_delimited(file, ",", fields),
-        ".tsv": lambda file: _read_delimited(file, "\t", fields),
+        ".csv": lambda file: _read_delimited(file, ",", texts),
+        ".tsv": lambda file: _read_delimited(file, "\t", texts),
         ".jsonl": lambda file: _from_objects(file, _read_lines(file), fields),
         ".json": lambda file: _from_objects(file, _read_list(file, records), fields),
         ".parquet": pa.parquet.read_table,
@@ -32,29 +58,24 @@ def read_records(path: Path, fields: dict[str, str], *, records: str | None) -> 
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if kind not in kinds or (kind == ".parquet" and path.suffix == ".gz"):
         raise ConfigError(
-            f"data.path is {path}; expected a name that ends in {', '.join(kinds)} (.gz but for the last)"
+            f"data.path is {path}; expected a name that ends in {', '.join(kinds)} (.gz but for the last), or the "
+            "folder of a data set that was saved by save_to_disk"
         )
     if not path.is_file():
         raise ConfigError(f"data.path is {path}, a folder; this source reads one file")
     try:
-        table = kinds[kind](path)
+        return kinds[kind](path)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, pa.ArrowException) as error:
         raise DataError(f"data.path {path} cannot be read as {kind}: {error}") from error
-    if table.num_rows == 0:
-        raise DataError(f"data.path {path} holds no records")
-    for setting, name in fields.items():
-        if name not in table.column_names:
-            raise ConfigError(f"data.{setting} is {name!r}; {path} has the fields {', '.join(table.column_names)}")
-    return {setting: table.column(name) for setting, name in fields.items()}
 
 
-def _read_delimited(path: Path, delimiter: str, fields: dict[str, str]) -> pa.Table:
-    # Texts are texts even where they look like numbers ("007") or like nothing ("null"); labels may be numbers.
-    types = {name: pa.string() for setting, name in fields.items() if setting != "label"}
+def _read_delimited(path: Path, delimiter: str, texts: list[str]) -> pa.Table:
     return pa.csv.read_csv(
         path,
         parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(strings_can_be_null=False, column_types=types),
+        convert_options=pa.csv.ConvertOptions(
+            strings_can_be_null=False, column_types=dict.fromkeys(texts, pa.string())
+        ),
     )
 
 

@@ -13,10 +13,12 @@ import numpy as np
 
 from pipeline.errors import DataError
 
-Content = bytes | np.ndarray | str | tuple[str, str]
-"""One sample as its source holds it: an encoded image, an array (pixels), a text, or a text and its partner."""
+Content = bytes | np.ndarray | str | tuple[str, str] | list[str]
+"""One sample as its source holds it: an encoded image, an array (pixels), a text, a text and its partner, or words."""
 
-Target = str | int | float
+Scalar = str | int | float
+Target = Scalar | list[str] | list[int] | list[float]
+"""What is known of a sample under one name: a value, or any number of them (a tag per word, several labels)."""
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"}
@@ -31,7 +33,8 @@ class Row:
     split: str | None
     """One of `SPLITS`, or None where the data set leaves the choice to the held-out rule of the sample table."""
     targets: Mapping[str, Target]
-    """Target columns of the sample table: `label`, or `pair` and `role` ("anchor" or "positive")."""
+    """Target columns of the sample table: `label`, or `pair` and `role` ("anchor" or "positive"), or what a task reads.
+    All rows have the same names, and under each a value, or under each a list."""
 
 
 SETTLED_NS = 2_000_000_000

@@ -1,7 +1,7 @@
 """The sample table: one row per sample of the data set, as Parquet. Labels live here: fixing one encodes nothing.
 
 Columns: `key` (16 bytes), `split`, `source`, then the target columns of the data set: `label`, or `pair`, `role` and
-`group`. Equal tables are equal files.
+`group`, or others; a column may hold lists (a tag per word, several labels). Equal tables are equal files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pipeline.data.config import DataConfig
-from pipeline.data.source import SPLITS, Row, Source
+from pipeline.data.source import SPLITS, Row, Source, Target
 from pipeline.errors import DataError
 from pipeline.files import whole
 from pipeline.keys import KEY_BYTES
@@ -36,7 +36,7 @@ class SampleTable:
     source: Sequence[str]
     """Where each sample comes from, for people."""
     targets: Mapping[str, np.ndarray]
-    """Target columns by name, each (N,): int64, float64 or str."""
+    """Target columns by name, each (N,): int64, float64 or str, or object where each entry is a list of these."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -44,6 +44,33 @@ class SampleTable:
     def rows(self, split: str) -> np.ndarray:
         """Return the row numbers of a split, ascending, int64."""
         return np.flatnonzero(self.split == split)
+
+    def share(self, fraction: float, seed: int) -> SampleTable:
+        """Return the table with a `fraction` of its training samples, the same share of each label, of at least one,
+        where a sample has one label.
+
+        What belongs together (a duplicate, the pairs of a group) stays together. Which samples are taken depends on
+        their keys and on `seed` alone; a larger fraction has all that a smaller one has.
+        """
+        if fraction == 1:
+            return self
+        training = self.rows("train")
+        identities = _identities(self.keys[training], {k: v[training] for k, v in self.targets.items()}, "samples")
+        labels = [""] * len(training)
+        if "label" in self.targets and self.targets["label"].dtype.kind in "iuU":  # numbers to regress are no strata
+            labels = [str(label) for label in self.targets["label"][training]]
+        strata: dict[str, dict[bytes, float]] = defaultdict(dict)
+        for label, identity in zip(labels, identities, strict=True):
+            strata[label][identity] = _fraction(identity, seed)
+        taken: set[tuple[str, bytes]] = set()
+        for label, drawn in strata.items():
+            count = max(1, round(fraction * len(drawn)))
+            taken |= {(label, identity) for identity in sorted(drawn, key=lambda one: (drawn[one], one))[:count]}
+        kept = np.ones(len(self), bool)
+        kept[training] = [(label, identity) in taken for label, identity in zip(labels, identities, strict=True)]
+        targets = {name: values[kept] for name, values in self.targets.items()}
+        source = [name for name, keep in zip(self.source, kept.tolist(), strict=True) if keep]
+        return SampleTable(self.keys[kept], self.split[kept], source, targets)
 
     def write(self, path: Path) -> None:
         """Write the table to `path`, whole or not at all."""
@@ -55,7 +82,7 @@ class SampleTable:
             "split": pa.array(self.split.tolist()),
             "source": pa.array(list(self.source), pa.string()),
         }
-        columns |= {name: pa.array(values.tolist()) for name, values in self.targets.items()}
+        columns |= {name: _arrow(name, values) for name, values in self.targets.items()}
         with whole(path) as beside:
             pa.parquet.write_table(pa.table(columns), beside, compression="zstd")
 
@@ -74,7 +101,8 @@ class SampleTable:
         if missing or table.schema.field("key").type != pa.binary(KEY_BYTES):
             raise DataError(f"{path} is no sample table: it has {', '.join(table.column_names)}; encode again")
         keys = np.frombuffer(b"".join(table.column("key").to_pylist()), np.uint8).reshape(-1, KEY_BYTES)
-        targets = {name: np.array(table.column(name).to_pylist()) for name in table.column_names if name not in _FIXED}
+        names = [name for name in table.column_names if name not in _FIXED]
+        targets = {name: _column(name, table.column(name).to_pylist()) for name in names}
         return cls(keys, np.array(table.column("split").to_pylist(), str), table.column("source").to_pylist(), targets)
 
 
@@ -95,16 +123,35 @@ def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray
         described, keys = [described[i] for i in kept], keys[kept]
     if not described:
         raise DataError(f"data.path {config.path}: no usable sample is left; see the samples set aside")
-    targets = {name: np.array([_target(row, name) for row in described]) for name in described[0].targets}
+    targets = {name: _column(name, [_target(row, name) for row in described]) for name in described[0].targets}
     if "pair" in targets:
         targets["group"] = _groups(targets["pair"], targets["role"], keys)
     split = _decide_splits(described, _identities(keys, targets, config.hold_out), config)
     return SampleTable(np.ascontiguousarray(keys), split, [row.source for row in described], targets)
 
 
-def _target(row: Row, name: str) -> str | int | float:
+def _column(name: str, values: list[Target]) -> np.ndarray:
+    """Return a target of all rows, (N,): numbers or texts, or an object array of lists."""
+    lists = sum(isinstance(value, list) for value in values)
+    if not lists:
+        return np.array(values)
+    if lists < len(values):
+        raise DataError(f"the target {name} is a list in {lists} of {len(values)} rows; make it one in all, or in none")
+    return np.fromiter(values, object, len(values))
+
+
+def _arrow(name: str, values: np.ndarray) -> pa.Array:
+    try:
+        return pa.array(values.tolist())
+    except pa.ArrowException as error:
+        raise DataError(f"the lists of the target {name} mix types ({error}); give all of them one") from error
+
+
+def _target(row: Row, name: str) -> Target:
     if name not in row.targets:
         raise DataError(f"{row.source} has the targets {', '.join(row.targets)}; expected {name}, as other rows have")
+    if row.targets[name] is None:
+        raise DataError(f"{row.source}: the target {name} is None; give it a value, or leave the sample out")
     return row.targets[name]
 
 

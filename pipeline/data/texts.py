@@ -4,32 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-
 from pipeline.data.config import DataConfig
-from pipeline.data.records import read_records, split_at, text_at
-from pipeline.data.source import Row, Source, Target
-from pipeline.errors import DataError
+from pipeline.data.labelled import Labelled, label_fields
+from pipeline.data.records import read_records, text_at
 
 
-class Texts(Source):
-    """A text (or a text and its partner) and a label per record of a table; `columns` by setting, as Arrow arrays."""
-
-    def __init__(self, name: str, columns: dict[str, pa.ChunkedArray]) -> None:
-        self.name, self._columns = name, columns
-        if missing := columns["label"].null_count:
-            raise DataError(f"{name}: {missing} records have no label; give them one, or leave them out")
-
-    def __len__(self) -> int:
-        return len(self._columns["text"])
-
-    def row(self, i: int) -> Row:
-        where = f"{self.name}#{i}"
-        label = _as_target(self._columns["label"][i].as_py())
-        return Row(where, split_at(self._columns.get("split"), i, where), {"label": label})
+class Texts(Labelled):
+    """A text (or a text and its partner) and a label per record of a table."""
 
     def content(self, i: int) -> str | tuple[str, str]:
-        where = f"{self.name}#{i}"
+        where = self.where(i)
         text = text_at(self._columns["text"], i, where)
         partner = self._columns.get("text_pair")
         return text if partner is None else (text, text_at(partner, i, where))
@@ -37,12 +21,7 @@ class Texts(Source):
 
 def open_texts(config: DataConfig, path: Path) -> Texts:
     """Read the table of texts at `path`."""
-    fields = {name: getattr(config, name) for name in ("text", "text_pair", "label", "split")}
-    named = {setting: name for setting, name in fields.items() if name is not None}
-    return Texts(path.name, read_records(path, named, records=config.records))
-
-
-def _as_target(value: object) -> Target:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return value if isinstance(value, str | int | float) else str(value)
+    texts = {name: getattr(config, name) for name in ("text", "text_pair")}
+    named = {setting: name for setting, name in texts.items() if name is not None} | label_fields(config)
+    columns = read_records(path, named, records=config.records, labels_as_text=config.delimiter is not None)
+    return Texts(path.name, columns, config.delimiter)

@@ -115,7 +115,7 @@ def embed(backbone: nn.Module, head: Head, pooling: str, example: Mapping[str, T
     try:
         with torch.no_grad():
             _, features = embedder.eval()(**batch).shape
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"task.pooling is {pooling!r}; the output of {type(backbone).__name__} cannot be pooled so ({error}); "
             "set mean, cls, max or pooled"

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel
 from transformers.utils import logging as transformers_log
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import PACKAGE, check_sha256, locate
+from pipeline.models.audio import AudioPreprocess, make_audio_preprocess
 from pipeline.models.backbone import Backbone, embed, projection_names
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
@@ -32,8 +33,11 @@ log = logging.getLogger(__name__)
 CLASSIFIERS = {
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
 }
 """The library's classifiers -> its mapping from the configurations that have one."""
+KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}
+"""What a network takes, by the name of its main input; texts have several."""
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, in which image processors say how they resize."""
 
@@ -118,7 +122,7 @@ def _auto_class(settings: Any, config: ModelConfig, head: Head) -> Any:
     for name, mapping in CLASSIFIERS.items():
         if type(settings) in getattr(transformers, mapping) or name in brought:
             return getattr(transformers, name)
-    raise ModelError(f"{config.backbone}: {settings.model_type} has no classifier for texts or images")
+    raise ModelError(f"{config.backbone}: {settings.model_type} has no classifier for texts, images or sounds")
 
 
 def _build(auto: Any, settings: Any, config: ModelConfig, extra: Mapping[str, Any]) -> nn.Module:
@@ -202,9 +206,11 @@ def _check_fit(model: Any, info: Mapping[str, Any], config: ModelConfig) -> froz
 
 
 def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, blueprint: Any) -> Preprocess:
-    kind = "image" if blueprint.main_input_name == "pixel_values" else "text"
+    kind = KINDS.get(blueprint.main_input_name, "text")
     if config.kind not in (None, kind):
-        raise ConfigError(f"preprocess.kind is {config.kind!r}; the backbone takes {kind}s; remove it")
+        raise ConfigError(f"preprocess.kind is {config.kind!r}; the backbone's is {kind!r}; remove it")
+    if kind == "audio":
+        return make_audio_preprocess(config, blueprint, _load_extractor(origin))
     if kind == "image":
         return ImagePreprocess(config, _image_defaults(origin, settings), blueprint.main_input_name)
     tokenizer = (
@@ -215,6 +221,14 @@ def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, bl
     if getattr(settings, "pad_token_id", None) is None:
         settings.pad_token_id = tokenizer.pad_token_id
     return make_text_preprocess(config, blueprint, tokenizer, getattr(settings, "max_position_embeddings", None))
+
+
+def _load_extractor(origin: Origin) -> Any:
+    load: Any = AutoFeatureExtractor.from_pretrained
+    try:
+        return load(origin.source, **origin.arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"no feature extractor can be loaded from {origin.source} ({_first_line(error)})") from error
 
 
 def _image_defaults(origin: Origin, settings: Any) -> ImageDefaults:
@@ -236,6 +250,8 @@ def _image_defaults(origin: Origin, settings: Any) -> ImageDefaults:
 
 
 def _example(preprocess: Preprocess) -> object:
+    if isinstance(preprocess, AudioPreprocess):
+        return np.zeros(preprocess.rate, np.float32)
     return np.zeros((8, 8), np.uint8) if isinstance(preprocess, ImagePreprocess) else "a"
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import load_function
+from pipeline.models.audio import make_audio_preprocess
 from pipeline.models.backbone import Backbone, first_input
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
@@ -50,9 +51,11 @@ def _make_preprocess(model: nn.Module, preprocess: PreprocessConfig, config: Mod
         return ImagePreprocess(preprocess, ImageDefaults(), first_input(model))
     if preprocess.kind == "array":
         return ArrayPreprocess(first_input(model))
+    if preprocess.kind == "audio":
+        return make_audio_preprocess(preprocess, model)
     if preprocess.kind == "text":
         return make_text_preprocess(preprocess, model)
     raise ConfigError(
-        f"preprocess.kind is not set; {config.backbone} returned a network alone: set image, text or array, "
+        f"preprocess.kind is not set; {config.backbone} returned a network alone: set image, audio, text or array, "
         "or return a Backbone with its own Preprocess"
     )

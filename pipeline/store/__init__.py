@@ -10,6 +10,7 @@ from pipeline.store.materialise import Scratch
 from pipeline.store.reader import Reader
 from pipeline.store.resident import Resident
 from pipeline.store.scratch import discard, sweep
+from pipeline.store.scratch import scratch as temporary_folder
 from pipeline.store.store import Store, alone
 from pipeline.store.trial import through
 from pipeline.store.upkeep import Upkeep, plan_compact, plan_gc, plan_removal
@@ -43,6 +44,7 @@ __all__ = [
     "segment_id",
     "sweep",
     "tell",
+    "temporary_folder",
     "through",
     "verify",
 ]

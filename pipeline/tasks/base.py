@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, TrainError
+from pipeline.tasks.config import LOWER_IS_BETTER
 from pipeline.tasks.heads import Layer
+
+Kind: TypeAlias = "type | list[Kind] | dict[str, Kind]"
+"""What a column of predictions holds: `str`, `int`, `float` or `bool`; any number of one kind, as `[str]`; or a value
+under each name, as `{"cat": float, "dog": float}`."""
+
+Column: TypeAlias = np.ndarray | Sequence[Any]
+"""Predictions for B samples: (B,), (B, n) for lists of n or for n names in their order, or a sequence of B values."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is known of B samples whose outputs are read."""
+
+    extras: Mapping[str, Tensor]
+    """What is stored of them beside the state and the inputs, each (B, ...)."""
+    rows: Sequence[Mapping[str, Any]]
+    """What their source says of each; labels may be missing."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +39,8 @@ class Head:
     """What the suffix must end in."""
 
     kind: Literal["classes", "embedding"]
-    """"classes": logits (B, size) from the architecture's own classifier. "embedding": one vector per sample (B, D)."""
+    """"classes": logits, or numbers to regress, (B, size), from the architecture's own classifier.
+    "embedding": one vector per sample (B, D)."""
     size: int | None = None
     """classes: how many."""
     pooling: Literal["mean", "cls", "max", "pooled"] | None = None
@@ -60,9 +81,14 @@ class Task(ABC):
 
     name: str
     monitor: str
-    """Name of the score that decides which epoch is best; higher is better."""
+    """Name of the score that decides which epoch is best."""
     width: int | None = None
     """Size D of the embeddings that the model gives, where it gives some and it is known; set before `prepare`."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Say in which direction `monitor` is better: the lower, where it is an error."""
+        return self.monitor not in LOWER_IS_BETTER
 
     @property
     def loss_module(self) -> nn.Module | None:
@@ -102,6 +128,25 @@ class Task(ABC):
     def metrics(self) -> Metrics:
         """Return fresh scores."""
 
+    def legend(self, table: Table) -> list[Any]:
+        """Return what the outputs of a model that is trained on `table` mean: names of classes, say. A run keeps it.
+
+        It holds what JSON can hold. Empty where outputs speak for themselves, as here.
+        """
+        return []
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        """Return the columns of `predictions`."""
+        return {"output": [float]}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        """Return what the model's `output` for a batch of B samples says, by column.
+
+        `legend` is the run's. Here: the numbers of the output as they come.
+        """
+        numbers = read_tensor(output).float().cpu()
+        return {"output": numbers.reshape(len(numbers), -1).numpy()}
+
 
 def column(table: Table, name: str, task: str) -> np.ndarray:
     """Return a target column.
@@ -113,6 +158,14 @@ def column(table: Table, name: str, task: str) -> np.ndarray:
         known = ", ".join(table.targets) or "none"
         raise DataError(f"task {task} needs the target {name}; the samples have {known}; set another task or source")
     return table.targets[name]
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Silence what a library of scores warns of, where it is what this code means to do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def read_tensor(output: Any) -> Tensor:

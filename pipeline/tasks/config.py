@@ -12,15 +12,29 @@ from pipeline.tasks.heads import Layer, parse
 
 SCORES = {
     "classification": ("accuracy", "macro_f1"),
+    "multi-label": ("average_precision", "micro_f1", "macro_f1"),
+    "regression": ("rmse", "mae", "r2", "pearson", "spearman"),
 }
 """What each task is scored by; the first is its `monitor` unless another is set. Of similarity: `retrieval_scores`."""
 
+LOWER_IS_BETTER = frozenset({"rmse", "mae"})
+"""Scores that are errors."""
+
+REGRESSION_LOSSES = ("mse", "l1", "huber")
+
 _USED_BY: dict[str, frozenset[str]] = {
-    "classification": frozenset({"label_smoothing", "monitor"}),
+    "classification": frozenset({"label_smoothing", "class_weights", "monitor"}),
+    "multi-label": frozenset({"label_smoothing", "class_weights", "monitor"}),
+    "regression": frozenset({"loss", "loss_options", "monitor"}),
     "similarity": frozenset({"loss", "loss_options", "distance", "miner", "miner_options", "memory", "symmetric"})
     | {"pooling", "layers", "samples_per_label", "precision_at", "monitor", "seed"},
     "module:function": frozenset({"options"}),
 }
+_DEFAULT_LOSS = {"similarity": "multiple_negatives", "regression": "mse"}
+
+
+def _default_loss(settings: dict[str, Any]) -> str:
+    return _DEFAULT_LOSS.get(settings.get("kind", ""), "")
 
 
 def retrieval_scores(precision_at: tuple[int, ...]) -> tuple[str, ...]:
@@ -39,24 +53,31 @@ class TaskConfig(Section):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     kind: str = "classification"
-    """"classification" (one label per sample), "similarity" (an embedding in which what belongs together is near:
+    """"classification" (one label per sample), "multi-label" (any number of them), "regression" (a number, or several),
+    "similarity" (an embedding in which what belongs together is near:
     pairs, or samples under one label), or the user's own "module:function", which is called with this section and
     returns a `Task`."""
     monitor: str | None = None
     """Score on the validation split that decides which epoch is best. classification: accuracy (default) or macro_f1;
-    similarity: precision_at_1 (default; at whatever `precision_at` names), reciprocal_rank or r_precision."""
+    multi-label: average_precision (default), micro_f1 or macro_f1; regression: rmse (default), mae, r2, pearson or
+    spearman, of which the first two are better the lower; similarity: precision_at_1 (default; at
+    whatever `precision_at` names), reciprocal_rank or r_precision."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """classification: share of each target that is spread over all classes."""
-    loss: str = "multiple_negatives"
-    """similarity: a loss of pytorch-metric-learning. Of pairs and labels: "multiple_negatives" (the others of the batch
+    """classification: share of each target that is spread over all classes. multi-label: share of each yes and no that
+    becomes a maybe."""
+    class_weights: Literal["balanced"] | None = None
+    """classification, multi-label: "balanced" weighs each class as if all were equally frequent in the training
+    split (multi-label: as if as many samples had a label as not)."""
+    loss: str = Field(default_factory=_default_loss)
+    """regression: "mse" (the default), "l1" or "huber", on standardised numbers.
+    similarity: a loss of pytorch-metric-learning. Of pairs and labels: "multiple_negatives" (the others of the batch
     are the negatives; also called "ntxent"), "contrastive", "online_contrastive" (of each sample the pairs alone that
     are harder than the hardest of the other kind), "triplet_margin", "multi_similarity", "circle", "supcon". Of
     labels: "fastap"; and with vectors per label that train along "arcface", "cosface", "sub_center_arcface",
     "softmax", "normalized_softmax", "center" (softmax and a pull to the label's centre), "proxy_anchor", "proxy_nca",
     "soft_triple"."""
     loss_options: dict[str, Any] = Field(default_factory=dict)
-    """similarity: arguments of the loss, as in {temperature: 0.05} or {margin: 0.2}; a wrong one is answered with
-    those that exist."""
+    """regression, similarity: arguments of the loss, as in {delta: 0.5}, {temperature: 0.05} or {margin: 0.2}."""
     distance: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"
     """similarity: how two embeddings are compared, by the loss, the miner and the scores. All but "cosine" see the
     embeddings' lengths. Losses that are made for cosines refuse others."""
@@ -100,11 +121,14 @@ class TaskConfig(Section):
         faults = [
             f"{name} is {getattr(self, name)!r}, which kind {self.kind} does not use; remove it"
             for name in sorted(unused)
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+            if getattr(self, name)
+            != type(self).model_fields[name].get_default(call_default_factory=True, validated_data={"kind": self.kind})
         ]
         known = retrieval_scores(self.precision_at) if kind == "similarity" else SCORES.get(kind)
         if self.monitor is not None and known is not None and self.monitor not in known:
             faults.append(f"monitor is {self.monitor!r}; {kind} has {', '.join(known)}")
+        if kind == "regression" and self.loss not in REGRESSION_LOSSES:
+            faults.append(f"loss is {self.loss!r}; regression has {', '.join(REGRESSION_LOSSES)}")
         if self.miner_options and self.miner is None:
             faults.append(f"miner_options is {self.miner_options!r}, but no miner is set; set one")
         if faults:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
 from pipeline.tasks.config import TaskConfig, retrieval_scores
 from pipeline.tasks.heads import last_width
 from pipeline.tasks.losses import Memory, choose_loss, make_loss, make_miner
@@ -55,8 +55,9 @@ class Similarity(Task):
         if pairs and self._kind.compares != "pairs":
             raise ConfigError(f"task.loss is {self.config.loss!r}, which needs labels; for pairs set another loss")
         check = _check_pairs if pairs else _check_labels
-        for split in ("validation",) if self._kind.compares == "vectors" else ("train", "validation"):
-            check(table, names, split)
+        if self._kind.compares != "vectors":
+            check(table, names, "train", "training")
+        check(table, names, "validation", "validation")
         # Labels of the training split come first, because a loss with vectors per label numbers them from 0.
         order = np.concatenate([known, np.setdiff1d(names, known)])
         numbers = {name: number for number, name in enumerate(order.tolist())}
@@ -86,7 +87,7 @@ class Similarity(Task):
         if width is None:
             raise ConfigError(
                 f"{setting} is {value!r}, which must know the size of the embeddings, and the backbone does not tell: "
-                "end task.layers in a linear layer, as in [256], or return a Backbone with its width"
+                "end task.layers in a linear layer, as in [256]"
             )
         return width
 
@@ -136,6 +137,12 @@ class Similarity(Task):
     def metrics(self) -> Metrics:
         return RetrievalScores(self.config.distance, self.config.precision_at)
 
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"embedding": [float]}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        return {"embedding": read_tensor(output).float().cpu().numpy()}
+
 
 def draw_groups(rows: np.ndarray, labels: np.ndarray, size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
     """Return units of `size` rows under one label, drawn anew each epoch; every row is in at least one.
@@ -159,15 +166,15 @@ def _is_pairs(table: Table) -> bool:
     return "pair" in table.targets
 
 
-def _check_labels(table: Table, names: np.ndarray, split: str) -> None:
+def _check_labels(table: Table, names: np.ndarray, split: str, told: str) -> None:
     rows = table.split == split
     if not rows.any():
-        raise DataError(f"the {split} split is empty; set data.validation, or give the samples a split")
+        raise DataError(f"the {told} split is empty; set data.validation, or give the samples a split")
     if np.unique(names[rows], return_counts=True)[1].max() < 2:
-        raise DataError(f"no label of the {split} split has two samples; similarity compares samples of one label")
+        raise DataError(f"no label of the {told} split has two samples; similarity compares samples of one label")
 
 
-def _check_pairs(table: Table, names: np.ndarray, split: str) -> None:
+def _check_pairs(table: Table, names: np.ndarray, split: str, told: str) -> None:
     anchors, positives = (names[(table.split == split) & (table.targets["role"] == role)] for role in ROLES)
     if not np.isin(anchors, positives).any():
-        raise DataError(f"the {split} split has no pair that belongs together; set data.validation, or add pairs")
+        raise DataError(f"the {told} split has no pair that belongs together; set data.validation, or add pairs")
