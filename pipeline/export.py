@@ -15,6 +15,7 @@ from pipeline import runs
 from pipeline.data import SampleTable, open_source
 from pipeline.errors import DataError, RecyclingError
 from pipeline.keys import content_key
+from pipeline.models import network_inputs
 from pipeline.project import Project, Workbench
 from pipeline.ragged import Sample, pad_batch
 from pipeline.split import Prefix, Suffix, merge
@@ -42,7 +43,7 @@ class Parity:
     stored: float
     """Largest output difference to the suffix on stored states, relative to the largest output."""
     agreement: float
-    """Share of samples whose largest output is the same one."""
+    """Share of samples (of tokens, where each has its outputs) whose largest output is the same one."""
 
     def __str__(self) -> str:
         return (
@@ -119,30 +120,32 @@ def _outputs(
     suffix: Suffix,
     samples: list[Sample],
     rows: np.ndarray,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the outputs (B, C) of the full model, of prefix + suffix, and of the suffix on stored states.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return the outputs (B, ...) of the full model, of prefix + suffix, and of the suffix on stored states one by one.
 
     The model is merged in place: the last thing that needs the prefix runs before.
     """
-    batch = pad_batch(samples, bench.backbone.preprocess.pad)
+    batch = network_inputs(pad_batch(samples, bench.backbone.preprocess.pad))
     suffix.eval()
     with torch.no_grad():
         live = read_tensor(suffix(prefix(**batch), **batch))
-        cached = torch.cat([_cached(bench, store, table, suffix, rows[i : i + 1]) for i in range(len(rows))])
+        cached = [_cached(bench, store, table, suffix, rows[i : i + 1]) for i in range(len(rows))]
         full = read_tensor(merge(bench.backbone.model, suffix).eval()(**batch))
     return full, live, cached
 
 
 def _cached(bench: Workbench, store: Views, table: SampleTable, suffix: Suffix, row: np.ndarray) -> Tensor:
     batch = bench.stored_batch(store, table, row)
-    return read_tensor(suffix(batch.state, **batch.inputs))
+    return read_tensor(suffix(batch.state, **batch.inputs))[0]
 
 
-def _compare(full: Tensor, live: Tensor, cached: Tensor) -> Parity:
+def _compare(full: Tensor, live: Tensor, cached: list[Tensor]) -> Parity:
+    """Compare outputs; where they are as long as the batch is padded, up to the length that each sample has alone."""
     scale = full.abs().max().clamp(min=1e-12)
+    pairs = [(whole[tuple(map(slice, alone.shape))], alone) for whole, alone in zip(full, cached, strict=True)]
     return Parity(
         samples=len(full),
         merged=float((full - live).abs().max() / scale),
-        stored=float((full - cached).abs().max() / scale),
-        agreement=float((full.argmax(-1) == cached.argmax(-1)).float().mean()),
+        stored=max(float((whole - alone).abs().max() / scale) for whole, alone in pairs),
+        agreement=float(torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs]).float().mean()),
     )

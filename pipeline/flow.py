@@ -25,6 +25,7 @@ from pipeline.epochs import open_loaders
 from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import Keyed, decode_rows, decode_samples
 from pipeline.keys import Recipe
+from pipeline.models import network_inputs
 from pipeline.project import CutName, Project, Workbench
 from pipeline.ragged import pad_batch
 from pipeline.report import Cost, Row, Run, curves, plot, summarise
@@ -158,7 +159,8 @@ def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> dict[s
         if samples:
             samples = [samples[0], samples[-1]] if len(samples) > 1 else samples * 2
             device = next(bench.backbone.model.parameters()).device
-            return {name: tensor.to(device) for name, tensor in pad_batch(samples, preprocess.pad).items()}
+            batch = network_inputs(pad_batch(samples, preprocess.pad))
+            return {name: tensor.to(device) for name, tensor in batch.items()}
     bad = decode_rows(source, (keyed.good, [preprocess]))[0].bad
     quarantine.write(bench.project.quarantine, [*keyed.bad, *bad], keyed.keys)
     raise DataError(

@@ -44,6 +44,7 @@ DOORS = {
     "dvclive": {"pipeline.train"},
     "accelerate": {"pipeline.checkpoint", "pipeline.flow", "pipeline.train"},
     "matplotlib": {"pipeline.report"},
+    "nervaluate": {"pipeline.tasks"},
     "numcodecs": {"pipeline.store"},
     "soundfile": {"pipeline.models"},
     "soxr": {"pipeline.models"},

@@ -10,7 +10,9 @@ from pipeline.data.media import open_audio, open_images
 from pipeline.data.pairs import open_pairs
 from pipeline.data.pixels import open_pixels
 from pipeline.data.source import Content, Row, Source, Stamp
+from pipeline.data.squad import open_squad
 from pipeline.data.table import SampleTable, build
+from pipeline.data.tagged import open_conll, open_tagged
 from pipeline.data.texts import open_texts
 from pipeline.data.vision import open_torchvision
 from pipeline.errors import ConfigError
@@ -23,6 +25,9 @@ _OPEN = {
     "audio": open_audio,
     "text": open_texts,
     "pairs": open_pairs,
+    "conll": open_conll,
+    "tagged": open_tagged,
+    "squad": open_squad,
     "pixels": open_pixels,
     "arrays": open_arrays,
     "torchvision": open_torchvision,

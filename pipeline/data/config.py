@@ -15,12 +15,20 @@ _USED_BY: dict[str, frozenset[str]] = {
     "audio": _OF_TABLES | {"audio"},
     "text": _OF_TABLES | {"text", "text_pair"},
     "pairs": frozenset({"anchor", "positive", "label", "split", "records"}),
+    "conll": frozenset({"words", "tags", "scheme"}),
+    "tagged": frozenset({"words", "tags", "scheme", "split", "records"}),
+    "squad": frozenset({"window", "overlap"}),
     "pixels": frozenset({"label", "shape", "header"}),
     "arrays": frozenset({"label", "split", "group"}),
     "torchvision": frozenset({"name", "download", "options"}),
     "module:function": frozenset({"options"}),
 }
-_REQUIRED_BY = {"text": ("text", "label"), "pairs": ("anchor", "positive"), "torchvision": ("name",)}
+_REQUIRED_BY = {
+    "text": ("text", "label"),
+    "pairs": ("anchor", "positive"),
+    "tagged": ("words", "tags"),
+    "torchvision": ("name",),
+}
 _SPECIFIC = frozenset[str]().union(*_USED_BY.values())
 
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=2)]
@@ -33,10 +41,12 @@ class DataConfig(Section):
 
     source: str
     """Kind of data set: "images" and "audio" (a folder per class, or a table that names or holds the files), "text" (a
-    table of labelled texts), "pairs" (a table of texts that belong together), "pixels" (a table with a column per
-    pixel), "arrays" (numbers of any shape in NumPy's files), "torchvision" (a data set of torchvision.datasets), or the
-    user's own "module:function", which is called with this section and returns a `Source`. A table is .csv, .tsv,
-    .jsonl, .json (.gz too), .parquet, or the folder of a data set that Hugging Face datasets saved by save_to_disk."""
+    table of labelled texts), "pairs" (a table of texts that belong together), "conll" (a word and its tag per line),
+    "tagged" (a table of lists of words and of tags), "squad" (questions on paragraphs, SQuAD's JSON), "pixels" (a table
+    with a column per pixel), "arrays" (numbers of any shape in NumPy's files), "torchvision" (a data set of
+    torchvision.datasets), or the user's own "module:function", which is called with this section and returns a
+    `Source`. A table is .csv, .tsv, .jsonl, .json (.gz too), .parquet, or the folder of a data set that Hugging Face
+    datasets saved by save_to_disk."""
     path: str | None = None
     """File or folder; "package:PKG/inner/path" names one that an installed package ships. torchvision: the root that
     its data sets lie in. "module:function" may do without."""
@@ -71,6 +81,20 @@ class DataConfig(Section):
     """pairs: name of the field of the first text (a question)."""
     positive: str | None = None
     """pairs: name of the field of the text that belongs to it (an answer)."""
+    words: str | int | None = None
+    """conll: number of the column of words, from 0 on or from -1 back; the default is 0. tagged: name of the field that
+    holds the list of words."""
+    tags: str | int | None = None
+    """conll: number of the column of tags; the default is -1, the last. tagged: name of the field that holds the list
+    of tags."""
+    scheme: Literal["auto", "iob1", "iob2", "bioes"] = "auto"
+    """conll, tagged: how tags mark entities. iob1: I-, and B- where one follows another of its type. iob2: B-, then I-.
+    bioes: S- for a single word, else B-, I-, E-. "auto" reads whichever it is. All become iob2."""
+    window: int = Field(default=200, ge=1)
+    """squad: longest text that comes with a question, in words; a longer paragraph is given in several windows. 200
+    words of English and a question are some 300 tokens: compare preprocess.max_length."""
+    overlap: int = Field(default=50, ge=0)
+    """squad: words that a window shares with the one before; answers up to this length are whole in one of them."""
     records: str | None = None
     """Tables in a JSON object: the key that holds the list of records. Needed where several keys hold one."""
     shape: Annotated[tuple[int, ...], Field(strict=False, min_length=2, max_length=3)] | None = None
@@ -116,6 +140,12 @@ class DataConfig(Section):
             faults.append(f"label is {self.label}; source {self.source} names its field")
         if isinstance(self.label, tuple) and (kind not in ("images", "audio", "text") or self.delimiter is not None):
             faults.append(f"label is {list(self.label)}; only tables have several fields, and without a delimiter")
+        if kind == "conll" and (isinstance(self.words, str) or isinstance(self.tags, str)):
+            faults.append(f"words is {self.words!r} and tags is {self.tags!r}; source conll numbers its columns")
+        if kind == "tagged" and (isinstance(self.words, int) or isinstance(self.tags, int)):
+            faults.append(f"words is {self.words!r} and tags is {self.tags!r}; source tagged names its fields")
+        if self.overlap >= self.window:
+            faults.append(f"overlap is {self.overlap}, window {self.window}; make the overlap smaller")
         if self.shape is not None and (min(self.shape) < 1 or self.shape[2:] not in ((), (1,), (3,))):
             faults.append(f"shape is {list(self.shape)}; expected positive [height, width] and at most 1 or 3 channels")
         if faults:

@@ -79,13 +79,19 @@ def _read_delimited(path: Path, delimiter: str, texts: list[str]) -> pa.Table:
     )
 
 
-def _open_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a file, unpacked where its name says it is packed.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
     with pa.input_stream(str(path), compression="detect") as stream:
         return bytes(stream.read()).decode("utf-8-sig")
 
 
 def _read_lines(path: Path) -> list[Any]:
-    lines = _open_text(path).split("\n")
+    lines = read_text(path).split("\n")
     objects = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -98,7 +104,7 @@ def _read_lines(path: Path) -> list[Any]:
 
 def _read_list(path: Path, records: str | None) -> list[Any]:
     """Return the list a JSON file holds: the file itself, the value at key `records`, or the only list there is."""
-    loaded = json.loads(_open_text(path))
+    loaded = json.loads(read_text(path))
     if isinstance(loaded, list) and records is None:
         return loaded
     lists = {key: value for key, value in loaded.items() if isinstance(value, list)} if isinstance(loaded, dict) else {}

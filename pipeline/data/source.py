@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,6 +93,29 @@ class Source(ABC):
         else, or the file cannot be seen: such a row is read at every run.
         """
         return None
+
+
+def files_by_split(path: Path) -> list[tuple[Path, str | None]]:
+    """Return the files of a data set, each with its split: the one at `path`, or those of a folder that name a split.
+
+    A name does so by one of its parts, as in train.txt, eng.train.conll or dev-v1.1.json. Other files are left out.
+
+    Raises:
+        DataError: the folder has no file of the training split, or several of one split.
+    """
+    if not path.is_dir():
+        return [(path, None)]
+    found: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        splits = [split for part in re.split(r"[._-]", file.name) if (split := find_split(part))]
+        if not splits or not file.is_file() or file.name.startswith("."):
+            continue
+        if splits[0] in found:
+            raise DataError(f"{path}: {found[splits[0]].name} and {file.name} are both the {splits[0]} split; keep one")
+        found[splits[0]] = file
+    if "train" not in found:
+        raise DataError(f"{path} has no file whose name says train, as in train.txt; name a file, or rename one")
+    return [(file, split) for split, file in found.items()]
 
 
 def split_named(name: object, where: str) -> str:

@@ -30,12 +30,16 @@ from pipeline.tasks.base import Head
 
 log = logging.getLogger(__name__)
 
-CLASSIFIERS = {
-    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
-    "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
+HEADS = {
+    "classes": {
+        "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+        "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+        "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
+    },
+    "tokens": {"AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"},
+    "span": {"AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING"},
 }
-"""The library's classifiers -> its mapping from the configurations that have one."""
+"""Kind of the head -> the library's classes that have it, each with its mapping from the configurations it is for."""
 KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}
 """What a network takes, by the name of its main input; texts have several."""
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -89,7 +93,7 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Ba
             blueprint = _build(auto, settings, config, {})
         pooling = head.pooling or _usual_pooling(blueprint)
         extra = _without_pooler(blueprint) if head.kind == "embedding" and pooling != "pooled" else {}
-        made = _make_preprocess(origin, preprocess, settings, blueprint)
+        made = _make_preprocess(origin, preprocess, settings, blueprint, head)
         with seeded(config.seed):
             model, fresh = _load(auto, settings, origin, config, extra)
             if head.kind == "embedding":
@@ -100,8 +104,8 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Ba
 
 def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
     options = dict(config.options)
-    if head.kind == "classes":
-        options["num_labels"] = head.size
+    if head.kind != "embedding":
+        options["num_labels"] = 2 if head.kind == "span" else head.size  # a span is where it starts and where it ends
     try:
         settings, unused = AutoConfig.from_pretrained(
             origin.source, return_unused_kwargs=True, **origin.arguments, **options
@@ -119,10 +123,13 @@ def _auto_class(settings: Any, config: ModelConfig, head: Head) -> Any:
     if head.kind == "embedding":
         return AutoModel
     brought = getattr(settings, "auto_map", None) or {}  # classes of the repository's own code
-    for name, mapping in CLASSIFIERS.items():
+    for name, mapping in HEADS[head.kind].items():
         if type(settings) in getattr(transformers, mapping) or name in brought:
             return getattr(transformers, name)
-    raise ModelError(f"{config.backbone}: {settings.model_type} has no classifier for texts, images or sounds")
+    raise ModelError(
+        f"{config.backbone}: the library has no {' or '.join(HEADS[head.kind])} of {settings.model_type}, which the "
+        "task needs; choose another backbone or another task"
+    )
 
 
 def _build(auto: Any, settings: Any, config: ModelConfig, extra: Mapping[str, Any]) -> nn.Module:
@@ -201,11 +208,11 @@ def _check_fit(model: Any, info: Mapping[str, Any], config: ModelConfig) -> froz
         told = "; ".join(f"{len(names)} {kind}: {first(sorted(names))}" for kind, names in faults.items() if names)
         raise ModelError(f"model.weights {config.weights} does not fit {config.backbone}: {told}")
     if fresh := sorted({*info["missing_keys"], *mismatched}):
-        log.info("%s: the classifier is new (%s)", config.backbone, first(fresh))
+        log.info("%s: the head is new (%s)", config.backbone, first(fresh))
     return frozenset(fresh)
 
 
-def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, blueprint: Any) -> Preprocess:
+def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, blueprint: Any, head: Head) -> Preprocess:
     kind = KINDS.get(blueprint.main_input_name, "text")
     if config.kind not in (None, kind):
         raise ConfigError(f"preprocess.kind is {config.kind!r}; the backbone's is {kind!r}; remove it")
@@ -220,7 +227,7 @@ def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, bl
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked; a classifier of a decoder must know its id
     if getattr(settings, "pad_token_id", None) is None:
         settings.pad_token_id = tokenizer.pad_token_id
-    return make_text_preprocess(config, blueprint, tokenizer, getattr(settings, "max_position_embeddings", None))
+    return make_text_preprocess(config, blueprint, head, tokenizer, getattr(settings, "max_position_embeddings", None))
 
 
 def _load_extractor(origin: Origin) -> Any:

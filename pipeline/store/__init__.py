@@ -2,7 +2,15 @@
 
 from pipeline.store.codecs import CODECS
 from pipeline.store.describe import describe, readable, tell
-from pipeline.store.format import FORMAT, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, find_stores, segment_id
+from pipeline.store.format import (
+    EXTRA_PREFIX,
+    FORMAT,
+    INPUT_PREFIX,
+    SHAPE_PREFIX,
+    STATE_PREFIX,
+    find_stores,
+    segment_id,
+)
 from pipeline.store.format import segment_nbytes as folder_nbytes
 from pipeline.store.index import Rows
 from pipeline.store.keyset import KeySet, first_rows
@@ -19,6 +27,7 @@ from pipeline.store.writer import SegmentInfo
 
 __all__ = [
     "CODECS",
+    "EXTRA_PREFIX",
     "FORMAT",
     "INPUT_PREFIX",
     "SHAPE_PREFIX",

@@ -14,6 +14,8 @@ SCORES = {
     "classification": ("accuracy", "macro_f1"),
     "multi-label": ("average_precision", "micro_f1", "macro_f1"),
     "regression": ("rmse", "mae", "r2", "pearson", "spearman"),
+    "tagging": ("f1", "precision", "recall", "accuracy"),
+    "answers": ("f1", "exact_match"),
 }
 """What each task is scored by; the first is its `monitor` unless another is set. Of similarity: `retrieval_scores`."""
 
@@ -28,6 +30,8 @@ _USED_BY: dict[str, frozenset[str]] = {
     "regression": frozenset({"loss", "loss_options", "monitor"}),
     "similarity": frozenset({"loss", "loss_options", "distance", "miner", "miner_options", "memory", "symmetric"})
     | {"pooling", "layers", "samples_per_label", "precision_at", "monitor", "seed"},
+    "tagging": frozenset({"label_smoothing", "monitor"}),
+    "answers": frozenset({"max_answer", "monitor"}),
     "module:function": frozenset({"options"}),
 }
 _DEFAULT_LOSS = {"similarity": "multiple_negatives", "regression": "mse"}
@@ -54,30 +58,34 @@ class TaskConfig(Section):
 
     kind: str = "classification"
     """"classification" (one label per sample), "multi-label" (any number of them), "regression" (a number, or several),
-    "similarity" (an embedding in which what belongs together is near:
-    pairs, or samples under one label), or the user's own "module:function", which is called with this section and
-    returns a `Task`."""
+    "similarity" (an embedding in which what belongs together is near: pairs, or samples under one label), "tagging" (a
+    tag for every word: entities), "answers" (the span of a text that answers a question), or the user's own
+    "module:function", which is called with this section and returns a `Task`."""
     monitor: str | None = None
     """Score on the validation split that decides which epoch is best. classification: accuracy (default) or macro_f1;
     multi-label: average_precision (default), micro_f1 or macro_f1; regression: rmse (default), mae, r2, pearson or
-    spearman, of which the first two are better the lower; similarity: precision_at_1 (default; at
-    whatever `precision_at` names), reciprocal_rank or r_precision."""
+    spearman, of which the first two are better the lower; similarity: precision_at_1 (default; at whatever
+    `precision_at` names), reciprocal_rank or r_precision; tagging: f1 of entities (default), precision, recall or
+    accuracy of tags; answers: f1 of words (default) or exact_match."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """classification: share of each target that is spread over all classes. multi-label: share of each yes and no that
-    becomes a maybe."""
+    """classification, tagging: share of each target that is spread over all classes. multi-label: share of each yes and
+    no that becomes a maybe."""
     class_weights: Literal["balanced"] | None = None
     """classification, multi-label: "balanced" weighs each class as if all were equally frequent in the training
     split (multi-label: as if as many samples had a label as not)."""
+    max_answer: int = Field(default=30, ge=1)
+    """answers: longest answer that is looked for, in tokens."""
     loss: str = Field(default_factory=_default_loss)
-    """regression: "mse" (the default), "l1" or "huber", on standardised numbers.
-    similarity: a loss of pytorch-metric-learning. Of pairs and labels: "multiple_negatives" (the others of the batch
-    are the negatives; also called "ntxent"), "contrastive", "online_contrastive" (of each sample the pairs alone that
-    are harder than the hardest of the other kind), "triplet_margin", "multi_similarity", "circle", "supcon". Of
+    """regression: "mse" (the default), "l1" or "huber", on standardised numbers. similarity: a loss of
+    pytorch-metric-learning. Of pairs and labels: "multiple_negatives" (the default: the others of the batch are the
+    negatives; also called "ntxent"), "contrastive", "online_contrastive" (of each sample the pairs alone that are
+    harder than the hardest of the other kind), "triplet_margin", "multi_similarity", "circle", "supcon". Of
     labels: "fastap"; and with vectors per label that train along "arcface", "cosface", "sub_center_arcface",
     "softmax", "normalized_softmax", "center" (softmax and a pull to the label's centre), "proxy_anchor", "proxy_nca",
     "soft_triple"."""
     loss_options: dict[str, Any] = Field(default_factory=dict)
-    """regression, similarity: arguments of the loss, as in {delta: 0.5}, {temperature: 0.05} or {margin: 0.2}."""
+    """regression, similarity: arguments of the loss, as in {delta: 0.5}, {temperature: 0.05} or {margin: 0.2}; a wrong
+    one is answered with those that exist."""
     distance: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"
     """similarity: how two embeddings are compared, by the loss, the miner and the scores. All but "cosine" see the
     embeddings' lengths. Losses that are made for cosines refuse others."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,14 @@ from torch import Tensor
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score, MultilabelStatScores
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor, without_advice
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor, without_advice
 from pipeline.tasks.classification import refuse_unseen
 from pipeline.tasks.config import SCORES, TaskConfig
 
 # B batch, C class
+
+GIVEN = 0.5
+"""Probability above which a sample is given a label, as the scores have it."""
 
 
 class MultiLabel(Task):
@@ -84,6 +87,17 @@ class MultiLabel(Task):
 
     def metrics(self) -> Metrics:
         return MultiLabelScores()
+
+    def legend(self, table: Table) -> list[Any]:
+        return self.classes(table)
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"labels": [type(legend[0])], "probabilities": {str(label): float for label in legend}}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        probabilities_BC = read_tensor(output).float().sigmoid().cpu().numpy()
+        given = [[legend[number] for number in np.flatnonzero(one > GIVEN)] for one in probabilities_BC]
+        return {"labels": given, "probabilities": probabilities_BC}
 
 
 class MultiLabelScores:

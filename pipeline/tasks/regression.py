@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor, without_advice
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor, without_advice
 from pipeline.tasks.config import REGRESSION_LOSSES, SCORES, TaskConfig
 
 # N row of the table, B batch, K number to regress
@@ -20,7 +20,11 @@ _LOSSES: dict[str, Any] = dict(zip(REGRESSION_LOSSES, (nn.MSELoss, nn.L1Loss, nn
 
 
 class Regression(Task):
-    """The model learns standardised numbers: less the mean of the training split, over its standard deviation."""
+    """The model learns standardised numbers: less the mean of the training split, over its standard deviation.
+
+    Scores and predictions are in the user's unit again; an exported model gives the standardised ones, and `run.json`
+    has their `legend`.
+    """
 
     name = "regression"
 
@@ -83,6 +87,20 @@ class Regression(Task):
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
         loss: Tensor = self._loss(read_numbers(output, targets["label"]), targets["label"])
         return loss
+
+    def legend(self, table: Table) -> list[Any]:
+        """Return mean and standard deviation of each number: what an output of 0 and a step of 1 are in its unit."""
+        mean, deviation = self.units_of(table)
+        return [{"mean": float(one), "std": float(other)} for one, other in zip(mean, deviation, strict=True)]
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"value": float if len(legend) == 1 else [float]}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        standard_BK = read_tensor(output).double().cpu().numpy().reshape(-1, len(legend))
+        mean, deviation = (np.array([one[name] for one in legend]) for name in ("mean", "std"))
+        values_BK = standard_BK * deviation + mean
+        return {"value": values_BK[:, 0] if len(legend) == 1 else values_BK}
 
     def metrics(self) -> Metrics:
         if self._scale is None:

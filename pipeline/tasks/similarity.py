@@ -55,9 +55,8 @@ class Similarity(Task):
         if pairs and self._kind.compares != "pairs":
             raise ConfigError(f"task.loss is {self.config.loss!r}, which needs labels; for pairs set another loss")
         check = _check_pairs if pairs else _check_labels
-        if self._kind.compares != "vectors":
-            check(table, names, "train", "training")
-        check(table, names, "validation", "validation")
+        for split in ("validation",) if self._kind.compares == "vectors" else ("train", "validation"):
+            check(table, names, split)
         # Labels of the training split come first, because a loss with vectors per label numbers them from 0.
         order = np.concatenate([known, np.setdiff1d(names, known)])
         numbers = {name: number for number, name in enumerate(order.tolist())}
@@ -166,15 +165,15 @@ def _is_pairs(table: Table) -> bool:
     return "pair" in table.targets
 
 
-def _check_labels(table: Table, names: np.ndarray, split: str, told: str) -> None:
+def _check_labels(table: Table, names: np.ndarray, split: str) -> None:
     rows = table.split == split
     if not rows.any():
-        raise DataError(f"the {told} split is empty; set data.validation, or give the samples a split")
+        raise DataError(f"the {split} split is empty; set data.validation, or give the samples a split")
     if np.unique(names[rows], return_counts=True)[1].max() < 2:
-        raise DataError(f"no label of the {told} split has two samples; similarity compares samples of one label")
+        raise DataError(f"no label of the {split} split has two samples; similarity compares samples of one label")
 
 
-def _check_pairs(table: Table, names: np.ndarray, split: str, told: str) -> None:
+def _check_pairs(table: Table, names: np.ndarray, split: str) -> None:
     anchors, positives = (names[(table.split == split) & (table.targets["role"] == role)] for role in ROLES)
     if not np.isin(anchors, positives).any():
-        raise DataError(f"the {told} split has no pair that belongs together; set data.validation, or add pairs")
+        raise DataError(f"the {split} split has no pair that belongs together; set data.validation, or add pairs")

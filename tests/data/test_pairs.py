@@ -68,5 +68,5 @@ def test_anything_else_is_told(tmp_path: Path, said: object) -> None:
 
 def test_without_any_pair_that_belongs_together(tmp_path: Path) -> None:
     made = table(tmp_path, [(f"q{i}", f"a{i}", 0) for i in range(20)], validation=0.3)
-    with pytest.raises(DataError, match="the training split has no pair that belongs together"):
+    with pytest.raises(DataError, match="the train split has no pair that belongs together"):
         open_task(TaskConfig(kind="similarity")).prepare(made)

@@ -27,7 +27,10 @@ def table(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("settings", "faults"),
     [
-        ({"source": "video", "path": "x"}, ["source is 'video'", "images, audio, text, pairs, pixels, arrays, torch"]),
+        (
+            {"source": "video", "path": "x"},
+            ["source is 'video'", "images, audio, text, pairs, conll, tagged, squad, pixels, arrays, torch"],
+        ),
         ({"source": "torchvision", "path": "x"}, ["name is not set; source torchvision needs it"]),
         ({"source": "images", "path": "x", "download": True}, ["download is True, which source images does not use"]),
         ({"source": "arrays", "path": "x", "label": ["a", "b"]}, ["only tables have several fields"]),

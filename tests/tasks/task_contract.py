@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.data import DataConfig, Row, Source
 from pipeline.flow import encode_project, train_project
 from pipeline.order import batches
 from pipeline.project import Project
-from pipeline.tasks import Head, Task, TaskConfig, open_task
+from pipeline.tasks import Asked, Head, Task, TaskConfig, open_task
 from pipeline.tasks.config import LOWER_IS_BETTER
 
 CUT = 0.5
@@ -88,7 +89,10 @@ class TaskContract:
         return output
 
     def sections(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Return the sections of params.yaml that a run on this table needs beside `task:`, its data in `folder`."""
+        """Return the sections of params.yaml that a run on this table needs beside `task:`.
+
+        Data may be written to `folder`, from where paths start; there is a directory of a tiny text network, `bert`.
+        """
         targets = {name: values.tolist() for name, values in self.table.targets.items()}
         return {
             "data": {
@@ -112,13 +116,14 @@ class TaskContract:
     def test_asks_for_a_head(self, task: Task) -> None:
         head = task.head(self.table)
         assert head == task.head(self.table)
-        assert (head.size is None) == (head.kind == "embedding")
+        assert (head.size is None) == (head.kind in ("embedding", "span"))
 
     def test_targets_are_numbers_row_by_row(self, task: Task) -> None:
         before = copy.deepcopy(self.table)
         prepared, again = task.prepare(self.table), task.prepare(self.table)
-        assert all(len(values) == len(self.table.split) and values.dtype.kind in "biuf" for values in prepared.values())
-        assert all(np.array_equal(again[name], values) for name, values in prepared.items())
+        rows = np.arange(len(self.table.split))
+        assert all(len(values) == len(rows) and values[rows].dtype.kind in "biuf" for values in prepared.values())
+        assert all(np.array_equal(again[name][rows], values[rows]) for name, values in prepared.items())
         assert before.targets.keys() == self.table.targets.keys()
         assert all(before.targets[name].tolist() == values.tolist() for name, values in self.table.targets.items())
 
@@ -181,8 +186,21 @@ class TaskContract:
         task.prepare(self.table)
         assert np.isnan(task.metrics().compute()[task.monitor])
 
+    def test_predictions_have_their_columns(self, task: Task) -> None:
+        rows = np.flatnonzero(self.table.split == "train")[:3]
+        targets = self.batch(task, rows)
+        legend = json.loads(json.dumps(task.legend(self.table)))  # as a run keeps it
+        sources = [{name: values[row] for name, values in self.table.targets.items()} for row in rows.tolist()]
+        said = task.predictions(self.wrapped(self.right(targets).float()), Asked(targets, sources), legend)
+        assert said.keys() == task.columns(legend).keys()
+        assert all(len(values) == len(rows) for values in said.values())
+        self.check_predictions(said, rows)
+
+    def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
+        """Check what is predicted for `rows` by a model that is never wrong."""
+
     def test_a_run_from_data_to_a_score_is_the_same_every_time(
-        self, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, task: Task, tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
         small = {"encode": {"cuts": [CUT], "workers": 0}, "train": {"epochs": 2, "batch_size": 4}}

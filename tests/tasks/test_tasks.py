@@ -27,6 +27,9 @@ class TestClassification(TaskContract):
     def right(self, targets: Mapping[str, Tensor]) -> Tensor:
         return 9 * nn.functional.one_hot(targets["label"], 3).float()
 
+    def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
+        assert said["label"].tolist() == self.table.targets["label"][rows].tolist()
+
 
 class TestSmoothedClassification(TestClassification):
     settings: Mapping[str, Any] = {"label_smoothing": 0.1, "monitor": "macro_f1"}
@@ -52,6 +55,10 @@ class TestMultiLabel(TaskContract):
 
     def right(self, targets: Mapping[str, Tensor]) -> Tensor:
         return 18 * (targets["label"].float() - 0.5)
+
+    def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
+        assert said["labels"] == [sorted(labels) for labels in self.table.targets["label"][rows]]
+        assert said["probabilities"].shape == (len(rows), 4)
 
     def test_several_hot(self, task: Task) -> None:
         assert task.prepare(self.table)["label"][:3].tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
@@ -79,6 +86,10 @@ class TestRegression(TaskContract):
 
     def right(self, targets: Mapping[str, Tensor]) -> Tensor:
         return targets["label"].clone()
+
+    def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
+        expected = np.array(self.table.targets["label"][rows].tolist())
+        assert said["value"] == pytest.approx(expected, rel=1e-6)
 
     def test_scores_are_in_the_unit_of_the_user(self, task: Task) -> None:
         targets = self.batch(task, np.array([4, 5, 6]))
@@ -290,7 +301,7 @@ def test_losses_and_miners_that_do_not_exist(settings: dict[str, Any], message: 
         ({"kind": "regression"}, labelled([], [1]), "the training split has no sample"),
         ({}, PAIRS, "needs the target label; the samples have pair, role, group"),
         ({"kind": "similarity"}, labelled([1, 1], []), "1 labels or groups; similarity needs two"),
-        ({"kind": "similarity"}, labelled([1, 2, 3], []), "no label of the training split has two samples"),
+        ({"kind": "similarity"}, labelled([1, 2, 3], []), "no label of the train split has two samples"),
         ({"kind": "similarity"}, labelled([1, 1, 2], [1, 2]), "no label of the validation split has two samples"),
     ],
 )
