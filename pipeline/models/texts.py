@@ -52,8 +52,9 @@ class TextPreprocess(Preprocess):
             raise BadSampleError("the text is empty")
         return texts
 
-    def _tokenize(self, texts: tuple[str, ...], shorten: bool | str = True) -> BatchEncoding:
-        return self.tokenizer(*texts, truncation=shorten, max_length=self.max_length)
+    def _tokenize(self, texts: tuple[str, ...], **settings: Any) -> BatchEncoding:
+        made: BatchEncoding = self.tokenizer(*texts, max_length=self.max_length, **{"truncation": True} | settings)
+        return made
 
     def excess(self, content: object, sample: dict[str, Tensor]) -> int:
         """Return by how many tokens a text is longer than `max_length`."""
@@ -89,7 +90,7 @@ class WordPreprocess(TextPreprocess):
 
     def __call__(self, content: object) -> dict[str, Tensor]:
         texts = self.texts(content)
-        encoded = self._tokenize(texts)
+        encoded = self._tokenize(texts, return_offsets_mapping=True)
         inputs = {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.inputs}
         words = _word_of_tokens(list(content), encoded)  # type: ignore[call-overload]
         first = [word if word != before else -1 for before, word in zip([-1, *words], words, strict=False)]
@@ -121,13 +122,13 @@ class SpanPreprocess(TextPreprocess):
         if len(texts) != 2:
             raise BadSampleError("content is one text; answers expects a question and a text")
         try:
-            encoded = self._tokenize(texts, "only_second")
+            encoded = self._tokenize(texts, truncation="only_second", return_offsets_mapping=True)
         except Exception as error:  # tokenizers raises nothing more special
             raise BadSampleError(
                 f"the question leaves no room for the text within preprocess.max_length {self.max_length}: {error}"
             ) from error
         inputs = {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.inputs}
-        of_text = zip(encoded.sequence_ids(0), encoded.encodings[0].offsets, strict=True)
+        of_text = zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True)
         chars = [span if sequence == 1 else (-1, -1) for sequence, span in of_text]
         return inputs | {f"{EXTRA}chars": torch.tensor(chars, dtype=torch.int64)}
 
@@ -147,7 +148,7 @@ def _word_of_tokens(words: Sequence[str], encoded: BatchEncoding) -> list[int]:
     """
     begins = [0, *accumulate(len(word) + 1 for word in words[:-1])]
     found = []
-    for sequence, (begin, end) in zip(encoded.sequence_ids(0), encoded.encodings[0].offsets, strict=True):
+    for sequence, (begin, end) in zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True):
         word = bisect_right(begins, end - 1) - 1
         inside = sequence == 0 and begin < end <= begins[word] + len(words[word])
         found.append(word if inside else -1)
