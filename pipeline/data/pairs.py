@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-
 from pipeline.data.config import DataConfig
-from pipeline.data.records import read_records, split_at, text_at
+from pipeline.data.records import Records, read_records
 from pipeline.data.source import Row, Source
 
 ROLES = ("anchor", "positive")
@@ -16,26 +14,23 @@ ROLES = ("anchor", "positive")
 class Pairs(Source):
     """Two rows per record, the anchor and then its positive; the target `pair` is the record's number.
 
-    Where `columns` have one of the two alone, a record is one row.
+    Where the records have one of the two alone, a record is one row.
     """
 
-    def __init__(self, name: str, columns: dict[str, pa.ChunkedArray]) -> None:
-        self.name, self._columns = name, columns
-        self._roles = [role for role in ROLES if role in columns]
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._roles = [role for role in ROLES if role in records.columns]
 
     def __len__(self) -> int:
-        return len(self._roles) * len(self._columns[self._roles[0]])
+        return len(self._roles) * len(self._records)
 
     def row(self, i: int) -> Row:
         pair, role = divmod(i, len(self._roles))
-        where = f"{self.name}#{pair}"
-        split = split_at(self._columns.get("split"), pair, where)
-        return Row(where, split, {"pair": pair, "role": self._roles[role]})
+        return Row(self._records.where(pair), self._records.split(pair), {"pair": pair, "role": self._roles[role]})
 
     def content(self, i: int) -> str:
-        pair, number = divmod(i, len(self._roles))
-        role = self._roles[number]
-        return text_at(self._columns[role], pair, f"{self.name}#{pair}, {role}")
+        pair, role = divmod(i, len(self._roles))
+        return self._records.text(self._roles[role], pair)
 
 
 def open_pairs(config: DataConfig, path: Path) -> Pairs:
@@ -43,4 +38,4 @@ def open_pairs(config: DataConfig, path: Path) -> Pairs:
     fields = {name: getattr(config, name) for name in (*ROLES, "split") if config.labelled or name in ROLES}
     named = {setting: name for setting, name in fields.items() if name is not None}
     any_of = () if config.labelled else ROLES
-    return Pairs(path.name, read_records(path, named, records=config.records, any_of=any_of))
+    return Pairs(read_records(path, named, records=config.records, any_of=any_of))
