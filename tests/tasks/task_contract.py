@@ -22,6 +22,7 @@ from pipeline.order import batches
 from pipeline.project import Project
 from pipeline.tasks import Asked, Head, Task, TaskConfig, open_task
 from pipeline.tasks.config import LOWER_IS_BETTER
+from pipeline.tasks.heads import last_width
 
 CUT = 0.5
 
@@ -67,7 +68,7 @@ class Described(Source):
 
 def network(head: Head) -> nn.Module:
     """A network that ends in `head`; an embedding without a width of its own has five numbers."""
-    return ConvNet(head.size or (int(head.layers[-1]) if head.layers else 5))
+    return ConvNet(head.size or last_width(head.layers) or 5)
 
 
 class TaskContract:
