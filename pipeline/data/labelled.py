@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyarrow as pa
-
 from pipeline.data.config import DataConfig
-from pipeline.data.records import split_at
+from pipeline.data.records import Records
 from pipeline.data.source import Row, Source, Target
 from pipeline.errors import DataError
 
@@ -15,38 +13,33 @@ LABEL = "label"
 
 
 class Labelled(Source):
-    """A labelled sample per record of a table; `columns` by setting, as Arrow arrays. A subclass gives the content.
+    """A labelled sample per record of a table. A subclass gives the content.
 
     The target `label` is the cell of the label's field; the list of cells where several fields are named (numbers to
     regress); or, with a `delimiter`, the list of the texts between the delimiters. With a field `group`, samples of one
-    group are never parted by a split. Where columns have no labels, there is no target.
+    group are never parted by a split. Where records have no labels, there is no target.
     """
 
-    def __init__(self, name: str, columns: dict[str, pa.ChunkedArray], delimiter: str | None = None) -> None:
-        self.name, self._columns, self._delimiter = name, columns, delimiter
-        self._labels = [column for setting, column in columns.items() if setting.partition(".")[0] == LABEL]
+    def __init__(self, name: str, records: Records, delimiter: str | None = None) -> None:
+        self._records, self._delimiter = records, delimiter
+        self._labels = [column for setting, column in records.columns.items() if setting.partition(".")[0] == LABEL]
         if missing := max((column.null_count for column in self._labels), default=0):
             raise DataError(f"{name}: {missing} records have no label; give them one, or leave them out")
 
     def __len__(self) -> int:
-        return len(next(iter(self._columns.values())))
-
-    def where(self, i: int) -> str:
-        """Return the name of row `i`, for people."""
-        return f"{self.name}#{i}"
+        return len(self._records)
 
     def row(self, i: int) -> Row:
-        where = self.where(i)
         targets: dict[str, Any] = {LABEL: self._label(i)} if self._labels else {}
-        if "group" in self._columns:
-            targets["group"] = str(self._columns["group"][i].as_py())
-        return Row(where, split_at(self._columns.get("split"), i, where), targets)
+        if "group" in self._records.columns:
+            targets["group"] = str(self._records.columns["group"][i].as_py())
+        return Row(self._records.where(i), self._records.split(i), targets)
 
     def _label(self, i: int) -> Any:
         cells = [column[i].as_py() for column in self._labels]
         if self._delimiter is not None:
             return [part.strip() for part in str(cells[0]).split(self._delimiter) if part.strip()]
-        labels = [as_target(cell, self.where(i)) for cell in cells]
+        labels = [as_target(cell, self._records.where(i)) for cell in cells]
         return labels if len(labels) > 1 else labels[0]
 
 

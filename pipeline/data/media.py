@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline.data.config import DataConfig
 from pipeline.data.folders import AudioFolder, ClassFolder, ImageFolder, read_file, stamp_file
 from pipeline.data.labelled import Labelled, label_fields
-from pipeline.data.records import read_records
+from pipeline.data.records import Records, read_records
 from pipeline.data.saved import is_saved
 from pipeline.data.source import Source, Stamp
 from pipeline.errors import BadSampleError, ConfigError, DataError
@@ -21,16 +21,14 @@ class MediaTable(Labelled):
     Hugging Face saves both, {bytes, path}: there the bytes come first.
     """
 
-    def __init__(
-        self, name: str, columns: dict[str, pa.ChunkedArray], setting: str, root: Path, delimiter: str | None
-    ) -> None:
-        super().__init__(name, columns, delimiter)
-        self.root, self._files = root, columns[setting]
+    def __init__(self, name: str, records: Records, setting: str, root: Path, delimiter: str | None) -> None:
+        super().__init__(name, records, delimiter)
+        self.root, self._files = root, records.columns[setting]
         if not _holds_files(self._files.type):
             raise ConfigError(f"data.{setting}: the field holds {self._files.type}; expected paths, bytes, or both")
         for i in range(len(self)):
             if (path := self._path(i)) is not None and not _is_below(path):
-                raise DataError(f"{self.where(i)}: {setting} is {path!r}; expected a path below {root}, relative to it")
+                raise DataError(f"{records.where(i)}: {setting} is {path!r}; expected one relative to {root}, below it")
 
     def content(self, i: int) -> bytes:
         cell = self._files[i].as_py()
@@ -93,9 +91,9 @@ def _open(config: DataConfig, path: Path, setting: str, folder: type[ClassFolder
             f"data.{missing[0]} is not set; data.path {path} is a table; name the field, or give a folder of classes"
         )
     named = {setting: getattr(config, setting)} | label_fields(config)
-    columns = read_records(path, named, records=config.records, labels_as_text=config.delimiter is not None)
+    records = read_records(path, named, records=config.records, labels_as_text=config.delimiter is not None)
     root = path if path.is_dir() else path.parent
-    return MediaTable(path.name, columns, setting, root, config.delimiter)
+    return MediaTable(path.name, records, setting, root, config.delimiter)
 
 
 def _holds_files(kind: pa.DataType) -> bool:

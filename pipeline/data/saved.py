@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.data.source import split_named
 from pipeline.errors import DataError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -24,22 +25,16 @@ def is_saved(path: Path) -> bool:
     return (path / STATE).is_file() or (path / SPLITS).is_file()
 
 
-def read_saved(path: Path) -> tuple[pa.Table, pa.ChunkedArray | None]:
-    """Return the table of the data set at `path`, and the split of each row where it is a dictionary of splits.
+def read_saved(path: Path) -> list[tuple[Path, str | None, pa.Table]]:
+    """Return folder, split and table of each part of the data set at `path`; one without splits is one part.
 
     Raises:
-        DataError: a file is missing or damaged, or names one outside the folder.
+        DataError: a file is missing or damaged, or names one outside the folder, or a split is called unusually.
     """
     if not (path / SPLITS).is_file():
-        return _read_one(path), None
+        return [(path, None, _read_one(path))]
     names = [_plain(name, path / SPLITS) for name in _read_json(path / SPLITS, "splits")]
-    parts = [_read_one(path / name) for name in names]
-    try:
-        table = pa.concat_tables(parts, promote_options="default")
-    except pa.ArrowException as error:
-        raise DataError(f"data.path {path}: the splits {', '.join(names)} have other fields ({error})") from error
-    splits = [pa.repeat(pa.scalar(name), len(part)) for name, part in zip(names, parts, strict=True)]
-    return table, pa.chunked_array(splits, pa.string())
+    return [(path / name, split_named(name, str(path)), _read_one(path / name)) for name in names]
 
 
 def with_class_names(table: pa.Table, name: str) -> pa.ChunkedArray:
@@ -54,9 +49,9 @@ def with_class_names(table: pa.Table, name: str) -> pa.ChunkedArray:
         return column
     flat = column.combine_chunks()
     numbers = flat.flatten() if pa.types.is_list(flat.type) else flat
-    unlabelled = pa.compute.equal(numbers, -1)
-    numbers = pa.compute.if_else(unlabelled, None, numbers)
     try:
+        numbers = numbers.cast(pa.int64())
+        numbers = pa.compute.if_else(pa.compute.equal(numbers, -1), None, numbers)
         labels = pa.array(names, pa.string()).take(numbers)
     except pa.ArrowException as error:
         raise DataError(f"field {name} has a class number beyond its {len(names)} names ({error})") from error

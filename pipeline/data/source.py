@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -95,10 +95,11 @@ class Source(ABC):
         return None
 
 
-def files_by_split(path: Path) -> list[tuple[Path, str | None]]:
+def files_by_split(path: Path, suffixes: Collection[str] | None = None) -> list[tuple[Path, str | None]]:
     """Return the files of a data set, each with its split: the one at `path`, or those of a folder that name a split.
 
-    A name does so by one of its parts, as in train.txt, eng.train.conll or dev-v1.1.json. Other files are left out.
+    A name does so by one of its parts, as in train.txt, eng.train.conll or dev-v1.1.json. Other files are left out, and
+    those without one of the `suffixes`.
 
     Raises:
         DataError: the folder has no file of the training split, or several of one split.
@@ -108,7 +109,8 @@ def files_by_split(path: Path) -> list[tuple[Path, str | None]]:
     found: dict[str, Path] = {}
     for file in sorted(path.iterdir()):
         splits = [split for part in re.split(r"[._-]", file.name) if (split := find_split(part))]
-        if not splits or not file.is_file() or file.name.startswith("."):
+        wanted = suffixes is None or not set(suffixes).isdisjoint(file.suffixes)
+        if not splits or not wanted or not file.is_file() or file.name.startswith("."):
             continue
         if splits[0] in found:
             raise DataError(f"{path}: {found[splits[0]].name} and {file.name} are both the {splits[0]} split; keep one")

@@ -80,7 +80,7 @@ def test_digest_is_checked_first(table: Path) -> None:
 
 def test_an_empty_text_is_one_bad_sample(table: Path) -> None:
     source = open_source(DataConfig(source="text", path=str(table), text="text", label="label"))
-    with pytest.raises(BadSampleError, match=r"no text: t\.jsonl#1 has ''; expected a text"):
+    with pytest.raises(BadSampleError, match=r"no text: t\.jsonl#1, text, has ''; expected a text"):
         source.content(1)
     assert source.content(2) == "three"
 
@@ -184,7 +184,7 @@ def test_image_folders(tmp_path: Path) -> None:
 def test_paths_in_a_table_stay_below_its_folder(tmp_path: Path, path: str) -> None:
     (tmp_path / "t.jsonl").write_text(f'{{"file": "a.png", "kind": 1}}\n{{"file": "{path}", "kind": 1}}\n')
     settings = {"source": "images", "image": "file", "label": "kind"}
-    with pytest.raises(DataError, match=r"t\.jsonl#1: image is .*; expected a path below"):
+    with pytest.raises(DataError, match=r"t\.jsonl#1: image is .*; expected one relative to .*, below it"):
         open_source(DataConfig(path=str(tmp_path / "t.jsonl"), **settings))
 
 
