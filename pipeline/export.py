@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline import runs
 from pipeline.data import SampleTable, open_source
 from pipeline.errors import DataError, RecyclingError
 from pipeline.keys import content_key
@@ -53,7 +54,7 @@ class Parity:
 
 
 def export_run(project: Project, name: str, to: Path) -> Parity:
-    """Write the finished run of a cut to the folder `to` and return the proof that it is what was trained.
+    """Write the finished run `name` to the folder `to` and return the proof that it is what was trained.
 
     `to` appears only once the proof has passed.
 
@@ -61,13 +62,13 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
         DataError: the run does not exist, or the samples of its store are not in the data set any more.
         ParityError: the full model's outputs differ from the cached path's.
     """
-    cut = project.cut(name)
-    weights = project.run_path(cut) / "model.safetensors"
-    if not weights.exists():
-        raise DataError(f"cut {name}: {weights} does not exist; train it first (dvc repro train)")
+    run = runs.read(project, name)
+    project = project.overridden(run.overrides)
+    cut = project.cut(str(run.cut))
+    weights = project.run_path(name) / "model.safetensors"
     if to.exists() and any(to.iterdir()):
         raise DataError(f"{to} is not empty; name a new folder, an export overwrites nothing")
-    table = SampleTable.read(project.samples)
+    table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
     bench = Workbench.open(project, table)
     store, prefix, suffix = bench.open_store(cut, table)
     suffix.load_state_dict(load_file(weights))
@@ -77,7 +78,7 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
     bound = STORED_TOLERANCE[project.encode.dtype]
     if parity.merged > MERGED_TOLERANCE or parity.stored > bound:
         raise ParityError(
-            f"cut {name}: the full model's outputs are {parity.merged:.1e} from prefix + suffix (bound "
+            f"run {name}: the full model's outputs are {parity.merged:.1e} from prefix + suffix (bound "
             f"{MERGED_TOLERANCE}) and {parity.stored:.1e} from the cached path (bound {bound}); nothing was exported"
         )
     beside = to.with_name(f".{to.name}.part")

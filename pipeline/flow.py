@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from pipeline import proved, quarantine
+from pipeline import proved, quarantine, runs
 from pipeline.adapter import merged
 from pipeline.data import SampleTable, Source, build, open_source
 from pipeline.encode import encode
@@ -24,8 +24,7 @@ from pipeline.encoded import Encoded
 from pipeline.epochs import open_loaders
 from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import Keyed, decode_rows, decode_samples, key_contents
-from pipeline.files import sha256
-from pipeline.keys import Recipe, digest
+from pipeline.keys import Recipe
 from pipeline.models import network_inputs
 from pipeline.project import CutName, Project, Workbench, pick_device
 from pipeline.ragged import pad_batch
@@ -95,36 +94,41 @@ def _encode_what_is_missing(
     return stores, _encode_views(bench, source, keyed, table, prefixes, stores)
 
 
-def train_project(project: Project, name: str) -> Run:
-    """Fine-tune the suffix of one cut from its store; the raw data is not read."""
-    cut = project.cut(name)
+def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
+    """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`."""
+    cut = project.cut(cut_name)
+    name = name or runs.run_name(project, cut)
+    out = project.run_path(name)
     set_seed(project.train.seed)
     accelerator = Accelerator(
         mixed_precision=project.train.precision, gradient_accumulation_steps=project.train.gradient_accumulation
     )
-    table = SampleTable.read(project.samples)
+    table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
     bench = Workbench.open(project, table)
     views, prefix, suffix = bench.open_store(cut, table)
     suffix = bench.adapt(views, table, prefix, suffix)
+    if project.train.channels_last:
+        suffix.to(memory_format=torch.channels_last)
     training, validation = open_loaders(bench, table, views, accelerator.device)
-    run = project.run_path(cut)
-    shutil.rmtree(run, ignore_errors=True)
-    settings = [section.model_dump(mode="json") for section in (project.model, project.task, project.train)]
-    identity = digest([*(store.recipe.digest for store in views.stores), sha256(project.samples), *settings])
+    shutil.rmtree(out, ignore_errors=True)
+    identity = runs.identity(project, cut)
     summary = fit(
         suffix,
         bench.task,
         training,
         validation,
         project.train,
-        out=run,
+        out=out,
         checkpoint=project.scratch / "checkpoints" / identity,
         accelerator=accelerator,
         fresh=bench.backbone.fresh,
         weights=merged if project.train.adapter else Suffix.state_dict,
     )
     finished = Run(
+        name=name,
         cut=cut,
+        overrides=project.overrides,
+        identity=identity,
         recycled=prefix.cut.share,
         metric=summary.metric,
         value=summary.value,
@@ -135,24 +139,18 @@ def train_project(project: Project, name: str) -> Run:
         frozen_seconds_per_sample=_frozen_cost(prefix, bench, views, table, accelerator.device),
         history=summary.history,
     )
-    (run / "run.json").write_text(json.dumps(asdict(finished), indent=2) + "\n")
-    log.info("cut %s: %s %.3f after epoch %d", cut, summary.metric, summary.value, summary.best_epoch)
+    runs.write(project, finished)
+    log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
     return finished
 
 
 def report_project(project: Project) -> list[Row]:
     """Write the result table, the curves and the plot of all finished runs."""
-    costs = _read_costs(project)
-    runs = []
-    for cut in project.encode.cuts:
-        file = project.run_path(cut) / "run.json"
-        if not file.exists():
-            raise DataError(f"cut {cut}: {file} does not exist; train it (dvc repro train)")
-        runs.append(Run(**json.loads(file.read_text())))
-    rows = summarise(runs, costs)
+    costs, finished = _read_costs(project), runs.current(project)
+    rows = summarise(finished, costs)
     (project.results / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    curves(runs, costs).to_csv(project.results / "curves.csv", index=False)
-    plot(runs, costs, project.results / "accuracy.png")
+    curves(finished, costs).to_csv(project.results / "curves.csv", index=False)
+    plot(finished, costs, project.results / "runs.png")
     return rows
 
 

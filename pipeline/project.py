@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from pipeline.config import Section, load_sections
 from pipeline.data import DataConfig, SampleTable
 from pipeline.encoder import EncodeConfig
 from pipeline.errors import ConfigError, CorruptStoreError
-from pipeline.keys import Recipe
+from pipeline.keys import JSON, Recipe
 from pipeline.loader import Batch, Loader
 from pipeline.models import Backbone, ModelConfig, Preprocess, PreprocessConfig, load
 from pipeline.recipe import recipe_of
@@ -28,6 +30,8 @@ from pipeline.views import Views, view_name
 
 CutName = float | int | str
 
+RUN_NAME = re.compile(r"\w[\w.#-]*")
+"""What a run may be called: it is the name of a folder too."""
 MAX_VALUES = 1 << 28
 """Values of one input of one sample that are drawn because a store says it had so many."""
 UNPACKED = "unpacked"
@@ -58,19 +62,30 @@ class Project:
     quarantine: Path = Path("data/quarantine.csv")
     results: Path = Path("results")
     scratch: Path = Path(".recycle")
+    params: Path = Path("params.yaml")
+    overrides: Mapping[str, JSON] = field(default_factory=dict)
+    """Settings that replace those of the file for this run, as in {"train.seed": 1}."""
 
     @classmethod
-    def load(cls, path: Path) -> Project:
-        """Read params.yaml.
+    def load(cls, path: Path, overrides: Mapping[str, JSON] | None = None) -> Project:
+        """Read params.yaml; `overrides` ("train.seed": 1) replace what it says.
 
         Raises:
             ConfigError: with one line per fault of the file.
         """
-        sections: dict[str, Any] = load_sections(path, SECTIONS)
-        project = cls(**sections)
+        sections: dict[str, Any] = load_sections(path, SECTIONS, overrides)
+        project = cls(**sections, params=path, overrides=dict(overrides or {}))
         if faults := project._faults_of_views():
             raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
         return project
+
+    def overridden(self, overrides: Mapping[str, JSON]) -> Project:
+        """Return the project with `overrides` instead of its own; the file is read again.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        return Project.load(self.params, overrides)
 
     def cut(self, name: str) -> CutName:
         """Return the cut of params.yaml that is written `name`."""
@@ -90,9 +105,15 @@ class Project:
         plain = self.activations / str(cut)
         return plain if view is None else plain / view_name(view)
 
-    def run_path(self, cut: CutName) -> Path:
-        """Return the folder of a cut's finished run."""
-        return self.results / "runs" / str(cut)
+    def run_path(self, name: str) -> Path:
+        """Return the folder of a finished run.
+
+        Raises:
+            ConfigError: no folder may be called so.
+        """
+        if not RUN_NAME.fullmatch(name):
+            raise ConfigError(f"the run is called {name!r}; use letters, digits, '.', '_', '-' and '#'")
+        return self.results / "runs" / name
 
     @property
     def storage(self) -> str:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+
+SEED = "train.seed"
+"""The setting in which runs of one row may differ."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `train` measured for one cut; the fields of `run.json`."""
+    """What `train` measured in one run; the fields of `run.json`."""
 
+    name: str
     cut: float | int | str
+    overrides: Mapping[str, Any]
+    """Settings that replaced those of params.yaml, as in {"train.seed": 1}."""
+    identity: str
+    """Digest of all that decided the run."""
     recycled: float
     """Share of the blocks before the cut, 0..1."""
     metric: str
@@ -40,16 +50,24 @@ class Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result table; the fields of `results/summary.json`."""
+    """Runs that differ in `train.seed` alone: one line of the result table; the fields of `results/summary.json`."""
 
     cut: float | int | str
+    settings: str
+    """What differs from params.yaml, but for the seed."""
     recycled: float
     metric: str
+    runs: int
     value: float
+    """The mean over the runs, as all that follows."""
+    spread: float | None
+    """Standard deviation of the value between runs (n - 1); None of a single one."""
+    untrained: float
+    """The metric before any training."""
     state_bytes_per_sample: int
     encode_seconds: float | None
     train_seconds_per_epoch: float
-    epochs: int
+    epochs: float
     speedup_over_full: float | None
     """Full fine-tuning's seconds per epoch over this run's; None where no run with cut 0 is there to compare."""
     speedup_over_frozen: float
@@ -59,48 +77,76 @@ class Row:
 
 
 def summarise(runs: Sequence[Run], costs: Mapping[str, Cost]) -> list[Row]:
-    """Return a row per run, in the order of the recycled share; `costs` by the text of the cut."""
-    full = next((run.train_seconds_per_epoch for run in runs if run.recycled == 0), None)
-    return [_row(run, costs[str(run.cut)], full) for run in sorted(runs, key=lambda run: run.recycled)]
+    """Return a row per cut and settings, in the order of the recycled share; `costs` by the text of the cut."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.recycled, settings(run))):
+        groups.setdefault((settings(run), str(run.cut)), []).append(run)
+    full = {of: _seconds(group) for (of, _), group in groups.items() if group[0].recycled == 0}
+    return [_row(group, costs[cut], full.get(of)) for (of, cut), group in groups.items()]
 
 
-def _row(run: Run, cost: Cost, full: float | None) -> Row:
-    saved = run.frozen_seconds_per_sample * run.train_samples
+def settings(run: Run) -> str:
+    """Return the settings of a run that differ from params.yaml, but for its seed, in one line."""
+    return ", ".join(f"{name}={value}" for name, value in sorted(run.overrides.items()) if name != SEED)
+
+
+def _seconds(group: Sequence[Run]) -> float:
+    return statistics.median(run.train_seconds_per_epoch for run in group)
+
+
+def _row(group: Sequence[Run], cost: Cost, full: float | None) -> Row:
+    run, seconds = group[0], _seconds(group)
+    values = [one.value for one in group]
+    saved = statistics.median(one.frozen_seconds_per_sample for one in group) * run.train_samples
     return Row(
         cut=run.cut,
+        settings=settings(run),
         recycled=run.recycled,
         metric=run.metric,
-        value=run.value,
+        runs=len(group),
+        value=statistics.fmean(values),
+        spread=statistics.stdev(values) if len(values) > 1 else None,
+        untrained=statistics.fmean(one.initial for one in group),
         state_bytes_per_sample=round(cost.state_bytes_per_sample),
         encode_seconds=cost.encode_seconds,
-        train_seconds_per_epoch=run.train_seconds_per_epoch,
-        epochs=len(run.history),
-        speedup_over_full=full / run.train_seconds_per_epoch if full else None,
-        speedup_over_frozen=(run.train_seconds_per_epoch + saved) / run.train_seconds_per_epoch,
+        train_seconds_per_epoch=seconds,
+        epochs=statistics.fmean(len(one.history) for one in group),
+        speedup_over_full=full / seconds if full else None,
+        speedup_over_frozen=(seconds + saved) / seconds,
         break_even_epoch=None
         if not saved or cost.encode_seconds is None
         else math.floor(cost.encode_seconds / saved) + 1,
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the rows as text, aligned for a terminal."""
+def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
+    """Return the rows as text, aligned for a terminal, or as a table of Markdown."""
     frame = pd.DataFrame([asdict(row) for row in rows])
     shown = pd.DataFrame(
         {
             "cut": [str(row.cut) for row in rows],
+            "settings": frame["settings"],
             "recycled": frame["recycled"].map("{:.0%}".format),
-            rows[0].metric: frame["value"].map("{:.3f}".format),
+            rows[0].metric: [_with_spread(row) for row in rows],
+            "untrained": frame["untrained"].map("{:.3f}".format),
             "bytes/sample": frame["state_bytes_per_sample"].map("{:,}".format),
             "encode s": frame["encode_seconds"].map(_rounded),
             "train s/epoch": frame["train_seconds_per_epoch"].map("{:.2f}".format),
-            "epochs": frame["epochs"].astype(str),
+            "epochs": frame["epochs"].map("{:.3g}".format),
             "x full": frame["speedup_over_full"].map(_rounded),
             "x frozen": frame["speedup_over_frozen"].map(_rounded),
             "break-even epoch": frame["break_even_epoch"].map(lambda epoch: "-" if pd.isna(epoch) else f"{epoch:.0f}"),
         }
     )
+    if not frame["settings"].any():
+        shown = shown.drop(columns="settings")
+    if markdown:
+        return shown.to_markdown(index=False, disable_numparse=True)
     return shown.to_string(index=False)
+
+
+def _with_spread(row: Row) -> str:
+    return f"{row.value:.3f}" if row.spread is None else f"{row.value:.3f} ± {row.spread:.3f} ({row.runs})"
 
 
 def _rounded(value: float | None) -> str:
@@ -108,7 +154,7 @@ def _rounded(value: float | None) -> str:
 
 
 def curves(runs: Sequence[Run], costs: Mapping[str, Cost]) -> pd.DataFrame:
-    """Return the metric of every epoch of every run against the seconds spent until then, encode included."""
+    """Return metric and loss of every epoch of every run against the seconds spent until then, encode included."""
     lines = []
     for run in runs:
         seconds = costs[str(run.cut)].encode_seconds or 0.0
@@ -116,6 +162,7 @@ def curves(runs: Sequence[Run], costs: Mapping[str, Cost]) -> pd.DataFrame:
             seconds += row["train/seconds"]
             lines.append(
                 {
+                    "run": run.name,
                     "cut": str(run.cut),
                     "epoch": epoch,
                     "seconds": seconds,
@@ -128,21 +175,34 @@ def curves(runs: Sequence[Run], costs: Mapping[str, Cost]) -> pd.DataFrame:
 
 
 def plot(runs: Sequence[Run], costs: Mapping[str, Cost], path: Path) -> None:
-    """Draw the metric against the seconds spent, encode included, one line per cut, as a PNG."""
+    """Draw the metric against the seconds spent, encode included, and the training loss, a line per run, as a PNG.
+
+    Runs that differ in their seed alone share a colour.
+    """
     import matplotlib  # noqa: PLC0415  (slow to import, and no other stage draws)
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
-    for run in sorted(runs, key=lambda run: run.recycled):
+    figure, (scores, losses) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=150)
+    colours: dict[str, Any] = {}
+    for run in sorted(runs, key=lambda run: (run.recycled, settings(run))):
         line = curves([run], costs)
-        label = f"cut {run.cut} ({run.recycled:.0%} recycled)"
-        axes.plot(line["seconds"], line["value"], marker="o", label=label)
-    axes.set_xlabel("seconds: encode, then training")
-    axes.set_ylabel(f"validation {runs[0].metric.replace('_', ' ')}")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        label = f"cut {run.cut} ({run.recycled:.0%} recycled) {settings(run)}".strip()
+        known = label in colours
+        (drawn,) = scores.plot(
+            line["seconds"], line["value"], marker=".", color=colours.get(label), label=None if known else label
+        )
+        colours[label] = drawn.get_color()
+        losses.plot(line["epoch"], line["loss"], marker=".", color=colours[label])
+    scores.set_xlabel("seconds: encode, then training")
+    scores.set_ylabel(f"validation {runs[0].metric.replace('_', ' ')}")
+    scores.set_xscale("symlog")
+    scores.legend(fontsize="small")
+    losses.set_xlabel("epoch")
+    losses.set_ylabel("training loss")
+    for axes in (scores, losses):
+        axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

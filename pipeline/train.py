@@ -58,6 +58,8 @@ class TrainConfig(Section):
     """Batches per optimiser step."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision, by accelerate."""
+    channels_last: bool = False
+    """Train image backbones in channels-last memory format: faster on most accelerators and CPUs."""
     adapter: AdapterSetting | None = None
     """Adapters train in place of the pretrained weights, which stay as they are: `lora`, or a section as
     `AdapterConfig` documents it. The run keeps plain weights, the adapters merged into them."""
@@ -141,7 +143,7 @@ def fit(
     """
     objective = Objective(suffix, task)
     optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))
-    scheduler = _schedule(optimizer, config, steps=config.epochs * len(training))
+    scheduler = schedule(optimizer, config, steps=config.epochs * len(training))
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
     progress = resume(accelerator, checkpoint)
     if progress.initial is None:
@@ -153,7 +155,7 @@ def fit(
         while not progress.exhausted(config.epochs, config.patience):
             training.set_epoch(progress.epoch)
             start = time.perf_counter()
-            loss = _train_epoch(objective, training, optimizer, scheduler, accelerator, config, progress.epoch)
+            loss = train_epoch(objective, training, optimizer, scheduler, accelerator, config, progress.epoch)
             seconds = time.perf_counter() - start
             metrics = evaluate(suffix, task, validation, accelerator)
             row = {"train/loss": loss, "train/seconds": seconds} | {f"validation/{k}": v for k, v in metrics.items()}
@@ -207,7 +209,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig, fresh: frozenset[str
     ]
 
 
-def _train_epoch(
+def train_epoch(
     objective: nn.Module,
     batches: Batches,
     optimizer: torch.optim.Optimizer,
@@ -216,7 +218,11 @@ def _train_epoch(
     config: TrainConfig,
     epoch: int,
 ) -> float:
-    """Run one epoch; return its mean loss."""
+    """Train on the batches of one epoch; return their mean loss.
+
+    Raises:
+        TrainError: the loss is not finite.
+    """
     objective.train()
     total, count = torch.zeros((), device=accelerator.device), 0
     label = f"epoch {epoch + 1}/{config.epochs}"
@@ -241,7 +247,8 @@ def _train_epoch(
     return mean
 
 
-def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    """Return the learning rate's course over so many batches."""
     steps = max(1, steps // config.gradient_accumulation)
     warmup = round(config.warmup * steps)
     rest = max(1, steps - warmup)

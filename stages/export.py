@@ -13,12 +13,12 @@ from stages.options import params_option
 
 @click.command("export")
 @click.argument("to", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--cut", required=True, help="The run to export: one of encode.cuts.")
+@click.option("--run", "name", required=True, help="Its name: its cut, unless it was given another.")
 @params_option
-def command(to: Path, params: Path, cut: str) -> None:
+def command(to: Path, params: Path, name: str) -> None:
     """Write a finished run to the folder TO: a Hugging Face directory, or a safetensors state dict with its settings.
 
     The full model is proved on 32 samples to give what the suffix gives from the store.
     """
-    proof = export_run(Project.load(params), cut, to)
+    proof = export_run(Project.load(params), name, to)
     click.echo(f"{to}: {proof}")

@@ -13,9 +13,13 @@ from stages.options import params_option
 
 
 @click.command("report")
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @params_option
-def command(params: Path) -> None:
-    """Write the result table and plot of all finished runs."""
+def command(params: Path, markdown: bool) -> None:
+    """Write the result table and plot of all finished runs.
+
+    A row is the mean of the runs that differ in their seed alone, with the standard deviation between them.
+    """
     project = Project.load(params)
-    click.echo(table(report_project(project)))
-    click.echo(f"plot: {project.results / 'accuracy.png'}")
+    click.echo(table(report_project(project), markdown=markdown))
+    click.echo(f"plot: {project.results / 'runs.png'}", err=markdown)

@@ -1,11 +1,13 @@
-"""Stage `train`: store + sample table -> results/runs/<cut>."""
+"""Stage `train`: store + sample table -> results/runs/<name>."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from pipeline.config import parse_override
 from pipeline.flow import train_project
 from pipeline.project import Project
 from stages.options import params_option
@@ -13,10 +15,13 @@ from stages.options import params_option
 
 @click.command("train")
 @click.option("--cut", required=True, help="One of encode.cuts.")
+@click.option("--set", "settings", multiple=True, metavar="SETTING=VALUE", help="Replaces one of params.yaml.")
+@click.option("--name", help="What the run is called, as a folder too. [default: CUT, or CUT-VALUE-VALUE with --set]")
 @params_option
-def command(params: Path, cut: str) -> None:
+def command(params: Path, cut: str, settings: Sequence[str], name: str | None) -> None:
     """Fine-tune the layers above one cut from its store.
 
-    A run that was killed goes on from its last whole epoch.
+    --set may be given several times, as in --set train.seed=1 --set data.fraction=0.5. A run that was killed goes on
+    from its last whole epoch.
     """
-    train_project(Project.load(params), cut)
+    train_project(Project.load(params, dict(map(parse_override, settings))), cut, name)

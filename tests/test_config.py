@@ -69,7 +69,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_sections(tmp_path / "nowhere.yaml", {"oven": Oven})
 
 
-@pytest.mark.parametrize("path", [ROOT / "params.yaml", ROOT / "examples/faq/params.yaml"], ids=["demo", "faq"])
+@pytest.mark.parametrize(
+    "path", [ROOT / "params.yaml", ROOT / "examples/construction-faq/params.yaml"], ids=["demo", "construction-faq"]
+)
 def test_the_settings_that_are_shipped_are_valid(path: Path) -> None:
     assert Project.load(path).encode.cuts[:2] == [0, 0.5]
 

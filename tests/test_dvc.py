@@ -26,7 +26,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".gitignore").write_text(".recycle/\n/photos\n")
     tiny.write_images(folder / "photos", range(20))
     dtypes = {"codec": "raw", "dtype": "float16", "precision": "float32", "views": None}
-    tiny.write_params(folder, encode={"cuts": [0.5, 1.0], **dtypes}, train={"epochs": 1})
+    chosen = {"fraction": 1.0, "seed": 0}
+    tiny.write_params(folder, data=chosen, encode={"cuts": [0.5, 1.0], **dtypes}, train={"epochs": 1})
     commit(folder)
     said = run(folder, "dvc", "repro")
     assert stages(said) == ["encode", "train@0.5", "train@1.0", "report"]

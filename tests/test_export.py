@@ -53,7 +53,7 @@ def test_nothing_is_overwritten(project: Project, tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_never_trained_is_named(project: Project, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"1\.0/model\.safetensors does not exist; train it"):
+    with pytest.raises(DataError, match=r"1\.0/run\.json does not exist; train it"):
         export_run(project, "1.0", tmp_path / "model")
 
 

@@ -14,7 +14,7 @@ FLOORS = [
     {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch", "stages.store"},
     {"stages.options"},
     {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"},
-    {"pipeline.epochs", "pipeline.proved"},
+    {"pipeline.epochs", "pipeline.proved", "pipeline.runs"},
     {"pipeline.project"},
     {"pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
     {

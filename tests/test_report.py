@@ -8,7 +8,10 @@ from pathlib import Path
 from pipeline.report import Cost, Run, curves, plot, summarise, table
 
 FULL = Run(
+    name="0",
     cut=0,
+    overrides={},
+    identity="",
     recycled=0.0,
     metric="accuracy",
     value=0.9,
@@ -19,7 +22,9 @@ FULL = Run(
     frozen_seconds_per_sample=0.0,
     history=[{"train/loss": 1.0, "train/seconds": 40.0, "validation/accuracy": value} for value in (0.8, 0.9)],
 )
-HALF = dataclasses.replace(FULL, cut=0.5, recycled=0.5, train_seconds_per_epoch=10.0, frozen_seconds_per_sample=0.005)
+HALF = dataclasses.replace(
+    FULL, name="0.5", cut=0.5, recycled=0.5, train_seconds_per_epoch=10.0, frozen_seconds_per_sample=0.005
+)
 COSTS = {"0": Cost(100.0, 3.0), "0.5": Cost(2048.4, 12.0)}
 
 

@@ -80,7 +80,12 @@ class DataConfig(Section):
     hold_out: Literal["samples", "labels"] = "samples"
     """What is held out: samples, or all samples of some labels (to see how an embedding does on unseen classes)."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the choice of held-out samples. It is made sample by sample, so that adding some moves no other."""
+    """Seed of the choice of held-out samples, and of those that `fraction` leaves. Held-out ones are chosen sample by
+    sample, so that adding some moves no other."""
+
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the training samples that is trained on: the same share of each label, chosen by `seed`. It decides
+    nothing but a run: the store and the sample table hold all samples. What a share has, a larger one has too."""
 
     @model_validator(mode="after")
     def _fits_source(self) -> Self:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,82 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from pipeline.data.source import split_named
+from pipeline.data.source import files_by_split, split_named
 from pipeline.errors import BadSampleError, ConfigError, DataError
 
+KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
-def read_records(path: Path, fields: dict[str, str], *, records: str | None) -> dict[str, pa.ChunkedArray]:
-    """Return the columns that `fields` (setting -> field name) asks for, by setting.
+
+@dataclass(frozen=True)
+class Records:
+    """N records of a file, or of a folder with a file per split."""
+
+    columns: Mapping[str, pa.ChunkedArray]
+    """What was asked for, by setting."""
+    files: Sequence[tuple[str, int]]
+    """Name of each file, and how many records it has."""
+    splits: Sequence[str] | None
+    """The split of each file, where there is a file per split."""
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.files)
+
+    def where(self, i: int) -> str:
+        """Return the file and the number of record `i`, for people."""
+        file, number = self._place(i)
+        return f"{self.files[file][0]}#{number}"
+
+    def split(self, i: int) -> str | None:
+        """Return the split of record `i`: what its file says, or the split column; None without either."""
+        if self.splits is not None:
+            return self.splits[self._place(i)[0]]
+        column = self.columns.get("split")
+        return None if column is None else split_named(column[i].as_py(), self.where(i))
+
+    def text(self, setting: str, i: int) -> str:
+        """Return the text of record `i` in the column of a setting.
+
+        Raises:
+            BadSampleError: the cell is empty or holds no text.
+        """
+        value = self.columns[setting][i].as_py()
+        if not isinstance(value, str) or not value.strip():
+            raise BadSampleError(f"no text: {self.where(i)}, {setting}, has {value!r}; expected a text")
+        return value
+
+    def _place(self, i: int) -> tuple[int, int]:
+        for file, (_, count) in enumerate(self.files):
+            if i < count:
+                return file, i
+            i -= count
+        raise IndexError(i)
+
+
+def read_records(path: Path, fields: dict[str, str], *, records: str | None) -> Records:
+    """Return the columns that `fields` (setting -> field name) asks for, of a file or of a folder's files.
+
+    A folder has a file per split, called after it: train.jsonl, dev.jsonl, test.jsonl.
 
     Raises:
         ConfigError: a field does not exist (the message names those that do), or the kind of file is unknown.
-        DataError: the file cannot be read as its name says.
+        DataError: a file cannot be read as its name says.
     """
+    if not path.is_dir():
+        columns = _read_file(path, fields, records)
+        return Records(columns, [(path.name, len(next(iter(columns.values()))))], None)
+    if "split" in fields:
+        raise ConfigError(f"data.split is {fields['split']!r}, but {path} has a file per split; remove it")
+    files = files_by_split(path, KINDS)
+    parts = [_read_file(file, fields, records) for file, _ in files]
+    counts = [(file.name, len(next(iter(part.values())))) for (file, _), part in zip(files, parts, strict=True)]
+    try:
+        joined = {name: pa.chunked_array([chunk for part in parts for chunk in part[name].chunks]) for name in parts[0]}
+    except pa.ArrowException as error:
+        raise DataError(f"data.path {path}: a field differs in type between the files ({error})") from error
+    return Records(joined, counts, [split for _, split in files if split])
+
+
+def _read_file(path: Path, fields: dict[str, str], records: str | None) -> dict[str, pa.ChunkedArray]:
     kinds: dict[str, Callable[[Path], pa.Table]] = {
         ".csv": lambda file: _read_delimited(file, ",", fields),
         ".tsv": lambda file: _read_delimited(file, "\t", fields),
@@ -30,12 +96,10 @@ def read_records(path: Path, fields: dict[str, str], *, records: str | None) -> 
         ".parquet": pa.parquet.read_table,
     }
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind not in kinds or (kind == ".parquet" and path.suffix == ".gz"):
+    if kind not in KINDS or (kind == ".parquet" and path.suffix == ".gz"):
         raise ConfigError(
-            f"data.path is {path}; expected a name that ends in {', '.join(kinds)} (.gz but for the last)"
+            f"data.path is {path}; expected a name that ends in {', '.join(KINDS)} (.gz but for the last)"
         )
-    if not path.is_file():
-        raise ConfigError(f"data.path is {path}, a folder; this source reads one file")
     try:
         table = kinds[kind](path)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, pa.ArrowException) as error:
@@ -109,20 +173,3 @@ def _from_objects(path: Path, objects: list[Any], fields: dict[str, str]) -> pa.
         except pa.ArrowException as error:
             raise DataError(f"{path}: field {name} mixes types ({error}); give every record the same") from error
     return pa.table(columns)
-
-
-def text_at(column: pa.ChunkedArray, i: int, where: str) -> str:
-    """Return the text at row `i`.
-
-    Raises:
-        BadSampleError: the cell is empty or holds no text.
-    """
-    value = column[i].as_py()
-    if not isinstance(value, str) or not value.strip():
-        raise BadSampleError(f"no text: {where} has {value!r}; expected a text")
-    return value
-
-
-def split_at(column: pa.ChunkedArray | None, i: int, where: str) -> str | None:
-    """Return the split that row `i` of the split column names; None without such a column."""
-    return None if column is None else split_named(column[i].as_py(), where)

@@ -45,6 +45,31 @@ class SampleTable:
         """Return the row numbers of a split, ascending, int64."""
         return np.flatnonzero(self.split == split)
 
+    def share(self, fraction: float, seed: int) -> SampleTable:
+        """Return the table with a `fraction` of its training samples, the same share of each label, of at least one.
+
+        What belongs together (a duplicate, the pairs of a group) stays together. Which samples are taken depends on
+        their keys and on `seed` alone; a larger fraction has all that a smaller one has.
+        """
+        if fraction == 1:
+            return self
+        training = self.rows("train")
+        identities = _identities(self.keys[training], {k: v[training] for k, v in self.targets.items()}, "samples")
+        labels = [str(label) for label in self.targets["label"][training]] if "label" in self.targets else None
+        labels = labels or [""] * len(training)
+        strata: dict[str, dict[bytes, float]] = defaultdict(dict)
+        for label, identity in zip(labels, identities, strict=True):
+            strata[label][identity] = _fraction(identity, seed)
+        taken: set[tuple[str, bytes]] = set()
+        for label, drawn in strata.items():
+            count = max(1, round(fraction * len(drawn)))
+            taken |= {(label, identity) for identity in sorted(drawn, key=lambda one: (drawn[one], one))[:count]}
+        kept = np.ones(len(self), bool)
+        kept[training] = [(label, identity) in taken for label, identity in zip(labels, identities, strict=True)]
+        targets = {name: values[kept] for name, values in self.targets.items()}
+        source = [name for name, keep in zip(self.source, kept.tolist(), strict=True) if keep]
+        return SampleTable(self.keys[kept], self.split[kept], source, targets)
+
     def write(self, path: Path) -> None:
         """Write the table to `path`, whole or not at all."""
         keys = pa.FixedSizeBinaryArray.from_buffers(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.data.config import DataConfig
-from pipeline.data.records import read_records, read_text, split_at
+from pipeline.data.records import read_records, read_text
 from pipeline.data.schemes import Tag, detect, parse, to_iob2
 from pipeline.data.source import Row, Source, files_by_split
 from pipeline.errors import ConfigError, DataError
@@ -66,15 +66,15 @@ def open_conll(config: DataConfig, path: Path) -> Tagged:
 def open_tagged(config: DataConfig, path: Path) -> Tagged:
     """Read a table whose fields hold a list of words and a list of tags."""
     named = {name: str(getattr(config, name)) for name in ("words", "tags")}
-    columns = read_records(path, named | ({"split": config.split} if config.split else {}), records=config.records)
+    split = {"split": config.split} if config.split else {}
+    records = read_records(path, named | split, records=config.records)
     sentences = []
-    for i in range(len(columns["words"])):
-        where = f"{path.name}#{i}"
-        words, tags = (_texts(columns[name], i, f"{where}: field {named[name]}") for name in named)
+    for i in range(len(records)):
+        where = records.where(i)
+        words, tags = (_texts(records.columns[name], i, f"{where}: field {named[name]}") for name in named)
         if not words or len(words) != len(tags):
             raise DataError(f"{where} has {len(words)} words and {len(tags)} tags; give every word one")
-        split = split_at(columns.get("split"), i, where)
-        sentences.append(Sentence(where, split, words, [_parsed(tag, where) for tag in tags]))
+        sentences.append(Sentence(where, records.split(i), words, [_parsed(tag, where) for tag in tags]))
     return Tagged(sentences, config.scheme)
 
 

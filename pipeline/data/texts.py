@@ -4,35 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-
 from pipeline.data.config import DataConfig
-from pipeline.data.records import read_records, split_at, text_at
+from pipeline.data.records import Records, read_records
 from pipeline.data.source import Row, Source, Target
 from pipeline.errors import DataError
 
 
 class Texts(Source):
-    """A text (or a text and its partner) and a label per record of a table; `columns` by setting, as Arrow arrays."""
+    """A text (or a text and its partner) and a label per record of a table."""
 
-    def __init__(self, name: str, columns: dict[str, pa.ChunkedArray]) -> None:
-        self.name, self._columns = name, columns
-        if missing := columns["label"].null_count:
+    def __init__(self, name: str, records: Records) -> None:
+        self._records = records
+        if missing := records.columns["label"].null_count:
             raise DataError(f"{name}: {missing} records have no label; give them one, or leave them out")
 
     def __len__(self) -> int:
-        return len(self._columns["text"])
+        return len(self._records)
 
     def row(self, i: int) -> Row:
-        where = f"{self.name}#{i}"
-        label = _as_target(self._columns["label"][i].as_py())
-        return Row(where, split_at(self._columns.get("split"), i, where), {"label": label})
+        label = _as_target(self._records.columns["label"][i].as_py())
+        return Row(self._records.where(i), self._records.split(i), {"label": label})
 
     def content(self, i: int) -> str | tuple[str, str]:
-        where = f"{self.name}#{i}"
-        text = text_at(self._columns["text"], i, where)
-        partner = self._columns.get("text_pair")
-        return text if partner is None else (text, text_at(partner, i, where))
+        text = self._records.text("text", i)
+        return (text, self._records.text("text_pair", i)) if "text_pair" in self._records.columns else text
 
 
 def open_texts(config: DataConfig, path: Path) -> Texts:

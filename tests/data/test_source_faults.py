@@ -69,7 +69,7 @@ def test_digest_is_checked_first(table: Path) -> None:
 
 def test_an_empty_text_is_one_bad_sample(table: Path) -> None:
     source = open_source(DataConfig(source="text", path=str(table), text="text", label="label"))
-    with pytest.raises(BadSampleError, match=r"no text: t\.jsonl#1 has ''; expected a text"):
+    with pytest.raises(BadSampleError, match=r"no text: t\.jsonl#1, text, has ''; expected a text"):
         source.content(1)
     assert source.content(2) == "three"
 

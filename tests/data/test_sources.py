@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.data import DataConfig, Row, Source, Stamp, open_source
 from pipeline.data.source import SPLITS
+from pipeline.errors import ConfigError, DataError
 from pipeline.keys import content_key
 
 
@@ -298,3 +299,38 @@ class TestFaqCsv(TestFaq):
 
 class TestFaqJson(TestFaq):
     suffix = "json"
+
+
+def write_lines(path: Path, *objects: dict[str, object]) -> None:
+    path.write_text("".join(json.dumps(item) + "\n" for item in objects), encoding="utf-8")
+
+
+def test_a_folder_has_a_file_per_split(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", {"t": "a", "l": "x"}, {"t": "b", "l": "y"})
+    write_lines(tmp_path / "dev.jsonl", {"t": "c", "l": "x", "more": 1})
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / "train.md").write_text("not data either")
+    source = open_source(DataConfig(source="text", path=str(tmp_path), text="t", label="l"))
+    rows = [source.row(i) for i in range(len(source))]
+    assert [row.source for row in rows] == ["dev.jsonl#0", "train.jsonl#0", "train.jsonl#1"]
+    assert [row.split for row in rows] == ["validation", "train", "train"]
+    assert [source.content(i) for i in range(3)] == ["c", "a", "b"]
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "mine.jsonl", {"t": "a", "l": "x"})
+    with pytest.raises(ConfigError, match=r"a folder without a file called after a split, such as train\.csv"):
+        open_source(DataConfig(source="text", path=str(tmp_path), text="t", label="l"))
+
+
+def test_files_of_splits_and_a_split_field_contradict(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", {"q": "a", "a": "x", "part": "train"})
+    with pytest.raises(ConfigError, match=r"data\.split is 'part', but .* has a file per split; remove it"):
+        open_source(DataConfig(source="pairs", path=str(tmp_path), anchor="q", positive="a", split="part"))
+
+
+def test_files_that_differ_in_type_are_told(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", {"t": "a", "l": "x"})
+    write_lines(tmp_path / "test.jsonl", {"t": "a", "l": 3})
+    with pytest.raises(DataError, match="a field differs in type between the files"):
+        open_source(DataConfig(source="text", path=str(tmp_path), text="t", label="l"))

@@ -1,0 +1,87 @@
+"""Finished runs: where each lies, what it was made of, and whether that still holds.
+
+Run NAME lies in results/runs/NAME: `model.safetensors` is what was trained, `run.json` what was measured and which
+settings replaced those of params.yaml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+from pipeline.errors import DataError, StoreError
+from pipeline.files import sha256
+from pipeline.keys import JSON, digest
+from pipeline.project import CutName, Project
+from pipeline.report import Run
+from pipeline.store import Store
+
+log = logging.getLogger("recycle")
+
+FILE = "run.json"
+
+
+def run_name(project: Project, cut: CutName) -> str:
+    """Return what a run is called where it is not said: the cut and the values that replace those of params.yaml."""
+    return "-".join(map(str, [cut, *project.overrides.values()]))
+
+
+def identity(project: Project, cut: CutName) -> str:
+    """Return the digest of everything that decides a run: settings, samples, and the recipes of the stores."""
+    stores = [Store.open(project.store_path(cut, view)).recipe.digest for view in project.views]
+    sections = (project.model, project.task, project.train)
+    settings: list[JSON] = [section.model_dump(mode="json") for section in sections]
+    return digest([*stores, sha256(project.samples), project.data.fraction, project.data.seed, *settings])
+
+
+def write(project: Project, run: Run) -> None:
+    """Write the run.json of a run whose folder exists."""
+    (project.run_path(run.name) / FILE).write_text(json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+
+
+def read(project: Project, name: str) -> Run:
+    """Return the run called `name`.
+
+    Raises:
+        DataError: there is none, or another version of this program wrote it; the message names those there are.
+    """
+    file = project.run_path(name) / FILE
+    if not file.exists():
+        known = ", ".join(sorted(folder.parent.name for folder in _files(project))) or "none"
+        raise DataError(f"run {name}: {file} does not exist; train it (dvc repro train); finished runs: {known}")
+    try:
+        return Run(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file} cannot be read ({error}); train the run again") from error
+
+
+def current(project: Project) -> list[Run]:
+    """Return the finished runs that today's settings, samples and stores would give again.
+
+    Raises:
+        DataError: a cut of `encode.cuts` has none.
+    """
+    runs = [read(project, file.parent.name) for file in sorted(_files(project))]
+    kept = [run for run in runs if _holds(project, run)]
+    for cut in map(str, project.encode.cuts):
+        if cut not in {str(run.cut) for run in kept}:
+            raise DataError(f"cut {cut}: {project.results / 'runs'} has no run of it; train it (dvc repro train)")
+    return kept
+
+
+def _files(project: Project) -> list[Path]:
+    return list((project.results / "runs").glob(f"*/{FILE}"))
+
+
+def _holds(project: Project, run: Run) -> bool:
+    if str(run.cut) not in map(str, project.encode.cuts):
+        return False
+    try:
+        if identity(project.overridden(run.overrides), run.cut) == run.identity:
+            return True
+    except (OSError, StoreError):
+        pass
+    log.warning("run %s was made of other settings, samples or stores: it is left out; train it again", run.name)
+    return False

@@ -1,0 +1,135 @@
+"""Runs that differ in some settings: made from one store, told apart, put together in the table."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from pipeline import runs
+from pipeline.config import parse_override
+from pipeline.data import SampleTable
+from pipeline.errors import ConfigError, DataError
+from pipeline.export import export_run
+from pipeline.flow import encode_project, report_project, train_project
+from pipeline.project import Project
+from pipeline.report import table
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """An encoded project of one cut: 60 images."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_images(tmp_path / "photos", range(20))
+    loaded = Project.load(tiny.write_params(tmp_path, encode={"cuts": [0.5]}))
+    encode_project(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "setting", "value"),
+    [
+        ("train.lr=0.001", "train.lr", 0.001),
+        ("train.adapter={kind: lora, rank: 2}", "train.adapter", {"kind": "lora", "rank": 2}),
+        ("data.split=", "data.split", None),
+        ("model.options.a=b=c", "model.options.a", "b=c"),
+    ],
+)
+def test_an_override_is_read_as_the_file_is(text: str, setting: str, value: object) -> None:
+    assert parse_override(text) == (setting, value)
+
+
+@pytest.mark.parametrize("text", ["train.lr", "lr=1", "train.=1", "=1", "train.lr={"])
+def test_what_sets_nothing_is_told(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.lr|SECTION\.SETTING=VALUE"):
+        parse_override(text)
+
+
+def test_an_override_is_checked_as_the_file_is(project: Project) -> None:
+    with pytest.raises(ConfigError, match=r"train\.epoch: unknown setting \(did you mean epochs\?\)"):
+        project.overridden({"train.epoch": 1})
+    with pytest.raises(ConfigError, match=r"data\.fraction: 2: Input should be less than or equal to 1"):
+        project.overridden({"data.fraction": 2})
+    assert project.overridden({"model.options.width": 3}).model.options == {"width": 3}
+    assert project.train.seed == 0
+
+
+def test_seeds_share_a_row_and_settings_have_their_own(project: Project) -> None:
+    made = [
+        train_project(project.overridden(overrides), "0.5")
+        for overrides in ({}, {"train.seed": 1}, {"train.seed": 2}, {"train.lr": 0.1}, {"data.fraction": 0.5})
+    ]
+    assert [run.name for run in made] == ["0.5", "0.5-1", "0.5-2", "0.5-0.1", "0.5-0.5"]
+    assert [run.train_samples for run in made][::4] == [made[0].train_samples, round(made[0].train_samples / 2)]
+    rows = {row.settings: row for row in report_project(project)}
+    assert set(rows) == {"", "train.lr=0.1", "data.fraction=0.5"}
+    seeds = [run.value for run in made[:3]]
+    assert (rows[""].runs, rows[""].value, rows[""].spread) == (3, statistics.fmean(seeds), statistics.stdev(seeds))
+    assert (rows["train.lr=0.1"].runs, rows["train.lr=0.1"].spread) == (1, None)
+    assert "(3)" in table(list(rows.values()))
+    assert table(list(rows.values()), markdown=True).startswith("| cut")
+
+
+def test_a_run_of_other_settings_is_left_out(project: Project, caplog: pytest.LogCaptureFixture) -> None:
+    train_project(project, "0.5")
+    train_project(project.overridden({"train.lr": 0.1}), "0.5")
+    tiny.write_params(Path(), encode={"cuts": [0.5]}, train={"batch_size": 8})
+    changed = Project.load(project.params)
+    with pytest.raises(DataError, match=r"cut 0\.5: .* no run of it; train it"):
+        report_project(changed)
+    train_project(changed, "0.5")
+    assert [row.settings for row in report_project(changed)] == [""]
+    assert "run 0.5-0.1 was made of other settings" in caplog.text
+
+
+def test_a_run_of_other_samples_is_left_out(project: Project) -> None:
+    train_project(project, "0.5")
+    Path("photos/circle/0000.png").rename("photos/square/1000.png")
+    encode_project(project)
+    with pytest.raises(DataError, match=r"no run of it; train it"):
+        report_project(project)
+
+
+def test_a_run_is_exported_with_its_settings(project: Project, tmp_path: Path) -> None:
+    fraction = project.overridden({"data.fraction": 0.1, "train.adapter": "lora", "train.epochs": 1})
+    train_project(fraction, "0.5", "small")
+    assert export_run(project, "small", tmp_path / "model").merged < 1e-5
+    with pytest.raises(DataError, match=r"run large: .* does not exist; train it .*; finished runs: small"):
+        runs.read(project, "large")
+
+
+@pytest.mark.parametrize("name", ["", "..", "../0.5", "a/b", ".hidden", "a b", "-x"])
+def test_a_name_is_no_path(project: Project, name: str) -> None:
+    with pytest.raises(ConfigError, match="the run is called"):
+        project.run_path(name)
+
+
+def table_of(labels: list[str], *, groups: list[int] | None = None, held_out: int = 0) -> SampleTable:
+    count = len(labels)
+    keys = np.random.default_rng(0).integers(0, 256, (count, 16), np.uint8)
+    split = np.array(["validation"] * held_out + ["train"] * (count - held_out))
+    targets = {"label": np.array(labels)} if groups is None else {"group": np.array([f"g{g}" for g in groups])}
+    return SampleTable(keys, split, [str(i) for i in range(count)], targets)
+
+
+def test_a_share_has_the_same_share_of_each_label() -> None:
+    whole = table_of(["a"] * 100 + ["b"] * 40 + ["c"], held_out=10)
+    part = whole.share(0.25, seed=3)
+    training = part.targets["label"][part.rows("train")]
+    assert Counter(training.tolist()) == {"a": round(90 * 0.25), "b": 10, "c": 1}
+    assert len(part.rows("validation")) == 10
+    assert len(part.source) == len(part.keys) == len(part)
+    other = whole.share(0.25, seed=4)
+    assert set(part.source) != set(other.source)
+    assert set(part.source) < set(whole.share(0.5, seed=3).source)
+    assert whole.share(1.0, seed=3) is whole
+
+
+def test_a_share_parts_no_group() -> None:
+    groups = [i // 4 for i in range(80)]
+    part = table_of([""] * 80, groups=groups).share(0.5, seed=0)
+    assert Counter(Counter(part.targets["group"].tolist()).values()) == {4: 10}
