@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from pipeline.data import SampleTable, open_source
+from pipeline.deviation import measure
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.loader import Loader
 from pipeline.project import Project, Workbench
 from pipeline.ragged import pad_batch
 from pipeline.store import Reader
+from pipeline.subject import from_project
+from pipeline.tasks import read_tensor
 
 OTHERS = ("one", "two", "three")
 TAGGED = {"task": {"kind": "tagging"}, "data": {"source": "conll", "path": "words.conll"}}
@@ -187,3 +190,15 @@ def test_a_network_of_ones_own_may_tag(folder: Path) -> None:
     )
     encode_project(own)
     assert train_project(own, "0.5").value > 0.8
+
+
+@pytest.mark.parametrize(("given", "kind"), [(TAGGED, "tokens"), (ASKED, "span")], ids=["tagging", "answers"])
+def test_other_verbs_know_these_heads(folder: Path, given, kind: str) -> None:
+    settings = project(folder, given)
+    encode_project(settings)
+    report = measure(settings, "0.5", 20)
+    assert report.kind == kind
+    assert report.deviations[0].output_largest < 1e-6
+    subject = from_project(settings, None, {}, classes=2, batch=3)
+    assert all(not name.startswith("extra.") for name in subject.inputs)
+    assert read_tensor(subject.model.eval()(**subject.inputs)).shape[0] == 3

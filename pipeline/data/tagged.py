@@ -66,7 +66,8 @@ def open_conll(config: DataConfig, path: Path) -> Tagged:
 def open_tagged(config: DataConfig, path: Path) -> Tagged:
     """Read a table whose fields hold a list of words and a list of tags."""
     named = {name: str(getattr(config, name)) for name in ("words", "tags")}
-    records = read_records(path, named | ({"split": config.split} if config.split else {}), records=config.records)
+    split = {"split": config.split} if config.split else {}
+    records = read_records(path, named | split, records=config.records)
     sentences = []
     for i in range(len(records)):
         where = records.where(i)

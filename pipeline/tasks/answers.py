@@ -102,11 +102,13 @@ class AnswerScores:
     def compute(self) -> dict[str, float]:
         if not self._best:
             return dict.fromkeys(SCORES["answers"], float("nan"))
-        squad, found, right = SQuAD(), [], []
+        found: list[Any] = []
+        right: list[Any] = []
         for question, (margin, text, row) in self._best.items():
             is_none = self._may_be_none and margin <= 0
             found.append({"id": question, "prediction_text": "" if is_none else text})
             right.append({"id": question, "answers": {"text": list(self.windows.answers[row]) or [""]}})
+        squad = SQuAD()
         squad.update(found, right)
         return {name: float(score) / 100 for name, score in squad.compute().items()}
 
