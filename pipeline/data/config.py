@@ -14,7 +14,7 @@ _USED_BY: dict[str, frozenset[str]] = {
     "images": _OF_TABLES | {"image"},
     "audio": _OF_TABLES | {"audio"},
     "text": _OF_TABLES | {"text", "text_pair"},
-    "pairs": frozenset({"anchor", "positive", "split", "records"}),
+    "pairs": frozenset({"anchor", "positive", "label", "split", "records"}),
     "conll": frozenset({"words", "tags", "scheme"}),
     "tagged": frozenset({"words", "tags", "scheme", "split", "records"}),
     "squad": frozenset({"window", "overlap"}),
@@ -65,7 +65,8 @@ class DataConfig(Section):
     its input: files need no folder per class, tables no field of labels, pairs one half each."""
     label: str | int | Names | None = None
     """Tables: name of the label's field (it may hold a list), or names of several: a list of numbers to regress.
-    pixels: its column by name or by number (the default is -1, the last). arrays: in .npz the name of its array
+    pairs: name of a field that says whether the two belong together (1, true) or do not (0, false), though they look
+    alike; without it all do. pixels: its column by name or by number (the default is -1, the last). arrays: in .npz the name of its array
     (default "y"); for .npy the file beside it (default "<name>.labels.npy")."""
     delimiter: str | None = Field(default=None, min_length=1)
     """Tables: what stands between the labels of a sample, where its field holds several in one text ("a|b")."""

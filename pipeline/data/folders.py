@@ -48,7 +48,7 @@ class ClassFolder(Source):
         return read_file(self.root / self._files[i][0])
 
     def stamp(self, i: int) -> Stamp | None:
-        return stamp_file(self.root / self._files[i][0])
+        return stamp_file(os.path.join(self.root, self._files[i][0]))
 
     def _below(self, folder: Path) -> list[str]:
         """Return the files below `folder`, relative to the root, in an order that is the same on every file system."""
@@ -86,7 +86,7 @@ def read_file(path: Path) -> bytes:
         raise BadSampleError(f"the file cannot be read: {error.strerror}") from error
 
 
-def stamp_file(path: Path) -> Stamp | None:
+def stamp_file(path: Path | str) -> Stamp | None:
     """Return the stamp of a sample's file; None where it cannot be seen."""
     try:
         return Stamp.of(path)

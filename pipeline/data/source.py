@@ -53,7 +53,7 @@ class Stamp:
     inode: int
 
     @classmethod
-    def of(cls, path: Path) -> Self:
+    def of(cls, path: Path | str) -> Self:
         """Return the stamp of the file at `path`.
 
         Raises:

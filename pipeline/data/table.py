@@ -1,7 +1,8 @@
 """The sample table: one row per sample of the data set, as Parquet. Labels live here: fixing one encodes nothing.
 
 Columns: `key` (16 bytes), `split`, `source`, then the target columns of the data set: `label`, or `pair`, `role` and
-`group`, or others; a column may hold lists (a tag per word, several labels). Equal tables are equal files.
+`group` (and `belongs`), or others; a column may hold lists (a tag per word, several labels). Equal tables are equal
+files.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray
         raise DataError(f"data.path {config.path}: no usable sample is left; see the samples set aside")
     targets = {name: _column(name, [_target(row, name) for row in described]) for name in described[0].targets}
     if "pair" in targets:
-        targets["group"] = _groups(targets["pair"], targets["role"], keys)
+        targets["group"] = _groups(targets["pair"], targets["role"], keys, targets.get("belongs"))
     split = _decide_splits(described, _identities(keys, targets, config.hold_out), config)
     return SampleTable(np.ascontiguousarray(keys), split, [row.source for row in described], targets)
 
@@ -162,11 +163,12 @@ def _complete_pairs(described: list[Row]) -> list[int]:
     return [i for pair in members.values() if len(pair) == 2 for i in pair]
 
 
-def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray, belongs: np.ndarray | None = None) -> np.ndarray:
     """Return a name per row that pairs share when a chain of equal anchors or equal positives joins them.
 
-    Such pairs are no negatives of each other, and must not be parted by a split. The name is the smallest key among the
-    positives, so that a further question to a known answer renames nothing.
+    Such pairs are no negatives of each other, and must not be parted by a split. A pair of which `belongs` is 0 joins
+    nothing. The name is the smallest key among the positives, so that a further question to a known answer renames
+    nothing.
     """
     names = [key.tobytes().hex() for key in keys]
     parent = {name: name for name in names}
@@ -178,13 +180,15 @@ def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray) -> np.ndarra
         return name
 
     first_of_pair: dict[int, str] = {}
-    for pair, name in zip(pairs.tolist(), names, strict=True):
-        parent[root(name)] = root(first_of_pair.setdefault(pair, name))
+    joins = [True] * len(names) if belongs is None else belongs.astype(bool).tolist()
+    for pair, name, joined in zip(pairs.tolist(), names, joins, strict=True):
+        if joined:
+            parent[root(name)] = root(first_of_pair.setdefault(pair, name))
     smallest: dict[str, str] = {}
     for role, name in zip(roles.tolist(), names, strict=True):
         if role == "positive":
             smallest[root(name)] = min(name, smallest.get(root(name), name))
-    return np.array([smallest[root(name)] for name in names])
+    return np.array([smallest.get(root(name), name) for name in names])
 
 
 def _identities(keys: np.ndarray, targets: Mapping[str, np.ndarray], hold_out: str) -> list[bytes]:
@@ -195,6 +199,8 @@ def _identities(keys: np.ndarray, targets: Mapping[str, np.ndarray], hold_out: s
                 f"data.hold_out is 'labels', but the samples have {', '.join(targets)}; set it to 'samples'"
             )
         return [f"label {value}".encode() for value in targets["label"].tolist()]
+    if "belongs" in targets:  # the two of a pair stay together, whether they belong together or not
+        targets = {"group": _groups(targets["pair"], targets["role"], keys)}
     if "group" in targets:
         return [str(value).encode() for value in targets["group"].tolist()]
     return [key.tobytes() for key in keys]

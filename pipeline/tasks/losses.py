@@ -42,7 +42,8 @@ class SoftmaxLoss(losses.NormalizedSoftmaxLoss):  # type: ignore[misc]
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Return (B, L) for (B, D)."""
-        return embeddings @ self.W
+        logits: Tensor = embeddings @ self.W
+        return logits
 
 
 class CenterLoss(nn.Module):

@@ -96,7 +96,7 @@ class MultiLabel(Task):
 
     def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
         probabilities_BC = read_tensor(output).float().sigmoid().cpu().numpy()
-        given = [[legend[number] for number in np.flatnonzero(one > GIVEN)] for one in probabilities_BC]
+        given = [[legend[number] for number in np.flatnonzero(one > GIVEN).tolist()] for one in probabilities_BC]
         return {"labels": given, "probabilities": probabilities_BC}
 
 

@@ -72,7 +72,7 @@ def rank(
 
     Without references, queries are ranked among themselves, and none is compared with itself.
     """
-    measure = make_distance(distance)
+    measure: Any = make_distance(distance)
     query_QD = _ready(query_QD, measure)
     if reference_RD is None or group_R is None:
         reference_RD, members = query_QD, Members.of(group_Q, group_Q, itself=True)
@@ -84,7 +84,9 @@ def rank(
     if not len(counted):
         return dict.fromkeys(names, float("nan"))
     sums = torch.zeros(len(names), dtype=torch.float64)
-    for chosen in counted.split(max(1, MAX_SIMILARITIES // len(reference_RD))):
+    step = max(1, MAX_SIMILARITIES // len(reference_RD))
+    for start in range(0, len(counted), step):
+        chosen = counted[start : start + step]
         near_QR = measure.compute_mat(query_QD[chosen], reference_RD)
         if not measure.is_inverted:
             near_QR.neg_()

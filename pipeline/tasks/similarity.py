@@ -86,7 +86,7 @@ class Similarity(Task):
         if width is None:
             raise ConfigError(
                 f"{setting} is {value!r}, which must know the size of the embeddings, and the backbone does not tell: "
-                "end task.layers in a linear layer, as in [256], or return a Backbone with its width"
+                "end task.layers in a linear layer, as in [256]"
             )
         return width
 

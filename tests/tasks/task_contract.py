@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.data import DataConfig, Row, Source
 from pipeline.flow import encode_project, train_project
 from pipeline.order import batches
+from pipeline.predictions import Predictions
 from pipeline.project import Project
 from pipeline.tasks import Asked, Head, Task, TaskConfig, open_task
 from pipeline.tasks.config import LOWER_IS_BETTER
@@ -195,6 +196,9 @@ class TaskContract:
         said = task.predictions(self.wrapped(self.right(targets).float()), Asked(targets, sources), legend)
         assert said.keys() == task.columns(legend).keys()
         assert all(len(values) == len(rows) for values in said.values())
+        predictions = Predictions(task.columns(legend))
+        predictions.add(rows, said)
+        assert all(None not in one.values() for one in predictions.take(rows).to_pylist())
         self.check_predictions(said, rows)
 
     def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
