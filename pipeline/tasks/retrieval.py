@@ -20,8 +20,9 @@ from pipeline.tasks.losses import make_distance
 
 # Q query, R reference, D channel, M member (reference of the query's group), K nearest
 
-MAX_SIMILARITIES = 1 << 23
-"""Similarities held at a time, 32 MB; what is derived of them takes about as much again, at most ten times."""
+MAX_SIMILARITIES = 1 << 24
+"""Similarities held at a time, 64 MB. What is derived of them takes about as much again; seven times, where half of the
+samples are of one group."""
 NEVER = torch.iinfo(torch.int64).max
 EQUAL = 1e-6
 """Similarities that are no further apart count as equal, relative to their size where that is above 1."""
