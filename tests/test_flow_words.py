@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data import SampleTable, open_source
+from pipeline.deviation import measure
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.loader import Loader
@@ -20,6 +21,8 @@ from pipeline.predict import predict_project
 from pipeline.project import Project, Workbench
 from pipeline.ragged import pad_batch
 from pipeline.store import Reader
+from pipeline.subject import from_project
+from pipeline.tasks import read_tensor
 
 OTHERS = ("one", "two", "three")
 TAGGED = {"task": {"kind": "tagging"}, "data": {"source": "conll", "path": "words.conll"}}
@@ -226,3 +229,15 @@ def test_questions_without_answers_are_answered(folder: Path) -> None:
     assert row["question"] == "new"
     assert row["answer"] == context[row["start"] : row["end"]] == "good bad"
     assert np.isfinite(row["margin"])
+
+
+@pytest.mark.parametrize(("given", "kind"), [(TAGGED, "tokens"), (ASKED, "span")], ids=["tagging", "answers"])
+def test_other_verbs_know_these_heads(folder: Path, given, kind: str) -> None:
+    settings = project(folder, given)
+    encode_project(settings)
+    report = measure(settings, "0.5", 20)
+    assert report.kind == kind
+    assert report.deviations[0].output_largest < 1e-6
+    subject = from_project(settings, None, {}, classes=2, batch=3)
+    assert all(not name.startswith("extra.") for name in subject.inputs)
+    assert read_tensor(subject.model.eval()(**subject.inputs)).shape[0] == 3

@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 Content = bytes | np.ndarray | str | tuple[str, str] | list[str]
 """One sample as its source holds it: an encoded image, an array (pixels), a text, a text and its partner, or words."""
@@ -95,28 +95,30 @@ class Source(ABC):
         return None
 
 
-def files_by_split(path: Path, suffixes: Collection[str] | None = None) -> list[tuple[Path, str | None]]:
+def files_by_split(path: Path, suffixes: Collection[str] = ()) -> list[tuple[Path, str | None]]:
     """Return the files of a data set, each with its split: the one at `path`, or those of a folder that name a split.
 
     A name does so by one of its parts, as in train.txt, eng.train.conll or dev-v1.1.json. Other files are left out, and
-    those without one of the `suffixes`.
+    so are those without one of `suffixes`, where any are given.
 
     Raises:
-        DataError: the folder has no file of the training split, or several of one split.
+        ConfigError: the folder has no such file.
+        DataError: it has several of one split.
     """
     if not path.is_dir():
         return [(path, None)]
     found: dict[str, Path] = {}
     for file in sorted(path.iterdir()):
         splits = [split for part in re.split(r"[._-]", file.name) if (split := find_split(part))]
-        wanted = suffixes is None or not set(suffixes).isdisjoint(file.suffixes)
-        if not splits or not wanted or not file.is_file() or file.name.startswith("."):
+        is_kind = not suffixes or any(suffix in suffixes for suffix in file.suffixes)
+        if not splits or not is_kind or not file.is_file() or file.name.startswith("."):
             continue
         if splits[0] in found:
             raise DataError(f"{path}: {found[splits[0]].name} and {file.name} are both the {splits[0]} split; keep one")
         found[splits[0]] = file
-    if "train" not in found:
-        raise DataError(f"{path} has no file whose name says train, as in train.txt; name a file, or rename one")
+    if not found:
+        example = f"train{next(iter(suffixes), '.txt')}"
+        raise ConfigError(f"data.path is {path}, a folder without a file called after a split, such as {example}")
     return [(file, split) for split, file in found.items()]
 
 

@@ -6,10 +6,10 @@ Where a task asks about words or characters, the extras say which of them each t
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,7 @@ class TextPreprocess(Preprocess):
         self._digest = tokenizer_digest(tokenizer)
 
     def __call__(self, content: object) -> dict[str, Tensor]:
-        encoded = self._tokenize(self.texts(content))
-        return {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.inputs}
+        return self._inputs(self._tokenize(self.texts(content)))
 
     def texts(self, content: object) -> tuple[str, ...]:
         """Return what is tokenized of a content: one text, or two.
@@ -55,6 +54,9 @@ class TextPreprocess(Preprocess):
     def _tokenize(self, texts: tuple[str, ...], **settings: Any) -> BatchEncoding:
         made: BatchEncoding = self.tokenizer(*texts, max_length=self.max_length, **{"truncation": True} | settings)
         return made
+
+    def _inputs(self, encoded: BatchEncoding) -> dict[str, Tensor]:
+        return {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.inputs}
 
     def excess(self, content: object, sample: dict[str, Tensor]) -> int:
         """Return by how many tokens a text is longer than `max_length`."""
@@ -89,18 +91,15 @@ class WordPreprocess(TextPreprocess):
     """
 
     def __call__(self, content: object) -> dict[str, Tensor]:
-        texts = self.texts(content)
-        encoded = self._tokenize(texts, return_offsets_mapping=True)
-        inputs = {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.inputs}
-        words = _word_of_tokens(list(content), encoded)  # type: ignore[call-overload]
-        first = [word if word != before else -1 for before, word in zip([-1, *words], words, strict=False)]
-        return inputs | {f"{EXTRA}word": torch.tensor(first, dtype=torch.int64)}
+        (text,) = self.texts(content)
+        encoded = self._tokenize((text,), return_offsets_mapping=True)
+        words = _word_of_tokens(_words(content), encoded)
+        first = [word if word != before else -1 for before, word in itertools.pairwise([-1, *words])]
+        return self._inputs(encoded) | {f"{EXTRA}word": torch.tensor(first, dtype=torch.int64)}
 
     def texts(self, content: object) -> tuple[str, ...]:
         """Return the words as one text."""
-        if not isinstance(content, list) or not all(isinstance(word, str) for word in content):
-            raise BadSampleError(f"content is {type(content).__name__}; tagging expects a list of words")
-        return super().texts(" ".join(content))
+        return super().texts(" ".join(_words(content)))
 
     @property
     def pad(self) -> dict[str, float]:
@@ -127,10 +126,9 @@ class SpanPreprocess(TextPreprocess):
             raise BadSampleError(
                 f"the question leaves no room for the text within preprocess.max_length {self.max_length}: {error}"
             ) from error
-        inputs = {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.inputs}
         of_text = zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True)
         chars = [span if sequence == 1 else (-1, -1) for sequence, span in of_text]
-        return inputs | {f"{EXTRA}chars": torch.tensor(chars, dtype=torch.int64)}
+        return self._inputs(encoded) | {f"{EXTRA}chars": torch.tensor(chars, dtype=torch.int64)}
 
     @property
     def pad(self) -> dict[str, float]:
@@ -141,12 +139,18 @@ class SpanPreprocess(TextPreprocess):
         return {**super().recipe(), "extra": "chars"}
 
 
+def _words(content: object) -> list[str]:
+    if not isinstance(content, list) or not all(isinstance(word, str) for word in content):
+        raise BadSampleError(f"content is {type(content).__name__}; tagging expects a list of words")
+    return content
+
+
 def _word_of_tokens(words: Sequence[str], encoded: BatchEncoding) -> list[int]:
     """Return the number of the word that each token ends in, -1 for none; the text is the words joined by spaces.
 
     Tokenizers take whole texts as they took them in pretraining; of words one by one, byte-level ones lose the spaces.
     """
-    begins = [0, *accumulate(len(word) + 1 for word in words[:-1])]
+    begins = [0, *itertools.accumulate(len(word) + 1 for word in words[:-1])]
     found = []
     for sequence, (begin, end) in zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True):
         word = bisect_right(begins, end - 1) - 1

@@ -550,7 +550,7 @@ def test_a_folder_has_a_file_per_split(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     write_lines(tmp_path / "mine.jsonl", {"t": "a", "l": "x"})
-    with pytest.raises(DataError, match="has no file whose name says train"):
+    with pytest.raises(ConfigError, match=r"a folder without a file called after a split, such as train\.csv"):
         open_source(DataConfig(source="text", path=str(tmp_path), text="t", label="l"))
 
 

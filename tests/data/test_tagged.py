@@ -147,10 +147,10 @@ def test_columns_that_there_are_not(tmp_path: Path) -> None:
 
 
 def test_folders_without_or_with_two_files_of_a_split(tmp_path: Path) -> None:
-    (tmp_path / "dev.txt").write_text(LINES)
-    with pytest.raises(DataError, match="has no file whose name says train"):
+    (tmp_path / "mine.txt").write_text(LINES)
+    with pytest.raises(ConfigError, match=r"a folder without a file called after a split, such as train\.txt"):
         open_source(DataConfig(source="conll", path=str(tmp_path)))
-    for name in ("train.txt", "valid.txt"):
+    for name in ("train.txt", "dev.txt", "valid.txt"):
         (tmp_path / name).write_text(LINES)
     with pytest.raises(DataError, match=r"dev\.txt and valid\.txt are both the validation split"):
         open_source(DataConfig(source="conll", path=str(tmp_path)))
