@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,16 +20,19 @@ class Progress:
     """Where a run stands; written after every epoch, beside what accelerate saves."""
 
     epoch: int = 0
-    best: float = float("-inf")
+    best: float = float("nan")
     best_epoch: int = 0
     initial: float | None = None
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def take(self, row: dict[str, float], value: float) -> bool:
-        """Add an epoch's figures; tell whether `value` is the best so far."""
+    def take(self, row: dict[str, float], value: float, *, higher: bool = True) -> bool:
+        """Add an epoch's figures; tell whether `value` is the best so far: the highest, or else the lowest.
+
+        Until there is a number, every epoch is: without validation samples, a run ends with its last one.
+        """
         self.epoch += 1
         self.history.append(row)
-        better = value > self.best
+        better = math.isnan(self.best) or (value > self.best if higher else value < self.best)
         if better:
             self.best, self.best_epoch = value, self.epoch
         return better

@@ -58,7 +58,7 @@ class Report:
     samples: int
     storage: str
     kind: str
-    """"classes" or "embedding": what the outputs are."""
+    """What the outputs are, as `Head.kind` names it."""
     is_trained: bool
     """Whether the weights after the cut are those of a finished run."""
     deviations: list[Deviation]
@@ -122,7 +122,7 @@ def table(report: Report) -> str:
     if report.storage.startswith("int8"):
         lost = "already rounded to int8"
     weights = "a finished run" if report.is_trained else "pretrained layers and an untrained head: train first for more"
-    changed = {"classes": "class changed"}.get(report.kind, "neighbour changed")
+    changed = {"embedding": "neighbour changed", "span": "place changed"}.get(report.kind, "class changed")
     lines = [
         f"cut {report.cut}: {report.samples:,} samples; deviations from the values in the store ({report.storage}), "
         f"{lost}",
@@ -214,10 +214,10 @@ def _compare_states(stored: Mapping[str, list[Tensor]], tried: Mapping[str, list
 def _compare_outputs(before: list[Tensor], after: list[Tensor], kind: str) -> tuple[float, float, float]:
     flat = torch.cat([one.flatten() for one in before])
     moved = torch.cat([one.flatten() for one in after]).sub(flat).abs_()
-    if kind == "classes":
-        changed = torch.cat([(a.argmax(-1) != b.argmax(-1)).flatten() for a, b in zip(before, after, strict=True)])
-    else:
+    if kind == "embedding":
         changed = _nearest(torch.cat(before)) != _nearest(torch.cat(after))
+    else:
+        changed = torch.cat([(a.argmax(-1) != b.argmax(-1)).flatten() for a, b in zip(before, after, strict=True)])
     return float(moved.max()), _ratio(moved.mean(), flat.std()), float(changed.float().mean())
 
 

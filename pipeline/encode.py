@@ -21,7 +21,7 @@ from pipeline.models import Preprocess
 from pipeline.quarantine import BadSample, name_of
 from pipeline.split import Prefix
 from pipeline.store import Store
-from pipeline.unit import plan
+from pipeline.unit import Unit, plan
 
 
 def encode(
@@ -44,22 +44,26 @@ def encode(
     done = done or Encoded.begun(keyed, len(prefixes))
     wanted = done.keyed.good if rows is None else np.intersect1d(rows, done.keyed.good)
     units = plan(keyed.keys, wanted, [store for view in stores for store in view], config.segment_samples)
-    encoder = Encoder(source, views, prefixes, stores, config, probes=keyed.outside_in())
+    encode_units(Encoder(source, views, prefixes, stores, config, probes=keyed.outside_in()), units, done)
+    return done
+
+
+def encode_units(encoder: Encoder, units: Sequence[Unit], done: Encoded) -> None:
+    """Have `encoder` run `units`, which are planned from the keys of `done`, and add to `done` what was done."""
     total = sum(len(part.rows) for unit in units for part in encoder.parts(unit))
     with (
         dead_workers_told(encoder.workers),
         closing(encoder.run(units, done)) as running,  # whatever ends this, what was computed is written first
-        tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05) as progress,
+        tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05, leave=None) as progress,
     ):
         for part, bad in running:
             if bad:
                 known = {sample.row for sample in done.keyed.bad}
-                alike = [other for sample in bad for other in _alike(sample, source, keyed.keys)]
+                alike = [other for sample in bad for other in _alike(sample, encoder.source, done.keyed.keys)]
                 done.keyed.bad.extend(sample for sample in alike if sample.row not in known)
             for cut in part.cuts:
                 done.new[cut] += len(part.rows) - len(bad)
             progress.update(len(part.rows))
-    return done
 
 
 def _alike(sample: BadSample, source: Source, keys: np.ndarray) -> list[BadSample]:

@@ -24,7 +24,7 @@ from pipeline.config import Section
 from pipeline.data.source import Source
 from pipeline.encoded import Costs, Encoded
 from pipeline.feed import Chunk, Decoded, decode, decode_samples
-from pipeline.models import Preprocess
+from pipeline.models import EXTRA, Preprocess, network_inputs
 from pipeline.quarantine import BadSample, name_of
 from pipeline.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
 from pipeline.split import Capture, Prefix, capture
@@ -75,6 +75,10 @@ class EncodeConfig(Section):
     """Run image backbones in channels-last memory format: faster on most accelerators."""
     max_bad: int | float = Field(default=0, ge=0)
     """Bad samples tolerated before the run ends with exit code 3: a count, or below 1 a fraction of the data set."""
+
+    def tolerated(self, samples: int) -> int:
+        """Return how many bad ones `max_bad` tolerates among so many samples."""
+        return int(self.max_bad if self.max_bad >= 1 else self.max_bad * samples + 1e-9)
 
     @field_validator("cuts")
     @classmethod
@@ -206,8 +210,8 @@ class Encoder:
         if samples is None:
             batch = self.preprocess.finish(batch)
         with autocast(self.config.precision, self.device):
-            states = run(**in_format(batch, self.config))
-        inputs = _suffix_inputs(batch, samples)
+            states = run(**in_format(network_inputs(batch), self.config))
+        inputs = _beside_state(batch, samples)
         for (cut, buffer), state, seconds in zip(buffers.items(), states, run.elapsed, strict=True):
             whole: dict[str, Tensor | list[Tensor]] = dict(state)
             tensors = whole if samples is None else self._trimming(cut)(state, samples)
@@ -248,7 +252,7 @@ class Encoder:
 
             def run(**batch: Tensor) -> dict[str, Tensor]:
                 with autocast(self.config.precision, self.device):
-                    on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                    on_device = {name: tensor.to(self.device) for name, tensor in network_inputs(batch).items()}
                     return prefix(**in_format(on_device, self.config))
 
             exact = self.config.precision == "float32"
@@ -304,15 +308,15 @@ def _writer() -> Iterator[ThreadPoolExecutor]:
                 raise
 
 
-def _suffix_inputs(batch: dict[str, Tensor], samples: list[Sample] | None) -> dict[str, Tensor | list[Tensor]]:
-    """What the suffix gets besides the state: ids and masks as they are, of floating-point inputs the shape alone."""
+def _beside_state(batch: dict[str, Tensor], samples: list[Sample] | None) -> dict[str, Tensor | list[Tensor]]:
+    """What is stored besides the state: ids, masks and extras as they are, of floating-point inputs the shape alone."""
     inputs: dict[str, Tensor | list[Tensor]] = {}
     for name, tensor in batch.items():
         own = list(tensor) if samples is None else [sample[name] for sample in samples]
         if tensor.is_floating_point():
             inputs[f"shape.{name}"] = torch.tensor([list(one.shape) for one in own], dtype=torch.int32)
         else:
-            inputs[f"input.{name}"] = tensor if samples is None else own
+            inputs[name if name.startswith(EXTRA) else f"input.{name}"] = tensor if samples is None else own
     return inputs
 
 

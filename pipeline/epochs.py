@@ -17,8 +17,8 @@ from pipeline import order
 from pipeline.data import SampleTable
 from pipeline.loader import Loader, place
 from pipeline.memory import memory_bytes
-from pipeline.project import UNPACKED, Workbench
-from pipeline.store import Reader, Scratch
+from pipeline.project import Workbench
+from pipeline.store import Reader
 from pipeline.views import Views
 
 log = logging.getLogger("recycle")
@@ -38,9 +38,8 @@ def open_loaders(
         MissingKeysError: some samples of the table were never encoded; the message names up to five.
         CorruptStoreError: the store is not what was written.
     """
-    project, config = bench.project, bench.project.train
-    scratch = Scratch(project.scratch / UNPACKED, int(config.scratch_gb * 1e9))
-    reader = Reader(views.path, scratch=scratch, check=config.check)
+    project = bench.project
+    reader = project.reader(views.path)
     source = place(views, table.keys, device, reader=reader)
     draws = Draws.of(bench, table, views, reader, memory if source is reader else None)
     targets = bench.task.prepare(table)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import runs
 from pipeline.data import SampleTable, open_source
 from pipeline.errors import DataError, RecyclingError
 from pipeline.keys import content_key
+from pipeline.models import network_inputs
 from pipeline.project import Project, Workbench
 from pipeline.ragged import Sample, pad_batch
 from pipeline.split import Prefix, Suffix, merge
@@ -43,7 +43,7 @@ class Parity:
     stored: float
     """Largest output difference to the suffix on stored states, relative to the largest output."""
     agreement: float
-    """Share of samples whose largest output is the same one."""
+    """Share of samples (of tokens, where each has its outputs) whose largest output is the same one."""
 
     def __str__(self) -> str:
         return (
@@ -61,20 +61,14 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
         DataError: the run does not exist, or the samples of its store are not in the data set any more.
         ParityError: the full model's outputs differ from the cached path's.
     """
-    run = runs.read(project, name)
-    project = project.overridden(run.overrides)
-    cut = project.cut(str(run.cut))
-    weights = project.run_path(name) / "model.safetensors"
     if to.exists() and any(to.iterdir()):
         raise DataError(f"{to} is not empty; name a new folder, an export overwrites nothing")
-    table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
-    bench = Workbench.open(project, table)
-    store, prefix, suffix = bench.open_store(cut, table)
-    suffix.load_state_dict(load_file(weights))
-    contents, rows = _samples(project, bench, store, table)
-    outputs = _outputs(bench, store, table, prefix, suffix, contents, rows)
+    run = runs.open_run(project, name)
+    bench, store, table = run.bench, run.store, run.table
+    contents, rows = _samples(bench.project, bench, store, table)
+    outputs = _outputs(bench, store, table, run.prefix, run.suffix, contents, rows)
     parity = _compare(*outputs)
-    bound = STORED_TOLERANCE[project.encode.dtype]
+    bound = STORED_TOLERANCE[bench.project.encode.dtype]
     if parity.merged > MERGED_TOLERANCE or parity.stored > bound:
         raise ParityError(
             f"run {name}: the full model's outputs are {parity.merged:.1e} from prefix + suffix (bound "
@@ -126,30 +120,32 @@ def _outputs(
     suffix: Suffix,
     samples: list[Sample],
     rows: np.ndarray,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the outputs (B, C) of the full model, of prefix + suffix, and of the suffix on stored states.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return the outputs (B, ...) of the full model, of prefix + suffix, and of the suffix on stored states one by one.
 
     The model is merged in place: the last thing that needs the prefix runs before.
     """
-    batch = pad_batch(samples, bench.backbone.preprocess.pad)
+    batch = network_inputs(pad_batch(samples, bench.backbone.preprocess.pad))
     suffix.eval()
     with torch.no_grad():
         live = read_tensor(suffix(prefix(**batch), **batch))
-        cached = torch.cat([_cached(bench, store, table, suffix, rows[i : i + 1]) for i in range(len(rows))])
+        cached = [_cached(bench, store, table, suffix, rows[i : i + 1]) for i in range(len(rows))]
         full = read_tensor(merge(bench.backbone.model, suffix).eval()(**batch))
     return full, live, cached
 
 
 def _cached(bench: Workbench, store: Views, table: SampleTable, suffix: Suffix, row: np.ndarray) -> Tensor:
     batch = bench.stored_batch(store, table, row)
-    return read_tensor(suffix(batch.state, **batch.inputs))
+    return read_tensor(suffix(batch.state, **batch.inputs))[0]
 
 
-def _compare(full: Tensor, live: Tensor, cached: Tensor) -> Parity:
+def _compare(full: Tensor, live: Tensor, cached: list[Tensor]) -> Parity:
+    """Compare outputs; where they are as long as the batch is padded, up to the length that each sample has alone."""
     scale = full.abs().max().clamp(min=1e-12)
+    pairs = [(whole[tuple(map(slice, alone.shape))], alone) for whole, alone in zip(full, cached, strict=True)]
     return Parity(
         samples=len(full),
         merged=float((full - live).abs().max() / scale),
-        stored=float((full - cached).abs().max() / scale),
-        agreement=float((full.argmax(-1) == cached.argmax(-1)).float().mean()),
+        stored=max(float((whole - alone).abs().max() / scale) for whole, alone in pairs),
+        agreement=float(torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs]).float().mean()),
     )

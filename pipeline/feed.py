@@ -114,7 +114,7 @@ def key_contents(source: Source, *, workers: int, cache: StatCache | None = None
 
 def _read_key(source: Source, row: int) -> tuple[bytes, int]:
     content = source.content(row)
-    return content_key(content), sum(map(len, content)) if isinstance(content, tuple) else len(content)
+    return content_key(content), sum(map(len, content)) if isinstance(content, tuple | list) else len(content)
 
 
 def _stamp(source: Source, row: int) -> Stamp | None:

@@ -23,13 +23,13 @@ from pipeline.encode import encode
 from pipeline.encoded import Encoded
 from pipeline.epochs import open_loaders
 from pipeline.errors import DataError, StaleStoreError
-from pipeline.feed import Keyed, decode_rows, decode_samples, key_contents
+from pipeline.feed import Keyed, decode_rows, decode_samples
 from pipeline.keys import Recipe
-from pipeline.project import CutName, Project, Workbench, pick_device
+from pipeline.models import network_inputs
+from pipeline.project import CutName, Project, Workbench
 from pipeline.ragged import pad_batch
 from pipeline.report import Cost, Row, Run, curves, plot, summarise
 from pipeline.split import Prefix, Suffix
-from pipeline.stat_cache import StatCache
 from pipeline.store import Store, first_rows
 from pipeline.timing import seconds_per_sample
 from pipeline.train import fit
@@ -48,8 +48,7 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
     known of both. Returns whether the bad samples stay within `encode.max_bad`.
     """
     source = open_source(project.data)
-    cache = StatCache(project.scratch / "keys.sqlite")
-    keyed = key_contents(source, workers=project.encode.workers or 1, cache=cache, trust=not rehash)
+    keyed = project.keys_of(source, trust=not rehash)
     if not len(keyed.good):
         quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # the table will say that nothing is left
     table = _table(source, keyed, project)
@@ -76,9 +75,7 @@ def _encode_what_is_missing(
 ) -> tuple[list[list[Store]], Encoded]:
     """Build the model, split it at every cut, and encode what the stores of their recipes lack; `stores[view][cut]`."""
     bench = Workbench.open(project, table)
-    bench.backbone.model.to(pick_device(project.encode.device))
-    if project.encode.channels_last:
-        bench.backbone.model.to(memory_format=torch.channels_last)
+    bench.to_device()
     example = _example_of_source(bench, source, keyed)
     prefixes = [bench.split(cut, example)[0] for cut in project.encode.cuts]
     by_view = zip(*map(bench.recipes, prefixes), strict=True)
@@ -137,6 +134,7 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
         frozen_seconds_per_sample=_frozen_cost(prefix, bench, views, table, accelerator.device),
         history=summary.history,
+        legend=bench.task.legend(table),
     )
     runs.write(project, finished)
     log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
@@ -161,7 +159,8 @@ def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> dict[s
         if samples:
             samples = [samples[0], samples[-1]] if len(samples) > 1 else samples * 2
             device = next(bench.backbone.model.parameters()).device
-            return {name: tensor.to(device) for name, tensor in pad_batch(samples, preprocess.pad).items()}
+            batch = network_inputs(pad_batch(samples, preprocess.pad))
+            return {name: tensor.to(device) for name, tensor in batch.items()}
     bad = decode_rows(source, (keyed.good, [preprocess]))[0].bad
     quarantine.write(bench.project.quarantine, [*keyed.bad, *bad], keyed.keys)
     raise DataError(
@@ -292,7 +291,7 @@ def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) ->
             *(len(done.cut_off), longest, max(done.cut_off)),
         )
     bad, total = done.keyed.bad, len(done.keyed.keys)
-    allowed = project.encode.max_bad if project.encode.max_bad >= 1 else int(project.encode.max_bad * total + 1e-9)
+    allowed = project.encode.tolerated(total)
     if bad:
         log.warning("%d bad samples set aside in %s: %s", len(bad), project.quarantine, quarantine.summary(bad))
     if len(bad) > allowed:

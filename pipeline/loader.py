@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pipeline.errors import TrainError
 from pipeline.split import State
-from pipeline.store import INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Reader, Resident, Rows
+from pipeline.store import EXTRA_PREFIX, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Reader, Resident, Rows
+from pipeline.tasks import Prepared, Ragged
 
 Residency: TypeAlias = Literal["auto", "device", "host"]
 Order: TypeAlias = Sequence[np.ndarray] | Callable[[int], Sequence[np.ndarray]]
@@ -60,7 +61,7 @@ class Batch:
     Attributes:
         state: what crosses the cut, each (B, ...) in its stored dtype, padded with 0 on the right where ragged.
         inputs: the suffix's other inputs, each (B, ...); those in floating point have a shape and no values.
-        targets: each (B,), in the order of the samples.
+        targets: each (B, ...), in the order of the samples; with them the extras that the store has of them.
         rows: (B,) int64, the samples' rows in the sample table; always on the CPU.
     """
 
@@ -120,7 +121,7 @@ class Loader:
         self,
         store: Stored,
         keys: np.ndarray,
-        targets: Mapping[str, np.ndarray],
+        targets: Mapping[str, Prepared],
         batches: Order,
         *,
         view: View | None = None,
@@ -137,10 +138,10 @@ class Loader:
         Args:
             store: holds the samples.
             keys: (N, 16) uint8, the key of every row of the sample table.
-            targets: numeric, each (N, ...), one entry for every row of the table.
+            targets: numeric, each (N, ...) or ragged, one entry for every row of the table.
             batches: rows of the table for every batch; see `pipeline.order`.
             view: which view of each row an epoch takes, of those that `store` has; by default the first one.
-            pad: what ragged inputs are padded with, by input name; 0 where not given.
+            pad: what ragged inputs and extras are padded with, by name; 0 where not given.
             floats: floating-point inputs of which the suffix needs shape (without batch axis) and dtype alone; those
                 that the store has shapes of need not be named.
             device: where batches are wanted.
@@ -161,7 +162,10 @@ class Loader:
         self._view: View = view or (lambda epoch: np.zeros(len(keys), np.int64))
         self._targets = {name: _checked_target(name, values, len(keys)) for name, values in targets.items()}
         self._batches = batches
-        self._pad = {f"{INPUT_PREFIX}{name}": value for name, value in (pad or {}).items()}
+        self._pad = {
+            name if name.startswith(EXTRA_PREFIX) else f"{INPUT_PREFIX}{name}": value
+            for name, value in (pad or {}).items()
+        }
         self._floats = dict(floats or {})
         self.source = place(store, keys, self.device, residency) if source is None else source
         on_host = not isinstance(self.source, Resident)
@@ -222,6 +226,7 @@ class Loader:
         targets = {name: torch.from_numpy(values[rows]) for name, values in self._targets.items()}
         if self._pin:
             targets = {name: tensor.pin_memory() for name, tensor in targets.items()}
+        targets |= _with_prefix(tensors, EXTRA_PREFIX)
         return Batch(_with_prefix(tensors, STATE_PREFIX), inputs, targets, torch.from_numpy(rows))
 
     def _dummy(self, n_rows: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -233,11 +238,10 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _checked_target(name: str, values: np.ndarray, n_rows: int) -> np.ndarray:
-    if values.dtype.kind not in "biuf":
-        raise TrainError(
-            f"target {name} has dtype {values.dtype}; a loader takes numbers, the task makes them of labels"
-        )
+def _checked_target(name: str, values: Prepared, n_rows: int) -> Prepared:
+    dtype = values.values.dtype if isinstance(values, Ragged) else values.dtype
+    if dtype.kind not in "biuf":
+        raise TrainError(f"target {name} has dtype {dtype}; a loader takes numbers, the task makes them of labels")
     if len(values) != n_rows:
         raise TrainError(f"target {name} has {len(values)} entries, the sample table {n_rows} rows; give one for each")
     return values

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from pipeline.adapter import adapt
 from pipeline.config import Section, load_sections
-from pipeline.data import DataConfig, SampleTable
+from pipeline.data import DataConfig, SampleTable, Source
 from pipeline.encoder import EncodeConfig
 from pipeline.errors import ConfigError, CorruptStoreError
+from pipeline.feed import Keyed, key_contents
 from pipeline.keys import JSON, Recipe
 from pipeline.loader import Batch, Loader
 from pipeline.models import Backbone, ModelConfig, Preprocess, PreprocessConfig, load
 from pipeline.recipe import recipe_of
 from pipeline.split import Prefix, Suffix, split
-from pipeline.store import SHAPE_PREFIX, Store
+from pipeline.stat_cache import StatCache
+from pipeline.store import SHAPE_PREFIX, Reader, Scratch, Store
 from pipeline.tasks import Task, TaskConfig, open_task
 from pipeline.train import TrainConfig
 from pipeline.views import Views, view_name
@@ -75,7 +77,7 @@ class Project:
         """
         sections: dict[str, Any] = load_sections(path, SECTIONS, overrides)
         project = cls(**sections, params=path, overrides=dict(overrides or {}))
-        if faults := project._faults_of_views():
+        if faults := [*project._faults_of_views(), *project._faults_of_batches()]:
             raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
         return project
 
@@ -115,6 +117,16 @@ class Project:
             raise ConfigError(f"the run is called {name!r}; use letters, digits, '.', '_', '-' and '#'")
         return self.results / "runs" / name
 
+    def keys_of(self, source: Source, *, trust: bool = True) -> Keyed:
+        """Return the keys of `source`; files that were read before are read again only without `trust`."""
+        cache = StatCache(self.scratch / "keys.sqlite")
+        return key_contents(source, workers=self.encode.workers or 1, cache=cache, trust=trust)
+
+    def reader(self, store: Path) -> Reader:
+        """Return what reads the store or the stores below the folder `store`, compressed ones by way of scratch."""
+        scratch = Scratch(self.scratch / UNPACKED, int(self.train.scratch_gb * 1e9))
+        return Reader(store, scratch=scratch, check=self.train.check)
+
     @property
     def storage(self) -> str:
         """Codec and dtype of the stores, as the recipe names them."""
@@ -140,6 +152,15 @@ class Project:
             )
         return faults
 
+    def _faults_of_batches(self) -> list[str]:
+        """Say where a batch has nothing to compare."""
+        if self.task.kind != "similarity" or self.train.batch_size > 1 or self.task.memory is not None:
+            return []
+        return [
+            "train.batch_size is 1: one pair, or one label, per step leaves nothing to tell it from; set 2 or more, or "
+            "task.memory"
+        ]
+
 
 @dataclass(frozen=True)
 class Workbench:
@@ -153,7 +174,17 @@ class Workbench:
     def open(cls, project: Project, table: SampleTable) -> Workbench:
         """Build the model that `project` describes; the head is drawn from `model.seed`."""
         task = open_task(project.task)
-        return cls(project, task, load(project.model, project.preprocess, task.head(table)))
+        backbone = load(project.model, project.preprocess, task.head(table))
+        task.width = backbone.width
+        return cls(project, task, backbone)
+
+    def to_device(self) -> torch.device:
+        """Move the model to where prefixes run, and return that device."""
+        config, device = self.project.encode, pick_device(self.project.encode.device)
+        self.backbone.model.to(device)
+        if config.channels_last:
+            self.backbone.model.to(memory_format=torch.channels_last)
+        return device
 
     def split(self, cut: CutName, example: dict[str, Tensor]) -> tuple[Prefix, Suffix]:
         """Split the model at `cut`, proved on `example`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Run:
     frozen_seconds_per_sample: float
     """Time of the prefix alone on training batches: what frozen layers cost at every epoch where nothing is kept."""
     history: list[dict[str, float]]
+    legend: list[Any] = field(default_factory=list)
+    """What the model's outputs mean: the task reads them with it."""
 
 
 @dataclass(frozen=True)

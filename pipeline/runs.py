@@ -9,18 +9,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from pipeline.data import SampleTable
 from pipeline.errors import DataError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, digest
-from pipeline.project import CutName, Project
+from pipeline.project import CutName, Project, Workbench
 from pipeline.report import Run
+from pipeline.split import Prefix, Suffix
 from pipeline.store import Store
+from pipeline.views import Views
 
 log = logging.getLogger("recycle")
 
 FILE = "run.json"
+WEIGHTS = "model.safetensors"
 
 
 def run_name(project: Project, cut: CutName) -> str:
@@ -55,6 +65,45 @@ def read(project: Project, name: str) -> Run:
         return Run(**json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise DataError(f"{file} cannot be read ({error}); train the run again") from error
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run was trained on, and what came of it."""
+
+    bench: Workbench
+    table: SampleTable
+    """The samples it was trained on."""
+    store: Views
+    prefix: Prefix
+    suffix: Suffix
+    """With the trained weights, in eval mode, on the CPU."""
+    legend: Sequence[Any]
+    """What its outputs mean, as they did when it was trained."""
+
+
+def open_run(project: Project, name: str) -> FinishedRun:
+    """Open the finished run `name`; neither raw data nor another recipe's store is read.
+
+    Raises:
+        ConfigError: its cut was never encoded.
+        DataError: the run does not exist, or does not fit today's settings and sample table.
+        StaleStoreError: the store was encoded under another recipe; the message names the first field that differs.
+    """
+    run = read(project, name)
+    project = project.overridden(run.overrides)
+    table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
+    bench = Workbench.open(project, table)
+    store, prefix, suffix = bench.open_store(project.cut(str(run.cut)), table)
+    weights = project.run_path(name) / WEIGHTS
+    try:
+        suffix.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise DataError(
+            f"run {name}: {weights} does not fit today's settings and labels; train it again "
+            f"({' '.join(str(error).split())})"
+        ) from error
+    return FinishedRun(bench, table, store, prefix, suffix.eval(), run.legend)
 
 
 def current(project: Project) -> list[Run]:

@@ -17,7 +17,7 @@ from pipeline.data import build, open_source
 from pipeline.errors import ConfigError, DataError
 from pipeline.feed import decode_samples
 from pipeline.keys import KEY_BYTES
-from pipeline.models import ModelConfig, Preprocess, PreprocessConfig, load
+from pipeline.models import ModelConfig, Preprocess, PreprocessConfig, load, network_inputs
 from pipeline.project import Project, Workbench
 from pipeline.ragged import pad_batch
 from pipeline.tasks import Head
@@ -91,7 +91,7 @@ def from_project(
     samples = decode_samples(source, made, np.linspace(0, len(source) - 1, batch).astype(np.int64))
     if len(samples) < 2:
         raise DataError(f"fewer than 2 of {batch} samples of {project.data.path} can be decoded; see recycle encode")
-    return Subject(bench.backbone.model, pad_batch(samples, made.pad))
+    return Subject(bench.backbone.model, network_inputs(pad_batch(samples, made.pad)))
 
 
 def _drawn(model: ModelConfig, preprocess: PreprocessConfig, *, classes: int, batch: int) -> Subject:
@@ -109,6 +109,8 @@ def draw_inputs(preprocess: Preprocess, batch: int, tokens: int) -> dict[str, Te
     recipe = preprocess.recipe()
     if recipe.get("kind") == "image":
         contents: list[Any] = list(rng.integers(0, 256, (batch, SIDE, SIDE, 3), np.uint8))
+    elif recipe.get("kind") == "audio":
+        contents = list(rng.standard_normal((batch, int(str(recipe["rate"]))), np.float32))
     elif recipe.get("kind") == "text":
         contents = [" ".join(words) for words in rng.choice(list(string.ascii_lowercase), (batch, tokens))]
     else:

@@ -88,7 +88,7 @@ class Summary:
     """What a finished run reports."""
 
     metric: str
-    """Name of the task's leading validation metric; higher is better."""
+    """Name of the task's leading validation metric."""
     value: float
     """That metric for the weights the run ended with."""
     initial: float
@@ -159,7 +159,7 @@ def fit(
             seconds = time.perf_counter() - start
             metrics = evaluate(suffix, task, validation, accelerator)
             row = {"train/loss": loss, "train/seconds": seconds} | {f"validation/{k}": v for k, v in metrics.items()}
-            better = progress.take(row, metrics[task.monitor])
+            better = progress.take(row, metrics[task.monitor], higher=task.higher_is_better)
             _log(live, row)
             save(accelerator, weights(suffix), checkpoint, progress, better=better)
     best = config.keep == "best"

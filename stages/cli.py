@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "stages.train:command",
     "report": "stages.report:command",
     "export": "stages.export:command",
+    "predict": "stages.predict:command",
     "fetch": "stages.fetch:command",
     "store": "stages.store:command",
 }
@@ -50,6 +51,7 @@ SUMMARIES = {
     "train": "Fine-tune the layers above one cut from its store.",
     "report": "Write the result table and plot of all finished runs.",
     "export": "Write a finished run as a plain model, proved to give the same outputs.",
+    "predict": "Write what finished runs say of a data set; samples in the store start from there.",
     "fetch": "Copy a file out of an installed package, checking its digest.",
     "store": "Look after stores: what they hold, whether it is sound, what can go.",
 }

@@ -9,9 +9,7 @@ import click
 
 from pipeline.flow import encode_project
 from pipeline.project import Project
-from stages.options import params_option
-
-TOO_MANY_BAD = 3
+from stages.options import TOO_MANY_BAD, params_option
 
 
 @click.command("encode")

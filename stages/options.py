@@ -1,10 +1,13 @@
-"""Options that several commands share."""
+"""Options and exit codes that several commands share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import click
+
+TOO_MANY_BAD = 3
+"""Exit code where more samples are bad than `encode.max_bad` allows."""
 
 params_option = click.option(
     "--params",

@@ -11,9 +11,11 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"stages.cli"},
-    {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch", "stages.store"},
+    {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch", "stages.store"}
+    | {"stages.predict"},
     {"stages.options"},
-    {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"},
+    {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"}
+    | {"pipeline.predict"},
     {"pipeline.epochs", "pipeline.proved", "pipeline.runs"},
     {"pipeline.project"},
     {"pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
@@ -27,7 +29,7 @@ FLOORS = [
     },
     {"pipeline.encoded", "pipeline.unit", "pipeline.views"},
     {"pipeline.feed"},
-    {"pipeline.quarantine", "pipeline.ragged", "pipeline.stat_cache"},
+    {"pipeline.predictions", "pipeline.quarantine", "pipeline.ragged", "pipeline.stat_cache"},
     {"pipeline.models", "pipeline.store"},
     {"pipeline.data", "pipeline.tasks"},
     {"pipeline.split"},
@@ -42,14 +44,17 @@ DOORS = {
     "dvclive": {"pipeline.train"},
     "accelerate": {"pipeline.checkpoint", "pipeline.flow", "pipeline.train"},
     "matplotlib": {"pipeline.report"},
+    "nervaluate": {"pipeline.tasks"},
     "numcodecs": {"pipeline.store"},
+    "soundfile": {"pipeline.models"},
+    "soxr": {"pipeline.models"},
     "sqlite3": {"pipeline.stat_cache"},
     "peft": {"pipeline.adapter"},
-    "pyarrow": {"pipeline.data"},
+    "pyarrow": {"pipeline.data", "pipeline.predictions"},
     "pytorch_metric_learning": {"pipeline.tasks"},
     "timm": {"pipeline.models"},
     "torchmetrics": {"pipeline.tasks"},
-    "torchvision": {"pipeline.models"},
+    "torchvision": {"pipeline.data", "pipeline.models"},  # its data sets, and its networks
     "transformers": {"pipeline.adapter", "pipeline.models"},
     "zarr": {"pipeline.store"},
 }

@@ -13,6 +13,7 @@ from pipeline.errors import MissingKeysError, TrainError
 from pipeline.keys import Recipe
 from pipeline.loader import Loader, place
 from pipeline.store import FORMAT, Reader, Resident, Store
+from pipeline.tasks import Ragged
 
 N = 50
 SEGMENT = 8
@@ -125,6 +126,28 @@ def test_pairs_keep_their_targets(store):
         pairs, roles = batch.targets["pair"], batch.targets["role"]
         assert torch.equal(batch.rows, pairs * 2 + roles)
         assert sorted(pairs[roles == 0].tolist()) == sorted(pairs[roles == 1].tolist())
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_extras_and_ragged_targets_are_of_the_same_samples(tmp_path, resident):
+    store = Store.create(tmp_path / "store", Recipe(FORMAT, "w", "a", "cut", {}, None, "float32", "raw:float16"))
+    keys, lengths = all_keys(), np.arange(N) % 5 + 1
+    for begin in range(0, N, SEGMENT):
+        part = range(begin, min(N, begin + SEGMENT))
+        extras = {"word": [np.full(lengths[i], i) for i in part], "chars": [np.full((lengths[i], 2), i) for i in part]}
+        hidden = {"state.hidden": np.zeros((len(part), 2), np.float32)}
+        store.write_segment(keys[begin : begin + SEGMENT], hidden | {f"extra.{n}": t for n, t in extras.items()})
+    source = Resident(Reader(store.path), store.rows(keys), torch.device("cpu")) if resident else None
+    targets = {"tags": Ragged.of([[i] * (i % 3) for i in range(N)])}
+    pad = {"extra.word": -1, "extra.chars": -1}
+    for batch in Loader(store, keys, targets, np.array_split(np.arange(N), 7), pad=pad, source=source):
+        assert batch.inputs == {}
+        assert set(batch.targets) == {"tags", "word", "chars"}
+        for at, i in enumerate(batch.rows.tolist()):
+            own, filled = lengths[i], lengths[batch.rows].max() - lengths[i]
+            assert batch.targets["word"][at].tolist() == [i] * own + [-1] * filled
+            assert batch.targets["chars"][at].tolist() == [[i, i]] * own + [[-1, -1]] * filled
+            assert [tag for tag in batch.targets["tags"][at].tolist() if tag != -100] == [i] * (i % 3)
 
 
 def test_float_inputs_are_shapes_without_memory(store):

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from pipeline import proved
 from pipeline.data import SampleTable, build, open_source
-from pipeline.data.images import ImageFolder
+from pipeline.data.folders import ImageFolder
 from pipeline.feed import key_contents
 from pipeline.flow import encode_project
 from pipeline.project import Project, Workbench

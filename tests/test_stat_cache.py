@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import stat_cache
 from pipeline.data import DataConfig, Stamp, open_source
-from pipeline.data.images import ImageFolder
+from pipeline.data.folders import ImageFolder
 from pipeline.feed import Keyed, key_contents
 from pipeline.stat_cache import StatCache
 

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from pipeline.data.arrays import open_arrays
 from pipeline.data.config import DataConfig
-from pipeline.data.images import open_images
+from pipeline.data.media import open_audio, open_images
 from pipeline.data.pairs import open_pairs
 from pipeline.data.pixels import open_pixels
 from pipeline.data.source import Content, Row, Source, Stamp
+from pipeline.data.squad import open_squad
 from pipeline.data.table import SampleTable, build
+from pipeline.data.tagged import open_conll, open_tagged
 from pipeline.data.texts import open_texts
+from pipeline.data.vision import open_torchvision
 from pipeline.errors import ConfigError
 from pipeline.files import check_sha256, load_function, locate
 
 __all__ = ["Content", "DataConfig", "Row", "SampleTable", "Source", "Stamp", "build", "open_source"]
 
-_OPEN = {"images": open_images, "pixels": open_pixels, "text": open_texts, "pairs": open_pairs}
+_OPEN = {
+    "images": open_images,
+    "audio": open_audio,
+    "text": open_texts,
+    "pairs": open_pairs,
+    "conll": open_conll,
+    "tagged": open_tagged,
+    "squad": open_squad,
+    "pixels": open_pixels,
+    "arrays": open_arrays,
+    "torchvision": open_torchvision,
+}
 
 
 def open_source(config: DataConfig) -> Source:
@@ -24,6 +41,8 @@ def open_source(config: DataConfig) -> Source:
         ConfigError: a setting names nothing that exists; the message names what does.
         DataError: the data cannot be read as described.
     """
+    if config.download and config.path is not None:
+        Path(config.path).expanduser().mkdir(parents=True, exist_ok=True)
     path = None if config.path is None else locate(config.path, "data.path")
     if path is not None:
         check_sha256(path, config.sha256, "data")

@@ -1,4 +1,4 @@
-"""Pixels in a table (a row per image, CSV) or in an array file (.npy, .npz)."""
+"""Pixels in a table: a row per image, a column per pixel (CSV)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ CHANNELS = (1, 3)
 
 
 class Pixels(Source):
-    """Images of one size, held in memory: `images` (N, H, W) or (N, H, W, C), `labels` one per image."""
+    """Images of one size, held in memory: `images` (N, H, W) or (N, H, W, C), `labels` one per image, if any."""
 
-    def __init__(self, name: str, images: np.ndarray, labels: list[Target]) -> None:
+    def __init__(self, name: str, images: np.ndarray, labels: list[Target] | None) -> None:
         self.name, self._images, self._labels = name, images, labels
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._images)
 
     def row(self, i: int) -> Row:
-        return Row(f"{self.name}#{i}", None, {"label": self._labels[i]})
+        return Row(f"{self.name}#{i}", None, {} if self._labels is None else {"label": self._labels[i]})
 
     def content(self, i: int) -> np.ndarray:
         image: np.ndarray = self._images[i]
@@ -35,37 +35,33 @@ class Pixels(Source):
 
 
 def open_pixels(config: DataConfig, path: Path) -> Pixels:
-    """Read the table (.csv, .csv.gz) or the arrays (.npy, .npz) at `path`; pickled objects are refused."""
-    if path.suffix not in (".npy", ".npz"):
-        return _read_table(config, path)
-    try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"data.path {path} cannot be read as {path.suffix}: {error}") from error
-    return _from_array(config, path, arrays[""]) if path.suffix == ".npy" else _from_arrays(config, path, arrays)
-
-
-def _read_table(config: DataConfig, path: Path) -> Pixels:
+    """Read the table (.csv, .csv.gz) at `path`."""
+    if path.suffix in (".npy", ".npz"):
+        raise ConfigError(f"data.path is {path}, an array; source pixels reads tables; set data.source: arrays")
     header = _has_header(path) if config.header is None else config.header
     try:
         table = pa.csv.read_csv(path, read_options=pa.csv.ReadOptions(autogenerate_column_names=not header))
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"data.path {path} cannot be read as CSV: {error}") from error
     column = _label_column(config, table.column_names, named=header)
-    pixels = table.remove_column(column)
+    pixels = table if column is None else table.remove_column(column)
     for name, values in zip(pixels.column_names, pixels.columns, strict=True):
         _check_bytes(path, name, values)
     flat = np.empty((table.num_rows, pixels.num_columns), np.uint8)
     for i, values in enumerate(pixels.columns):
         flat[:, i] = values.to_numpy()
-    shape = config.shape or _guess_shape(path, pixels.num_columns)
+    shape = config.shape or _square(pixels.num_columns)
+    if shape is None:
+        raise ConfigError(f"{path} has {pixels.num_columns} pixels a row, which is no square image; set data.shape")
     if math.prod(shape) != pixels.num_columns:
         raise ConfigError(f"data.shape is {list(shape)}, {math.prod(shape)} pixels; {path} has {pixels.num_columns}")
+    images = flat.reshape(-1, *shape)
+    if column is None or not config.labelled:
+        return Pixels(path.name, images, None)
     labels = table.column(column)
     if labels.null_count:
         raise DataError(f"{path}: {labels.null_count} rows have no label (column {column})")
-    return Pixels(path.name, flat.reshape(-1, *shape), labels.to_pylist())
+    return Pixels(path.name, images, labels.to_pylist())
 
 
 def _has_header(path: Path) -> bool:
@@ -85,8 +81,14 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _label_column(config: DataConfig, names: list[str], *, named: bool) -> int:
-    label = -1 if config.label is None else config.label
+def _label_column(config: DataConfig, names: list[str], *, named: bool) -> int | None:
+    """Return the number of the labels' column; None where none are wanted and all columns are pixels."""
+    label = config.label if isinstance(config.label, str | int) else -1
+    if not config.labelled:
+        pixels = _square(len(names)) if config.shape is None else config.shape
+        absent = label not in names if isinstance(label, str) else math.prod(pixels or ()) == len(names)
+        if absent:
+            return None
     if isinstance(label, str):
         if not named or label not in names:
             known = f"the columns {_few(names)}" if named else f"{len(names)} columns without names; give its number"
@@ -102,7 +104,7 @@ def _few(names: list[str]) -> str:
 
 
 def _check_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:
-    remedy = "pixels of a table are whole numbers in 0..255; .npy holds other ranges"
+    remedy = "pixels of a table are whole numbers in 0..255; source arrays holds other ranges"
     if not pa.types.is_integer(values.type) or values.null_count:
         raise DataError(f"{path}: column {name} holds {values.type}, {values.null_count} of them empty; {remedy}")
     bounds = pc.min_max(values).as_py()
@@ -110,38 +112,10 @@ def _check_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:
         raise DataError(f"{path}: column {name} holds {bounds['min']}..{bounds['max']}; {remedy}")
 
 
-def _guess_shape(path: Path, pixels: int) -> tuple[int, ...]:
+def _square(pixels: int) -> tuple[int, ...] | None:
+    """Return the shape of a square image, grey or RGB, of so many pixels, if there is one."""
     for channels in CHANNELS:
         side = math.isqrt(pixels // channels)
         if side * side * channels == pixels:
             return (side, side) if channels == 1 else (side, side, channels)
-    raise ConfigError(f"{path} has {pixels} pixels a row, which is no square image; set data.shape")
-
-
-def _from_array(config: DataConfig, path: Path, images: np.ndarray) -> Pixels:
-    """Pair a .npy of images with the .npy of labels beside it."""
-    beside = path.with_name(config.label if isinstance(config.label, str) else f"{path.stem}.labels.npy")
-    if not beside.is_file():
-        raise ConfigError(f"data.label: {path} holds images alone and {beside} is missing; name the .npy of labels")
-    try:
-        labels = np.load(beside, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{beside} cannot be read as .npy: {error}") from error
-    return _checked(path, images, labels)
-
-
-def _from_arrays(config: DataConfig, path: Path, arrays: dict[str, np.ndarray]) -> Pixels:
-    """Take the labels' array by name; the one other array holds the images."""
-    name = config.label if isinstance(config.label, str) else "y"
-    others = sorted(set(arrays) - {name})
-    if name not in arrays or len(others) != 1:
-        raise ConfigError(f"data.label is {name!r}; {path} holds {', '.join(sorted(arrays))}; expected it and one more")
-    return _checked(path, arrays[others[0]], arrays[name])
-
-
-def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> Pixels:
-    if images.ndim < 2 or labels.shape != images.shape[:1]:
-        raise DataError(f"{path}: images {images.shape} and labels {labels.shape}; expected (N, ...) and (N,)")
-    if images.dtype.kind not in "uifb" or labels.dtype.kind not in "uifbU":
-        raise DataError(f"{path}: images {images.dtype}, labels {labels.dtype}; expected numbers, and numbers or text")
-    return Pixels(path.name, images, labels.tolist())
+    return None

@@ -1,9 +1,9 @@
-"""Tables with named fields: CSV, TSV, JSON Lines, JSON and Parquet, all as one Arrow table."""
+"""Tables with named fields: CSV, TSV, JSON Lines, JSON, Parquet and saved data sets, all as Arrow columns."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from pipeline.data.source import find_split, split_named
+from pipeline.data.saved import is_saved, read_saved, with_class_names
+from pipeline.data.source import files_by_split, split_named
 from pipeline.errors import BadSampleError, ConfigError, DataError
 
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -63,43 +64,59 @@ class Records:
         raise IndexError(i)
 
 
-def read_records(path: Path, fields: dict[str, str], *, records: str | None) -> Records:
-    """Return the columns that `fields` (setting -> field name) asks for, of a file or of a folder's files.
+def read_records(
+    path: Path,
+    fields: dict[str, str],
+    *,
+    records: str | None,
+    labels_as_text: bool = False,
+    any_of: Collection[str] = (),
+) -> Records:
+    """Return the columns that `fields` (setting -> field name) asks for, of a file or of a folder; of `any_of` those
+    that exist.
 
-    A folder has a file per split, called after it: train.jsonl, dev.jsonl, test.jsonl.
+    A folder has a file per split, called after it (train.jsonl, dev.jsonl, test.jsonl), or is a data set saved by
+    Hugging Face datasets. Class numbers that have names are these names. With `labels_as_text`, a label of CSV is a
+    text even where it looks like a number.
 
     Raises:
         ConfigError: a field does not exist (the message names those that do), or the kind of file is unknown.
         DataError: a file cannot be read as its name says.
     """
-    if not path.is_dir():
-        columns = _read_file(path, fields, records)
-        return Records(columns, [(path.name, len(next(iter(columns.values()))))], None)
-    if "split" in fields:
+    if is_saved(path):
+        parts = read_saved(path)
+    else:
+        files = files_by_split(path, KINDS)
+        parts = [(file, split, _read_file(file, fields, records, labels_as_text)) for file, split in files]
+    splits = [split for _, split, _ in parts if split is not None]
+    if splits and "split" in fields:
         raise ConfigError(f"data.split is {fields['split']!r}, but {path} has a file per split; remove it")
-    splits = {file: split for file in sorted(path.iterdir()) if (split := _split_of(file)) is not None}
-    if not splits:
-        raise ConfigError(f"data.path is {path}, a folder without a file called after a split, such as train.jsonl")
-    parts = [_read_file(file, fields, records) for file in splits]
-    counts = [(file.name, len(next(iter(part.values())))) for file, part in zip(splits, parts, strict=True)]
+    columns = [_choose(file, table, fields, any_of) for file, _, table in parts]
     try:
-        joined = {name: pa.chunked_array([chunk for part in parts for chunk in part[name].chunks]) for name in parts[0]}
+        joined = {name: pa.chunked_array([c for part in columns for c in part[name].chunks]) for name in columns[0]}
     except pa.ArrowException as error:
         raise DataError(f"data.path {path}: a field differs in type between the files ({error})") from error
-    return Records(joined, counts, list(splits.values()))
+    return Records(joined, [(file.name, table.num_rows) for file, _, table in parts], splits or None)
 
 
-def _split_of(file: Path) -> str | None:
-    """Return the split that a file is called after; None for other files."""
-    if file.name.startswith(".") or not any(suffix in KINDS for suffix in file.suffixes):
-        return None
-    return find_split(file.name.partition(".")[0])
+def _choose(file: Path, table: pa.Table, fields: dict[str, str], any_of: Collection[str]) -> dict[str, pa.ChunkedArray]:
+    """Return the columns of a table that were asked for, by setting."""
+    if table.num_rows == 0:
+        raise DataError(f"data.path {file} holds no records")
+    if any(fields[setting] in table.column_names for setting in any_of):
+        fields = {s: name for s, name in fields.items() if s not in any_of or name in table.column_names}
+    for setting, name in fields.items():
+        if name not in table.column_names:
+            raise ConfigError(f"data.{setting} is {name!r}; {file} has the fields {', '.join(table.column_names)}")
+    return {setting: with_class_names(table, name) for setting, name in fields.items()}
 
 
-def _read_file(path: Path, fields: dict[str, str], records: str | None) -> dict[str, pa.ChunkedArray]:
+def _read_file(path: Path, fields: dict[str, str], records: str | None, labels_as_text: bool) -> pa.Table:
+    # Texts are texts even where they look like numbers ("007") or like nothing ("null"); labels may be numbers.
+    texts = [name for setting, name in fields.items() if labels_as_text or setting.partition(".")[0] != "label"]
     kinds: dict[str, Callable[[Path], pa.Table]] = {
-        ".csv": lambda file: _read_delimited(file, ",", fields),
-        ".tsv": lambda file: _read_delimited(file, "\t", fields),
+        ".csv": lambda file: _read_delimited(file, ",", texts),
+        ".tsv": lambda file: _read_delimited(file, "\t", texts),
         ".jsonl": lambda file: _from_objects(file, _read_lines(file), fields),
         ".json": lambda file: _from_objects(file, _read_list(file, records), fields),
         ".parquet": pa.parquet.read_table,
@@ -107,37 +124,38 @@ def _read_file(path: Path, fields: dict[str, str], records: str | None) -> dict[
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if kind not in KINDS or (kind == ".parquet" and path.suffix == ".gz"):
         raise ConfigError(
-            f"data.path is {path}; expected a name that ends in {', '.join(KINDS)} (.gz but for the last)"
+            f"data.path is {path}; expected a name that ends in {', '.join(KINDS)} (.gz but for the last), a folder "
+            "with such a file per split, or a data set that was saved by save_to_disk"
         )
     try:
-        table = kinds[kind](path)
+        return kinds[kind](path)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, pa.ArrowException) as error:
         raise DataError(f"data.path {path} cannot be read as {kind}: {error}") from error
-    if table.num_rows == 0:
-        raise DataError(f"data.path {path} holds no records")
-    for setting, name in fields.items():
-        if name not in table.column_names:
-            raise ConfigError(f"data.{setting} is {name!r}; {path} has the fields {', '.join(table.column_names)}")
-    return {setting: table.column(name) for setting, name in fields.items()}
 
 
-def _read_delimited(path: Path, delimiter: str, fields: dict[str, str]) -> pa.Table:
-    # Texts are texts even where they look like numbers ("007") or like nothing ("null"); labels may be numbers.
-    types = {name: pa.string() for setting, name in fields.items() if setting != "label"}
+def _read_delimited(path: Path, delimiter: str, texts: list[str]) -> pa.Table:
     return pa.csv.read_csv(
         path,
         parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(strings_can_be_null=False, column_types=types),
+        convert_options=pa.csv.ConvertOptions(
+            strings_can_be_null=False, column_types=dict.fromkeys(texts, pa.string())
+        ),
     )
 
 
-def _open_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a file, unpacked where its name says it is packed.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
     with pa.input_stream(str(path), compression="detect") as stream:
         return bytes(stream.read()).decode("utf-8-sig")
 
 
 def _read_lines(path: Path) -> list[Any]:
-    lines = _open_text(path).split("\n")
+    lines = read_text(path).split("\n")
     objects = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -150,7 +168,7 @@ def _read_lines(path: Path) -> list[Any]:
 
 def _read_list(path: Path, records: str | None) -> list[Any]:
     """Return the list a JSON file holds: the file itself, the value at key `records`, or the only list there is."""
-    loaded = json.loads(_open_text(path))
+    loaded = json.loads(read_text(path))
     if isinstance(loaded, list) and records is None:
         return loaded
     lists = {key: value for key, value in loaded.items() if isinstance(value, list)} if isinstance(loaded, dict) else {}

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
-Content = bytes | np.ndarray | str | tuple[str, str]
-"""One sample as its source holds it: an encoded image, an array (pixels), a text, or a text and its partner."""
+Content = bytes | np.ndarray | str | tuple[str, str] | list[str]
+"""One sample as its source holds it: an encoded image, an array (pixels), a text, a text and its partner, or words."""
 
-Target = str | int | float
+Scalar = str | int | float
+Target = Scalar | list[str] | list[int] | list[float]
+"""What is known of a sample under one name: a value, or any number of them (a tag per word, several labels)."""
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"}
@@ -31,7 +34,8 @@ class Row:
     split: str | None
     """One of `SPLITS`, or None where the data set leaves the choice to the held-out rule of the sample table."""
     targets: Mapping[str, Target]
-    """Target columns of the sample table: `label`, or `pair` and `role` ("anchor" or "positive")."""
+    """Target columns of the sample table: `label`, or `pair` and `role` ("anchor" or "positive"), or what a task reads.
+    All rows have the same names, and under each a value, or under each a list."""
 
 
 SETTLED_NS = 2_000_000_000
@@ -49,7 +53,7 @@ class Stamp:
     inode: int
 
     @classmethod
-    def of(cls, path: Path) -> Self:
+    def of(cls, path: Path | str) -> Self:
         """Return the stamp of the file at `path`.
 
         Raises:
@@ -89,6 +93,33 @@ class Source(ABC):
         else, or the file cannot be seen: such a row is read at every run.
         """
         return None
+
+
+def files_by_split(path: Path, suffixes: Collection[str] = ()) -> list[tuple[Path, str | None]]:
+    """Return the files of a data set, each with its split: the one at `path`, or those of a folder that name a split.
+
+    A name does so by one of its parts, as in train.txt, eng.train.conll or dev-v1.1.json. Other files are left out, and
+    so are those without one of `suffixes`, where any are given.
+
+    Raises:
+        ConfigError: the folder has no such file.
+        DataError: it has several of one split.
+    """
+    if not path.is_dir():
+        return [(path, None)]
+    found: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        splits = [split for part in re.split(r"[._-]", file.name) if (split := find_split(part))]
+        is_kind = not suffixes or any(suffix in suffixes for suffix in file.suffixes)
+        if not splits or not is_kind or not file.is_file() or file.name.startswith("."):
+            continue
+        if splits[0] in found:
+            raise DataError(f"{path}: {found[splits[0]].name} and {file.name} are both the {splits[0]} split; keep one")
+        found[splits[0]] = file
+    if not found:
+        example = f"train{next(iter(suffixes), '.txt')}"
+        raise ConfigError(f"data.path is {path}, a folder without a file called after a split, such as {example}")
+    return [(file, split) for split, file in found.items()]
 
 
 def split_named(name: object, where: str) -> str:

@@ -1,7 +1,8 @@
 """The sample table: one row per sample of the data set, as Parquet. Labels live here: fixing one encodes nothing.
 
 Columns: `key` (16 bytes), `split`, `source`, then the target columns of the data set: `label`, or `pair`, `role` and
-`group`. Equal tables are equal files.
+`group` (and `belongs`), or others; a column may hold lists (a tag per word, several labels). Equal tables are equal
+files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pipeline.data.config import DataConfig
-from pipeline.data.source import SPLITS, Row, Source
+from pipeline.data.source import SPLITS, Row, Source, Target
 from pipeline.errors import DataError
 from pipeline.files import whole
 from pipeline.keys import KEY_BYTES
@@ -36,7 +37,7 @@ class SampleTable:
     source: Sequence[str]
     """Where each sample comes from, for people."""
     targets: Mapping[str, np.ndarray]
-    """Target columns by name, each (N,): int64, float64 or str."""
+    """Target columns by name, each (N,): int64, float64 or str, or object where each entry is a list of these."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -46,7 +47,8 @@ class SampleTable:
         return np.flatnonzero(self.split == split)
 
     def share(self, fraction: float, seed: int) -> SampleTable:
-        """Return the table with a `fraction` of its training samples, the same share of each label, of at least one.
+        """Return the table with a `fraction` of its training samples, the same share of each label, of at least one,
+        where a sample has one label.
 
         What belongs together (a duplicate, the pairs of a group) stays together. Which samples are taken depends on
         their keys and on `seed` alone; a larger fraction has all that a smaller one has.
@@ -55,8 +57,9 @@ class SampleTable:
             return self
         training = self.rows("train")
         identities = _identities(self.keys[training], {k: v[training] for k, v in self.targets.items()}, "samples")
-        labels = [str(label) for label in self.targets["label"][training]] if "label" in self.targets else None
-        labels = labels or [""] * len(training)
+        labels = [""] * len(training)
+        if "label" in self.targets and self.targets["label"].dtype.kind in "iuU":  # numbers to regress are no strata
+            labels = [str(label) for label in self.targets["label"][training]]
         strata: dict[str, dict[bytes, float]] = defaultdict(dict)
         for label, identity in zip(labels, identities, strict=True):
             strata[label][identity] = _fraction(identity, seed)
@@ -80,7 +83,7 @@ class SampleTable:
             "split": pa.array(self.split.tolist()),
             "source": pa.array(list(self.source), pa.string()),
         }
-        columns |= {name: pa.array(values.tolist()) for name, values in self.targets.items()}
+        columns |= {name: _arrow(name, values) for name, values in self.targets.items()}
         with whole(path) as beside:
             pa.parquet.write_table(pa.table(columns), beside, compression="zstd")
 
@@ -99,7 +102,8 @@ class SampleTable:
         if missing or table.schema.field("key").type != pa.binary(KEY_BYTES):
             raise DataError(f"{path} is no sample table: it has {', '.join(table.column_names)}; encode again")
         keys = np.frombuffer(b"".join(table.column("key").to_pylist()), np.uint8).reshape(-1, KEY_BYTES)
-        targets = {name: np.array(table.column(name).to_pylist()) for name in table.column_names if name not in _FIXED}
+        names = [name for name in table.column_names if name not in _FIXED]
+        targets = {name: _column(name, table.column(name).to_pylist()) for name in names}
         return cls(keys, np.array(table.column("split").to_pylist(), str), table.column("source").to_pylist(), targets)
 
 
@@ -120,16 +124,35 @@ def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray
         described, keys = [described[i] for i in kept], keys[kept]
     if not described:
         raise DataError(f"data.path {config.path}: no usable sample is left; see the samples set aside")
-    targets = {name: np.array([_target(row, name) for row in described]) for name in described[0].targets}
+    targets = {name: _column(name, [_target(row, name) for row in described]) for name in described[0].targets}
     if "pair" in targets:
-        targets["group"] = _groups(targets["pair"], targets["role"], keys)
+        targets["group"] = _groups(targets["pair"], targets["role"], keys, targets.get("belongs"))
     split = _decide_splits(described, _identities(keys, targets, config.hold_out), config)
     return SampleTable(np.ascontiguousarray(keys), split, [row.source for row in described], targets)
 
 
-def _target(row: Row, name: str) -> str | int | float:
+def _column(name: str, values: list[Target]) -> np.ndarray:
+    """Return a target of all rows, (N,): numbers or texts, or an object array of lists."""
+    lists = sum(isinstance(value, list) for value in values)
+    if not lists:
+        return np.array(values)
+    if lists < len(values):
+        raise DataError(f"the target {name} is a list in {lists} of {len(values)} rows; make it one in all, or in none")
+    return np.fromiter(values, object, len(values))
+
+
+def _arrow(name: str, values: np.ndarray) -> pa.Array:
+    try:
+        return pa.array(values.tolist())
+    except pa.ArrowException as error:
+        raise DataError(f"the lists of the target {name} mix types ({error}); give all of them one") from error
+
+
+def _target(row: Row, name: str) -> Target:
     if name not in row.targets:
         raise DataError(f"{row.source} has the targets {', '.join(row.targets)}; expected {name}, as other rows have")
+    if row.targets[name] is None:
+        raise DataError(f"{row.source}: the target {name} is None; give it a value, or leave the sample out")
     return row.targets[name]
 
 
@@ -140,11 +163,12 @@ def _complete_pairs(described: list[Row]) -> list[int]:
     return [i for pair in members.values() if len(pair) == 2 for i in pair]
 
 
-def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray, belongs: np.ndarray | None = None) -> np.ndarray:
     """Return a name per row that pairs share when a chain of equal anchors or equal positives joins them.
 
-    Such pairs are no negatives of each other, and must not be parted by a split. The name is the smallest key among the
-    positives, so that a further question to a known answer renames nothing.
+    Such pairs are no negatives of each other, and must not be parted by a split. A pair of which `belongs` is 0 joins
+    nothing. The name is the smallest key among the positives, so that a further question to a known answer renames
+    nothing.
     """
     names = [key.tobytes().hex() for key in keys]
     parent = {name: name for name in names}
@@ -156,13 +180,15 @@ def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray) -> np.ndarra
         return name
 
     first_of_pair: dict[int, str] = {}
-    for pair, name in zip(pairs.tolist(), names, strict=True):
-        parent[root(name)] = root(first_of_pair.setdefault(pair, name))
+    joins = [True] * len(names) if belongs is None else belongs.astype(bool).tolist()
+    for pair, name, joined in zip(pairs.tolist(), names, joins, strict=True):
+        if joined:
+            parent[root(name)] = root(first_of_pair.setdefault(pair, name))
     smallest: dict[str, str] = {}
     for role, name in zip(roles.tolist(), names, strict=True):
         if role == "positive":
             smallest[root(name)] = min(name, smallest.get(root(name), name))
-    return np.array([smallest[root(name)] for name in names])
+    return np.array([smallest.get(root(name), name) for name in names])
 
 
 def _identities(keys: np.ndarray, targets: Mapping[str, np.ndarray], hold_out: str) -> list[bytes]:
@@ -173,6 +199,8 @@ def _identities(keys: np.ndarray, targets: Mapping[str, np.ndarray], hold_out: s
                 f"data.hold_out is 'labels', but the samples have {', '.join(targets)}; set it to 'samples'"
             )
         return [f"label {value}".encode() for value in targets["label"].tolist()]
+    if "belongs" in targets:  # the two of a pair stay together, whether they belong together or not
+        targets = {"group": _groups(targets["pair"], targets["role"], keys)}
     if "group" in targets:
         return [str(value).encode() for value in targets["group"].tolist()]
     return [key.tobytes() for key in keys]

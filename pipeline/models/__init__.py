@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import logging
 
+from pipeline.errors import ModelError
 from pipeline.models.backbone import Backbone, Embedder
 from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
-from pipeline.models.preprocess import Preprocess
+from pipeline.models.preprocess import EXTRA, Preprocess, network_inputs
 from pipeline.tasks.base import Head
 
-__all__ = ["PRETRAINED", "Backbone", "Embedder", "ModelConfig", "Preprocess", "PreprocessConfig", "load"]
+__all__ = [
+    "EXTRA",
+    "PRETRAINED",
+    "Backbone",
+    "Embedder",
+    "ModelConfig",
+    "Preprocess",
+    "PreprocessConfig",
+    "load",
+    "network_inputs",
+]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +52,8 @@ def _load(model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backb
         from pipeline.models.own import load_own  # noqa: PLC0415
 
         return load_own(model, preprocess, head)
+    if head.kind in ("tokens", "span"):
+        raise ModelError(f"{model.backbone} takes images; the task needs a network of texts: hf: or module:function")
     from pipeline.models.vision import LIBRARIES, load_vision  # noqa: PLC0415
 
     return load_vision(LIBRARIES[model.library](model.name, model.options), model, preprocess, head)

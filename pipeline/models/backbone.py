@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import ModelError
 from pipeline.models.preprocess import Preprocess
 from pipeline.tasks.base import Head
+from pipeline.tasks.heads import Layer, build_head, last_width
 
 # B batch, T token, D channel; images of convolutional networks: H height, W width
 
@@ -32,11 +32,17 @@ class Backbone:
     fresh: frozenset[str] = frozenset()
     """Parameters of the head that no file of weights gave, by their names in `model`."""
 
+    @property
+    def width(self) -> int | None:
+        """Size of the embeddings; None of logits, and of the user's own network."""
+        return self.model.width if isinstance(self.model, Embedder) else None
+
     def save(self, folder: Path) -> None:
         """Write the network to the existing `folder`, in the form its library reads.
 
         A network of Hugging Face is a directory for `from_pretrained`, with its tokenizer; any other is a state dict,
-        `model.safetensors`. `backbone.json` says what it is.
+        `model.safetensors`. `backbone.json` says what it is. The layers of an embedding head, `build_head(layers,
+        features)` of that description, have their weights in `projection.safetensors`.
         """
         network: Any = self.model.backbone if isinstance(self.model, Embedder) else self.model
         description: dict[str, Any] = {"backbone": self.name, "preprocess": self.preprocess.recipe()}
@@ -46,8 +52,9 @@ class Backbone:
         else:
             save_model(network, str(folder / "model.safetensors"))
         if isinstance(self.model, Embedder):
-            description["pooling"] = self.model.pooling
-            if projection := self.model.projection.state_dict():
+            embedder = self.model
+            description |= {"pooling": embedder.pooling, "features": embedder.features, "layers": [*embedder.layers]}
+            if projection := embedder.projection.state_dict():
                 save_file(projection, folder / "projection.safetensors")
         (folder / "backbone.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -55,9 +62,21 @@ class Backbone:
 class Embedder(nn.Module):
     """Features of a backbone -> one vector per sample, (B, D)."""
 
-    def __init__(self, backbone: nn.Module, pooling: str, projection: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, pooling: str) -> None:
         super().__init__()
-        self.backbone, self.pooling, self.projection = backbone, pooling, projection
+        self.backbone, self.pooling = backbone, pooling
+        self.projection: nn.Module = nn.Identity()
+        self.layers: Sequence[Layer] = ()
+        self.features = 0
+
+    def project(self, layers: Sequence[Layer], features: int) -> None:
+        """Put `layers` after pooling, which gives (B, features)."""
+        self.projection, self.layers, self.features = build_head(layers, features), layers, features
+
+    @property
+    def width(self) -> int:
+        """Size D of the vectors."""
+        return last_width(self.layers) or self.features
 
     def forward(self, **inputs: Tensor) -> Tensor:
         pooled_BD = self.pool(self.backbone(**inputs), inputs.get("attention_mask"))
@@ -74,6 +93,8 @@ class Embedder(nn.Module):
             states = states.flatten(2).transpose(1, 2)
         if self.pooling == "cls":
             return states[:, 0]
+        if self.pooling == "max":
+            return (states if mask_BT is None else states.masked_fill(mask_BT.unsqueeze(-1) == 0, -torch.inf)).amax(1)
         if mask_BT is None:
             return states.mean(dim=1)
         weights_BT1 = mask_BT.unsqueeze(-1).to(states.dtype)
@@ -88,22 +109,18 @@ def embed(backbone: nn.Module, head: Head, pooling: str, example: Mapping[str, T
     Raises:
         ModelError: its output cannot be pooled this way.
     """
-    embedder = Embedder(backbone, pooling, nn.Identity())
+    embedder = Embedder(backbone, pooling)
     batch = {name: tensor.unsqueeze(0) for name, tensor in example.items()}
     training = backbone.training
     try:
         with torch.no_grad():
-            _, width = embedder.eval()(**batch).shape
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+            _, features = embedder.eval()(**batch).shape
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"task.pooling is {pooling!r}; the output of {type(backbone).__name__} cannot be pooled so ({error}); "
-            "set mean, cls or pooled"
+            "set mean, cls, max or pooled"
         ) from error
-    widths = [width, *head.layers]
-    layers: list[nn.Module] = []
-    for ins, outs in pairwise(widths):
-        layers += [nn.Linear(ins, outs), nn.ReLU()]
-    embedder.projection = nn.Sequential(*layers[:-1]) if layers else nn.Identity()
+    embedder.project(head.layers, features)
     return embedder.train(training)
 
 

@@ -100,7 +100,7 @@ class PreprocessConfig(Section):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    kind: Literal["image", "text", "array"] | None = None
+    kind: Literal["image", "audio", "text", "array"] | None = None
     """What contents are. The libraries' backbones know; for a "module:function" it must be set. "array" hands an array
     on as it is, in float32."""
     image_size: int | None = Field(default=None, ge=1)
@@ -120,6 +120,11 @@ class PreprocessConfig(Section):
     torchvision.transforms.v2: [{RandomResizedCrop: {size: 224, scale: [0.5, 1.0]}}, RandomHorizontalFlip]. They get the
     whole decoded image (put a crop first: what follows then has less to do); what they leave is resized and cropped as
     any image where it is not the network's square already. Needs `encode.views`."""
+    rate: int | None = Field(default=None, ge=1)
+    """audio: samples per second that the network hears. hf: backbones state theirs."""
+    seconds: float | None = Field(default=None, gt=0)
+    """audio: length that the network hears; longer sounds are cut off at the end, shorter ones are followed by silence.
+    Without it a sound is as long as it is, and a batch is filled up to its longest: for backbones that take a mask."""
     tokenizer: str | None = None
     """text: directory or hub name of the tokenizer. hf: backbones bring theirs."""
     max_length: int | None = Field(default=None, ge=2)
@@ -140,6 +145,11 @@ class PreprocessConfig(Section):
         faults = []
         if self.augment is not None and self.kind not in (None, "image"):
             faults.append(f"augment is set, but kind is {self.kind!r}; only images can be augmented; remove it")
+        faults += [
+            f"{name} is {getattr(self, name)}, but kind is {self.kind!r}; it is for audio; remove it"
+            for name in ("rate", "seconds")
+            if getattr(self, name) is not None and self.kind not in (None, "audio")
+        ]
         if self.resize == "squash" and self.crop != 1.0:
             faults.append(f"crop is {self.crop}, which resize squash does not use; remove it or set resize: crop")
         if self.std is not None and min(self.std) <= 0:

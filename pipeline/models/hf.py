@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel
 from transformers.utils import logging as transformers_log
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import PACKAGE, check_sha256, locate
+from pipeline.models.audio import AudioPreprocess, make_audio_preprocess
 from pipeline.models.backbone import Backbone, embed, projection_names
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
@@ -29,11 +30,18 @@ from pipeline.tasks.base import Head
 
 log = logging.getLogger(__name__)
 
-CLASSIFIERS = {
-    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+HEADS = {
+    "classes": {
+        "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+        "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+        "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
+    },
+    "tokens": {"AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"},
+    "span": {"AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING"},
 }
-"""The library's classifiers -> its mapping from the configurations that have one."""
+"""Kind of the head -> the library's classes that have it, each with its mapping from the configurations it is for."""
+KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}
+"""What a network takes, by the name of its main input; texts have several."""
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, in which image processors say how they resize."""
 
@@ -85,7 +93,7 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Ba
             blueprint = _build(auto, settings, config, {})
         pooling = head.pooling or _usual_pooling(blueprint)
         extra = _without_pooler(blueprint) if head.kind == "embedding" and pooling != "pooled" else {}
-        made = _make_preprocess(origin, preprocess, settings, blueprint)
+        made = _make_preprocess(origin, preprocess, settings, blueprint, head)
         with seeded(config.seed):
             model, fresh = _load(auto, settings, origin, config, extra)
             if head.kind == "embedding":
@@ -96,8 +104,8 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Ba
 
 def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
     options = dict(config.options)
-    if head.kind == "classes":
-        options["num_labels"] = head.size
+    if head.kind != "embedding":
+        options["num_labels"] = 2 if head.kind == "span" else head.size  # a span is where it starts and where it ends
     try:
         settings, unused = AutoConfig.from_pretrained(
             origin.source, return_unused_kwargs=True, **origin.arguments, **options
@@ -115,10 +123,13 @@ def _auto_class(settings: Any, config: ModelConfig, head: Head) -> Any:
     if head.kind == "embedding":
         return AutoModel
     brought = getattr(settings, "auto_map", None) or {}  # classes of the repository's own code
-    for name, mapping in CLASSIFIERS.items():
+    for name, mapping in HEADS[head.kind].items():
         if type(settings) in getattr(transformers, mapping) or name in brought:
             return getattr(transformers, name)
-    raise ModelError(f"{config.backbone}: {settings.model_type} has no classifier for texts or images")
+    raise ModelError(
+        f"{config.backbone}: the library has no {' or '.join(HEADS[head.kind])} of {settings.model_type}, which the "
+        "task needs; choose another backbone or another task"
+    )
 
 
 def _build(auto: Any, settings: Any, config: ModelConfig, extra: Mapping[str, Any]) -> nn.Module:
@@ -197,14 +208,16 @@ def _check_fit(model: Any, info: Mapping[str, Any], config: ModelConfig) -> froz
         told = "; ".join(f"{len(names)} {kind}: {first(sorted(names))}" for kind, names in faults.items() if names)
         raise ModelError(f"model.weights {config.weights} does not fit {config.backbone}: {told}")
     if fresh := sorted({*info["missing_keys"], *mismatched}):
-        log.info("%s: the classifier is new (%s)", config.backbone, first(fresh))
+        log.info("%s: the head is new (%s)", config.backbone, first(fresh))
     return frozenset(fresh)
 
 
-def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, blueprint: Any) -> Preprocess:
-    kind = "image" if blueprint.main_input_name == "pixel_values" else "text"
+def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, blueprint: Any, head: Head) -> Preprocess:
+    kind = KINDS.get(blueprint.main_input_name, "text")
     if config.kind not in (None, kind):
-        raise ConfigError(f"preprocess.kind is {config.kind!r}; the backbone takes {kind}s; remove it")
+        raise ConfigError(f"preprocess.kind is {config.kind!r}; the backbone's is {kind!r}; remove it")
+    if kind == "audio":
+        return make_audio_preprocess(config, blueprint, _load_extractor(origin))
     if kind == "image":
         return ImagePreprocess(config, _image_defaults(origin, settings), blueprint.main_input_name)
     tokenizer = (
@@ -214,7 +227,15 @@ def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, bl
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked; a classifier of a decoder must know its id
     if getattr(settings, "pad_token_id", None) is None:
         settings.pad_token_id = tokenizer.pad_token_id
-    return make_text_preprocess(config, blueprint, tokenizer, getattr(settings, "max_position_embeddings", None))
+    return make_text_preprocess(config, blueprint, head, tokenizer, getattr(settings, "max_position_embeddings", None))
+
+
+def _load_extractor(origin: Origin) -> Any:
+    load: Any = AutoFeatureExtractor.from_pretrained
+    try:
+        return load(origin.source, **origin.arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"no feature extractor can be loaded from {origin.source} ({_first_line(error)})") from error
 
 
 def _image_defaults(origin: Origin, settings: Any) -> ImageDefaults:
@@ -236,6 +257,8 @@ def _image_defaults(origin: Origin, settings: Any) -> ImageDefaults:
 
 
 def _example(preprocess: Preprocess) -> object:
+    if isinstance(preprocess, AudioPreprocess):
+        return np.zeros(preprocess.rate, np.float32)
     return np.zeros((8, 8), np.uint8) if isinstance(preprocess, ImagePreprocess) else "a"
 
 

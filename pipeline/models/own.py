@@ -8,6 +8,7 @@ from torch import nn
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import load_function
+from pipeline.models.audio import make_audio_preprocess
 from pipeline.models.backbone import Backbone, first_input
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
@@ -33,26 +34,28 @@ def load_own(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> B
     fresh: frozenset[str] = frozenset()
     if config.has_file:
         layout = Layout({name: tensor.shape for name, tensor in model.state_dict().items()}, frozenset())
-        if head.kind == "classes":
+        if head.size is not None:
             layout = Layout.of(lambda classes: _network(function(replace(head, size=classes))))
         fresh = fit_weights(model, read_weights(config), layout, f"model.weights {config.weights}")
     if isinstance(made, Backbone):
         return replace(made, fresh=made.fresh | fresh)
-    return Backbone(model, _make_preprocess(model, preprocess, config), config.backbone, fresh)
+    return Backbone(model, _make_preprocess(model, preprocess, config, head), config.backbone, fresh)
 
 
 def _network(made: nn.Module | Backbone) -> nn.Module:
     return made.model if isinstance(made, Backbone) else made
 
 
-def _make_preprocess(model: nn.Module, preprocess: PreprocessConfig, config: ModelConfig) -> Preprocess:
+def _make_preprocess(model: nn.Module, preprocess: PreprocessConfig, config: ModelConfig, head: Head) -> Preprocess:
     if preprocess.kind == "image":
         return ImagePreprocess(preprocess, ImageDefaults(), first_input(model))
     if preprocess.kind == "array":
         return ArrayPreprocess(first_input(model))
+    if preprocess.kind == "audio":
+        return make_audio_preprocess(preprocess, model)
     if preprocess.kind == "text":
-        return make_text_preprocess(preprocess, model)
+        return make_text_preprocess(preprocess, model, head)
     raise ConfigError(
-        f"preprocess.kind is not set; {config.backbone} returned a network alone: set image, text or array, "
+        f"preprocess.kind is not set; {config.backbone} returned a network alone: set image, audio, text or array, "
         "or return a Backbone with its own Preprocess"
     )

@@ -14,18 +14,29 @@ from torch import Tensor
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.keys import JSON
 
+EXTRA = "extra."
+"""Begins the names of what a preprocessing knows of a sample that the task needs and the network does not take."""
+
+
+def network_inputs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of a sample's or a batch's tensors that the network takes: all but the extras."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(EXTRA)}
+
 
 class Preprocess(ABC):
     """A pure function of the content. Can be pickled: worker processes get a copy."""
 
     @property
     def pad(self) -> dict[str, float]:
-        """Value that fills up an input to the longest of its batch, by input name; 0 where not given."""
+        """Value that fills up an input or an extra to the longest of its batch, by name; 0 where not given."""
         return {}
 
     @abstractmethod
     def __call__(self, content: object) -> dict[str, Tensor]:
-        """Return the inputs of one sample by name, without a batch axis.
+        """Return the inputs of one sample by name, without a batch axis, and beside them its extras (int64).
+
+        An extra (`extra.NAME`) is stored with the state as the inputs are, and comes back to the task among the targets
+        of a batch, under NAME.
 
         Raises:
             BadSampleError: the content cannot be used; the message says why.

@@ -1,22 +1,28 @@
-"""Texts -> token ids, by the tokenizer of a Hugging Face directory; no padding, that is the batch's affair."""
+"""Texts -> token ids, by the tokenizer of a Hugging Face directory; no padding, that is the batch's affair.
+
+Where a task asks about words or characters, the extras say which of them each token stands for.
+"""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.files import PACKAGE, locate
 from pipeline.keys import JSON, digest
 from pipeline.models.config import PreprocessConfig
-from pipeline.models.preprocess import Preprocess
+from pipeline.models.preprocess import EXTRA, Preprocess
+from pipeline.tasks.base import Head
 
 UNBOUNDED = 1_000_000
 """A tokenizer that states no longest input gives a number far above this."""
@@ -30,20 +36,33 @@ class TextPreprocess(Preprocess):
         self._digest = tokenizer_digest(tokenizer)
 
     def __call__(self, content: object) -> dict[str, Tensor]:
+        return self._inputs(self._tokenize(self.texts(content)))
+
+    def texts(self, content: object) -> tuple[str, ...]:
+        """Return what is tokenized of a content: one text, or two.
+
+        Raises:
+            BadSampleError: the content is something else, or empty.
+        """
         texts = content if isinstance(content, tuple) else (content,)
         if not all(isinstance(text, str) for text in texts):
             raise BadSampleError(f"content is {type(content).__name__}; expected a text or two")
         if not all(str(text).strip() for text in texts):
             raise BadSampleError("the text is empty")
-        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        return texts
+
+    def _tokenize(self, texts: tuple[str, ...], **settings: Any) -> BatchEncoding:
+        made: BatchEncoding = self.tokenizer(*texts, max_length=self.max_length, **{"truncation": True} | settings)
+        return made
+
+    def _inputs(self, encoded: BatchEncoding) -> dict[str, Tensor]:
         return {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.inputs}
 
     def excess(self, content: object, sample: dict[str, Tensor]) -> int:
         """Return by how many tokens a text is longer than `max_length`."""
         if len(sample[self.inputs[0]]) < self.max_length:
             return 0
-        texts = content if isinstance(content, tuple) else (content,)
-        return len(self.tokenizer(*texts, verbose=False)[self.inputs[0]]) - self.max_length
+        return len(self.tokenizer(*self.texts(content), verbose=False)[self.inputs[0]]) - self.max_length
 
     @property
     def pad(self) -> dict[str, float]:
@@ -62,6 +81,86 @@ class TextPreprocess(Preprocess):
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
+
+
+class WordPreprocess(TextPreprocess):
+    """A list of words -> the inputs of these words with a space between them, and the extra `word` (T,).
+
+    `word` is the number of the word whose first token this is; -1 for its other tokens, and those of no word. Words
+    that are cut off, and those without any token, do not occur.
+    """
+
+    def __call__(self, content: object) -> dict[str, Tensor]:
+        (text,) = self.texts(content)
+        encoded = self._tokenize((text,), return_offsets_mapping=True)
+        words = _word_of_tokens(_words(content), encoded)
+        first = [word if word != before else -1 for before, word in itertools.pairwise([-1, *words])]
+        return self._inputs(encoded) | {f"{EXTRA}word": torch.tensor(first, dtype=torch.int64)}
+
+    def texts(self, content: object) -> tuple[str, ...]:
+        """Return the words as one text."""
+        return super().texts(" ".join(_words(content)))
+
+    @property
+    def pad(self) -> dict[str, float]:
+        """Value that fills up an input or an extra, by name."""
+        return super().pad | {f"{EXTRA}word": -1}
+
+    def recipe(self) -> Mapping[str, JSON]:
+        return {**super().recipe(), "extra": "word"}
+
+
+class SpanPreprocess(TextPreprocess):
+    """A question and a text -> their inputs, the text alone cut off at the end, and the extra `chars` (T, 2).
+
+    `chars` are where a token's characters begin and end in the text; -1 for tokens outside the text.
+    """
+
+    def __call__(self, content: object) -> dict[str, Tensor]:
+        texts = self.texts(content)
+        if len(texts) != 2:
+            raise BadSampleError("content is one text; answers expects a question and a text")
+        try:
+            encoded = self._tokenize(texts, truncation="only_second", return_offsets_mapping=True)
+        except Exception as error:  # tokenizers raises nothing more special
+            raise BadSampleError(
+                f"the question leaves no room for the text within preprocess.max_length {self.max_length}: {error}"
+            ) from error
+        of_text = zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True)
+        chars = [span if sequence == 1 else (-1, -1) for sequence, span in of_text]
+        return self._inputs(encoded) | {f"{EXTRA}chars": torch.tensor(chars, dtype=torch.int64)}
+
+    @property
+    def pad(self) -> dict[str, float]:
+        """Value that fills up an input or an extra, by name."""
+        return super().pad | {f"{EXTRA}chars": -1}
+
+    def recipe(self) -> Mapping[str, JSON]:
+        return {**super().recipe(), "extra": "chars"}
+
+
+def _words(content: object) -> list[str]:
+    if not isinstance(content, list) or not all(isinstance(word, str) for word in content):
+        raise BadSampleError(f"content is {type(content).__name__}; tagging expects a list of words")
+    return content
+
+
+def _word_of_tokens(words: Sequence[str], encoded: BatchEncoding) -> list[int]:
+    """Return the number of the word that each token ends in, -1 for none; the text is the words joined by spaces.
+
+    Tokenizers take whole texts as they took them in pretraining; of words one by one, byte-level ones lose the spaces.
+    """
+    begins = [0, *itertools.accumulate(len(word) + 1 for word in words[:-1])]
+    found = []
+    for sequence, (begin, end) in zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True):
+        word = bisect_right(begins, end - 1) - 1
+        inside = sequence == 0 and begin < end <= begins[word] + len(words[word])
+        found.append(word if inside else -1)
+    return found
+
+
+PREPROCESS: Mapping[str, type[TextPreprocess]] = {"tokens": WordPreprocess, "span": SpanPreprocess}
+"""Kind of the head -> what makes its inputs; any other head takes whole texts."""
 
 
 def load_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
@@ -86,12 +185,14 @@ def load_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
 def make_text_preprocess(
     config: PreprocessConfig,
     model: nn.Module,
+    head: Head,
     tokenizer: PreTrainedTokenizerBase | None = None,
     positions: int | None = None,
 ) -> TextPreprocess:
-    """Return what makes the inputs of `model` from a text, with the tokenizer of `config` unless one is given.
+    """Return what makes the inputs of `model` from a content, with the tokenizer of `config` unless one is given.
 
-    `positions` is how many tokens the network can tell apart, where it is known.
+    `head` decides what a content is: a text or two, words (tokens), a question and a text (span). `positions` is how
+    many tokens the network can tell apart, where it is known.
     """
     if tokenizer is None:
         if config.tokenizer is None:
@@ -101,7 +202,13 @@ def make_text_preprocess(
     inputs = tuple(name for name in tokenizer.model_input_names if name in accepted)
     if not inputs:
         raise ConfigError(f"{type(model).__name__}.forward takes none of {', '.join(tokenizer.model_input_names)}")
-    return TextPreprocess(tokenizer, longest_input(config.max_length, tokenizer, positions), inputs)
+    if head.kind in PREPROCESS and not tokenizer.is_fast:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} does not tell what its tokens stand for, which the task needs; set "
+            "preprocess.tokenizer to the directory of a fast one (with a tokenizer.json)"
+        )
+    make = PREPROCESS.get(head.kind, TextPreprocess)
+    return make(tokenizer, longest_input(config.max_length, tokenizer, positions), inputs)
 
 
 def longest_input(asked: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int:

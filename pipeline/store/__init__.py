@@ -2,7 +2,15 @@
 
 from pipeline.store.codecs import CODECS
 from pipeline.store.describe import describe, readable, tell
-from pipeline.store.format import FORMAT, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, find_stores, segment_id
+from pipeline.store.format import (
+    EXTRA_PREFIX,
+    FORMAT,
+    INPUT_PREFIX,
+    SHAPE_PREFIX,
+    STATE_PREFIX,
+    find_stores,
+    segment_id,
+)
 from pipeline.store.format import segment_nbytes as folder_nbytes
 from pipeline.store.index import Rows
 from pipeline.store.keyset import KeySet, first_rows
@@ -10,6 +18,7 @@ from pipeline.store.materialise import Scratch
 from pipeline.store.reader import Reader
 from pipeline.store.resident import Resident
 from pipeline.store.scratch import discard, sweep
+from pipeline.store.scratch import scratch as temporary_folder
 from pipeline.store.store import Store, alone
 from pipeline.store.trial import through
 from pipeline.store.upkeep import Upkeep, plan_compact, plan_gc, plan_removal
@@ -18,6 +27,7 @@ from pipeline.store.writer import SegmentInfo
 
 __all__ = [
     "CODECS",
+    "EXTRA_PREFIX",
     "FORMAT",
     "INPUT_PREFIX",
     "SHAPE_PREFIX",
@@ -43,6 +53,7 @@ __all__ = [
     "segment_id",
     "sweep",
     "tell",
+    "temporary_folder",
     "through",
     "verify",
 ]

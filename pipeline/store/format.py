@@ -3,7 +3,7 @@
     <store>/recipe.json
     <store>/<segment id>/zarr.json              zarr v3 group; with it the segment exists, without it it does not
     <store>/<segment id>/<array>/zarr.json      keys | sums | state.<name> | input.<name> | shape.<name>
-                                                | <tensor>.offsets (ragged) | <tensor>.scales (int8)
+                                                | extra.<name> | <tensor>.offsets (ragged) | <tensor>.scales (int8)
     <store>/<segment id>/<array>/c.0.0          raw: the one chunk, the array in little-endian C order and its crc32c
     <store>/<segment id>/<array>/c.3.0          zstd: one of several chunks along the first axis, each with its crc32c
 
@@ -35,6 +35,7 @@ SUMS = "sums"
 STATE_PREFIX = "state."
 INPUT_PREFIX = "input."
 SHAPE_PREFIX = "shape."
+EXTRA_PREFIX = "extra."
 OFFSETS = ".offsets"
 SCALES = ".scales"
 SAMPLE_AXIS = "sample"
@@ -56,7 +57,7 @@ CLEVEL = 3
 
 KEYS_CHUNK = CHUNK_SEPARATOR.join(["c", "0", "0"])
 SEGMENT_ID = re.compile(r"[0-9a-f]{32}")
-TENSOR_NAME = re.compile(r"(state|input|shape)\.[A-Za-z0-9_.\-]{1,200}")
+TENSOR_NAME = re.compile(r"(state|input|shape|extra)\.[A-Za-z0-9_.\-]{1,200}")
 GROUP_FIELDS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
 
 # What the values are -> the zarr types they may be stored as; a float in int8 has scales beside it.
@@ -249,8 +250,8 @@ def check_tensor_name(name: str) -> None:
     """Raise StoreError unless `name` can name a tensor of a segment; names become folder names."""
     if not is_tensor_name(name):
         raise StoreError(
-            f"tensor name {name!r}: expected state.NAME, input.NAME or shape.NAME, of letters, digits, '_', '.', '-', "
-            f"not ending in {OFFSETS!r} or {SCALES!r}; rename it"
+            f"tensor name {name!r}: expected state.NAME, input.NAME, shape.NAME or extra.NAME, of letters, digits, "
+            f"'_', '.', '-', not ending in {OFFSETS!r} or {SCALES!r}; rename it"
         )
 
 

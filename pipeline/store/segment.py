@@ -90,10 +90,12 @@ class StoredTensor:
         sizes: np.ndarray = lengths * entry
         return sizes
 
-    def check(self, row: int) -> bool:
-        """Tell whether the bytes of a sample are those that were written."""
-        entries = slice(row, row + 1) if self.offsets is None else slice(self.offsets[row], self.offsets[row + 1])
-        return sample_sum(as_numpy(self.values)[entries]) == int(self.sums[row])
+    def wrong(self, rows: np.ndarray) -> list[int]:
+        """Return those of `rows` whose bytes are not those that were written."""
+        stored, expected = as_numpy(self.values), self.sums[rows].tolist()
+        bounds = self._bounds(rows, np.arange(len(self) + 1) if self.offsets is None else self.offsets)
+        found = (sample_sum(stored[begin:end]) for begin, end in bounds)
+        return [row for row, one, other in zip(rows.tolist(), found, expected, strict=True) if one != other]
 
     def _bounds(self, rows: np.ndarray, offsets: np.ndarray) -> list[tuple[int, int]]:
         return list(zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True))
@@ -122,11 +124,11 @@ class Segment:
         """Raise CorruptStoreError unless `rows` hold the bytes that were written; each row is looked at once."""
         if not self.left:
             return
-        for row in rows[~self.checked[rows]].tolist():
-            for name, tensor in self.tensors.items():
-                if not tensor.check(row):
-                    raise corrupt(self.path / name, f"has other bytes in row {row} than were written")
-            self.checked[row] = True
+        rows = rows[~self.checked[rows]]
+        for name, tensor in self.tensors.items():
+            if wrong := tensor.wrong(rows):
+                raise corrupt(self.path / name, f"has other bytes in row {wrong[0]} than were written")
+        self.checked[rows] = True
         self.left = int((~self.checked).sum())
 
 

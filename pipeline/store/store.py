@@ -118,10 +118,11 @@ class Store:
     def write_segment(
         self, unit_keys: np.ndarray, tensors: Mapping[str, Values], set_aside: np.ndarray | None = None
     ) -> SegmentInfo:
-        """Commit one unit: its keys (n, 16) uint8 and its tensors by name: `state.NAME`, `input.NAME`, `shape.NAME`.
+        """Commit one unit: its keys (n, 16) uint8 and its tensors by name (`state.NAME`, `input.NAME`, ...).
 
         A tensor is one array (n, ...), or a sequence of n arrays whose shapes may differ in one axis. `shape.NAME`
-        (n, axes) stands for a floating-point input of which the suffix needs the shape alone. Floating-point values
+        (n, axes) stands for a floating-point input of which the suffix needs the shape alone; `extra.NAME` is what the
+        task, and not the suffix, needs to know of a sample's inputs. Floating-point values
         are stored in the recipe's dtype, or in a wider one where this unit's values need its range; int64 is
         stored as int32 where it fits. A unit that is there already is left alone, whatever its tensors. `set_aside`
         (m, 16) uint8 are the keys of bad samples of the unit, which a later plan must not count as waiting.

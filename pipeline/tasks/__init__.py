@@ -7,10 +7,43 @@ from __future__ import annotations
 
 from pipeline.errors import ConfigError
 from pipeline.files import load_function
-from pipeline.tasks.base import Head, Metrics, Table, Task, read_tensor
+from pipeline.tasks.base import (
+    Asked,
+    Column,
+    Head,
+    Kind,
+    Metrics,
+    Prepared,
+    Ragged,
+    Table,
+    Task,
+    read_tensor,
+)
 from pipeline.tasks.config import TaskConfig
 
-__all__ = ["Head", "Metrics", "Table", "Task", "TaskConfig", "open_task", "read_tensor"]
+__all__ = [
+    "Asked",
+    "Column",
+    "Head",
+    "Kind",
+    "Metrics",
+    "Prepared",
+    "Ragged",
+    "Table",
+    "Task",
+    "TaskConfig",
+    "open_task",
+    "read_tensor",
+]
+
+_KINDS = {
+    "classification": "pipeline.tasks.classification:Classification",
+    "multi-label": "pipeline.tasks.multi_label:MultiLabel",
+    "regression": "pipeline.tasks.regression:Regression",
+    "similarity": "pipeline.tasks.similarity:Similarity",
+    "tagging": "pipeline.tasks.tagging:Tagging",
+    "answers": "pipeline.tasks.answers:Answers",
+}
 
 
 def open_task(config: TaskConfig) -> Task:
@@ -19,15 +52,7 @@ def open_task(config: TaskConfig) -> Task:
     Raises:
         ConfigError: it names a loss, miner or function that does not exist, or options they do not take.
     """
-    if config.kind == "classification":
-        from pipeline.tasks.classification import Classification  # noqa: PLC0415
-
-        return Classification(config)
-    if config.kind == "similarity":
-        from pipeline.tasks.similarity import Similarity  # noqa: PLC0415
-
-        return Similarity(config)
-    task = load_function(config.kind, "task.kind")(config)
+    task = load_function(_KINDS.get(config.kind, config.kind), "task.kind")(config)
     if not isinstance(task, Task):
         raise ConfigError(f"task.kind is {config.kind!r}, which returned {type(task).__name__}; expected a Task")
     return task

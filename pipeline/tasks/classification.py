@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
 from pipeline.tasks.config import SCORES, TaskConfig
 
 NAMED = 5
@@ -24,7 +25,9 @@ class Classification(Task):
 
     def __init__(self, config: TaskConfig) -> None:
         self.label_smoothing = config.label_smoothing
+        self.balanced = config.class_weights == "balanced"
         self.monitor = config.monitor or SCORES[self.name][0]
+        self._weights: Tensor | None = None
 
     def head(self, table: Table) -> Head:
         return Head("classes", size=len(self.classes(table)))
@@ -37,7 +40,12 @@ class Classification(Task):
         """
         labels = column(table, "label", self.name)
         if labels.dtype.kind == "f":
-            raise DataError(f"the labels are {labels.dtype}; classification needs names or whole numbers")
+            raise DataError(
+                f"the labels are {labels.dtype}; classification needs names or whole numbers; to predict "
+                "numbers set task.kind: regression"
+            )
+        if labels.dtype == object:
+            raise DataError("the labels are lists; classification needs one per sample; set task.kind: multi-label")
         classes: list[Any] = np.unique(labels[table.split == "train"]).tolist()
         if len(classes) < 2:
             raise DataError(
@@ -47,24 +55,39 @@ class Classification(Task):
 
     def prepare(self, table: Table) -> dict[str, np.ndarray]:
         labels, classes = column(table, "label", self.name), np.array(self.classes(table))
-        unseen = ~np.isin(labels, classes)
-        if unseen.any():
-            names = np.unique(labels[unseen]).tolist()
-            told = ", ".join(map(repr, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
-            raise DataError(
-                f"{unseen.sum()} held-out samples have {len(names)} labels that training lacks ({told}); "
-                "add training samples of them, leave them out, or set another data.seed or data.validation"
-            )
-        return {"label": np.searchsorted(classes, labels).astype(np.int64)}
+        refuse_unseen(labels[~np.isin(labels, classes)].tolist())
+        numbers = np.searchsorted(classes, labels).astype(np.int64)
+        if self.balanced:
+            counts = np.bincount(numbers[table.split == "train"], minlength=len(classes))
+            self._weights = torch.from_numpy(counts.sum() / (len(classes) * counts)).float()
+        return {"label": numbers}
 
     def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
         return np.flatnonzero(table.split == split)
 
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
-        return F.cross_entropy(read_tensor(output).float(), targets["label"], label_smoothing=self.label_smoothing)
+        logits_BC = read_tensor(output).float()
+        weights = None if self._weights is None else self._weights.to(logits_BC.device)
+        return F.cross_entropy(logits_BC, targets["label"], weight=weights, label_smoothing=self.label_smoothing)
 
     def metrics(self) -> Metrics:
         return ClassificationScores()
+
+    def legend(self, table: Table) -> list[Any]:
+        return self.classes(table)
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        each: Kind = {str(label): float for label in legend}
+        return {"label": type(legend[0]), "probability": float, "probabilities": each}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        probabilities_BC = read_tensor(output).float().softmax(-1).cpu()
+        highest_B, number_B = probabilities_BC.max(-1)
+        return {
+            "label": np.array(legend)[number_B.numpy()],
+            "probability": highest_B.numpy(),
+            "probabilities": probabilities_BC.numpy(),
+        }
 
 
 class ClassificationScores:
@@ -91,3 +114,18 @@ class ClassificationScores:
 
     def reset(self) -> None:
         self._scores = {}
+
+
+def refuse_unseen(labels: list[Any]) -> None:
+    """Refuse labels that the training split lacks; each stands here once for every sample that has it.
+
+    Raises:
+        DataError: there are such labels; the message names up to five.
+    """
+    if labels:
+        names = sorted(set(labels))
+        told = ", ".join(map(repr, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
+        raise DataError(
+            f"{len(labels)} held-out samples have {len(names)} labels that training lacks ({told}); "
+            "add training samples of them, leave them out, or set another data.seed or data.validation"
+        )

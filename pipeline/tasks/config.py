@@ -4,28 +4,51 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.config import Section
 from pipeline.files import is_function
+from pipeline.tasks.heads import Layer, parse
 
 SCORES = {
     "classification": ("accuracy", "macro_f1"),
-    "similarity": ("precision_at_1", "reciprocal_rank", "r_precision"),
+    "multi-label": ("average_precision", "micro_f1", "macro_f1"),
+    "regression": ("rmse", "mae", "r2", "pearson", "spearman"),
+    "tagging": ("f1", "precision", "recall", "accuracy"),
+    "answers": ("f1", "exact_match"),
 }
-"""What each task is scored by; the first is its `monitor` unless another is set."""
+"""What each task is scored by; the first is its `monitor` unless another is set. Of similarity: `retrieval_scores`."""
 
-LABEL_LOSSES = frozenset(
-    {"arcface", "cosface", "normalized_softmax", "proxy_anchor", "soft_triple", "sub_center_arcface"}
-)
-"""Losses that hold trainable vectors for every label of the training split."""
+LOWER_IS_BETTER = frozenset({"rmse", "mae"})
+"""Scores that are errors."""
+
+REGRESSION_LOSSES = ("mse", "l1", "huber")
 
 _USED_BY: dict[str, frozenset[str]] = {
-    "classification": frozenset({"label_smoothing", "monitor"}),
-    "similarity": frozenset({"loss", "loss_options", "miner", "miner_options", "symmetric", "pooling", "layers"})
-    | {"samples_per_label", "monitor", "seed"},
+    "classification": frozenset({"label_smoothing", "class_weights", "monitor"}),
+    "multi-label": frozenset({"label_smoothing", "class_weights", "monitor"}),
+    "regression": frozenset({"loss", "loss_options", "monitor"}),
+    "similarity": frozenset({"loss", "loss_options", "distance", "miner", "miner_options", "memory", "symmetric"})
+    | {"pooling", "layers", "samples_per_label", "precision_at", "monitor", "seed"},
+    "tagging": frozenset({"label_smoothing", "monitor"}),
+    "answers": frozenset({"max_answer", "monitor"}),
     "module:function": frozenset({"options"}),
 }
+_DEFAULT_LOSS = {"similarity": "multiple_negatives", "regression": "mse"}
+
+
+def _default_loss(settings: dict[str, Any]) -> str:
+    return _DEFAULT_LOSS.get(settings.get("kind", ""), "")
+
+
+def retrieval_scores(precision_at: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the names of the scores of similarity."""
+    return (*(f"precision_at_{k}" for k in precision_at), "reciprocal_rank", "r_precision")
+
+
+def _checked(layer: Layer) -> Layer:
+    parse(layer)
+    return layer
 
 
 class TaskConfig(Section):
@@ -34,37 +57,64 @@ class TaskConfig(Section):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     kind: str = "classification"
-    """"classification" (one label per sample), "similarity" (an embedding in which what belongs together is near:
-    pairs, or samples under one label), or the user's own "module:function", which is called with this section and
-    returns a `Task`."""
+    """"classification" (one label per sample), "multi-label" (any number of them), "regression" (a number, or several),
+    "similarity" (an embedding in which what belongs together is near: pairs, or samples under one label), "tagging" (a
+    tag for every word: entities), "answers" (the span of a text that answers a question), or the user's own
+    "module:function", which is called with this section and returns a `Task`."""
     monitor: str | None = None
     """Score on the validation split that decides which epoch is best. classification: accuracy (default) or macro_f1;
-    similarity: precision_at_1 (default), reciprocal_rank or r_precision."""
+    multi-label: average_precision (default), micro_f1 or macro_f1; regression: rmse (default), mae, r2, pearson or
+    spearman, of which the first two are better the lower; similarity: precision_at_1 (default; at whatever
+    `precision_at` names), reciprocal_rank or r_precision; tagging: f1 of entities (default), precision, recall or
+    accuracy of tags; answers: f1 of words (default) or exact_match."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """classification: share of each target that is spread over all classes."""
-    loss: str = "multiple_negatives"
-    """similarity: a loss of pytorch-metric-learning. For pairs and labels: "multiple_negatives" (the others of the
-    batch are the negatives; also called "ntxent"), "contrastive", "triplet_margin", "multi_similarity", "circle",
-    "supcon"; for labels alone: "arcface", "cosface", "normalized_softmax", "proxy_anchor", "soft_triple",
-    "sub_center_arcface", which need `layers`."""
+    """classification, tagging: share of each target that is spread over all classes. multi-label: share of each yes and
+    no that becomes a maybe."""
+    class_weights: Literal["balanced"] | None = None
+    """classification, multi-label: "balanced" weighs each class as if all were equally frequent in the training
+    split (multi-label: as if as many samples had a label as not)."""
+    max_answer: int = Field(default=30, ge=1)
+    """answers: longest answer that is looked for, in tokens."""
+    loss: str = Field(default_factory=_default_loss)
+    """regression: "mse" (the default), "l1" or "huber", on standardised numbers. similarity: a loss of
+    pytorch-metric-learning. Of pairs and labels: "multiple_negatives" (the default: the others of the batch are the
+    negatives; also called "ntxent"), "contrastive", "online_contrastive" (of each sample the pairs alone that are
+    harder than the hardest of the other kind), "triplet_margin", "multi_similarity", "circle", "supcon". Of
+    labels: "fastap"; and with vectors per label that train along "arcface", "cosface", "sub_center_arcface",
+    "softmax", "normalized_softmax", "center" (softmax and a pull to the label's centre), "proxy_anchor", "proxy_nca",
+    "soft_triple"."""
     loss_options: dict[str, Any] = Field(default_factory=dict)
-    """similarity: arguments of the loss, as in {temperature: 0.05} or {margin: 0.2}."""
+    """regression, similarity: arguments of the loss, as in {delta: 0.5}, {temperature: 0.05} or {margin: 0.2}; a wrong
+    one is answered with those that exist."""
+    distance: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"
+    """similarity: how two embeddings are compared, by the loss, the miner and the scores. All but "cosine" see the
+    embeddings' lengths. Losses that are made for cosines refuse others."""
     miner: str | None = None
-    """similarity: what picks the informative pairs of a batch for the loss: "batch_hard", "batch_easy_hard",
-    "multi_similarity", "triplet_margin", "pair_margin", "angular" or "distance_weighted"."""
+    """similarity: what picks the informative pairs of a batch for the loss: "triplet_margin" (all triplets within the
+    margin; {type_of_triplets: hard} or semihard takes some), "batch_hard" (of each sample the furthest positive and
+    the nearest negative), "batch_easy_hard", "multi_similarity", "pair_margin", "hdc" (the hardest share), "angular"
+    or "distance_weighted"."""
     miner_options: dict[str, Any] = Field(default_factory=dict)
-    """similarity: arguments of the miner, as in {type_of_triplets: semihard}."""
+    """similarity: arguments of the miner, as in {type_of_triplets: semihard}. Its margin is the loss's, unless set."""
+    memory: int | None = Field(default=None, ge=1)
+    """similarity: also compare each batch with so many embeddings of the steps before (cross-batch memory,
+    arXiv:1912.06798): many more negatives than fit in a batch. It holds a batch at least. For losses of pairs but
+    "fastap"."""
     symmetric: bool = False
     """similarity of pairs: also look for the anchor of each positive, and take the mean of both losses."""
-    pooling: Literal["mean", "cls", "pooled"] | None = None
-    """similarity: how the vectors of a sample become one: the mean over its tokens, the first token, or what the
-    backbone itself pools. Unset: mean for texts, the backbone's own for images."""
-    layers: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = ()
-    """similarity: widths of linear layers after pooling, ReLU between them; the last is the embedding's size. Empty:
-    the embedding is what was pooled."""
+    pooling: Literal["mean", "cls", "max", "pooled"] | None = None
+    """similarity: how the vectors of a sample become one: the mean or the largest over its tokens, the first token, or
+    what the backbone itself pools. Unset: mean for texts, the backbone's own for images."""
+    layers: Annotated[tuple[Annotated[Layer, BeforeValidator(_checked)], ...], Field(strict=False)] = ()
+    """similarity: the head, layers after pooling, in order. Numbers are widths of linear layers, ReLU between them, as
+    in [512, 256]. By name there are linear, mlp, gated, skip, widening, dropout, layer_norm, activation and identity,
+    as in [{skip: {dropout: 0.1}}, {linear: 256}]; pipeline/tasks/heads.py has their options. Empty: the embedding is
+    what was pooled."""
     samples_per_label: int = Field(default=4, ge=2)
-    """similarity of labels: samples of one label that come together, as one of the `train.batch_size` units of a
-    batch, so that each has positives."""
+    """similarity of labels: K samples of one label come together, so that each has positives. They are one of the P
+    units of a batch: `train.batch_size` is P, and a batch has P x K samples of up to P labels."""
+    precision_at: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = (1,)
+    """similarity: of how many nearest neighbours the share that belongs to the query is scored, as in [1, 5, 10]."""
     seed: int = Field(default=0, ge=0)
     """similarity: seed of the loss's own weights."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -79,14 +129,16 @@ class TaskConfig(Section):
         faults = [
             f"{name} is {getattr(self, name)!r}, which kind {self.kind} does not use; remove it"
             for name in sorted(unused)
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+            if getattr(self, name)
+            != type(self).model_fields[name].get_default(call_default_factory=True, validated_data={"kind": self.kind})
         ]
-        if self.monitor is not None and self.monitor not in SCORES.get(kind, (self.monitor,)):
-            faults.append(f"monitor is {self.monitor!r}; {kind} has {', '.join(SCORES[kind])}")
+        known = retrieval_scores(self.precision_at) if kind == "similarity" else SCORES.get(kind)
+        if self.monitor is not None and known is not None and self.monitor not in known:
+            faults.append(f"monitor is {self.monitor!r}; {kind} has {', '.join(known)}")
+        if kind == "regression" and self.loss not in REGRESSION_LOSSES:
+            faults.append(f"loss is {self.loss!r}; regression has {', '.join(REGRESSION_LOSSES)}")
         if self.miner_options and self.miner is None:
             faults.append(f"miner_options is {self.miner_options!r}, but no miner is set; set one")
-        if self.loss in LABEL_LOSSES and not self.layers:
-            faults.append(f"layers is empty; loss {self.loss} must know the embedding's size: set it, as in [256]")
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -2,71 +2,237 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from pytorch_metric_learning import losses, miners
-from torch import nn
+import torch
+from pytorch_metric_learning import distances, losses, miners
+from pytorch_metric_learning.utils.common_functions import TorchInitWrapper
+from torch import Tensor, nn
 
-from pipeline.errors import ConfigError
-from pipeline.tasks.config import LABEL_LOSSES
+from pipeline.errors import ConfigError, TrainError
+
+# B batch, D channel, L label
+
+Compares = Literal["pairs", "labels", "vectors"]
+"""What a loss compares: samples with others (of a pair's other side, of a memory) or among themselves; samples among
+themselves alone; samples with vectors per label."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A loss or miner: its class, the defaults that are ours, and how it stands to `task.distance`."""
+
+    make: Any
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    compares: Compares = "pairs"
+    distance: Literal["given", "cosine", "none"] = "given"
+    """given: any, as an argument. cosine: its own, that of cosines. none: it compares no two embeddings."""
+    miner: tuple[str, Mapping[str, Any]] | None = None
+    """Miner that is part of what the loss is."""
+
+
+class SoftmaxLoss(losses.NormalizedSoftmaxLoss):  # type: ignore[misc]
+    """Cross entropy of a linear layer without bias: the library's, with nothing normalised."""
+
+    def __init__(self, num_classes: int, embedding_size: int) -> None:
+        super().__init__(num_classes, embedding_size, weight_init_func=TorchInitWrapper(nn.init.xavier_uniform_))
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Return (B, L) for (B, D)."""
+        logits: Tensor = embeddings @ self.W
+        return logits
+
+
+class CenterLoss(nn.Module):
+    """Softmax loss, and half the squared distance of each sample to its label's centre times `weight`.
+
+    Equations 4 and 5 of Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016:
+    centres move towards the mean of a batch's samples by `rate`, not by the optimiser.
+    """
+
+    def __init__(self, num_classes: int, embedding_size: int, weight: float = 0.003, rate: float = 0.5) -> None:
+        super().__init__()
+        self.weight, self.rate = weight, rate
+        self.softmax = SoftmaxLoss(num_classes, embedding_size)
+        self.centers_LD: Tensor
+        self.register_buffer("centers_LD", torch.zeros(num_classes, embedding_size))
+
+    def forward(self, embeddings_BD: Tensor, labels_B: Tensor, indices_tuple: object = None) -> Tensor:
+        apart_BD = embeddings_BD - self.centers_LD[labels_B]
+        loss: Tensor = self.softmax(embeddings_BD, labels_B, indices_tuple)
+        loss = loss + self.weight / 2 * apart_BD.square().sum(dim=1).mean()
+        with torch.no_grad():
+            moves_LD = torch.zeros_like(self.centers_LD).index_add_(0, labels_B, apart_BD)
+            counts_L = torch.bincount(labels_B, minlength=len(moves_LD))
+            self.centers_LD += self.rate * moves_LD / (1 + counts_L.unsqueeze(1))
+        return loss
+
+
+class Memory(losses.CrossBatchMemory):  # type: ignore[misc]
+    """The library's cross-batch memory, whose place in its ring is part of its state."""
+
+    def forward(self, embeddings: Tensor, labels: Tensor, enqueue_mask: Tensor | None = None) -> Tensor:
+        """Return the loss of the samples not in `enqueue_mask` (all, if None) against the memory, these included."""
+        kept = len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum())
+        if kept > self.memory_size:
+            raise TrainError(
+                f"task.memory is {self.memory_size} embeddings; a batch brings {kept}: set it to several batches, or "
+                "lower train.batch_size"
+            )
+        loss: Tensor = super().forward(embeddings, labels, enqueue_mask=enqueue_mask)
+        return loss
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.queue_idx, int(self.has_been_filled)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        place, filled = state.tolist()
+        self.queue_idx, self.has_been_filled = place, bool(filled)
+
 
 _IN_BATCH = {"temperature": 0.05}  # a scale of 20 on the cosines, as sentence encoders are usually trained
+_MARGIN = {"margin": 0.2}
 
-_LOSSES: dict[str, tuple[Any, Mapping[str, Any]]] = {
-    "multiple_negatives": (losses.NTXentLoss, _IN_BATCH),
-    "ntxent": (losses.NTXentLoss, _IN_BATCH),
-    "contrastive": (losses.ContrastiveLoss, {}),
-    "triplet_margin": (losses.TripletMarginLoss, {}),
-    "multi_similarity": (losses.MultiSimilarityLoss, {}),
-    "circle": (losses.CircleLoss, {}),
-    "supcon": (losses.SupConLoss, {}),
-    "arcface": (losses.ArcFaceLoss, {}),
-    "cosface": (losses.CosFaceLoss, {}),
-    "normalized_softmax": (losses.NormalizedSoftmaxLoss, {}),
-    "proxy_anchor": (losses.ProxyAnchorLoss, {}),
-    "soft_triple": (losses.SoftTripleLoss, {}),
-    "sub_center_arcface": (losses.SubCenterArcFaceLoss, {}),
+_LOSSES: dict[str, Choice] = {
+    "multiple_negatives": Choice(losses.NTXentLoss, _IN_BATCH),
+    "ntxent": Choice(losses.NTXentLoss, _IN_BATCH),
+    "contrastive": Choice(losses.ContrastiveLoss),
+    "online_contrastive": Choice(losses.ContrastiveLoss, miner=("multi_similarity", {"epsilon": 0.0})),
+    "triplet_margin": Choice(losses.TripletMarginLoss, _MARGIN),
+    "multi_similarity": Choice(losses.MultiSimilarityLoss),
+    "circle": Choice(losses.CircleLoss, distance="cosine"),
+    "supcon": Choice(losses.SupConLoss),
+    "fastap": Choice(losses.FastAPLoss, compares="labels", distance="cosine"),
+    "arcface": Choice(losses.ArcFaceLoss, compares="vectors", distance="cosine"),
+    "cosface": Choice(losses.CosFaceLoss, compares="vectors", distance="cosine"),
+    "sub_center_arcface": Choice(losses.SubCenterArcFaceLoss, compares="vectors", distance="cosine"),
+    "normalized_softmax": Choice(losses.NormalizedSoftmaxLoss, compares="vectors", distance="cosine"),
+    "softmax": Choice(SoftmaxLoss, compares="vectors", distance="none"),
+    "center": Choice(CenterLoss, compares="vectors", distance="none"),
+    "proxy_anchor": Choice(losses.ProxyAnchorLoss, compares="vectors"),
+    "proxy_nca": Choice(losses.ProxyNCALoss, compares="vectors", distance="cosine"),
+    "soft_triple": Choice(losses.SoftTripleLoss, compares="vectors", distance="cosine"),
 }
 
-_MINERS: dict[str, Any] = {
-    "angular": miners.AngularMiner,
-    "batch_easy_hard": miners.BatchEasyHardMiner,
-    "batch_hard": miners.BatchHardMiner,
-    "distance_weighted": miners.DistanceWeightedMiner,
-    "multi_similarity": miners.MultiSimilarityMiner,
-    "pair_margin": miners.PairMarginMiner,
-    "triplet_margin": miners.TripletMarginMiner,
+_MINERS: dict[str, Choice] = {
+    "angular": Choice(miners.AngularMiner, distance="cosine"),
+    "batch_easy_hard": Choice(miners.BatchEasyHardMiner),
+    "batch_hard": Choice(miners.BatchHardMiner),
+    "distance_weighted": Choice(miners.DistanceWeightedMiner, distance="cosine"),
+    "hdc": Choice(miners.HDCMiner),
+    "multi_similarity": Choice(miners.MultiSimilarityMiner),
+    "pair_margin": Choice(miners.PairMarginMiner),
+    "triplet_margin": Choice(miners.TripletMarginMiner),
 }
 
+_DISTANCES: dict[str, Any] = {
+    "cosine": distances.CosineSimilarity,
+    "dot": lambda: distances.DotProductSimilarity(normalize_embeddings=False),
+    "euclidean": lambda: distances.LpDistance(normalize_embeddings=False, p=2),
+    "manhattan": lambda: distances.LpDistance(normalize_embeddings=False, p=1),
+}
 
-def make_loss(name: str, options: Mapping[str, Any], *, labels: int = 0, width: int = 0) -> nn.Module:
+_MARGINS_OF_SIMILARITY = {
+    losses.ContrastiveLoss: {"pos_margin": 1.0, "neg_margin": 0.0},
+    miners.PairMarginMiner: {"pos_margin": 0.8, "neg_margin": 0.2},
+}
+"""Where near is large, as with cosines: the library's own defaults are margins of distances."""
+
+_NOT_FROM_YAML = frozenset(
+    {"num_classes", "embedding_size", "distance", "reducer", "collect_stats", "mat_based_loss", "weight_init_func"}
+    | {"embedding_regularizer", "embedding_reg_weight", "weight_regularizer", "weight_reg_weight"}
+)
+
+
+def choose_loss(name: str, distance: str) -> Choice:
+    """Return what the loss `name` is.
+
+    Raises:
+        ConfigError: there is no such loss, or it does not compare by this distance.
+    """
+    return _choose(_LOSSES, name, distance, "loss")
+
+
+def make_distance(name: str) -> nn.Module:
+    """Return `task.distance`: embeddings (B, D) and (R, D) -> how far, or how similar, each two are, (B, R)."""
+    made: nn.Module = _DISTANCES[name]()
+    return made
+
+
+def make_loss(name: str, options: Mapping[str, Any], distance: str, *, labels: int = 0, width: int = 0) -> nn.Module:
     """Return the loss `name`; one that holds vectors per label has them for `labels` labels, each of size `width`.
 
     Raises:
-        ConfigError: there is no such loss, or it does not take these options.
+        ConfigError: there is no such loss, or it does not take these options or this distance.
     """
-    if name not in _LOSSES:
-        raise ConfigError(f"task.loss is {name!r}; expected one of {', '.join(sorted(_LOSSES))}")
-    kind, defaults = _LOSSES[name]
-    sizes = {"num_classes": labels, "embedding_size": width} if name in LABEL_LOSSES else {}
-    return _make(kind, {**defaults, **options, **sizes}, "task.loss_options", options)
+    choice = choose_loss(name, distance)
+    sizes = {"num_classes": labels, "embedding_size": width} if choice.compares == "vectors" else {}
+    return _make(choice, options, distance, "task.loss_options", sizes)
 
 
-def make_miner(name: str, options: Mapping[str, Any]) -> nn.Module:
-    """Return the miner `name`.
+def make_miner(
+    name: str | None, options: Mapping[str, Any], distance: str, *, loss: str, loss_options: Mapping[str, Any]
+) -> nn.Module | None:
+    """Return the miner `name` for a loss, or the one that the loss brings; None if there is neither.
 
     Raises:
-        ConfigError: there is no such miner, or it does not take these options.
+        ConfigError: there is no such miner, or it does not take these options or this distance.
     """
-    if name not in _MINERS:
-        raise ConfigError(f"task.miner is {name!r}; expected one of {', '.join(sorted(_MINERS))}")
-    return _make(_MINERS[name], options, "task.miner_options", options)
+    brought = _LOSSES[loss].miner
+    if name is None:
+        return None if brought is None else _make(_MINERS[brought[0]], {}, distance, "task.miner_options", brought[1])
+    if brought is not None:
+        raise ConfigError(f"task.miner is {name!r}; {loss} brings its own: remove it, or set task.loss to contrastive")
+    choice = _choose(_MINERS, name, distance, "miner")
+    margin = {**_LOSSES[loss].defaults, **loss_options}.get("margin")
+    shared = {} if margin is None or "margin" not in _options(choice.make) else {"margin": margin}
+    return _make(choice, {**shared, **options}, distance, "task.miner_options", {})
 
 
-def _make(kind: Any, arguments: Mapping[str, Any], setting: str, options: Mapping[str, Any]) -> nn.Module:
+def _choose(known: Mapping[str, Choice], name: str, distance: str, setting: str) -> Choice:
+    if name not in known:
+        raise ConfigError(f"task.{setting} is {name!r}; expected one of {', '.join(sorted(known))}")
+    if known[name].distance == "cosine" and distance != "cosine":
+        free = ", ".join(sorted(other for other, choice in known.items() if choice.distance != "cosine"))
+        raise ConfigError(
+            f"task.distance is {distance!r}; the {setting} {name} is made for cosine: remove task.distance, or set "
+            f"task.{setting} to one of {free}"
+        )
+    return known[name]
+
+
+def _make(
+    choice: Choice, options: Mapping[str, Any], distance: str, setting: str, others: Mapping[str, Any]
+) -> nn.Module:
+    known = _options(choice.make)
+    for option, value in options.items():
+        if option not in known:
+            raise ConfigError(f"{setting} has {option}; {choice.make.__name__} takes {', '.join(known) or 'none'}")
+        number = isinstance(known[option], int | float) and not isinstance(known[option], bool)
+        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{setting}.{option} is {value!r}; {choice.make.__name__} expects a number")
+    given = {**choice.defaults}
+    if choice.distance == "given":
+        measure = make_distance(distance)
+        given |= {"distance": measure, **(_MARGINS_OF_SIMILARITY.get(choice.make, {}) if measure.is_inverted else {})}
     try:
-        made: nn.Module = kind(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{setting} is {dict(options)}; {kind.__name__} does not take it: {error}") from error
+        made: nn.Module = choice.make(**{**given, **options, **others})
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{setting} is {dict(options)}; {choice.make.__name__} does not take it: {error}") from error
     return made
+
+
+def _options(kind: type) -> dict[str, Any]:
+    """Return the names of what a class of the library can be told in params.yaml, with their defaults."""
+    found: dict[str, Any] = {}
+    for base in inspect.getmro(kind):
+        parameters = inspect.signature(base).parameters if "__init__" in vars(base) else {}
+        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        named = {name: p.default for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+        found |= {name: default for name, default in named.items() if name not in {*found, *_NOT_FROM_YAML}}
+        if parameters and not passes_on:
+            break
+    return found

@@ -1,92 +1,170 @@
-"""Scores of an embedding: for each query, are the samples that belong to it the nearest?"""
+"""Scores of an embedding: for each query, are the samples that belong to it the nearest?
+
+They are computed some queries at a time, so that memory is that of the embeddings, twice, and what `MAX_SIMILARITIES`
+allows. Of references that are equally near, those that do not belong come first: an embedding in which all samples are
+one scores nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.inference import CustomKNN
 from torch import Tensor
 
 from pipeline.tasks.base import read_tensor
-from pipeline.tasks.config import SCORES
+from pipeline.tasks.config import retrieval_scores
+from pipeline.tasks.losses import make_distance
 
-# Q query, R reference, D channel
+# Q query, R reference, D channel, M member (reference of the query's group), K nearest
 
-CALCULATED = {
-    "precision_at_1": "precision_at_1",
-    "reciprocal_rank": "mean_reciprocal_rank",
-    "r_precision": "r_precision",
-}
-"""Our names of the scores -> those of pytorch-metric-learning."""
-
-MAX_SIMILARITIES = 1 << 21
-"""Similarities held at a time; with what the scores derive from them this is about 100 MB."""
+MAX_SIMILARITIES = 1 << 24
+"""Similarities held at a time, 64 MB. What is derived of them takes about as much again; seven times, where half of the
+samples are of one group."""
+NEVER = torch.iinfo(torch.int64).max
+EQUAL = 1e-6
+"""Similarities that are no further apart count as equal, relative to their size where that is above 1."""
 
 
 class RetrievalScores:
-    """`precision_at_1`, `reciprocal_rank` and `r_precision` by cosine, each the mean over queries, in 0..1.
+    """`precision_at_<k>`, `reciprocal_rank` and `r_precision`, each the mean over queries, in 0..1.
 
     Of pairs, anchors are queries among all positives. Otherwise each sample is a query among all others. Queries that
-    nothing belongs to do not count.
+    nothing belongs to do not count. Precision at k is the share of the k nearest that belongs to the query, R-precision
+    that of the R nearest where R belong to it, and the reciprocal rank that of the first that does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, distance: str = "cosine", precision_at: Sequence[int] = (1,)) -> None:
+        self._distance, self._precision_at = distance, tuple(precision_at)
         self.reset()
 
     def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
-        embeddings = read_tensor(output).detach().float().cpu()
-        roles = targets["role"] if "role" in targets else torch.full((len(embeddings),), -1)
-        self._embeddings.append(embeddings)
-        self._groups.append(targets["group"].cpu())
-        self._roles.append(roles.cpu())
+        embeddings_BD, groups_B = read_tensor(output).detach().float().cpu(), targets["group"].cpu()
+        if "role" not in targets:
+            self._queries.append((embeddings_BD, groups_B))
+            return
+        positive_B = targets["role"].cpu() == 1
+        self._queries.append((embeddings_BD[~positive_B], groups_B[~positive_B]))
+        self._references.append((embeddings_BD[positive_B], groups_B[positive_B]))
 
     def compute(self) -> dict[str, float]:
-        if not self._embeddings:
-            return dict.fromkeys(SCORES["similarity"], float("nan"))
-        embeddings, groups, roles = (torch.cat(seen) for seen in (self._embeddings, self._groups, self._roles))
-        if (roles >= 0).all():
-            return rank(embeddings[roles == 0], groups[roles == 0], embeddings[roles == 1], groups[roles == 1])
-        return rank(embeddings, groups, embeddings, groups, same=True)
+        if not self._queries:
+            return dict.fromkeys(retrieval_scores(self._precision_at), float("nan"))
+        references = _joined(self._references) if self._references else (None, None)
+        return rank(*_joined(self._queries), *references, distance=self._distance, precision_at=self._precision_at)
 
     def reset(self) -> None:
-        self._embeddings: list[Tensor] = []
-        self._groups: list[Tensor] = []
-        self._roles: list[Tensor] = []
+        self._queries: list[tuple[Tensor, Tensor]] = []
+        self._references: list[tuple[Tensor, Tensor]] = []
 
 
 def rank(
-    queries_QD: Tensor, query_groups: Tensor, references_RD: Tensor, reference_groups: Tensor, *, same: bool = False
+    query_QD: Tensor,
+    group_Q: Tensor,
+    reference_RD: Tensor | None = None,
+    group_R: Tensor | None = None,
+    *,
+    distance: str = "cosine",
+    precision_at: Sequence[int] = (1,),
 ) -> dict[str, float]:
-    """Return the scores of queries among references, some queries at a time.
+    """Return the scores of queries among references, float32 on the CPU, some queries at a time.
 
-    With `same`, queries and references are the same samples, and none is compared with itself.
+    Without references, queries are ranked among themselves, and none is compared with itself.
     """
-    calculator = AccuracyCalculator(
-        include=tuple(CALCULATED.values()), device=torch.device("cpu"), knn_func=CustomKNN(CosineSimilarity())
-    )
-    counted = torch.nonzero(_has_match(query_groups, reference_groups, least=2 if same else 1)).flatten()
-    sums = dict.fromkeys(CALCULATED, 0.0)
-    step = max(1, MAX_SIMILARITIES // max(1, len(references_RD)))
+    measure: Any = make_distance(distance)
+    query_QD = _ready(query_QD, measure)
+    if reference_RD is None or group_R is None:
+        reference_RD, members = query_QD, Members.of(group_Q, group_Q, itself=True)
+    else:
+        reference_RD, members = _ready(reference_RD, measure), Members.of(group_R, group_Q, itself=False)
+    counted = torch.argsort(members.relevant)  # queries with as many members share their blocks' sizes
+    counted = counted[members.relevant[counted] > 0]
+    names = retrieval_scores(tuple(precision_at))
+    if not len(counted):
+        return dict.fromkeys(names, float("nan"))
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    step = max(1, MAX_SIMILARITIES // len(reference_RD))
     for start in range(0, len(counted), step):
         chosen = counted[start : start + step]
-        if same:  # the calculator finds a query among the references by its place: the first ones are the queries
-            rest = torch.ones(len(references_RD), dtype=torch.bool).index_fill_(0, chosen, False)
-            order = torch.cat([chosen, torch.nonzero(rest).flatten()])
-        else:
-            order = torch.arange(len(references_RD))
-        found = calculator.get_accuracy(
-            queries_QD[chosen], query_groups[chosen], references_RD[order], reference_groups[order], same
-        )
-        for name, theirs in CALCULATED.items():
-            sums[name] += found[theirs] * len(chosen)
-    return {name: total / len(counted) if len(counted) else float("nan") for name, total in sums.items()}
+        near_QR = measure.compute_mat(query_QD[chosen], reference_RD)
+        if not measure.is_inverted:
+            near_QR.neg_()
+        sums += _sums(near_QR, *members.rows(chosen), members.relevant[chosen], precision_at)
+    return dict(zip(names, (sums / len(counted)).tolist(), strict=True))
 
 
-def _has_match(query_groups: Tensor, reference_groups: Tensor, *, least: int) -> Tensor:
-    """Say for each query whether at least so many references are of its group, (Q,) bool."""
-    groups, counts = torch.unique(reference_groups, return_counts=True)
-    return torch.isin(query_groups, groups[counts >= least])
+@dataclass(frozen=True)
+class Members:
+    """Which references are of each query's group."""
+
+    order: Tensor
+    """The references, sorted by group, (R,)."""
+    start: Tensor
+    """Where in `order` a query's group begins, (Q,)."""
+    count: Tensor
+    """How many references are of its group, (Q,)."""
+    itself: bool
+    """Whether the queries are the references."""
+
+    @classmethod
+    def of(cls, group_R: Tensor, group_Q: Tensor, itself: bool) -> Members:
+        """Find the members of each query's group."""
+        order = torch.argsort(group_R, stable=True)
+        sorted_R = group_R[order]
+        start_Q = torch.searchsorted(sorted_R, group_Q)
+        return cls(order, start_Q, torch.searchsorted(sorted_R, group_Q, right=True) - start_Q, itself)
+
+    @property
+    def relevant(self) -> Tensor:
+        """How many references belong to each query, (Q,); itself does not."""
+        return self.count - 1 if self.itself else self.count
+
+    def rows(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the references of the groups of `chosen` queries, (Q, M), and which of them to count, (Q, M) bool.
+
+        A group of fewer than M is filled up with its first member.
+        """
+        count_Q1 = self.count[chosen].unsqueeze(1)
+        column_M = torch.arange(int(count_Q1.max()))
+        counts_QM = column_M < count_Q1
+        member_QM = self.order[self.start[chosen].unsqueeze(1) + torch.where(counts_QM, column_M, 0)]
+        return member_QM, (counts_QM & (member_QM != chosen.unsqueeze(1)) if self.itself else counts_QM)
+
+
+def _sums(
+    near_QR: Tensor, member_QM: Tensor, counts_QM: Tensor, relevant_Q: Tensor, precision_at: Sequence[int]
+) -> Tensor:
+    """Return each score, summed over queries, float64; `near_QR` is overwritten."""
+    right_QM = near_QR.gather(1, member_QM).masked_fill_(~counts_QM, float("-inf")).sort(dim=1, descending=True).values
+    wrong_QR = near_QR.scatter_(1, member_QM, float("-inf"))
+    least_QM = right_QM - EQUAL * right_QM.abs().clamp(min=1)
+    nearest = min(max(int(relevant_Q.max()), *precision_at), wrong_QR.shape[1])
+    wrong_QK = wrong_QR.topk(nearest, dim=1).values.flip(1)
+    before_QM = nearest - torch.searchsorted(wrong_QK, least_QM)
+    rank_QM = torch.arange(1, right_QM.shape[1] + 1) + before_QM
+    rank_QM.masked_fill_(right_QM == float("-inf"), NEVER)
+    # numpy counts what is true several times faster than torch, and in no more memory than the truths take
+    first_Q = 1 + torch.from_numpy((wrong_QR >= least_QM[:, :1]).numpy().sum(axis=1))
+    scores = [
+        *((rank_QM <= k).sum(dim=1) / k for k in precision_at),
+        1 / first_Q,
+        (rank_QM <= relevant_Q.unsqueeze(1)).sum(dim=1) / relevant_Q,
+    ]
+    return torch.stack([score.double().sum() for score in scores])
+
+
+def _ready(embeddings: Tensor, measure: Any) -> Tensor:
+    """Return embeddings as they are compared; what is no number is far from everything by being nothing."""
+    if not torch.isfinite(embeddings).all():
+        embeddings = torch.nan_to_num(embeddings, posinf=0.0, neginf=0.0)
+    ready: Tensor = measure.maybe_normalize(embeddings)
+    return ready
+
+
+def _joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return embeddings and groups of all batches, which the list holds as one from now on."""
+    embeddings, groups = zip(*batches, strict=True)
+    batches[:] = [(torch.cat(embeddings), torch.cat(groups))]
+    return batches[0]

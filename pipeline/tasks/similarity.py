@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor
-from pipeline.tasks.config import LABEL_LOSSES, SCORES, TaskConfig
-from pipeline.tasks.losses import make_loss, make_miner
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.config import TaskConfig, retrieval_scores
+from pipeline.tasks.heads import last_width
+from pipeline.tasks.losses import Memory, choose_loss, make_loss, make_miner
 from pipeline.tasks.retrieval import RetrievalScores
 
 ROLES = ("anchor", "positive")
+
+# B batch, D channel
 
 
 class Similarity(Task):
@@ -25,50 +28,73 @@ class Similarity(Task):
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
-        self.monitor = config.monitor or SCORES[self.name][0]
-        self.miner = None if config.miner is None else make_miner(config.miner, config.miner_options)
-        self._by_label = config.loss in LABEL_LOSSES
-        self._loss = None if self._by_label else make_loss(config.loss, config.loss_options)
+        self.monitor = config.monitor or retrieval_scores(config.precision_at)[0]
+        self._kind = choose_loss(config.loss, config.distance)
+        if config.memory is not None and self._kind.compares != "pairs":
+            raise ConfigError(
+                f"task.memory is {config.memory}; loss {config.loss} compares no sample with another batch's: remove it"
+            )
+        self._miner = make_miner(
+            config.miner, config.miner_options, config.distance, loss=config.loss, loss_options=config.loss_options
+        )
+        self._loss = None if self._kind.compares == "vectors" else self._make_loss()
+        self._memories: nn.ModuleList | None = None
 
     @property
     def loss_module(self) -> nn.Module | None:
-        return self._loss if self._by_label else None
+        return self._loss if self._kind.compares == "vectors" else self._memories
 
     def head(self, table: Table) -> Head:
         return Head("embedding", pooling=self.config.pooling, layers=self.config.layers)
 
     def prepare(self, table: Table) -> dict[str, np.ndarray]:
-        names = self._names(table)
-        training, held_out = table.split == "train", table.split == "validation"
-        known = np.unique(names[training])
+        names, pairs = self._names(table), _is_pairs(table)
+        known = np.unique(names[table.split == "train"])
         if len(known) < 2:
             raise DataError(f"the training split has {len(known)} labels or groups; similarity needs two or more")
-        if _is_pairs(table):
-            if self._by_label:
-                raise ConfigError(f"task.loss is {self.config.loss!r}, which needs labels; for pairs set another loss")
-        else:
-            if not self._by_label:
-                _check_matches(names[training], "training")
-            _check_matches(names[held_out], "validation")
+        if pairs and self._kind.compares != "pairs":
+            raise ConfigError(f"task.loss is {self.config.loss!r}, which needs labels; for pairs set another loss")
+        check = _check_pairs if pairs else _check_labels
+        for split in ("validation",) if self._kind.compares == "vectors" else ("train", "validation"):
+            check(table, names, split)
         # Labels of the training split come first, because a loss with vectors per label numbers them from 0.
         order = np.concatenate([known, np.setdiff1d(names, known)])
         numbers = {name: number for number, name in enumerate(order.tolist())}
         targets = {"group": np.array([numbers[name] for name in names.tolist()], np.int64)}
-        if _is_pairs(table):
+        if pairs:
             targets["role"] = np.array([ROLES.index(role) for role in table.targets["role"].tolist()], np.int64)
-        self._make_loss_once(len(known))
+        self._make_state_once(len(known), sides=2 if pairs and self.config.symmetric else 1)
         return targets
 
-    def _make_loss_once(self, labels: int) -> None:
-        """Make the loss that has weights of its own: later calls must leave those being trained as they are."""
+    def _make_loss(self, **sizes: int) -> nn.Module:
+        return make_loss(self.config.loss, self.config.loss_options, self.config.distance, **sizes)
+
+    def _make_state_once(self, labels: int, sides: int) -> None:
+        """Make what the loss has of its own: later calls must leave weights and memories in training as they are."""
+        config = self.config
         if self._loss is None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.config.seed)
-                config = self.config
-                self._loss = make_loss(config.loss, config.loss_options, labels=labels, width=config.layers[-1])
+                torch.manual_seed(config.seed)
+                self._loss = self._make_loss(labels=labels, width=self._width("task.loss", config.loss))
+        if config.memory is not None and self._memories is None:
+            width = self._width("task.memory", config.memory)
+            made = [Memory(self._loss, width, config.memory, self._miner) for _ in range(sides)]
+            self._memories = nn.ModuleList(made)
+
+    def _width(self, setting: str, value: object) -> int:
+        width = self.width or last_width(self.config.layers)
+        if width is None:
+            raise ConfigError(
+                f"{setting} is {value!r}, which must know the size of the embeddings, and the backbone does not tell: "
+                "end task.layers in a linear layer, as in [256]"
+            )
+        return width
 
     def _names(self, table: Table) -> np.ndarray:
-        return column(table, "group" if _is_pairs(table) else "label", self.name)
+        names = column(table, "group" if _is_pairs(table) else "label", self.name)
+        if names.dtype.kind not in "iuUS":
+            raise DataError(f"the labels are {names.dtype}; similarity needs names or whole numbers, one per sample")
+        return names
 
     def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray | list[np.ndarray]:
         rows = np.flatnonzero(table.split == split)
@@ -83,27 +109,38 @@ class Similarity(Task):
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
         # The losses exponentiate: half precision is not enough for them.
         embeddings_BD, groups_B = read_tensor(output).float(), targets["group"]
-        if "role" not in targets:
-            return self._compare(embeddings_BD, groups_B)
-        anchors, positives = targets["role"] == 0, targets["role"] == 1
-        there = self._compare(embeddings_BD[anchors], groups_B[anchors], embeddings_BD[positives], groups_B[positives])
-        if not self.config.symmetric:
-            return there
-        back = self._compare(embeddings_BD[positives], groups_B[positives], embeddings_BD[anchors], groups_B[anchors])
-        return (there + back) / 2
+        with torch.autocast(embeddings_BD.device.type, enabled=False):
+            if "role" not in targets:
+                return self._compare(embeddings_BD, groups_B)
+            there = self._compare(embeddings_BD, groups_B, targets["role"] == 1)
+            if not self.config.symmetric:
+                return there
+            return (there + self._compare(embeddings_BD, groups_B, targets["role"] == 0, side=1)) / 2
 
     def _compare(
-        self, embeddings: Tensor, groups: Tensor, others: Tensor | None = None, their: Tensor | None = None
+        self, embeddings_BD: Tensor, groups_B: Tensor, others_B: Tensor | None = None, *, side: int = 0
     ) -> Tensor:
-        if self._loss is None:
-            raise TrainError(f"task.loss {self.config.loss} has weights per label; call prepare(table) before the loss")
-        references = {} if others is None else {"ref_emb": others, "ref_labels": their}
-        chosen = None if self.miner is None else self.miner(embeddings, groups, **references)
-        loss: Tensor = self._loss(embeddings, groups, chosen, **references)
+        """Return the loss of a batch with itself, or of its samples with `others_B` of them; and with the memory."""
+        if self._loss is None or (self.config.memory is not None and self._memories is None):
+            raise TrainError(f"task.loss {self.config.loss} has state of its own; call prepare(table) before the loss")
+        anchors, references = (embeddings_BD, groups_B), {}
+        if others_B is not None:
+            anchors = (embeddings_BD[~others_B], groups_B[~others_B])
+            references = {"ref_emb": embeddings_BD[others_B], "ref_labels": groups_B[others_B]}
+        chosen = None if self._miner is None else self._miner(*anchors, **references)
+        loss: Tensor = self._loss(*anchors, chosen, **references)
+        if self._memories is not None:  # gradients reach the memory's side through the batch alone
+            loss = loss + self._memories[side](embeddings_BD, groups_B, enqueue_mask=others_B)
         return loss
 
     def metrics(self) -> Metrics:
-        return RetrievalScores()
+        return RetrievalScores(self.config.distance, self.config.precision_at)
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"embedding": [float]}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        return {"embedding": read_tensor(output).float().cpu().numpy()}
 
 
 def draw_groups(rows: np.ndarray, labels: np.ndarray, size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
@@ -128,6 +165,15 @@ def _is_pairs(table: Table) -> bool:
     return "pair" in table.targets
 
 
-def _check_matches(names: np.ndarray, split: str) -> None:
-    if len(names) and np.unique(names, return_counts=True)[1].max() < 2:
+def _check_labels(table: Table, names: np.ndarray, split: str) -> None:
+    rows = table.split == split
+    if not rows.any():
+        raise DataError(f"the {split} split is empty; set data.validation, or give the samples a split")
+    if np.unique(names[rows], return_counts=True)[1].max() < 2:
         raise DataError(f"no label of the {split} split has two samples; similarity compares samples of one label")
+
+
+def _check_pairs(table: Table, names: np.ndarray, split: str) -> None:
+    anchors, positives = (names[(table.split == split) & (table.targets["role"] == role)] for role in ROLES)
+    if not np.isin(anchors, positives).any():
+        raise DataError(f"the {split} split has no pair that belongs together; set data.validation, or add pairs")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
@@ -26,7 +27,17 @@ def table(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("settings", "faults"),
     [
-        ({"source": "video", "path": "x"}, ["source is 'video'", "images, pixels, text, pairs"]),
+        (
+            {"source": "video", "path": "x"},
+            ["source is 'video'", "images, audio, text, pairs, conll, tagged, squad, pixels, arrays, torch"],
+        ),
+        ({"source": "torchvision", "path": "x"}, ["name is not set; source torchvision needs it"]),
+        ({"source": "images", "path": "x", "download": True}, ["download is True, which source images does not use"]),
+        ({"source": "arrays", "path": "x", "label": ["a", "b"]}, ["only tables have several fields"]),
+        (
+            {"source": "text", "path": "x", "text": "t", "label": ["a", "b"], "delimiter": "|"},
+            ["only tables have several fields, and without a delimiter"],
+        ),
         ({"source": "images"}, ["path is not set; source images needs it"]),
         (
             {"source": "pairs", "path": "x", "anchor": "q", "text": "t"},
@@ -129,18 +140,29 @@ def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "p.npz", x=np.array([object], object), y=np.zeros(1))
     for name in ("p.npy", "p.npz"):
         with pytest.raises(DataError, match="cannot be read"):
-            open_source(DataConfig(source="pixels", path=str(tmp_path / name)))
+            open_source(DataConfig(source="arrays", path=str(tmp_path / name)))
 
 
 def test_arrays_that_do_not_fit(tmp_path: Path) -> None:
     np.savez(tmp_path / "p.npz", x=np.zeros((3, 2, 2)), y=np.zeros(2))
-    with pytest.raises(DataError, match=r"images \(3, 2, 2\) and labels \(2,\)"):
-        open_source(DataConfig(source="pixels", path=str(tmp_path / "p.npz")))
+    with pytest.raises(DataError, match=r"samples \(3, 2, 2\) and labels \(2,\)"):
+        open_source(DataConfig(source="arrays", path=str(tmp_path / "p.npz")))
     with pytest.raises(ConfigError, match=r"data\.label is 'z'; .* holds x, y"):
-        open_source(DataConfig(source="pixels", path=str(tmp_path / "p.npz"), label="z"))
+        open_source(DataConfig(source="arrays", path=str(tmp_path / "p.npz"), label="z"))
     np.save(tmp_path / "p.npy", np.zeros((3, 2, 2)))
     with pytest.raises(ConfigError, match=r"p\.labels\.npy is missing"):
-        open_source(DataConfig(source="pixels", path=str(tmp_path / "p.npy")))
+        open_source(DataConfig(source="arrays", path=str(tmp_path / "p.npy")))
+    np.save(tmp_path / "p.labels.npy", np.zeros(3))
+    np.save(tmp_path.parent / "outside.npy", np.zeros(3))
+    with pytest.raises(ConfigError, match=r"data\.group: .*; \.\./outside\.npy is missing beside it"):
+        open_source(DataConfig(source="arrays", path=str(tmp_path / "p.npy"), group="../outside.npy"))
+    np.savez(tmp_path / "g.npz", x=np.zeros((3, 2)), y=np.zeros(3), who=np.zeros(2))
+    with pytest.raises(DataError, match=r"data\.group has shape \(2,\); expected \(3,\)"):
+        open_source(DataConfig(source="arrays", path=str(tmp_path / "g.npz"), group="who"))
+    with pytest.raises(ConfigError, match=r"source pixels reads tables; set data\.source: arrays"):
+        open_source(DataConfig(source="pixels", path=str(tmp_path / "p.npz")))
+    with pytest.raises(ConfigError, match=r"expected \.npy or \.npz"):
+        open_source(DataConfig(source="arrays", path=str(tmp_path)))
 
 
 def test_image_folders(tmp_path: Path) -> None:
@@ -152,8 +174,84 @@ def test_image_folders(tmp_path: Path) -> None:
         open_source(DataConfig(source="images", path=str(tmp_path)))
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(ConfigError, match="a file; source images needs a folder"):
+    with pytest.raises(ConfigError, match=r"data\.image is not set; .* is a table; name the field, or give a folder"):
         open_source(DataConfig(source="images", path=str(file)))
+    with pytest.raises(ConfigError, match=r"data\.label is 'kind', which is for tables; .* is a folder of classes"):
+        open_source(DataConfig(source="images", path=str(tmp_path), label="kind"))
+
+
+@pytest.mark.parametrize("path", ["../out.png", "/etc/passwd", "a/../../out.png", "c:\\\\out.png", "..\\\\out.png"])
+def test_paths_in_a_table_stay_below_its_folder(tmp_path: Path, path: str) -> None:
+    (tmp_path / "t.jsonl").write_text(f'{{"file": "a.png", "kind": 1}}\n{{"file": "{path}", "kind": 1}}\n')
+    settings = {"source": "images", "image": "file", "label": "kind"}
+    with pytest.raises(DataError, match=r"t\.jsonl#1: image is .*; expected one relative to .*, below it"):
+        open_source(DataConfig(path=str(tmp_path / "t.jsonl"), **settings))
+
+
+def test_files_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"file": "gone.png", "kind": 1}\n{"file": null, "kind": 1}\n')
+    settings = {"source": "images", "path": str(tmp_path / "t.jsonl"), "image": "file", "label": "kind"}
+    source = open_source(DataConfig(**settings))
+    with pytest.raises(BadSampleError, match="cannot be read: No such file"):
+        source.content(0)
+    with pytest.raises(BadSampleError, match="the field of the file is empty"):
+        source.content(1)
+    assert source.stamp(0) is None
+    with pytest.raises(ConfigError, match=r"data\.image: the field holds int64; expected paths, bytes, or both"):
+        open_source(DataConfig(**settings | {"image": "kind"}))
+    with pytest.raises(ConfigError, match=r"data\.image is 'photo'; .* has the fields file, kind"):
+        open_source(DataConfig(**settings | {"image": "photo"}))
+
+
+def saved(folder: Path, **changes: object) -> DataConfig:
+    """A saved data set of a text and a class number; `changes` to its state.json."""
+    schema = pa.schema([("text", pa.string()), ("label", pa.int64())])
+    names = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["no", "yes"]}}}}
+    schema = schema.with_metadata({"huggingface": json.dumps(names)})
+    with pa.ipc.new_stream(folder / "data.arrow", schema) as stream:
+        stream.write_table(pa.table({"text": ["a", "b"], "label": [1, changes.pop("number", 0)]}, schema))
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]} | changes))
+    return DataConfig(source="text", path=str(folder), text="text", label="label")
+
+
+def test_saved_data_sets(tmp_path: Path) -> None:
+    assert open_source(saved(tmp_path)).row(0).targets == {"label": "yes"}
+    with pytest.raises(DataError, match="1 records have no label"):
+        open_source(saved(tmp_path, number=-1))
+    with pytest.raises(DataError, match="field label has a class number beyond its 2 names"):
+        open_source(saved(tmp_path, number=2))
+    for name in ("../data.arrow", "/data.arrow", "..", 7):
+        with pytest.raises(DataError, match=r"state\.json names .*; expected a name in the same folder"):
+            open_source(saved(tmp_path, _data_files=[{"filename": name}]))
+    with pytest.raises(DataError, match="cannot be read as an Arrow stream"):
+        open_source(saved(tmp_path, _data_files=[{"filename": "state.json"}]))
+    with pytest.raises(DataError, match="_data_files is None; expected a list"):
+        open_source(saved(tmp_path, _data_files=None))
+    with pytest.raises(DataError, match="holds no records"):
+        open_source(saved(tmp_path, _data_files=[]))
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "../test"]}')
+    with pytest.raises(DataError, match=r"dataset_dict\.json names '\.\./test'"):
+        open_source(DataConfig(source="text", path=str(tmp_path), text="text", label="label"))
+
+
+def test_torchvision(tmp_path: Path) -> None:
+    settings = {"source": "torchvision", "path": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"data\.name is 'MNITS'; .* \(near: MNIST"):
+        open_source(DataConfig(name="MNITS", **settings))
+    with pytest.raises(ConfigError, match=r"data\.name is 'utils'; torchvision\.datasets has no such"):
+        open_source(DataConfig(name="utils", **settings))
+    with pytest.raises(DataError, match=r"MNIST, train True, cannot be opened below .*; set data\.download: true"):
+        open_source(DataConfig(name="MNIST", **settings))
+    with pytest.raises(DataError, match="DTD, split 'train', cannot be opened"):
+        open_source(DataConfig(name="DTD", **settings))
+    with pytest.raises(ConfigError, match="torchvision cannot fetch ImageFolder"):
+        open_source(DataConfig(name="ImageFolder", download=True, **settings))
+    with pytest.raises(ConfigError, match=r"MNIST does not take it: .*size"):
+        open_source(DataConfig(name="MNIST", options={"size": 3}, **settings))
+    with pytest.raises(ConfigError, match="does not take it: Unknown value 'third' for argument split"):
+        open_source(DataConfig(name="DTD", options={"split": "third"}, **settings))
+    source = open_source(DataConfig(name="FakeData", options={"size": 3, "image_size": [3, 4, 4]}, **settings))
+    assert [np.asarray(source.content(i)).shape for i in range(3)] == [(4, 4, 3)] * 3
 
 
 def test_an_image_that_vanished_is_one_bad_sample(tmp_path: Path) -> None:

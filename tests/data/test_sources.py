@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ class SourceContract:
         assert len({tuple(row.targets) for row in described}) == 1
         assert all(row.split is None or row.split in SPLITS for row in described)
         assert all(row.source and row.targets for row in described)
-        assert all(type(value) in (str, int, float) for row in described for value in row.targets.values())
+        values = [value for row in described for value in row.targets.values()]
+        flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+        assert all(type(value) in (str, int, float) for value in flat)
 
     def test_opened_again_it_is_the_same(self, config: DataConfig, source: Source) -> None:
         again = open_source(config)
@@ -55,7 +58,6 @@ class SourceContract:
 
     def test_a_stamp_is_of_the_file_that_is_the_content(self, source: Source) -> None:
         stamps = [source.stamp(i) for i in range(len(source))]
-        assert all(stamps) or not any(stamps)
         for i, stamp in enumerate(stamps):
             assert stamp is None or Path(stamp.path).read_bytes() == source.content(i)
             assert stamp is None or stamp == Stamp.of(Path(stamp.path))
@@ -153,17 +155,51 @@ class TestPixelTableWithHeader(PixelsContract):
         return {"source": "pixels", "path": str(folder / "p.csv.gz"), "label": "digit", "shape": [2, 2]}
 
 
-class TestPixelArray(PixelsContract):
+class TestArray(PixelsContract):
     def make(self, folder: Path) -> dict[str, Any]:
         np.save(folder / "p.npy", PIXELS)
         np.save(folder / "p.labels.npy", LABELS)
-        return {"source": "pixels", "path": str(folder / "p.npy")}
+        return {"source": "arrays", "path": str(folder / "p.npy")}
+
+    def test_it_is_mapped_in_copies_too(self, source: Source) -> None:
+        copied = pickle.dumps(source)
+        assert len(copied) < 1000
+        assert isinstance(pickle.loads(copied).samples, np.memmap)
 
 
-class TestPixelArrays(PixelsContract):
+class TestArrays(PixelsContract):
     def make(self, folder: Path) -> dict[str, Any]:
-        np.savez(folder / "p.npz", x=PIXELS, digits=LABELS)
-        return {"source": "pixels", "path": str(folder / "p.npz"), "label": "digits"}
+        np.savez(folder / "p.npz", x=PIXELS, digits=LABELS, who=[1, 1, 2], part=["train", "val", "test"])
+        named = {"label": "digits", "group": "who", "split": "part"}
+        return {"source": "arrays", "path": str(folder / "p.npz")} | named
+
+    def test_groups_and_splits(self, source: Source) -> None:
+        assert [source.row(i).targets["group"] for i in range(3)] == ["1", "1", "2"]
+        assert [source.row(i).split for i in range(3)] == ["train", "validation", "test"]
+
+
+class TestArraysOfNumbersToRegress(SourceContract):
+    rows = 2
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        np.savez(folder / "p.npz", x=np.zeros((2, 3, 4, 5)), y=np.array([[0.5, 1], [2, 3]]))
+        return {"source": "arrays", "path": str(folder / "p.npz")}
+
+    def test_a_list_for_each(self, source: Source) -> None:
+        assert [source.row(i).targets["label"] for i in range(2)] == [[0.5, 1], [2, 3]]
+        assert np.asarray(source.content(0)).shape == (3, 4, 5)
+
+
+class TestArraysOfManyLabels(SourceContract):
+    rows = 3
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        np.save(folder / "p.npy", np.arange(6.0).reshape(3, 2))
+        np.save(folder / "tags.npy", np.array([[True, False, True], [False, False, False], [False, True, False]]))
+        return {"source": "arrays", "path": str(folder / "p.npy"), "label": "tags.npy"}
+
+    def test_the_columns_that_are_true(self, source: Source) -> None:
+        assert [source.row(i).targets["label"] for i in range(3)] == [[0, 2], [], [1]]
 
 
 RECORDS = [
@@ -217,6 +253,201 @@ class TestTextParquet(TextContract):
     def make(self, folder: Path) -> dict[str, Any]:
         pa.parquet.write_table(pa.Table.from_pylist(RECORDS), folder / "t.parquet")
         return self.settings(folder / "t.parquet")
+
+
+class TestTextDataSet(TextContract):
+    """Saved by Hugging Face datasets: what its `save_to_disk` writes, in two files."""
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        save_data_set(folder / "set", RECORDS, files=2)
+        return self.settings(folder / "set")
+
+
+class TestTextSplits(TextContract):
+    """A saved dictionary of splits, with class numbers that have names, of one label and of a list."""
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        numbers = {"plus": 1, "minus": 0}
+        records = [
+            record | {"mood": numbers[str(record["mood"])], "tags": [0, 1][:i]} for i, record in enumerate(RECORDS)
+        ]
+        mood, tags = {"_type": "ClassLabel", "names": ["minus", "plus"]}, {"_type": "ClassLabel", "names": ["x", "y"]}
+        features = {"mood": mood, "tags": {"_type": "List", "feature": tags}}
+        for record, split in zip(records, ("train", "validation", "test"), strict=True):
+            save_data_set(folder / "set" / split, [record], features=features)
+        (folder / "set" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "validation", "test"]}))
+        return {"source": "text", "path": str(folder / "set"), "text": "body", "label": "mood"}
+
+    def test_lists_of_names(self, config: DataConfig) -> None:
+        source = open_source(config.model_copy(update={"label": "tags"}))
+        assert [source.row(i).targets["label"] for i in range(3)] == [[], ["x"], ["x", "y"]]
+
+
+def save_data_set(folder: Path, records: list[dict[str, Any]], files: int = 1, features: object = None) -> None:
+    folder.mkdir(parents=True)
+    schema = pa.Table.from_pylist(records).schema
+    if features is not None:
+        schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    names = [f"data-{number:05}-of-{files:05}.arrow" for number in range(files)]
+    for number, name in enumerate(names):
+        part = pa.Table.from_pylist(
+            records[number * len(records) // files : (number + 1) * len(records) // files], schema
+        )
+        with pa.ipc.new_stream(folder / name, schema) as stream:
+            stream.write_table(part)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+
+
+class TestTextsWithManyLabelsAndGroups(SourceContract):
+    rows = 3
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        (folder / "t.csv").write_text("body,tags,who\none,1|2,9\ntwo,,8\nthree, 2 ,9\n")
+        named = {"text": "body", "label": "tags", "delimiter": "|", "group": "who"}
+        return {"source": "text", "path": str(folder / "t.csv")} | named
+
+    def test_labels_are_lists(self, source: Source) -> None:
+        assert [source.row(i).targets["label"] for i in range(3)] == [["1", "2"], [], ["2"]]
+
+    def test_groups(self, source: Source) -> None:
+        assert [source.row(i).targets["group"] for i in range(3)] == ["9", "8", "9"]
+
+
+class TestTextsWithSeveralNumbers(SourceContract):
+    rows = 2
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        (folder / "t.csv").write_text("body,a,b\none,1,0.5\ntwo,2,0.25\n")
+        return {"source": "text", "path": str(folder / "t.csv"), "text": "body", "label": ["b", "a"]}
+
+    def test_a_list_for_each(self, source: Source) -> None:
+        assert [source.row(i).targets["label"] for i in range(2)] == [[0.5, 1], [0.25, 2]]
+
+
+class MediaContract(SourceContract):
+    rows = 3
+
+    def files(self, folder: Path) -> list[Path]:
+        paths = [folder / "set" / name for name in ("a.png", "deep/b.png", "c.png")]
+        for number, path in enumerate(paths):
+            write_image(path, number)
+        return paths
+
+    def test_content_is_the_file(self, source: Source, tmp_path: Path) -> None:
+        assert [source.content(i) for i in range(3)] == [path.read_bytes() for path in self.files(tmp_path)]
+        assert [source.row(i).targets["label"] for i in range(3)] == ["x", "y", "x"]
+
+
+class TestImagesInATable(MediaContract):
+    def make(self, folder: Path) -> dict[str, Any]:
+        self.files(folder)
+        (folder / "set" / "all.csv").write_text("file,kind\na.png,x\ndeep/b.png,y\nc.png,x\n")
+        return {"source": "images", "path": str(folder / "set/all.csv"), "image": "file", "label": "kind"}
+
+    def test_it_has_stamps(self, source: Source) -> None:
+        assert source.stamp(0) is not None
+
+
+class TestBytesInATable(MediaContract):
+    def make(self, folder: Path) -> dict[str, Any]:
+        contents = [path.read_bytes() for path in self.files(folder)]
+        pa.parquet.write_table(pa.table({"file": contents, "kind": ["x", "y", "x"]}), folder / "t.parquet")
+        return {"source": "images", "path": str(folder / "t.parquet"), "image": "file", "label": "kind"}
+
+
+class TestSavedImages(MediaContract):
+    """As Hugging Face saves images: the bytes, or a path."""
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        contents = [path.read_bytes() for path in self.files(folder)]
+        cells = [{"bytes": contents[0], "path": "/was/here.png"}, {"bytes": None, "path": "deep/b.png"}]
+        cells.append({"bytes": contents[2], "path": None})
+        records = [{"image": cell, "label": label} for cell, label in zip(cells, "xyx", strict=True)]
+        save_data_set(folder / "saved", records)
+        (folder / "set" / "deep").rename(folder / "saved" / "deep")
+        return {"source": "images", "path": str(folder / "saved"), "image": "image", "label": "label"}
+
+
+class TestAudioFolder(SourceContract):
+    rows = 2
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        for name in ("dog/a.wav", "cat/b.FLAC", "cat/notes.txt"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(name.encode())
+        return {"source": "audio", "path": str(folder)}
+
+    def test_classes_are_folders(self, source: Source) -> None:
+        assert [(source.row(i).targets["label"], source.content(i)) for i in range(2)] == [
+            ("cat", b"cat/b.FLAC"),
+            ("dog", b"dog/a.wav"),
+        ]
+
+
+class TestAudioInATable(SourceContract):
+    rows = 1
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        (folder / "a.wav").write_bytes(b"sound")
+        (folder / "t.jsonl").write_text('{"clip": "a.wav", "label": "bark"}')
+        return {"source": "audio", "path": str(folder / "t.jsonl"), "audio": "clip", "label": "label"}
+
+    def test_content_is_the_file(self, source: Source) -> None:
+        assert source.content(0) == b"sound"
+
+
+def write_mnist(folder: Path) -> None:
+    """MNIST as it is published: 4 training digits, 2 test digits."""
+    folder.mkdir(parents=True)
+    for prefix, count in (("train", 4), ("t10k", 2)):
+        pixels = np.arange(count * 28 * 28, dtype=np.uint32).astype(np.uint8)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels.tobytes())
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(range(count)))
+
+
+class TestTorchvision(SourceContract):
+    rows = 6
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        write_mnist(folder / "MNIST" / "raw")
+        return {"source": "torchvision", "path": str(folder), "name": "MNIST"}
+
+    def test_splits_and_names_of_classes(self, source: Source) -> None:
+        rows = [source.row(i) for i in range(6)]
+        assert [row.split for row in rows] == ["train"] * 4 + ["test"] * 2
+        assert [row.targets["label"] for row in rows[3:]] == ["3 - three", "0 - zero", "1 - one"]
+        assert np.array_equal(np.asarray(source.content(0)).ravel(), np.arange(784, dtype=np.uint32).astype(np.uint8))
+
+
+class TestTorchvisionWithoutSplits(SourceContract):
+    rows = 4
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        for name in ("2750/Forest/a.jpg", "2750/Forest/b.jpg", "2750/River/a.jpg", "2750/River/b.jpg"):
+            write_image(folder / "eurosat" / name, len(name))
+        return {"source": "torchvision", "path": str(folder), "name": "EuroSAT"}
+
+    def test_names_of_classes(self, source: Source) -> None:
+        assert [source.row(i).targets["label"] for i in range(4)] == ["Forest", "Forest", "River", "River"]
+        assert {source.row(i).split for i in range(4)} == {None}
+
+
+class TestTorchvisionWithoutAListOfTargets(SourceContract):
+    """One whose splits are named, and which tells a class with the image alone."""
+
+    rows = 3
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        root = folder / "dtd" / "dtd"
+        for split, names in {"train": ["dotted/a.jpg"], "val": ["lined/b.jpg"], "test": ["dotted/c.jpg"]}.items():
+            (root / "labels").mkdir(parents=True, exist_ok=True)
+            (root / "labels" / f"{split}1.txt").write_text("\n".join(names))
+            for name in names:
+                write_image(root / "images" / name, len(split))
+        return {"source": "torchvision", "path": str(folder), "name": "DTD"}
+
+    def test_splits(self, source: Source) -> None:
+        assert [source.row(i).split for i in range(3)] == ["train", "validation", "test"]
 
 
 class TestTwoTexts(SourceContract):
@@ -319,7 +550,7 @@ def test_a_folder_has_a_file_per_split(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     write_lines(tmp_path / "mine.jsonl", {"t": "a", "l": "x"})
-    with pytest.raises(ConfigError, match=r"a folder without a file called after a split, such as train\.jsonl"):
+    with pytest.raises(ConfigError, match=r"a folder without a file called after a split, such as train\.csv"):
         open_source(DataConfig(source="text", path=str(tmp_path), text="t", label="l"))
 
 

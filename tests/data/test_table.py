@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,13 @@ def test_a_pair_with_a_bad_half_is_left_out() -> None:
     assert np.array_equal(table.keys, keys_of(source, [0, 1, 4, 5]))
 
 
+@pytest.mark.parametrize("kind", [float, lambda i: [str(i)]])
+def test_a_share_of_numbers_or_of_lists_is_a_share(kind: Callable[[int], Any]) -> None:
+    """Each of them stands for itself: they are no labels, of each of which one sample would be kept."""
+    table = table_of(Listed([(f"t{i}", "train", {"label": kind(i)}) for i in range(100)]), validation=0.0)
+    assert len(table.share(0.2, 0)) == 20
+
+
 @pytest.mark.parametrize("label", ["a", 3, 0.5])
 def test_file_gives_back_what_was_written(tmp_path: Path, label: str | float) -> None:
     table = table_of(Listed([(f"t{i}", None, {"label": label}) for i in range(20)]))
@@ -160,5 +168,29 @@ def test_rows_must_agree() -> None:
         table_of(Listed([("a", None, {"label": 1}), ("b", None, {"score": 1})]))
     with pytest.raises(DataError, match="gives the split 'dev'"):
         table_of(Listed([("a", "dev", {"label": 1})]))
+    with pytest.raises(DataError, match="row 1: the target label is None; give it a value"):
+        table_of(Listed([("a", None, {"label": "x"}), ("b", None, {"label": None})]))
     with pytest.raises(DataError, match="no usable sample"):
         build(labelled(3), np.zeros((0, 16), np.uint8), config(), np.array([], int))
+
+
+@pytest.mark.parametrize(
+    "lists", [[["a"], [], ["b", "c"]], [[1, 2], [3, 4], [5, 6]], [[0.5], [1], []], [[], [], []]], ids=str
+)
+def test_a_target_may_be_a_list(tmp_path: Path, lists: list[Any]) -> None:
+    table = table_of(Listed([(f"t{i}", "train", {"tags": tags}) for i, tags in enumerate(lists)]))
+    assert table.targets["tags"].shape == (3,)
+    for name in ("one", "two"):
+        table.write(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    read = SampleTable.read(tmp_path / "one").targets["tags"]
+    assert read.dtype == object
+    assert read.tolist() == table.targets["tags"].tolist() == lists
+    assert read[np.array([2, 0])].tolist() == [lists[2], lists[0]]
+
+
+def test_lists_must_be_alike(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="target tags is a list in 1 of 2 rows"):
+        table_of(Listed([("a", None, {"tags": ["x"]}), ("b", None, {"tags": "x"})]))
+    with pytest.raises(DataError, match="lists of the target tags mix types"):
+        table_of(Listed([("a", None, {"tags": ["x"]}), ("b", None, {"tags": [1]})])).write(tmp_path / "table")

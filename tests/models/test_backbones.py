@@ -14,11 +14,11 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
+from transformers import BertConfig, BertForQuestionAnswering, BertModel, ViTConfig, ViTForImageClassification
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import sha256
-from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load
+from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load, network_inputs
 from pipeline.models.preprocess import ArrayPreprocess
 from pipeline.tasks import Head, read_tensor
 
@@ -29,6 +29,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 CLASSES = Head("classes", size=5)
 EMBEDDING = Head("embedding")
+TOKENS, SPAN = Head("tokens", size=5), Head("span")
 IMAGE = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)
 
 
@@ -240,6 +241,42 @@ def test_hf_classifier_of_the_same_size_is_kept_and_of_another_is_new(text_folde
     assert torch.equal(same["classifier.weight"], stored["classifier.weight"])
     assert other["classifier.weight"].shape == (4, 8)
     assert torch.equal(other["bert.pooler.dense.weight"], stored["bert.pooler.dense.weight"])
+
+
+@pytest.mark.parametrize(
+    ("head", "content", "shape"), [(TOKENS, ["one", "two"], (4, 5)), (SPAN, ("one", "two"), (2, 5))]
+)
+def test_hf_heads_of_tokens_and_spans_are_new_on_a_classifier_s_backbone(
+    text_folder: Path, head: Head, content: object, shape: tuple[int, ...]
+) -> None:
+    backbone = load(ModelConfig(backbone=f"hf:{text_folder}"), PreprocessConfig(), head)
+    last = {"tokens": "classifier", "span": "qa_outputs"}[head.kind]
+    assert backbone.fresh == {f"{last}.weight", f"{last}.bias"}
+    stored = load_file(text_folder / "model.safetensors")
+    own = backbone.model.state_dict()
+    assert torch.equal(
+        own["bert.encoder.layer.0.output.dense.weight"], stored["bert.encoder.layer.0.output.dense.weight"]
+    )
+    inputs = network_inputs({name: x[None] for name, x in backbone.preprocess(content).items()})
+    with torch.no_grad():
+        assert read_tensor(backbone.model.eval()(**inputs)).shape[1:] == shape
+
+
+def test_hf_heads_of_one_s_own_are_kept(text_folder: Path, tmp_path: Path) -> None:
+    config = BertConfig.from_pretrained(text_folder, num_labels=2)
+    BertForQuestionAnswering(config).save_pretrained(text_folder)
+    assert load(ModelConfig(backbone=f"hf:{text_folder}"), PreprocessConfig(), SPAN).fresh == frozenset()
+
+
+@pytest.mark.parametrize("head", [TOKENS, SPAN])
+def test_networks_without_such_a_head_are_refused(text_folder: Path, tmp_path: Path, head: Head) -> None:
+    with pytest.raises(ModelError, match="torchvision:resnet18 takes images; the task needs a network of texts"):
+        load(ModelConfig(backbone="torchvision:resnet18", weights=None), PreprocessConfig(), head)
+    ViTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2).save_pretrained(
+        tmp_path / "vit"
+    )
+    with pytest.raises(ModelError, match=r"has no AutoModelFor\w+ of vit, which the task needs"):
+        load(ModelConfig(backbone=f"hf:{tmp_path / 'vit'}", weights=None), PreprocessConfig(), head)
 
 
 def test_hf_weights_from_another_file(text_folder: Path, tmp_path: Path) -> None:

@@ -16,13 +16,17 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.keys import digest
 from pipeline.models import Preprocess, PreprocessConfig
 from pipeline.models.images import MAX_PIXELS, ImageDefaults, ImagePreprocess
 from pipeline.models.preprocess import ArrayPreprocess
-from pipeline.models.texts import TextPreprocess, load_tokenizer, longest_input
+from pipeline.models.texts import SpanPreprocess, TextPreprocess, WordPreprocess, load_tokenizer, longest_input
 
 GREY = np.arange(30 * 20, dtype=np.uint8).reshape(30, 20)
 
@@ -166,6 +170,55 @@ class TestTexts(PreprocessContract):
         file = text_folder / "tokenizer.json"
         file.write_text(file.read_text().replace('"three"', '"drei"'))
         assert self.make(text_folder).recipe()["tokenizer"] != preprocess.recipe()["tokenizer"]
+
+
+class TestWords(PreprocessContract):
+    good = (["one"], ["one", "unheard", "of"], ["good-bad", "two three"], ["one"] * 50)
+    bad = ([], [""], [" ", " "], ["one", 2], ("one", "two"), "one two", b"bytes")
+
+    def make(self, text_folder: Path) -> Preprocess:
+        return WordPreprocess(load_tokenizer(str(text_folder)), 8, ("input_ids", "attention_mask"))
+
+    def test_a_word_is_named_at_its_first_token(self, preprocess: Preprocess) -> None:
+        made = preprocess(["one", "good-bad", "two"])
+        assert made["input_ids"].tolist() == [2, 5, 8, 1, 9, 6, 3]
+        assert made["extra.word"].tolist() == [-1, 0, 1, -1, -1, 2, -1]
+
+    def test_words_that_are_cut_off_or_have_no_token_do_not_occur(self, preprocess: Preprocess) -> None:
+        assert preprocess(["one"] * 50)["extra.word"].tolist() == [-1, 0, 1, 2, 3, 4, 5, -1]
+        assert preprocess(["one", "  ", "two"])["extra.word"].tolist() == [-1, 0, 2, -1]
+        assert preprocess.excess(["one"] * 50, preprocess(["one"] * 50)) == 44
+
+
+class TestSpans(PreprocessContract):
+    good = (("two", "one"), ("one", "two three good"), ("two", "one " * 50))
+    bad = ("one", ["one", "two"], ("two", " "), ("one " * 50, "two"))
+
+    def make(self, text_folder: Path) -> Preprocess:
+        return SpanPreprocess(load_tokenizer(str(text_folder)), 8, ("input_ids", "token_type_ids"))
+
+    def test_characters_are_those_of_the_text(self, preprocess: Preprocess) -> None:
+        made = preprocess(("one", "two  three"))
+        assert made["input_ids"].tolist() == [2, 5, 3, 6, 7, 3]
+        assert made["extra.chars"].tolist() == [[-1, -1]] * 3 + [[0, 3], [5, 10], [-1, -1]]
+
+    def test_the_text_alone_is_cut_off(self, preprocess: Preprocess) -> None:
+        made = preprocess(("one two", "good " * 50))
+        assert made["input_ids"].tolist() == [2, 5, 6, 3, 8, 8, 8, 3]
+        with pytest.raises(BadSampleError, match=r"no room for the text within preprocess\.max_length 8"):
+            preprocess(("one " * 50, "two"))
+
+
+@pytest.mark.parametrize(("name", "trimmed"), [("bytes", True), ("bytes", False), ("spaces", True)])
+def test_words_of_tokenizers_that_count_spaces(tmp_path: Path, name: str, trimmed: bool) -> None:
+    space = {"bytes": "\u0120", "spaces": "\u2581"}[name]
+    vocabulary = {"<pad>": 0, "<unk>": 1, space: 2, "a": 3, "b": 4, f"{space}a": 5, f"{space}b": 6}
+    tokenizer = Tokenizer(BPE(vocabulary, [(space, "a"), (space, "b")], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = ByteLevel(False, trim_offsets=trimmed) if name == "bytes" else Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(tmp_path)
+    made = WordPreprocess(load_tokenizer(str(tmp_path)), 8, ("input_ids",))(["a", "ab", "b"])
+    assert made["input_ids"].tolist() == [3 if name == "bytes" else 5, 5, 4, 6]
+    assert made["extra.word"].tolist() == [0, 1, -1, 2]
 
 
 def image(content: object, **settings: Any) -> torch.Tensor:

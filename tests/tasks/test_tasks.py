@@ -1,146 +1,141 @@
-"""What every task promises."""
+"""The tasks by the contract of all, and what each of them does with bad labels and settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from task_contract import Rows, TaskContract, labelled, paired
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.order import batches
 from pipeline.tasks import Head, Task, TaskConfig, open_task, read_tensor
-
-WIDTH = 6
-
-
-@dataclass
-class Rows:
-    """A sample table as tasks see it."""
-
-    split: np.ndarray
-    targets: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-def labelled(train: list[Any], validation: list[Any]) -> Rows:
-    split = np.array(["train"] * len(train) + ["validation"] * len(validation))
-    return Rows(split, {"label": np.array(train + validation)})
-
-
-def paired(train: int, validation: int) -> Rows:
-    count = train + validation
-    split = np.repeat(np.where(np.arange(count) < train, "train", "validation"), 2)
-    groups = np.array([f"g{i}" for i in range(count)])
-    roles = np.array(["anchor", "positive"] * count)
-    return Rows(split, {"pair": np.repeat(np.arange(count), 2), "role": roles, "group": np.repeat(groups, 2)})
-
 
 LABELS = labelled([3, 1, 3, 1, 1, 3, 2, 2], [1, 2, 3, 2])
 PAIRS = paired(6, 3)
-
-
-class TaskContract:
-    """A subclass gives the section `task:`, a table, and an output that is right for its rows."""
-
-    settings: Mapping[str, Any]
-    table: Rows
-
-    def right(self, targets: Mapping[str, Tensor], table: Rows) -> Tensor:
-        """Return the output (B, W) of a model that is never wrong."""
-        raise NotImplementedError
-
-    @pytest.fixture
-    def task(self) -> Task:
-        return open_task(TaskConfig(**self.settings))
-
-    def batch(self, task: Task, rows: np.ndarray) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(values[rows]) for name, values in task.prepare(self.table).items()}
-
-    def test_asks_for_a_head(self, task: Task) -> None:
-        head = task.head(self.table)
-        assert head == task.head(self.table)
-        assert (head.size is not None) == (head.kind == "classes")
-
-    def test_targets_are_numbers_row_by_row(self, task: Task) -> None:
-        prepared = task.prepare(self.table)
-        assert all(len(values) == len(self.table.split) and values.dtype == np.int64 for values in prepared.values())
-        again = task.prepare(self.table)
-        assert all(np.array_equal(again[name], values) for name, values in prepared.items())
-
-    @pytest.mark.parametrize("split", ["train", "validation"])
-    def test_units_cover_their_split(self, task: Task, split: str) -> None:
-        units = task.units(self.table, split, seed=1, epoch=2)
-        rows = np.concatenate([np.atleast_1d(unit) for unit in units])
-        assert np.array_equal(np.unique(rows), np.flatnonzero(self.table.split == split))
-        if split == "validation":
-            assert len(rows) == len(np.unique(rows))
-
-    def test_units_are_a_pure_function_that_order_takes(self, task: Task) -> None:
-        drawn = [
-            batches(task.units(self.table, "train", seed=1, epoch=epoch), 2, seed=1, epoch=epoch, shuffle=True)
-            for epoch in (0, 0, 1)
-        ]
-        assert all(np.array_equal(one, same) for one, same in zip(drawn[0], drawn[1], strict=True))
-        assert not np.array_equal(np.concatenate(drawn[0]), np.concatenate(drawn[2]))
-
-    def test_loss_is_a_scalar_with_a_gradient_and_falls(self, task: Task) -> None:
-        rows = batches(task.units(self.table, "train"), 100, seed=0, epoch=0, shuffle=False)[0]
-        targets = self.batch(task, rows)
-        torch.manual_seed(0)
-        output = torch.randn(len(rows), self.right(targets, self.table).shape[1], requires_grad=True)
-        extra = [] if task.loss_module is None else list(task.loss_module.parameters())
-        optimizer = torch.optim.SGD([output, *extra], lr=0.1)
-        losses = []
-        for _ in range(20):
-            optimizer.zero_grad()
-            loss = task.loss(output, targets)
-            assert loss.shape == ()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0]
-        assert np.isfinite(losses).all()
-
-    def test_half_precision_outputs_are_fine(self, task: Task) -> None:
-        rows = batches(task.units(self.table, "train"), 100, seed=0, epoch=0, shuffle=False)[0]
-        targets = self.batch(task, rows)
-        assert task.loss(self.right(targets, self.table).to(torch.bfloat16), targets).dtype == torch.float32
-
-    def test_scores_of_a_model_that_is_never_wrong(self, task: Task) -> None:
-        metrics = task.metrics()
-        for round_ in range(2):
-            for rows in batches(task.units(self.table, "validation"), 2, seed=0, epoch=0, shuffle=False):
-                targets = self.batch(task, rows)
-                metrics.update(self.right(targets, self.table), targets)
-            scores = metrics.compute()
-            assert task.monitor in scores
-            assert all(type(score) is float for score in scores.values())
-            assert scores == pytest.approx(dict.fromkeys(scores, 1.0)), f"after {round_} resets"
-            metrics.reset()
-
-    def test_scores_of_nothing_are_not_numbers(self, task: Task) -> None:
-        assert np.isnan(task.metrics().compute()[task.monitor])
 
 
 class TestClassification(TaskContract):
     settings: Mapping[str, Any] = {}
     table = LABELS
 
-    def right(self, targets: Mapping[str, Tensor], table: Rows) -> Tensor:
+    def right(self, targets: Mapping[str, Tensor]) -> Tensor:
         return 9 * nn.functional.one_hot(targets["label"], 3).float()
+
+    def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
+        assert said["label"].tolist() == self.table.targets["label"][rows].tolist()
 
 
 class TestSmoothedClassification(TestClassification):
     settings: Mapping[str, Any] = {"label_smoothing": 0.1, "monitor": "macro_f1"}
 
 
+class TestBalancedClassification(TestClassification):
+    settings: Mapping[str, Any] = {"class_weights": "balanced"}
+
+    def test_rare_classes_count_as_much_as_frequent_ones(self) -> None:
+        task = open_task(TaskConfig(**self.settings))
+        task.prepare(labelled(["a"] * 9 + ["b"], []))
+        logits = torch.zeros(10, 2, requires_grad=True)
+        task.loss(logits, {"label": torch.tensor([0] * 9 + [1])}).backward()
+        assert logits.grad is not None
+        assert logits.grad[:9].sum(0).tolist() == pytest.approx((-logits.grad[9]).tolist())
+
+
+class TestMultiLabel(TaskContract):
+    """One sample has no label, and one label no sample of validation."""
+
+    settings: Mapping[str, Any] = {"kind": "multi-label"}
+    table = labelled([["a", "c"], [], ["b"], ["a"], ["c", "b"], ["a", "d"]], [["a"], ["b", "a"], [], ["c"]])
+
+    def right(self, targets: Mapping[str, Tensor]) -> Tensor:
+        return 18 * (targets["label"].float() - 0.5)
+
+    def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
+        assert said["labels"] == [sorted(labels) for labels in self.table.targets["label"][rows]]
+        assert said["probabilities"].shape == (len(rows), 4)
+
+    def test_several_hot(self, task: Task) -> None:
+        assert task.prepare(self.table)["label"][:3].tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
+
+
+class TestSmoothedMultiLabel(TestMultiLabel):
+    settings: Mapping[str, Any] = {"kind": "multi-label", "label_smoothing": 0.1, "monitor": "macro_f1"}
+
+
+class TestBalancedMultiLabel(TestMultiLabel):
+    settings: Mapping[str, Any] = {"kind": "multi-label", "class_weights": "balanced"}
+
+    def test_yes_counts_as_much_as_no(self) -> None:
+        task = open_task(TaskConfig(**self.settings))
+        hot = torch.from_numpy(task.prepare(labelled([["a"], [], [], ["b", "a"], []], []))["label"])
+        logits = torch.zeros(5, 2, requires_grad=True)
+        task.loss(logits, {"label": hot}).backward()
+        assert logits.grad is not None
+        assert logits.grad.sum(0).tolist() == pytest.approx([0, 0], abs=1e-7)
+
+
+class TestRegression(TaskContract):
+    settings: Mapping[str, Any] = {"kind": "regression"}
+    table = labelled([1e6, 1e6 + 1, 1e6 + 5, 1e6 - 3], [1e6 + 2, 1e6 - 2, 1e6 + 9])
+
+    def right(self, targets: Mapping[str, Tensor]) -> Tensor:
+        return targets["label"].clone()
+
+    def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
+        expected = np.array(self.table.targets["label"][rows].tolist())
+        assert said["value"] == pytest.approx(expected, rel=1e-6)
+
+    def test_scores_are_in_the_unit_of_the_user(self, task: Task) -> None:
+        targets = self.batch(task, np.array([4, 5, 6]))
+        metrics = task.metrics()
+        metrics.update(targets["label"] + 2 / torch.from_numpy(self.spread()), targets)
+        scores = metrics.compute()
+        assert scores["mae"] == pytest.approx(2, rel=1e-5)
+        assert scores["rmse"] == pytest.approx(2, rel=1e-5)
+        assert scores["pearson"] == pytest.approx(1)
+
+    def spread(self) -> np.ndarray:
+        labels = np.array(self.table.targets["label"].tolist()).reshape(len(self.table.split), -1)
+        return labels[self.table.split == "train"].std(0)
+
+    def test_a_single_or_a_constant_sample_has_an_error_and_no_correlation(self, task: Task) -> None:
+        for rows in ([4], [4, 4]):
+            targets = self.batch(task, np.array(rows))
+            metrics = task.metrics()
+            metrics.update(torch.zeros_like(targets["label"]), targets)
+            scores = metrics.compute()
+            assert scores["mae"] > 0
+            assert np.isnan(scores["pearson"])
+
+    def test_another_number_of_outputs_is_told(self, task: Task) -> None:
+        targets = self.batch(task, np.array([0, 1]))
+        with pytest.raises(TrainError, match=r"the model returns \[2, 7\]; regression of . numbers per sample"):
+            task.loss(torch.zeros(2, 7), targets)
+
+
+class TestRegressionOfSeveral(TestRegression):
+    settings: Mapping[str, Any] = {
+        "kind": "regression",
+        "loss": "huber",
+        "loss_options": {"delta": 0.5},
+        "monitor": "r2",
+    }
+    table = labelled([[1, 10.5], [2, 20], [3, 35], [5, 1]], [[1, 30], [2, 2], [2.5, 20]])
+
+
+class TestRegressionByAbsoluteError(TestRegression):
+    settings: Mapping[str, Any] = {"kind": "regression", "loss": "l1", "monitor": "mae"}
+    table = labelled([3, 1, 4, 1], [5, 9, 2])
+
+
 class SimilarityContract(TaskContract):
-    def right(self, targets: Mapping[str, Tensor], table: Rows) -> Tensor:
+    def right(self, targets: Mapping[str, Tensor]) -> Tensor:
         return nn.functional.one_hot(targets["group"], 12).float()
 
 
@@ -240,12 +235,19 @@ def test_own_tasks() -> None:
 @pytest.mark.parametrize(
     ("settings", "faults"),
     [
-        ({"kind": "regression"}, ["kind is 'regression'; expected one of classification, similarity"]),
+        (
+            {"kind": "ranking"},
+            ["kind is 'ranking'; expected one of classification, multi-label, regression, similarity"],
+        ),
+        ({"kind": "regression", "loss": "hinge"}, ["loss is 'hinge'; regression has mse, l1, huber"]),
+        ({"kind": "multi-label", "monitor": "accuracy"}, ["multi-label has average_precision, micro_f1, macro_f1"]),
+        ({"kind": "regression", "class_weights": "balanced"}, ["class_weights is 'balanced', which kind regression"]),
         ({"loss": "circle", "layers": [4]}, ["loss is 'circle', which kind classification does not use", "layers is"]),
         ({"monitor": "recall"}, ["monitor is 'recall'; classification has accuracy, macro_f1"]),
         ({"kind": "similarity", "label_smoothing": 0.1}, ["label_smoothing is 0.1"]),
         ({"kind": "similarity", "miner_options": {"a": 1}}, ["no miner is set"]),
-        ({"kind": "similarity", "loss": "arcface"}, ["loss arcface must know the embedding's size"]),
+        ({"kind": "similarity", "monitor": "precision_at_5"}, ["similarity has precision_at_1, reciprocal_rank, r_p"]),
+        ({"kind": "similarity", "layers": [4, {"skp": 1}]}, ["'skp' is no layer; there are identity, linear, mlp"]),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_all_told(settings: dict[str, Any], faults: list[str]) -> None:
@@ -260,13 +262,14 @@ def test_settings_that_do_not_fit_each_other_are_all_told(settings: dict[str, An
     [
         ({"loss": "hinge"}, "task.loss is 'hinge'; expected one of arcface, "),
         ({"miner": "coal"}, "task.miner is 'coal'; expected one of angular, "),
-        ({"loss_options": {"temp": 1}}, r"task.loss_options is \{'temp': 1\}; NTXentLoss does not take it"),
-        ({"miner": "angular", "miner_options": {"x": 1}}, "task.miner_options"),
+        ({"loss_options": {"temp": 1}}, "task.loss_options has temp; NTXentLoss takes temperature"),
+        ({"miner": "angular", "miner_options": {"x": 1}}, "task.miner_options has x; AngularMiner takes angle"),
+        ({"kind": "regression", "loss_options": {"delta": 1}}, "MSELoss does not take it"),
     ],
 )
 def test_losses_and_miners_that_do_not_exist(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        open_task(TaskConfig(kind="similarity", **settings))
+        open_task(TaskConfig(**{"kind": "similarity"} | settings))
 
 
 @pytest.mark.parametrize(
@@ -275,9 +278,30 @@ def test_losses_and_miners_that_do_not_exist(settings: dict[str, Any], message: 
         ({}, labelled(["a", "a"], ["a"]), r"1 classes \(\['a'\]\); classification needs two"),
         ({}, labelled(["a", "b"], ["c", "a", "c"]), r"2 held-out samples have 1 labels that training lacks \('c'\)"),
         ({}, labelled([0.5, 1.5], []), "the labels are float64"),
+        ({}, labelled([["a"], ["b"]], []), "the labels are lists; .* set task.kind: multi-label"),
+        (
+            {"kind": "multi-label"},
+            labelled(["a", "b"], []),
+            "the labels are <U1, one per sample; .* set data.delimiter",
+        ),
+        ({"kind": "multi-label"}, labelled([[], ["a"]], [["a"]]), r"1 labels \(\['a'\]\); multi-label needs two"),
+        (
+            {"kind": "multi-label"},
+            labelled([["a", "d"]], [["b"], ["c", "b"]]),
+            r"3 held-out .* 2 labels .* \('b', 'c'\)",
+        ),
+        ({"kind": "multi-label"}, labelled([["a"], [1]], []), "the labels are int, str; multi-label needs names, or"),
+        ({"kind": "multi-label"}, labelled([[0.5], [1.5]], []), "the labels are float; multi-label"),
+        ({"kind": "regression"}, labelled(["a", "b"], []), "the labels are no numbers"),
+        ({"kind": "regression"}, labelled(["1", "2"], []), "the labels are <U1; regression needs numbers"),
+        ({"kind": "regression"}, labelled([[1, 2], [3]], []), "lists of different lengths"),
+        ({"kind": "regression"}, labelled([[], []], []), "regression needs numbers"),
+        ({"kind": "regression"}, labelled([0.5, 1], [float("nan")]), r"1 samples are not finite \(the first is row 2"),
+        ({"kind": "regression"}, labelled([2, 2], [1]), r"the number 2\.0 \(column 0\) is the same in all 2 training"),
+        ({"kind": "regression"}, labelled([], [1]), "the training split has no sample"),
         ({}, PAIRS, "needs the target label; the samples have pair, role, group"),
         ({"kind": "similarity"}, labelled([1, 1], []), "1 labels or groups; similarity needs two"),
-        ({"kind": "similarity"}, labelled([1, 2, 3], []), "no label of the training split has two samples"),
+        ({"kind": "similarity"}, labelled([1, 2, 3], []), "no label of the train split has two samples"),
         ({"kind": "similarity"}, labelled([1, 1, 2], [1, 2]), "no label of the validation split has two samples"),
     ],
 )

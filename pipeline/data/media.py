@@ -1,0 +1,111 @@
+"""Images and sounds: files in a folder per class, or files that a table names or holds."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import pyarrow as pa
+
+from pipeline.data.config import DataConfig
+from pipeline.data.folders import AudioFolder, ClassFolder, ImageFolder, read_file, stamp_file
+from pipeline.data.labelled import Labelled, label_fields
+from pipeline.data.records import Records, read_records
+from pipeline.data.saved import is_saved
+from pipeline.data.source import Source, Stamp
+from pipeline.errors import BadSampleError, ConfigError, DataError
+
+
+class MediaTable(Labelled):
+    """A file and a label per record of a table. A cell of `setting` has a path below the folder `root`, or the bytes.
+
+    Hugging Face saves both, {bytes, path}: there the bytes come first.
+    """
+
+    def __init__(self, name: str, records: Records, setting: str, root: Path, delimiter: str | None) -> None:
+        super().__init__(name, records, delimiter)
+        self.root, self._files = root, records.columns[setting]
+        if not _holds_files(self._files.type):
+            raise ConfigError(f"data.{setting}: the field holds {self._files.type}; expected paths, bytes, or both")
+        for i in range(len(self)):
+            if (path := self._path(i)) is not None and not _is_below(path):
+                raise DataError(f"{records.where(i)}: {setting} is {path!r}; expected one relative to {root}, below it")
+
+    def content(self, i: int) -> bytes:
+        cell = self._files[i].as_py()
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if isinstance(data, bytes):
+            return data
+        path = self._path(i)
+        if not path:
+            raise BadSampleError("the field of the file is empty")
+        return read_file(self.root / path)
+
+    def stamp(self, i: int) -> Stamp | None:
+        path = self._path(i)
+        return stamp_file(self.root / path) if path else None
+
+    def _path(self, i: int) -> str | None:
+        """Return the path that is read for row `i`; None where the table holds the bytes, or nothing."""
+        cell = self._files[i]
+        if pa.types.is_struct(cell.type):
+            if (
+                not cell.is_valid
+                or ("bytes" in self._members and cell["bytes"].is_valid)
+                or "path" not in self._members
+            ):
+                return None
+            cell = cell["path"]
+        path: str | None = (
+            None if pa.types.is_binary(cell.type) or pa.types.is_large_binary(cell.type) else cell.as_py()
+        )
+        return path
+
+    @property
+    def _members(self) -> set[str]:
+        return {field.name for field in self._files.type}
+
+
+def open_images(config: DataConfig, path: Path) -> Source:
+    """Open the folder of images at `path`, or the table that names or holds them."""
+    return _open(config, path, "image", ImageFolder)
+
+
+def open_audio(config: DataConfig, path: Path) -> Source:
+    """Open the folder of sounds at `path`, or the table that names or holds them."""
+    return _open(config, path, "audio", AudioFolder)
+
+
+def _open(config: DataConfig, path: Path, setting: str, folder: type[ClassFolder]) -> Source:
+    of_tables = (setting, "label", "split", "group", "records", "delimiter")
+    if path.is_dir() and not is_saved(path):
+        unused = [name for name in of_tables if getattr(config, name) is not None]
+        if unused and config.labelled:
+            raise ConfigError(
+                f"data.{unused[0]} is {getattr(config, unused[0])!r}, which is for tables; data.path {path} is a "
+                "folder of classes; remove it"
+            )
+        return folder(path, labelled=config.labelled)
+    needed = (setting, "label") if config.labelled else (setting,)
+    if missing := [name for name in needed if getattr(config, name) is None]:
+        raise ConfigError(
+            f"data.{missing[0]} is not set; data.path {path} is a table; name the field, or give a folder of classes"
+        )
+    named = {setting: getattr(config, setting)} | label_fields(config)
+    records = read_records(path, named, records=config.records, labels_as_text=config.delimiter is not None)
+    root = path if path.is_dir() else path.parent
+    return MediaTable(path.name, records, setting, root, config.delimiter)
+
+
+def _holds_files(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return bool({"bytes", "path"} & {field.name for field in kind})
+    return any(
+        holds(kind)
+        for holds in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    )
+
+
+def _is_below(path: str) -> bool:
+    """Say whether a relative path from a table stays below the folder it is relative to, on any system."""
+    windows = PureWindowsPath(path)
+    return not (PurePosixPath(path).is_absolute() or windows.anchor or ".." in windows.parts or "\0" in path)

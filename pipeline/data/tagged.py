@@ -1,0 +1,146 @@
+"""Sentences with a tag per word: columns of a CoNLL file, or lists in a table with named fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.data.config import DataConfig
+from pipeline.data.records import read_records, read_text
+from pipeline.data.schemes import Tag, detect, parse, to_iob2
+from pipeline.data.source import Row, Source, files_by_split
+from pipeline.errors import ConfigError, DataError
+
+DOCUMENT = "-DOCSTART-"
+COMMENT = "#"
+NO_WORDS = (DOCUMENT, COMMENT)
+"""What lines without a word begin with; a word may be "#", too."""
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Words, and as many tags."""
+
+    source: str
+    split: str | None
+    words: list[str]
+    tags: list[Tag]
+
+
+class Tagged(Source):
+    """A row per sentence: its content is the list of words, its target `tags` their tags in IOB2, if it has any."""
+
+    def __init__(self, sentences: Sequence[Sentence], scheme: str | None) -> None:
+        """Take in the sentences, whose tags follow `scheme` ("auto" finds out which); None where they have none.
+
+        Raises:
+            DataError: some tags do not; the message names sentence and word.
+        """
+        if scheme == "auto":
+            scheme = detect(tag for sentence in sentences for tag in sentence.tags)
+        self._sentences = sentences
+        self._tags = scheme and [to_iob2(sentence.tags, scheme, sentence.source) for sentence in sentences]
+
+    def __len__(self) -> int:
+        return len(self._sentences)
+
+    def row(self, i: int) -> Row:
+        return Row(self._sentences[i].source, self._sentences[i].split, {"tags": self._tags[i]} if self._tags else {})
+
+    def content(self, i: int) -> list[str]:
+        return self._sentences[i].words
+
+
+def open_conll(config: DataConfig, path: Path) -> Tagged:
+    """Read a file with a word and its tag per line and an empty line after each sentence, or a file per split."""
+    words = 0 if config.words is None else int(config.words)
+    tags = (-1 if config.tags is None else int(config.tags)) if config.labelled else None
+    found = [one for file, split in files_by_split(path) for one in _read_conll(file, split, words, tags)]
+    if not found:
+        raise DataError(f"data.path {path} holds no sentences")
+    return Tagged(found, config.scheme if config.labelled else None)
+
+
+def open_tagged(config: DataConfig, path: Path) -> Tagged:
+    """Read a table whose fields hold a list of words and a list of tags."""
+    named = {name: str(getattr(config, name)) for name in (("words", "tags") if config.labelled else ("words",))}
+    split = {"split": config.split} if config.split and config.labelled else {}
+    records = read_records(path, named | split, records=config.records)
+    sentences = []
+    for i in range(len(records)):
+        where = records.where(i)
+        words, *others = (_texts(records.columns[name], i, f"{where}: field {named[name]}") for name in named)
+        tags = others[0] if others else []
+        if not words or (others and len(words) != len(tags)):
+            raise DataError(f"{where} has {len(words)} words and {len(tags)} tags; give every word one")
+        sentences.append(Sentence(where, records.split(i), words, [_parsed(tag, where) for tag in tags]))
+    return Tagged(sentences, config.scheme if config.labelled else None)
+
+
+def _read_conll(path: Path, split: str | None, word: int, tag: int | None) -> Iterator[Sentence]:
+    """Yield the sentences of a file; one is called by the number of its first line."""
+    lines = [line.split("\t") if "\t" in line else line.split() for line in _lines(path)]
+    of_words = (
+        (number, line) for number, line in enumerate(lines, 1) if any(line) and not line[0].startswith(NO_WORDS)
+    )
+    width = next((_checked_width(line, word, tag, f"{path.name}:{number}") for number, line in of_words), 0)
+    begun, words, tags = 0, list[str](), list[Tag]()
+    for number, fields in enumerate([*lines, []], 1):
+        where = f"{path.name}:{number}"
+        if _is_comment(fields, width, tag):
+            continue
+        if not any(fields) or fields[0].startswith(DOCUMENT):
+            if words:
+                yield Sentence(f"{path.name}:{begun}", split, words, tags)
+            words, tags = [], []
+            continue
+        if len(fields) != width:
+            raise DataError(f"{where} has {len(fields)} columns, the first word {width}: {fields}; mend the line")
+        if not fields[word].strip():
+            raise DataError(f"{where}: column {word} (data.words) is empty; every line needs a word")
+        begun = number if not words else begun
+        words.append(fields[word])
+        tags += [] if tag is None else [_parsed(fields[tag].strip(), where)]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise DataError(f"data.path {path} cannot be read as text: {error}") from error
+
+
+def _is_comment(fields: list[str], width: int, tag: int | None) -> bool:
+    """Say whether a line is a comment. Where "#" is a word, the line has all columns, and a tag in the right one."""
+    if not fields or not fields[0].startswith(COMMENT):
+        return False
+    return len(fields) != width or (tag is not None and parse(fields[tag]) is None)
+
+
+def _checked_width(fields: list[str], word: int, tag: int | None, where: str) -> int:
+    """Return the number of columns; check that those asked for are among them."""
+    width = len(fields)
+    for name, column in (("words", word), ("tags", tag)):
+        if column is not None and not -width <= column < width:
+            raise ConfigError(
+                f"data.{name} is {column}; {where} has {width} columns: 0..{width - 1}, or -1 for the last"
+            )
+    if tag is not None and (width == 1 or word % width == tag % width):
+        raise DataError(f"{where} has {width} columns; words are in {word} and tags in {tag}: two columns are needed")
+    return width
+
+
+def _parsed(tag: str, where: str) -> Tag:
+    if (found := parse(tag)) is None:
+        raise DataError(f"{where}: the tag is {tag!r}; expected O, or B, I, E or S with a type, as in B-Disease")
+    return found
+
+
+def _texts(column: pa.ChunkedArray, i: int, where: str) -> list[str]:
+    values = column[i].as_py()
+    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
+        raise DataError(f"{where} is {str(values)[:60]!r}; expected a list of texts, none empty")
+    return values

@@ -1,0 +1,212 @@
+"""Reuse at inference: inputs -> keys -> states, known or new -> suffixes of finished runs -> predictions.
+
+Inputs go by in spans, in their order, with a bounded number of new samples in each. New ones are encoded as `encode`
+does it, into the store or into one that is emptied after every span, and are read back from there: a sample's
+prediction does not depend on whether it was known.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline import quarantine
+from pipeline.data import Source, open_source
+from pipeline.encode import encode_units
+from pipeline.encoded import Encoded
+from pipeline.encoder import Encoder, autocast
+from pipeline.feed import Keyed
+from pipeline.loader import Batch, Loader
+from pipeline.predictions import DESCRIBED, Predictions, check_format, described, joined, open_output
+from pipeline.project import Project
+from pipeline.quarantine import BadSample
+from pipeline.runs import FinishedRun, open_run
+from pipeline.store import KeySet, Reader, Store, discard, sweep, temporary_folder
+from pipeline.tasks import Asked, Column, Kind
+from pipeline.unit import plan
+
+log = logging.getLogger("recycle")
+
+ROWS_AT_ONCE = 1 << 13
+"""Inputs whose predictions wait in memory."""
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""What training calls a precision -> what encoding does."""
+
+
+def predict_project(
+    project: Project, names: Sequence[str], inputs: str | None, output: Path, *, write: bool = False
+) -> bool:
+    """Write what the finished runs `names` say of every input to the file `output`, a row for each, in their order.
+
+    Inputs are the project's own data set, or data of the same kind at the path `inputs`, whose labels are not read.
+    With `write`, the states of new samples stay in the stores. Returns whether the bad inputs stay within
+    `encode.max_bad`.
+
+    Raises:
+        ConfigError: the output's format is unknown, or a setting names nothing that exists.
+        DataError: the inputs cannot be read, or a run does not exist or does not fit today's settings and samples.
+        StaleStoreError: a store was encoded under another recipe; the message names the first field that differs.
+    """
+    check_format(output)
+    source = open_source(project.data if inputs is None else project.data.of_inputs(inputs))
+    by_store: dict[Path, dict[str, FinishedRun]] = {}
+    for name in dict.fromkeys(names):
+        run = open_run(project, name)
+        by_store.setdefault(run.store.path, {})["" if len(set(names)) == 1 else f"{name}/"] = run
+    keyed = project.keys_of(source)
+    home = project.scratch / "predict"
+    home.mkdir(parents=True, exist_ok=True)
+    sweep(home)
+    with ExitStack() as folders:
+        # Stores of one path are of one recipe: opening them proved it.
+        shared = [
+            SharedStates(runs, source, keyed, None if write else folders.enter_context(temporary_folder(home)))
+            for runs in by_store.values()
+        ]
+        if write:
+            for states in shared:
+                states.encode(keyed.good)
+        predict_spans(source, keyed, shared, output)
+    return _tell(project, keyed, shared, output)
+
+
+class SharedStates:
+    """The states of inputs, and the runs of one store that start from them: the prefix runs once for all."""
+
+    def __init__(self, runs: Mapping[str, FinishedRun], source: Source, keyed: Keyed, folder: Path | None) -> None:
+        """Prepare to predict on `source`; `runs` by how the names of their columns begin.
+
+        The states of new samples join the store, or lie in `folder` until they are forgotten.
+        """
+        first = next(iter(runs.values()))
+        bench, self.known = first.bench, first.store.plain
+        self.runs, self.keys, self.config = runs, keyed.keys, bench.project.encode
+        self.device = bench.to_device()
+        for run in runs.values():
+            run.suffix.to(self.device)
+        self.pad = bench.backbone.preprocess.pad
+        self.reader = bench.project.reader(self.known.path)
+        self.forgets = folder is not None
+        self.fresh = Store.create(self.known.path if folder is None else folder / "store", self.known.recipe)
+        views, probes = [bench.preprocess(None)], keyed.outside_in()
+        self.encoder = Encoder(source, views, [first.prefix], [[self.fresh]], self.config, probes)
+        self.done = Encoded.begun(keyed, cuts=1)
+        self.predictions = Predictions(self._columns())
+
+    def missing(self) -> np.ndarray:
+        """Return (N,) bool: which of all inputs have no state in the store."""
+        return self.known.missing(self.keys)
+
+    def encode(self, rows: np.ndarray) -> None:
+        """Run the prefix on those of `rows` (n,) int64 that are new."""
+        encode_units(self.encoder, plan(self.keys, rows, [self.fresh], self.config.segment_samples), self.done)
+        if not self.forgets:
+            self.known.refresh()
+
+    def predict(self, rows: np.ndarray) -> None:
+        """Add what the runs say of `rows` (n,) int64, all distinct, to the predictions; bad ones are left out."""
+        new = rows[self.known.missing(self.keys[rows])]
+        self._predict(self.known, self.reader, np.setdiff1d(rows, new, assume_unique=True))
+        if self.forgets and len(new):
+            self.encode(new)
+            there = new[~self.fresh.missing(self.keys[new])]
+            self._predict(self.fresh, Reader(self.fresh.path, check=False), there)
+            for segment in self.fresh.segments():
+                discard(self.fresh.path / segment)
+            self.fresh.refresh()
+
+    def _predict(self, store: Store, reader: Reader, rows: np.ndarray) -> None:
+        for batch in self._batches(store, reader, rows):
+            numbers = rows[batch.rows.numpy()]
+            asked = Asked(batch.targets, [self.encoder.source.row(row).targets for row in numbers.tolist()])
+            columns: dict[str, Column] = {}
+            for beginning, run in self.runs.items():
+                precision = PRECISIONS[run.bench.project.train.precision]
+                with torch.no_grad(), autocast(precision, self.device):
+                    output = run.suffix(batch.state, **batch.inputs)
+                said = run.bench.task.predictions(output, asked, run.legend)
+                columns |= {beginning + name: values for name, values in said.items()}
+            self.predictions.add(numbers, columns)
+
+    def _batches(self, store: Store, reader: Reader, rows: np.ndarray) -> Iterator[Batch]:
+        """Yield `rows` in batches of states of similar size, and within these as they lie in the store."""
+        keys = self.keys[rows]
+        places = store.rows(keys)
+        by_place = np.argsort(places.codes)
+        order = by_place[np.argsort(reader.sizes(places[by_place]), kind="stable")]
+        size = self.config.batch_size
+        batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
+        return iter(Loader(store, keys, {}, batches, pad=self.pad, device=self.device, source=reader))
+
+    def _columns(self) -> Mapping[str, Kind]:
+        kinds = {beginning: run.bench.task.columns(run.legend) for beginning, run in self.runs.items()}
+        return {beginning + name: kind for beginning, of in kinds.items() for name, kind in of.items()}
+
+
+def predict_spans(source: Source, keyed: Keyed, shared: Sequence[SharedStates], output: Path) -> None:
+    """Write the predictions of all inputs, span by span; of equal inputs the first one's are everyone's."""
+    first, numbers = KeySet(keyed.keys).find(keyed.keys), np.arange(len(keyed.keys))
+    last = numbers.copy()
+    last[first] = numbers
+    new = np.logical_or.reduce([states.missing() for states in shared]) & (first == numbers)
+    schema = joined([DESCRIBED, *(states.predictions.schema for states in shared)])
+    with (
+        open_output(output, schema) as append,
+        tqdm(total=len(first), desc="predict", unit="sample", disable=None) as progress,
+    ):
+        for rows in _spans(new, shared[0].config.segment_samples):
+            for states in shared:
+                bad = [sample.row for sample in states.done.keyed.bad]
+                states.predict(np.setdiff1d(rows[first[rows] == rows], bad))
+            said = [states.predictions.take(first[rows]) for states in shared]
+            append([described(*_told(source, keyed, rows, _bad(shared))), *said])
+            for states in shared:
+                states.predictions.keep(np.flatnonzero(last[: rows[-1] + 1] > rows[-1]))
+            progress.update(len(rows))
+
+
+def _spans(new: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """Divide all rows into stretches of at most `ROWS_AT_ONCE`, and of at most `most` that are `new` (N,) bool."""
+    stretch = np.maximum(np.cumsum(new) - 1, 0) // most
+    by_count = np.arange(len(new)) // ROWS_AT_ONCE
+    begins = np.flatnonzero((np.diff(stretch, prepend=-1) != 0) | (np.diff(by_count, prepend=-1) != 0))
+    return iter(np.split(np.arange(len(new)), begins[1:]))
+
+
+def _told(
+    source: Source, keyed: Keyed, rows: np.ndarray, bad: Mapping[int, BadSample]
+) -> tuple[list[str], list[str | None], list[str | None]]:
+    """Return what each row is called, its key in hex and what is wrong with it."""
+    keys = [keyed.keys[row].tobytes().hex() if keyed.keys[row].any() else None for row in rows.tolist()]
+    reasons = [bad[row].reason if row in bad else None for row in rows.tolist()]
+    return [quarantine.name_of(source, row) for row in rows.tolist()], keys, reasons
+
+
+def _bad(shared: Sequence[SharedStates]) -> dict[int, BadSample]:
+    return {sample.row: sample for states in shared for sample in states.done.keyed.bad}
+
+
+def _tell(project: Project, keyed: Keyed, shared: Sequence[SharedStates], output: Path) -> bool:
+    """Say what was done; return whether no more is bad than allowed."""
+    for states in shared:
+        log.info(
+            "%s: the prefix ran on %d of %d inputs%s",
+            *(
+                states.known.path,
+                states.done.new[0],
+                len(keyed.keys),
+                "" if states.forgets else ", which joined the store",
+            ),
+        )
+    bad, total = _bad(shared), len(keyed.keys)
+    if bad:
+        log.warning("%d bad inputs, their rows say why: %s", len(bad), quarantine.summary(list(bad.values())))
+    if len(bad) > project.encode.tolerated(total):
+        log.error("%d bad inputs, encode.max_bad allows %d of %d", len(bad), project.encode.tolerated(total), total)
+    return len(bad) <= project.encode.tolerated(total)

@@ -1,0 +1,167 @@
+"""Answers that are spans of a text: cross entropy on where they begin and end; exact match and F1 as SQuAD has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torchmetrics.text import SQuAD
+
+from pipeline.errors import DataError
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.config import SCORES, TaskConfig
+
+# B batch, T token, A tokens of an answer
+
+NOWHERE = 0
+"""Token that stands for "no answer here": the first one, where BERT and its kin have their own ([CLS])."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What is known of N windows of texts, each with a question."""
+
+    text: Sequence[str]
+    question: Sequence[str]
+    """Names of the questions: a long text has several windows with one question."""
+    answers: Sequence[Sequence[str]]
+    """Right answers; none to a question that the text does not answer."""
+
+
+class Answers(Task):
+    """Extractive question answering.
+
+    A sample is a question with a window of a text. Its targets are `question` (a name that all its windows share),
+    `window` (the text), `answers` (a list of right ones), and `start` and `end`: where the first of them that lies in
+    the window begins and ends, in characters, -1 where none does. Such a window learns "no answer here".
+    """
+
+    name = "answers"
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.max_answer = config.max_answer
+        self.monitor = config.monitor or SCORES[self.name][0]
+        self._windows = Windows([], [], [])
+
+    def head(self, table: Table) -> Head:
+        return Head("span")
+
+    def prepare(self, table: Table) -> dict[str, np.ndarray]:
+        columns = {n: column(table, n, self.name) for n in ("window", "question", "answers", "start", "end")}
+        if not (columns["start"][table.split == "train"] >= 0).any():
+            raise DataError(
+                "no window of the training split holds an answer; answers needs some: look at data.window, "
+                "or set another data.seed or data.validation"
+            )
+        self._windows = Windows(*(columns[name].tolist() for name in ("window", "question", "answers")))
+        return {"row": np.arange(len(table.split)), "start": columns["start"], "end": columns["end"]}
+
+    def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
+        return np.flatnonzero(table.split == split)
+
+    def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
+        logits_B2T = read_tensor(output).float().masked_fill(~_choices(targets["chars"])[:, None], -torch.inf)
+        places_B2 = at_tokens(targets["start"], targets["end"], targets["chars"])
+        return F.cross_entropy(logits_B2T.transpose(1, 2), places_B2)
+
+    def metrics(self) -> Metrics:
+        return AnswerScores(self._windows, self.max_answer)
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"question": str, "answer": str, "start": int, "end": int, "margin": float}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        """Return the best answer in each window, where it lies in it, and how far it is preferred to "no answer here".
+
+        A question's answer is the one with the largest margin among its windows.
+        """
+        found = best_answers(output, asked.extras["chars"], self.max_answer)
+        windows = [str(row["window"]) for row in asked.rows]
+        return {
+            "question": [str(row["question"]) for row in asked.rows],
+            "answer": [text[begin:end] for text, begin, end, _ in zip(windows, *found, strict=True)],
+            "start": found[0],
+            "end": found[1],
+            "margin": found[2],
+        }
+
+
+class AnswerScores:
+    """`f1` (of words) and `exact_match` of the best answer to each question, means over questions, in 0..1.
+
+    A window's best answer is the likeliest span of at most `max_answer` tokens, a question's the one that its window
+    prefers most to "no answer here". That itself is the answer where every window prefers it, if there are questions
+    without an answer.
+    """
+
+    def __init__(self, windows: Windows, max_answer: int) -> None:
+        self.windows, self.max_answer = windows, max_answer
+        self._may_be_none = not all(windows.answers)
+        self.reset()
+
+    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
+        found = best_answers(output, targets["chars"], self.max_answer)
+        for row, begin, end, margin in zip(targets["row"].tolist(), *found, strict=True):
+            question = self.windows.question[row]
+            if question not in self._best or margin > self._best[question][0]:
+                self._best[question] = (margin, self.windows.text[row][begin:end], row)
+
+    def compute(self) -> dict[str, float]:
+        if not self._best:
+            return dict.fromkeys(SCORES["answers"], float("nan"))
+        found: list[Any] = []
+        right: list[Any] = []
+        for question, (margin, text, row) in self._best.items():
+            is_none = self._may_be_none and margin <= 0
+            found.append({"id": question, "prediction_text": "" if is_none else text})
+            right.append({"id": question, "answers": {"text": list(self.windows.answers[row]) or [""]}})
+        squad = SQuAD()
+        squad.update(found, right)
+        return {name: float(score) / 100 for name, score in squad.compute().items()}
+
+    def reset(self) -> None:
+        self._best: dict[str, tuple[float, str, int]] = {}
+
+
+def at_tokens(start_B: Tensor, end_B: Tensor, chars_BT2: Tensor) -> Tensor:
+    """Return the first and the last token of the characters from `start` to `end`, (B, 2).
+
+    Both are `NOWHERE` where `start` is -1, or where the tokens do not hold all of the characters.
+    """
+    begins_BT, ends_BT = chars_BT2.unbind(-1)
+    first_B = (ends_BT > start_B[:, None]).int().argmax(1)
+    before_end_BT = (begins_BT >= 0) & (begins_BT < end_B[:, None])
+    last_B = begins_BT.shape[1] - 1 - before_end_BT.flip(1).int().argmax(1)
+    is_whole_B = (start_B >= 0) & (ends_BT.gather(1, last_B[:, None])[:, 0] >= end_B)
+    return torch.stack([first_B, last_B], dim=1).where(is_whole_B[:, None], NOWHERE)
+
+
+def best_answers(output: Any, chars_BT2: Tensor, longest: int) -> tuple[list[int], list[int], list[float]]:
+    """Return where the best answer of each window begins and ends, in characters, and its margin over `NOWHERE`."""
+    logits_B2T, chars_BT2 = read_tensor(output).detach().float().cpu(), chars_BT2.cpu()
+    scores_B, first_B, last_B = best_spans(logits_B2T, chars_BT2, longest)
+    every = torch.arange(len(scores_B))
+    begins_B, ends_B = chars_BT2[every, first_B, 0].clamp(min=0), chars_BT2[every, last_B, 1].clamp(min=0)
+    return begins_B.tolist(), ends_B.tolist(), (scores_B - logits_B2T[:, :, NOWHERE].sum(1)).tolist()
+
+
+def best_spans(logits_B2T: Tensor, chars_BT2: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best span of text of at most `longest` tokens: its logits' sum, its first and its last token, (B,)."""
+    of_text_BT = chars_BT2[..., 0] >= 0
+    first_BT, last_BT = logits_B2T.masked_fill(~of_text_BT[:, None], -torch.inf).unbind(1)
+    last_BTA = F.pad(last_BT, (0, longest - 1), value=-torch.inf).unfold(1, longest, 1)
+    scores_B, place_B = (first_BT[..., None] + last_BTA).flatten(1).max(1)
+    first_B = place_B // longest
+    return scores_B, first_B, first_B + place_B % longest
+
+
+def _choices(chars_BT2: Tensor) -> Tensor:
+    """Say which tokens a place may be: those of the text, and `NOWHERE`; not the question, not the padding. (B, T)."""
+    allowed_BT = chars_BT2[..., 0] >= 0
+    allowed_BT[:, NOWHERE] = True
+    return allowed_BT

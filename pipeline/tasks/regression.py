@@ -1,0 +1,165 @@
+"""Numbers, one or several per sample: squared, absolute or Huber error; scores in the user's unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef, R2Score, SpearmanCorrCoef
+
+from pipeline.errors import ConfigError, DataError, TrainError
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor, without_advice
+from pipeline.tasks.config import REGRESSION_LOSSES, SCORES, TaskConfig
+
+# N row of the table, B batch, K number to regress
+
+_LOSSES: dict[str, Any] = dict(zip(REGRESSION_LOSSES, (nn.MSELoss, nn.L1Loss, nn.HuberLoss), strict=True))
+
+
+class Regression(Task):
+    """The model learns standardised numbers: less the mean of the training split, over its standard deviation.
+
+    Scores and predictions are in the user's unit again; an exported model gives the standardised ones, and `run.json`
+    has their `legend`.
+    """
+
+    name = "regression"
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.monitor = config.monitor or SCORES[self.name][0]
+        try:
+            self._loss: nn.Module = _LOSSES[config.loss](**config.loss_options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"task.loss_options is {config.loss_options}; {_LOSSES[config.loss].__name__} does not take it: {error}"
+            ) from error
+        self._scale: np.ndarray | None = None
+
+    def head(self, table: Table) -> Head:
+        return Head("classes", size=self._numbers(table).shape[1])
+
+    def units_of(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation of the training split, (K,) float64 each.
+
+        Raises:
+            DataError: a number is the same in all training samples, or there are none.
+        """
+        training_NK = self._numbers(table)[table.split == "train"]
+        if not len(training_NK):
+            raise DataError("the training split has no sample; regression needs two or more")
+        mean, deviation = training_NK.mean(0), training_NK.std(0)
+        if (flat := np.flatnonzero(training_NK.min(0) == training_NK.max(0))).size:
+            raise DataError(
+                f"the number {training_NK[0, flat[0]]} (column {flat[0]}) is the same in all {len(training_NK)} "
+                "training samples; regression needs numbers that differ"
+            )
+        return mean, deviation
+
+    def _numbers(self, table: Table) -> np.ndarray:
+        """Return the numbers of every row, (N, K) float64."""
+        labels = column(table, "label", self.name)
+        try:
+            numbers = np.array(labels.tolist(), np.float64).reshape(len(labels), -1)
+        except ValueError as error:
+            raise DataError(
+                f"the labels are no numbers, or lists of different lengths ({error}); regression needs one number per "
+                "sample, or equally many of each"
+            ) from error
+        if labels.dtype.kind == "U" or not numbers.shape[1]:
+            raise DataError(f"the labels are {labels.dtype}; regression needs numbers")
+        if (bad := np.flatnonzero(~np.isfinite(numbers).all(1))).size:
+            raise DataError(
+                f"the labels of {bad.size} samples are not finite (the first is row {bad[0]} of the sample table); "
+                "correct them, or leave these samples out"
+            )
+        return numbers
+
+    def prepare(self, table: Table) -> dict[str, np.ndarray]:
+        mean, self._scale = self.units_of(table)
+        return {"label": ((self._numbers(table) - mean) / self._scale).astype(np.float32)}
+
+    def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
+        return np.flatnonzero(table.split == split)
+
+    def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
+        loss: Tensor = self._loss(read_numbers(output, targets["label"]), targets["label"])
+        return loss
+
+    def legend(self, table: Table) -> list[Any]:
+        """Return mean and standard deviation of each number: what an output of 0 and a step of 1 are in its unit."""
+        mean, deviation = self.units_of(table)
+        return [{"mean": float(one), "std": float(other)} for one, other in zip(mean, deviation, strict=True)]
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"value": float if len(legend) == 1 else [float]}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        standard_BK = read_tensor(output).double().cpu().numpy().reshape(-1, len(legend))
+        mean, deviation = (np.array([one[name] for one in legend]) for name in ("mean", "std"))
+        values_BK = standard_BK * deviation + mean
+        return {"value": values_BK[:, 0] if len(legend) == 1 else values_BK}
+
+    def metrics(self) -> Metrics:
+        if self._scale is None:
+            raise TrainError("the unit of the numbers is not known; call prepare(table) before metrics()")
+        return RegressionScores(self._scale)
+
+
+class RegressionScores:
+    """`rmse` and `mae` in the user's unit, `r2`, `pearson` and `spearman`; of several numbers, the mean over them.
+
+    All but the first two are the same in any unit. Of a constant there is no correlation: NaN.
+    """
+
+    def __init__(self, scale_K: np.ndarray) -> None:
+        """Score standardised numbers, of which one is `scale_K` in the user's unit."""
+        self._scale = torch.from_numpy(scale_K)
+        self.reset()
+
+    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
+        expected_BK = targets["label"].cpu()
+        found_BK = read_numbers(output, targets["label"]).detach().cpu()
+        for score in self._scores.values():
+            score.update(found_BK.squeeze(1), expected_BK.squeeze(1))
+        self._samples += len(expected_BK)
+
+    def compute(self) -> dict[str, float]:
+        with without_advice():  # on constants, whose NaN says it
+            least = {"r2": 2, "pearson": 2, "spearman": 2}
+            found = {
+                name: score.compute() if self._samples >= least.get(name, 1) else torch.tensor(torch.nan)
+                for name, score in self._scores.items()
+            }
+        in_unit = {name: found[name] * self._scale for name in ("rmse", "mae")}
+        return {name: float(value.mean()) for name, value in (found | in_unit).items()}
+
+    def reset(self) -> None:
+        count = len(self._scale)
+        self._samples = 0
+        with without_advice():  # on memory: two numbers per validation sample
+            self._scores: dict[str, Any] = {
+                "rmse": MeanSquaredError(squared=False, num_outputs=count),
+                "mae": MeanAbsoluteError(num_outputs=count),
+                "r2": R2Score(),
+                "pearson": PearsonCorrCoef(num_outputs=count),
+                "spearman": SpearmanCorrCoef(num_outputs=count),
+            }
+
+
+def read_numbers(output: Any, expected_BK: Tensor) -> Tensor:
+    """Return what a model says of each number, (B, K) float32; a single one may come without its axis.
+
+    Raises:
+        TrainError: there are more or fewer.
+    """
+    numbers = read_tensor(output).float()
+    numbers = numbers.reshape(len(numbers), -1)
+    if numbers.shape != expected_BK.shape:
+        raise TrainError(
+            f"the model returns {list(numbers.shape)}; regression of {expected_BK.shape[1]} numbers per sample needs "
+            f"{list(expected_BK.shape)}"
+        )
+    return numbers

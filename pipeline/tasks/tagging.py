@@ -1,0 +1,149 @@
+"""A tag for every word: cross entropy on the words' first tokens; precision, recall and F1 of whole entities."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from nervaluate import Evaluator
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+
+from pipeline.errors import DataError
+from pipeline.tasks.base import IGNORED, Asked, Column, Head, Kind, Metrics, Ragged, Table, Task, column, read_tensor
+from pipeline.tasks.config import SCORES, TaskConfig
+
+# B batch, T token, W word, C tag
+
+OUTSIDE = "O"
+IOB2 = re.compile(r"O|[BI]-(.+)")
+NAMED = 5
+
+
+class Tagging(Task):
+    """Entities in sentences: the target `tags` has a tag in IOB2 for every word.
+
+    The tags are `O`, and B- and I- of every type of the training split.
+    """
+
+    name = "tagging"
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.label_smoothing = config.label_smoothing
+        self.monitor = config.monitor or SCORES[self.name][0]
+        self._tags: list[str] = []
+
+    def head(self, table: Table) -> Head:
+        return Head("tokens", size=len(self.tags(table)))
+
+    def tags(self, table: Table) -> list[str]:
+        """Return the tags in the order of the logits.
+
+        Raises:
+            DataError: the tags are no lists in IOB2, the training split has no entity, or others have types it lacks.
+        """
+        by_split: dict[bool, set[str]] = {True: set(), False: set()}
+        tags = column(table, "tags", self.name)
+        if tags.dtype != object:
+            raise DataError(f"the target tags is {tags.dtype}; tagging needs a list of tags for every sample")
+        for split, of_words in zip(table.split.tolist(), tags.tolist(), strict=True):
+            by_split[split == "train"].update(of_words)
+        types = {is_training: _types(found) for is_training, found in by_split.items()}
+        if not types[True]:
+            raise DataError("the training split has no entity, every word is tagged O; tagging needs some")
+        if unseen := sorted(types[False] - types[True]):
+            told = ", ".join(map(repr, unseen[:NAMED])) + (", ..." if len(unseen) > NAMED else "")
+            raise DataError(
+                f"held-out samples have {len(unseen)} types of entities that training lacks ({told}); "
+                "add training samples of them, leave them out, or set another data.seed or data.validation"
+            )
+        return [OUTSIDE, *(f"{place}-{kind}" for kind in sorted(types[True]) for place in "BI")]
+
+    def prepare(self, table: Table) -> dict[str, Ragged]:
+        self._tags = self.tags(table)
+        numbers = {tag: number for number, tag in enumerate(self._tags)}
+        return {"tags": Ragged.of([[numbers[tag] for tag in tags] for tags in table.targets["tags"].tolist()])}
+
+    def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
+        return np.flatnonzero(table.split == split)
+
+    def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
+        word_BT, tags_BW = targets["word"], targets["tags"]
+        tags_BT = tags_BW.gather(1, word_BT.clamp(min=0)).masked_fill(word_BT < 0, IGNORED)
+        logits_BTC = read_tensor(output).float()
+        return F.cross_entropy(
+            logits_BTC.transpose(1, 2), tags_BT, ignore_index=IGNORED, label_smoothing=self.label_smoothing
+        )
+
+    def metrics(self) -> Metrics:
+        return TaggingScores(self._tags)
+
+    def legend(self, table: Table) -> list[Any]:
+        return self.tags(table)
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"tags": [str]}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        """Return the tag of each word; those at the end of a text that was cut off have none."""
+        word_BT = asked.extras["word"].cpu()
+        words_B = word_BT.amax(1) + 1
+        best_BT = read_tensor(output).float().argmax(-1).cpu()
+        best_BW = at_words(best_BT, word_BT, int(words_B.max()), list(legend).index(OUTSIDE))
+        found = zip(best_BW.tolist(), words_B.tolist(), strict=True)
+        return {"tags": [[legend[number] for number in numbers[:words]] for numbers, words in found]}
+
+
+class TaggingScores:
+    """`f1`, `precision` and `recall` of entities, right where type and both ends are; `accuracy` of tags. All in 0..1.
+
+    A word that lost its tokens, cut off at the end of a long sentence, is taken to be tagged O.
+    """
+
+    def __init__(self, tags: list[str]) -> None:
+        self.tags = tags
+        self.reset()
+
+    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
+        best_BT = read_tensor(output).detach().float().argmax(-1).cpu()
+        tags_BW = targets["tags"].cpu()
+        found_BW = at_words(best_BT, targets["word"].cpu(), tags_BW.shape[1], self.tags.index(OUTSIDE))
+        self._accuracy.update(found_BW, tags_BW)
+        for right_W, found_W in zip(tags_BW, found_BW, strict=True):
+            there = right_W != IGNORED
+            self._right.append([self.tags[number] for number in right_W[there].tolist()])
+            self._found.append([self.tags[number] for number in found_W[there].tolist()])
+
+    def compute(self) -> dict[str, float]:
+        if not self._right:
+            return dict.fromkeys(SCORES["tagging"], float("nan"))
+        strict = Evaluator(self._right, self._found, tags=sorted(_types(self.tags)), loader="list").evaluate()
+        entities = strict["overall"]["strict"]
+        scores = {name: float(getattr(entities, name)) for name in ("f1", "precision", "recall")}
+        return scores | {"accuracy": float(self._accuracy.compute())}
+
+    def reset(self) -> None:
+        self._right: list[list[str]] = []
+        self._found: list[list[str]] = []
+        self._accuracy = MulticlassAccuracy(len(self.tags), average="micro", ignore_index=IGNORED)
+
+
+def at_words(values_BT: Tensor, word_BT: Tensor, words: int, absent: int) -> Tensor:
+    """Return the values at the first token of each of so many words, (B, W); `absent` for a word without any."""
+    values_BW = torch.full((len(values_BT), words + 1), absent)
+    return values_BW.scatter(1, word_BT.masked_fill(word_BT < 0, words), values_BT)[:, :words]
+
+
+def _types(tags: set[str] | list[str]) -> set[str]:
+    """Return the types of entities that tags in IOB2 name."""
+    types = set()
+    for tag in tags:
+        if (known := IOB2.fullmatch(str(tag))) is None:
+            raise DataError(f"the tag {tag!r} is not in IOB2; expected O, B-TYPE or I-TYPE, as source conll gives them")
+        if known[1] is not None:
+            types.add(known[1])
+    return types

@@ -1,0 +1,43 @@
+"""Which epoch of a run is its best."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pipeline.checkpoint import Progress
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("values", "higher", "best"),
+    [
+        ([0.1, 0.3, 0.3, 0.2], True, 2),
+        ([3.0, 1.0, 1.0, 2.0], False, 2),
+        ([NAN, 0.2, NAN, 0.1], True, 2),
+        ([NAN, NAN, NAN], True, 3),
+        ([NAN, NAN, NAN], False, 3),
+        ([-math.inf, -5.0], True, 2),
+    ],
+)
+def test_the_best_epoch(values: list[float], higher: bool, best: int) -> None:
+    progress = Progress()
+    for value in values:
+        progress.take({}, value, higher=higher)
+    assert progress.best_epoch == best
+
+
+def test_patience_counts_from_the_best_epoch() -> None:
+    progress = Progress()
+    for value in (2.0, 1.0, 1.5):
+        progress.take({}, value, higher=False)
+    assert not progress.exhausted(10, 2)
+    progress.take({}, 1.2, higher=False)
+    assert progress.exhausted(10, 2)
+    unscored = Progress()
+    for _ in range(5):
+        unscored.take({}, NAN)
+    assert not unscored.exhausted(10, 1)
+    assert unscored.exhausted(5, 1)
