@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.data.config import DataConfig
 from pipeline.data.records import Records, read_records
-from pipeline.data.source import Row, Source
+from pipeline.data.source import Row, Source, Target
 from pipeline.errors import DataError
 
 ROLES = ("anchor", "positive")
@@ -16,8 +16,8 @@ _ANSWERS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 class Pairs(Source):
     """Two rows per record, the anchor and then its positive; the target `pair` is the record's number.
 
-    Where a label says whether the two belong together, the target `belongs` is 1 or 0. Where the records have one of the
-    two texts alone, a record is one row.
+    Where a label says whether the two belong together, the target `belongs` is 1 or 0. Where the records have one of
+    the two texts alone, a record is one row.
     """
 
     def __init__(self, records: Records) -> None:
@@ -32,7 +32,7 @@ class Pairs(Source):
     def row(self, i: int) -> Row:
         pair, role = divmod(i, len(self._roles))
         belongs = {"belongs": self._belongs[pair]} if self._belongs else {}
-        targets = {"pair": pair, "role": self._roles[role], **belongs}
+        targets: dict[str, Target] = {"pair": pair, "role": self._roles[role], **belongs}
         return Row(self._records.where(pair), self._records.split(pair), targets)
 
     def content(self, i: int) -> str:
