@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.data.config import DataConfig
 from pipeline.data.records import Records, read_records
-from pipeline.data.source import Row, Source
+from pipeline.data.source import Row, Source, Target
 from pipeline.errors import DataError
 
 ROLES = ("anchor", "positive")
@@ -31,8 +31,9 @@ class Pairs(Source):
 
     def row(self, i: int) -> Row:
         pair, role = divmod(i, len(self._roles))
-        belongs = {"belongs": self._belongs[pair]} if self._belongs else {}
-        targets = {"pair": pair, "role": self._roles[role], **belongs}
+        targets: dict[str, Target] = {"pair": pair, "role": self._roles[role]}
+        if self._belongs:
+            targets["belongs"] = self._belongs[pair]
         return Row(self._records.where(pair), self._records.split(pair), targets)
 
     def content(self, i: int) -> str:
