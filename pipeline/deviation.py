@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.data import SampleTable
@@ -22,6 +21,7 @@ from pipeline.ragged import Sample, pad_batch
 from pipeline.split import Suffix
 from pipeline.store import CODECS, STATE_PREFIX, Reader, Rows, readable, through
 from pipeline.tasks import read_tensor
+from pipeline.towers import Tower, load_weights, open_tower
 from pipeline.views import Views
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -78,21 +78,21 @@ class _Held:
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch
 
 
-def measure(project: Project, name: str, count: int) -> Report:
+def measure(project: Project, name: str, count: int, tower: str | None = None) -> Report:
     """Try every codec on `count` samples of a cut's store, drawn from the sample table; nothing is written.
+
+    Where there is an encoder for each role, `tower` says whose store.
 
     Memory: the states of these samples, three times in float32.
 
     Raises:
-        ConfigError: no such cut, or it was never encoded.
+        ConfigError: no such cut or tower, or it was never encoded.
         MissingKeysError: a sample of the table is not in the store.
         DataError: the finished run does not fit the model.
     """
-    cut = project.cut(name)
-    table = SampleTable.read(project.samples)
-    bench = Workbench.open(project, table)
-    store, _, suffix = bench.open_store(cut, table)
-    is_trained = _load_run(project, name, suffix)
+    opened = open_tower(project.part(tower), project.cut(name), SampleTable.read(project.samples))
+    bench, table, store, suffix = opened.bench, opened.table, opened.store, opened.suffix
+    is_trained = _load_run(project, name, opened)
     suffix.to(pick_device(project.encode.device)).eval()
     drawn = np.sort(np.random.default_rng(0).permutation(len(table))[:count])
     stored = _read(store.path, store.rows(table.keys)[drawn])
@@ -112,7 +112,7 @@ def measure(project: Project, name: str, count: int) -> Report:
         deviations.append(
             Deviation(storage, nbytes / len(drawn), largest, mean, *_compare_outputs(now, outputs(tried), kind))
         )
-    return Report(name, len(drawn), project.storage, kind, is_trained, deviations)
+    return Report("/".join(filter(None, [name, tower])), len(drawn), project.storage, kind, is_trained, deviations)
 
 
 def table(report: Report) -> str:
@@ -148,12 +148,12 @@ def _storages(own: str) -> list[str]:
     return [*(f"raw:{other}" for other in DTYPES), *(f"{codec}:{dtype}" for codec in CODECS if codec != "raw")]
 
 
-def _load_run(project: Project, name: str, suffix: Suffix) -> bool:
+def _load_run(project: Project, name: str, tower: Tower) -> bool:
     weights = project.run_path(name) / "model.safetensors"
     if not weights.exists():
         return False
     try:
-        suffix.load_state_dict(load_file(weights))
+        load_weights(tower, weights)
     except RuntimeError as error:
         raise DataError(f"{weights} does not fit the model of params.yaml; train again, or remove it") from error
     return True

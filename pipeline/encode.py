@@ -59,14 +59,14 @@ def encode_units(encoder: Encoder, units: Sequence[Unit], done: Encoded) -> None
         for part, bad in running:
             if bad:
                 known = {sample.row for sample in done.keyed.bad}
-                alike = [other for sample in bad for other in _alike(sample, encoder.source, done.keyed.keys)]
+                alike = [other for sample in bad for other in _alike(sample, encoder.source, done.keyed)]
                 done.keyed.bad.extend(sample for sample in alike if sample.row not in known)
             for cut in part.cuts:
                 done.new[cut] += len(part.rows) - len(bad)
             progress.update(len(part.rows))
 
 
-def _alike(sample: BadSample, source: Source, keys: np.ndarray) -> list[BadSample]:
+def _alike(sample: BadSample, source: Source, keyed: Keyed) -> list[BadSample]:
     """`sample` and every other row with the same content, each under its own name."""
-    rows = np.flatnonzero((keys == keys[sample.row]).all(1)).tolist()
-    return [replace(sample, row=row, source=name_of(source, row)) for row in rows]
+    rows = keyed.meant(np.flatnonzero((keyed.keys == keyed.keys[sample.row]).all(1)))
+    return [replace(sample, row=row, source=name_of(source, row)) for row in rows.tolist()]

@@ -84,17 +84,22 @@ class EncodeConfig(Section):
     @classmethod
     def _distinct(cls, cuts: list[float | int | str]) -> list[float | int | str]:
         for cut in cuts:
-            if isinstance(cut, str):
-                if not CUT_PATH.fullmatch(cut):
-                    raise ValueError(f"{cut!r} is no module path: names joined by dots, as in encoder.layer.6")
-            elif not (0 <= cut <= 1 or (isinstance(cut, int) and cut > 1)):
-                raise ValueError(
-                    f"a share of the blocks lies in 0..1, a number of blocks is whole and from 2 on; {cut} is neither, "
-                    "and a module path is a string"
-                )
+            check_cut(cut)
         if len({str(cut) for cut in cuts}) != len(cuts):
             raise ValueError("a cut is listed twice; name each once")
         return cuts
+
+
+def check_cut(cut: float | int | str) -> None:
+    """Raise ValueError unless `cut` is one as `EncodeConfig.cuts` describes them."""
+    if isinstance(cut, str):
+        if not CUT_PATH.fullmatch(cut):
+            raise ValueError(f"{cut!r} is no module path: names joined by dots, as in encoder.layer.6")
+    elif not (0 <= cut <= 1 or (isinstance(cut, int) and cut > 1)):
+        raise ValueError(
+            f"a share of the blocks lies in 0..1, a number of blocks is whole and from 2 on; {cut} is neither, "
+            "and a module path is a string"
+        )
 
 
 @dataclass(frozen=True)

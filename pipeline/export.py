@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline import runs
-from pipeline.data import SampleTable, open_source
+from pipeline.data import SampleTable
 from pipeline.errors import DataError, RecyclingError
-from pipeline.keys import content_key
 from pipeline.models import network_inputs
 from pipeline.project import Project, Workbench
 from pipeline.ragged import Sample, pad_batch
@@ -45,6 +45,16 @@ class Parity:
     agreement: float
     """Share of samples (of tokens, where each has its outputs) whose largest output is the same one."""
 
+    @classmethod
+    def worst(cls, parities: Sequence[Parity]) -> Parity:
+        """Return what holds of all of several models."""
+        return cls(
+            samples=sum(one.samples for one in parities),
+            merged=max(one.merged for one in parities),
+            stored=max(one.stored for one in parities),
+            agreement=min(one.agreement for one in parities),
+        )
+
     def __str__(self) -> str:
         return (
             f"{self.samples} samples: outputs within {self.merged:.1e} of prefix + suffix and {self.stored:.1e} of the "
@@ -55,7 +65,7 @@ class Parity:
 def export_run(project: Project, name: str, to: Path) -> Parity:
     """Write the finished run `name` to the folder `to` and return the proof that it is what was trained.
 
-    `to` appears only once the proof has passed.
+    `to` appears only once the proof has passed. Towers are written to folders in it, each with its proof.
 
     Raises:
         DataError: the run does not exist, or the samples of its store are not in the data set any more.
@@ -63,7 +73,18 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
     """
     if to.exists() and any(to.iterdir()):
         raise DataError(f"{to} is not empty; name a new folder, an export overwrites nothing")
-    run = runs.open_run(project, name)
+    beside = to.with_name(f".{to.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    parities = [_export(project, name, tower, beside / (tower or "")) for tower in runs.towers_of(project, name)]
+    if to.exists():
+        to.rmdir()
+    beside.rename(to)
+    return Parity.worst(parities)
+
+
+def _export(project: Project, name: str, tower: str | None, to: Path) -> Parity:
+    """Write one encoder of a run to the new folder `to`."""
+    run = runs.open_run(project, name, tower)
     bench, store, table = run.bench, run.store, run.table
     contents, rows = _samples(bench.project, bench, store, table)
     outputs = _outputs(bench, store, table, run.prefix, run.suffix, contents, rows)
@@ -74,14 +95,9 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
             f"run {name}: the full model's outputs are {parity.merged:.1e} from prefix + suffix (bound "
             f"{MERGED_TOLERANCE}) and {parity.stored:.1e} from the cached path (bound {bound}); nothing was exported"
         )
-    beside = to.with_name(f".{to.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    bench.backbone.save(beside)
-    (beside / "parity.json").write_text(json.dumps(asdict(parity), indent=2) + "\n")
-    if to.exists():
-        to.rmdir()
-    beside.rename(to)
+    to.mkdir(parents=True)
+    bench.backbone.save(to)
+    (to / "parity.json").write_text(json.dumps(asdict(parity), indent=2) + "\n")
     return parity
 
 
@@ -91,7 +107,7 @@ def _samples(project: Project, bench: Workbench, store: Views, table: SampleTabl
     Where there are augmented views, a training sample is taken in the first of them.
     """
     plain, first = bench.preprocess(None), bench.preprocess(0 if project.encode.views else None)
-    source = open_source(project.data)
+    source = project.source()
     row_of = {key.tobytes(): row for row, key in enumerate(table.keys)}
     wanted = {
         table.source[row]
@@ -101,7 +117,7 @@ def _samples(project: Project, bench: Workbench, store: Views, table: SampleTabl
     for i in range(len(source)):
         if source.row(i).source in wanted:
             content = source.content(i)
-            row = row_of.get(content_key(content))
+            row = row_of.get(source.key(i, content))
             if row is not None:
                 samples.append((first if store.in_views[row] else plain)(content))
                 rows.append(row)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pipeline.data.source import Row, Source, Stamp
 from pipeline.errors import BadSampleError, DataError
-from pipeline.keys import KEY_BYTES, content_key
+from pipeline.keys import KEY_BYTES
 from pipeline.models import Preprocess
 from pipeline.quarantine import ENDS_THE_RUN, BadSample, set_aside
 from pipeline.ragged import Sample, shapes
@@ -55,11 +55,18 @@ class Keyed:
     """(N,) int64, size of the content in bytes, characters or items."""
     bad: list[BadSample]
     """Rows set aside: they cannot be read or, after an encode, have no state."""
+    rows: np.ndarray | None = None
+    """The rows that are meant, (m,) int64; None for all."""
 
     @property
     def good(self) -> np.ndarray:
-        """The other rows, (n,) int64."""
-        return np.setdiff1d(np.arange(len(self.keys)), [sample.row for sample in self.bad])
+        """The rows that are meant and not set aside, (n,) int64."""
+        rows = np.arange(len(self.keys)) if self.rows is None else self.rows
+        return np.setdiff1d(rows, [sample.row for sample in self.bad])
+
+    def meant(self, rows: np.ndarray) -> np.ndarray:
+        """Return those of `rows` (n,) int64 that are meant."""
+        return rows if self.rows is None else np.intersect1d(rows, self.rows)
 
     def outside_in(self) -> np.ndarray:
         """Return the good rows by size: the shortest content, the longest, the second shortest, and so on."""
@@ -114,7 +121,7 @@ def key_contents(source: Source, *, workers: int, cache: StatCache | None = None
 
 def _read_key(source: Source, row: int) -> tuple[bytes, int]:
     content = source.content(row)
-    return content_key(content), sum(map(len, content)) if isinstance(content, tuple | list) else len(content)
+    return source.key(row, content), sum(map(len, content)) if isinstance(content, tuple | list) else len(content)
 
 
 def _stamp(source: Source, row: int) -> Stamp | None:
@@ -207,7 +214,7 @@ def _in_views(
     """Return a sample in each view, and how many tokens its text lost."""
     try:
         content = source.content(row)
-        if key is not None and content_key(content) != key:
+        if key is not None and source.key(row, content) != key:
             raise BadSampleError("the content is not the one its key was made of; encode again with --rehash")
         opened = views[0].open(content)
     except ENDS_THE_RUN:

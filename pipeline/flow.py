@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,27 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import proved, quarantine, runs
-from pipeline.adapter import merged
-from pipeline.data import SampleTable, Source, build, open_source
+from pipeline.data import SampleTable, Source, build, rows_in_role
 from pipeline.encode import encode
 from pipeline.encoded import Encoded
-from pipeline.epochs import open_loaders
+from pipeline.epochs import open_joint_loaders, open_loaders
 from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import Keyed, decode_rows, decode_samples
 from pipeline.keys import Recipe
 from pipeline.models import network_inputs
 from pipeline.project import CutName, Project, Workbench
+from pipeline.quarantine import BadSample
 from pipeline.ragged import pad_batch
 from pipeline.report import Cost, Row, Run, curves, plot, summarise
-from pipeline.split import Prefix, Suffix
+from pipeline.split import Prefix
 from pipeline.store import Store, first_rows
 from pipeline.timing import seconds_per_sample
-from pipeline.train import fit
-from pipeline.views import Views, rows_by_view
+from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
+from pipeline.train import Batches, fit
+from pipeline.views import rows_by_view
 
 log = logging.getLogger("recycle")
 
@@ -47,27 +48,40 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
     Files that did not change are not read, and where nothing is to do no model is built; `rehash` distrusts what was
     known of both. Returns whether the bad samples stay within `encode.max_bad`.
     """
-    source = open_source(project.data)
+    source = project.source()
     keyed = project.keys_of(source, trust=not rehash)
     if not len(keyed.good):
         quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # the table will say that nothing is left
-    table = _table(source, keyed, project)
+    table, bad, made = _table(source, keyed, project), keyed.bad, []
+    for part in project.parts:
+        rows = None if part.tower is None else rows_in_role(source, keyed.good, part.tower)
+        stores, done = _encode_part(part, source, replace(keyed, bad=bad, rows=rows), table, rehash=rehash)
+        made.append((part, stores, done))
+        bad = done.keyed.bad
+    if len(bad) > len(keyed.bad):
+        table = _table(source, replace(keyed, bad=bad), project)
+    table.write(project.samples)
+    quarantine.write(project.quarantine, bad, keyed.keys)
+    _write_costs(project, made)
+    for part, stores, done in made:
+        _tell(part, stores, done)
+    return _tell_of_bad(project, bad, len(keyed.keys))
+
+
+def _encode_part(
+    project: Project, source: Source, keyed: Keyed, table: SampleTable, *, rehash: bool
+) -> tuple[list[list[Store]], Encoded]:
+    """Bring the samples of one encoder into its stores, `stores[view][cut]`; without a model where nothing is to do."""
     circumstances = proved.circumstances(project, table)
     wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
     stores = None if rehash else proved.stores(project, circumstances, wanted)
     if stores is not None:
         _tell_of_one_place_twice(project.encode.cuts, stores[0])
-        done = Encoded.begun(keyed, len(project.encode.cuts))
-    else:
-        stores, done = _encode_what_is_missing(project, source, keyed, table)
-        if proved.circumstances(project, table) == circumstances:
-            proved.remember(project, circumstances, stores)
-    if len(done.keyed.bad) > len(keyed.bad):
-        table = _table(source, done.keyed, project)
-    table.write(project.samples)
-    quarantine.write(project.quarantine, done.keyed.bad, keyed.keys)
-    _write_costs(project, stores, done)
-    return _tell(project, stores, done)
+        return stores, Encoded.begun(keyed, len(project.encode.cuts))
+    stores, done = _encode_what_is_missing(project, source, keyed, table)
+    if proved.circumstances(project, table) == circumstances:
+        proved.remember(project, circumstances, stores)
+    return stores, done
 
 
 def _encode_what_is_missing(
@@ -100,41 +114,40 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         mixed_precision=project.train.precision, gradient_accumulation_steps=project.train.gradient_accumulation
     )
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
-    bench = Workbench.open(project, table)
-    views, prefix, suffix = bench.open_store(cut, table)
-    suffix = bench.adapt(views, table, prefix, suffix)
+    towers = [open_tower(part, cut, table) for part in project.parts]
+    suffix, task = joined(towers), towers[0].bench.task
     if project.train.channels_last:
         suffix.to(memory_format=torch.channels_last)
-    training, validation = open_loaders(bench, table, views, accelerator.device)
+    training, validation = _open_loaders(towers, table, accelerator.device)
     shutil.rmtree(out, ignore_errors=True)
     identity = runs.identity(project, cut)
     summary = fit(
         suffix,
-        bench.task,
+        task,
         training,
         validation,
         project.train,
         out=out,
         checkpoint=project.scratch / "checkpoints" / identity,
         accelerator=accelerator,
-        fresh=bench.backbone.fresh,
-        weights=merged if project.train.adapter else Suffix.state_dict,
+        fresh=fresh(towers),
+        weights=plain_weights if project.train.adapter else nn.Module.state_dict,
     )
     finished = Run(
         name=name,
         cut=cut,
         overrides=project.overrides,
         identity=identity,
-        recycled=prefix.cut.share,
+        recycled=min(tower.prefix.cut.share for tower in towers),
         metric=summary.metric,
         value=summary.value,
         initial=summary.initial,
         best_epoch=summary.best_epoch,
         train_samples=len(table.rows("train")),
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
-        frozen_seconds_per_sample=_frozen_cost(prefix, bench, views, table, accelerator.device),
+        frozen_seconds_per_sample=_frozen_cost(towers, accelerator.device),
         history=summary.history,
-        legend=bench.task.legend(table),
+        legend=task.legend(table),
     )
     runs.write(project, finished)
     log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
@@ -203,14 +216,14 @@ def _encode_views(
             encode(source, keyed, views[1:], prefixes, stores[1:], project.encode, rows=augmented[0], done=done)
         if not augmented or len(done.keyed.bad) == found:
             return done
-        table = _table(source, done.keyed, project)
+        table = _table(source, replace(done.keyed, rows=None), project)
 
 
 def _rows_by_view(project: Project, keyed: Keyed, table: SampleTable) -> list[np.ndarray]:
     """Return the rows that are wanted in each view: all in the plain one where there is no other."""
     if len(project.views) == 1:
         return [keyed.good]
-    plain, augmented = rows_by_view(keyed.keys, table)
+    plain, augmented = map(keyed.meant, rows_by_view(keyed.keys, table))
     return [plain, *[augmented] * (len(project.views) - 1)]
 
 
@@ -230,40 +243,69 @@ def _open_or_replace(path: Path, recipe: Recipe) -> Store:
         return Store.create(path, recipe)
 
 
-def _frozen_cost(prefix: Prefix, bench: Workbench, views: Views, table: SampleTable, device: torch.device) -> float:
-    """Seconds per sample of the prefix on a training batch: what it costs at every epoch where nothing is kept."""
-    if prefix.cut.share == 0:
-        return 0.0
-    bench.backbone.model.to(device)
-    inputs = bench.stored_inputs(views, table, table.rows("train")[: bench.project.train.batch_size])
-    return seconds_per_sample(prefix, {name: tensor.to(device) for name, tensor in inputs.items()})
+def _open_loaders(towers: Sequence[Tower], table: SampleTable, device: torch.device) -> tuple[Batches, Batches]:
+    if len(towers) > 1:
+        return open_joint_loaders(towers, table, device)
+    return open_loaders(towers[0].bench, table, towers[0].store, device)
 
 
-def _write_costs(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> None:
-    """Write results/encode.json. Of all runs under a recipe, the one that encoded most says what a state costs.
+def _frozen_cost(towers: Sequence[Tower], device: torch.device) -> float:
+    """Seconds per sample of the prefixes on training batches: what they cost at every epoch where nothing is kept."""
+    total = 0.0
+    for tower in towers:
+        if tower.prefix.cut.share > 0:
+            tower.bench.backbone.model.to(device)
+            rows = tower.table.rows("train")
+            inputs = tower.bench.stored_inputs(tower.store, tower.table, rows[: tower.bench.project.train.batch_size])
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            total += seconds_per_sample(tower.prefix, inputs) * len(rows)
+    return total / sum(len(tower.table.rows("train")) for tower in towers)
 
-    A sample has one state, or several where there are augmented views; all of them count.
+
+def _write_costs(project: Project, made: Sequence[tuple[Project, Sequence[Sequence[Store]], Encoded]]) -> None:
+    """Write results/encode.json: what the encoders of a project made, by the names of their stores.
+
+    Of all runs under a recipe, the one that encoded most says what a state costs.
     """
     path = project.results / "encode.json"
     before: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
+    cuts: dict[str, Any] = {}
+    for part, stores, done in made:
+        cuts |= _costs(part, stores, done, before)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"bad": len(made[-1][2].keyed.bad), "cuts": cuts}, indent=2) + "\n")
+
+
+def _costs(
+    project: Project, stores: Sequence[Sequence[Store]], done: Encoded, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the stores of one encoder hold and cost; `before` is what an earlier run said.
+
+    A sample has one state, or several where there are augmented views; all of them count.
+    """
     cuts = {}
     for number, (cut, *by_view) in enumerate(zip(project.encode.cuts, *stores, strict=True)):
+        name = _store_name(project, cut)
         keys = np.concatenate([store.keys() for store in by_view])
         samples = len(first_rows(keys))
         training = (by_view[1:] or by_view)[0]
         measured = {"recipe": training.recipe.digest, **done.costs.of(number)}
-        known = before.get(str(cut), {}).get("measured", measured)
+        known = before.get(name, {}).get("measured", measured)
         if known["recipe"] == measured["recipe"] and known["samples"] > measured["samples"]:
             measured = known
-        cuts[str(cut)] = {
+        cuts[name] = {
             "at": training.recipe.cut,
             "samples": samples,
             "state_bytes_per_sample": sum(store.nbytes() for store in by_view) / max(1, samples),
             "encode_seconds": sum(measured["seconds_per_sample"].values()) * len(keys) if measured["samples"] else None,
             "measured": measured,
         }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"bad": len(done.keyed.bad), "cuts": cuts}, indent=2) + "\n")
+    return cuts
+
+
+def _store_name(project: Project, cut: CutName) -> str:
+    """What a cut's store is called in messages and in results/encode.json: CUT, or CUT/TOWER."""
+    return project.store_path(cut).relative_to(project.activations).as_posix()
 
 
 def _read_costs(project: Project) -> dict[str, Cost]:
@@ -271,18 +313,29 @@ def _read_costs(project: Project) -> dict[str, Cost]:
     if not path.exists():
         raise DataError(f"{path} does not exist; encode first (dvc repro encode)")
     cuts: dict[str, Any] = json.loads(path.read_text())["cuts"]
-    return {name: Cost(cut["state_bytes_per_sample"], cut["encode_seconds"]) for name, cut in cuts.items()}
+    return {
+        str(cut): _cost([cuts[_store_name(part, part.at(cut))] for part in project.parts])
+        for cut in project.encode.cuts
+    }
 
 
-def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> bool:
-    """Say what was encoded, cut off and set aside; return whether no more is bad than allowed."""
+def _cost(stores: Sequence[Mapping[str, Any]]) -> Cost:
+    """Add up what the stores that a run starts from cost."""
+    seconds = [store["encode_seconds"] for store in stores]
+    nbytes = sum(store["state_bytes_per_sample"] * store["samples"] for store in stores)
+    return Cost(nbytes / max(1, sum(store["samples"] for store in stores)), None if None in seconds else sum(seconds))
+
+
+def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> None:
+    """Say what was encoded and cut off."""
     keys = done.keyed.keys[done.keyed.good]
     keys = keys[first_rows(keys)]
     for cut, new, promoted, *by_view in zip(project.encode.cuts, done.new, done.promoted, *stores, strict=True):
         there = sum(int((~store.missing(keys)).sum()) for store in by_view) - new
-        log.info("cut %s: %d samples encoded, %d were there", cut, new, there)
+        name = _store_name(project, cut)
+        log.info("cut %s: %d samples encoded, %d were there", name, new, there)
         if promoted:
-            log.info("cut %s: beyond float16, stored in a wider type: %s", cut, ", ".join(sorted(promoted)))
+            log.info("cut %s: beyond float16, stored in a wider type: %s", name, ", ".join(sorted(promoted)))
     if done.cut_off:
         longest = stores[0][0].recipe.preprocessing.get("max_length")
         log.warning(
@@ -290,7 +343,10 @@ def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) ->
             "(the longest by %d); raise it as far as the backbone allows, or divide them",
             *(len(done.cut_off), longest, max(done.cut_off)),
         )
-    bad, total = done.keyed.bad, len(done.keyed.keys)
+
+
+def _tell_of_bad(project: Project, bad: Sequence[BadSample], total: int) -> bool:
+    """Say what was set aside; return whether no more of `total` samples is bad than allowed."""
     allowed = project.encode.tolerated(total)
     if bad:
         log.warning("%d bad samples set aside in %s: %s", len(bad), project.quarantine, quarantine.summary(bad))

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline import quarantine
-from pipeline.data import Source, open_source
+from pipeline.data import Source
 from pipeline.encode import encode_units
 from pipeline.encoded import Encoded
 from pipeline.encoder import Encoder, autocast
@@ -40,24 +40,30 @@ PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def predict_project(
-    project: Project, names: Sequence[str], inputs: str | None, output: Path, *, write: bool = False
+    project: Project,
+    names: Sequence[str],
+    inputs: str | None,
+    output: Path,
+    *,
+    write: bool = False,
+    tower: str | None = None,
 ) -> bool:
     """Write what the finished runs `names` say of every input to the file `output`, a row for each, in their order.
 
     Inputs are the project's own data set, or data of the same kind at the path `inputs`, whose labels are not read.
-    With `write`, the states of new samples stay in the stores. Returns whether the bad inputs stay within
-    `encode.max_bad`.
+    Where there is an encoder for each role, they are the samples in the role `tower`, which must be named. With
+    `write`, the states of new samples stay in the stores. Returns whether the bad inputs stay within `encode.max_bad`.
 
     Raises:
-        ConfigError: the output's format is unknown, or a setting names nothing that exists.
+        ConfigError: the output's format is unknown, there is no such tower, or a setting names nothing that exists.
         DataError: the inputs cannot be read, or a run does not exist or does not fit today's settings and samples.
         StaleStoreError: a store was encoded under another recipe; the message names the first field that differs.
     """
     check_format(output)
-    source = open_source(project.data if inputs is None else project.data.of_inputs(inputs))
+    source = project.part(tower).source(inputs)
     by_store: dict[Path, dict[str, FinishedRun]] = {}
     for name in dict.fromkeys(names):
-        run = open_run(project, name)
+        run = open_run(project, name, tower)
         by_store.setdefault(run.store.path, {})["" if len(set(names)) == 1 else f"{name}/"] = run
     keyed = project.keys_of(source)
     home = project.scratch / "predict"

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from pipeline.adapter import adapt
 from pipeline.config import Section, load_sections
-from pipeline.data import DataConfig, SampleTable, Source
+from pipeline.data import ROLES, DataConfig, SampleTable, Source, in_role, open_source, with_keys
 from pipeline.encoder import EncodeConfig
 from pipeline.errors import ConfigError, CorruptStoreError
 from pipeline.feed import Keyed, key_contents
+from pipeline.files import is_function
 from pipeline.keys import JSON, Recipe
 from pipeline.loader import Batch, Loader
 from pipeline.models import Backbone, ModelConfig, Preprocess, PreprocessConfig, load
 from pipeline.recipe import recipe_of
+from pipeline.roles import TowersConfig
 from pipeline.split import Prefix, Suffix, split
 from pipeline.stat_cache import StatCache
 from pipeline.store import SHAPE_PREFIX, Reader, Scratch, Store
@@ -46,6 +48,7 @@ SECTIONS: dict[str, type[Section]] = {
     "task": TaskConfig,
     "encode": EncodeConfig,
     "train": TrainConfig,
+    "towers": TowersConfig,
 }
 
 
@@ -59,6 +62,7 @@ class Project:
     task: TaskConfig
     encode: EncodeConfig
     train: TrainConfig
+    towers: TowersConfig
     activations: Path = Path("data/activations")
     samples: Path = Path("data/samples.parquet")
     quarantine: Path = Path("data/quarantine.csv")
@@ -67,6 +71,8 @@ class Project:
     params: Path = Path("params.yaml")
     overrides: Mapping[str, JSON] = field(default_factory=dict)
     """Settings that replace those of the file for this run, as in {"train.seed": 1}."""
+    tower: str | None = None
+    """Where there is an encoder for each role: the role whose encoder these settings describe; None for all of it."""
 
     @classmethod
     def load(cls, path: Path, overrides: Mapping[str, JSON] | None = None) -> Project:
@@ -77,7 +83,8 @@ class Project:
         """
         sections: dict[str, Any] = load_sections(path, SECTIONS, overrides)
         project = cls(**sections, params=path, overrides=dict(overrides or {}))
-        if faults := [*project._faults_of_views(), *project._faults_of_batches()]:
+        faults = [*project._faults_of_views(), *project._faults_of_batches(), *project._faults_of_towers()]
+        if faults:
             raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
         return project
 
@@ -89,6 +96,36 @@ class Project:
         """
         return Project.load(self.params, overrides)
 
+    @property
+    def parts(self) -> list[Project]:
+        """A project for each encoder: this one, or those of the towers."""
+        return [self._of_tower(role) for role in ROLES] if self.towers.is_set and self.tower is None else [self]
+
+    def part(self, tower: str | None) -> Project:
+        """Return the project of the encoder that is called `tower`; None where there is one encoder.
+
+        Raises:
+            ConfigError: there is no such encoder.
+        """
+        parts = {part.tower: part for part in self.parts}
+        if tower in parts:
+            return parts[tower]
+        if self.towers.is_set:
+            raise ConfigError(f"the tower is {tower!r}; the towers are {', '.join(ROLES)}; choose one with --tower")
+        raise ConfigError(f"the tower is {tower!r}, but params.yaml has no towers; leave --tower out")
+
+    def source(self, inputs: str | None = None) -> Source:
+        """Open the data set, or data of the same kind at the path `inputs`; of a tower, the samples in its role alone.
+
+        Raises:
+            ConfigError: a setting names nothing that exists; the message names what does.
+            DataError: the data cannot be read as described, or no sample is in the tower's role.
+        """
+        functions = {role: key for role in ROLES if (key := self.towers.of(role).key) is not None}
+        opened = open_source(self.data if inputs is None else self.data.of_inputs(inputs))
+        source = with_keys(opened, functions, "towers.<role>.key")
+        return source if self.tower is None else in_role(source, self.tower)
+
     def cut(self, name: str) -> CutName:
         """Return the cut of params.yaml that is written `name`."""
         for cut in self.encode.cuts:
@@ -97,14 +134,19 @@ class Project:
         known = ", ".join(map(str, self.encode.cuts))
         raise ConfigError(f"the cut is {name!r}; encode.cuts has {known}; name one of these, or add it and encode")
 
+    def at(self, cut: CutName) -> CutName:
+        """Return where this encoder is split in runs of `cut`: there, unless it has a cut of its own."""
+        own = self.towers.of(self.tower).cut
+        return cut if own is None else own
+
     @property
     def views(self) -> list[int | None]:
         """The views that are stored: None for the plain one, then the numbers of the augmented ones."""
         return [None, *range(self.encode.views or 0)]
 
     def store_path(self, cut: CutName, view: int | None = None) -> Path:
-        """Return the folder of a cut's store, of its plain view or of an augmented one."""
-        plain = self.activations / str(cut)
+        """Return the folder of a cut's store, of its plain view or of an augmented one; each tower has its own."""
+        plain = self.activations / str(cut) / (self.tower or "")
         return plain if view is None else plain / view_name(view)
 
     def run_path(self, name: str) -> Path:
@@ -132,16 +174,33 @@ class Project:
         """Codec and dtype of the stores, as the recipe names them."""
         return f"{self.encode.codec}:{self.encode.dtype}"
 
+    def _of_tower(self, role: str) -> Project:
+        own = self.towers.of(role)
+        preprocess = own.preprocess or self.preprocess
+        head = {name: value for name in ("pooling", "layers") if (value := getattr(own, name)) is not None}
+        cuts = {} if own.cut is None else {"cuts": [own.cut]}
+        views = {} if preprocess.augment is not None else {"views": None}
+        residency = {} if own.residency is None else {"residency": own.residency}
+        return dataclasses.replace(
+            self,
+            model=own.model or self.model,
+            preprocess=preprocess,
+            task=self.task.model_copy(update=head),
+            encode=self.encode.model_copy(update=cuts | views),
+            train=self.train.model_copy(update=residency),
+            tower=role,
+        )
+
     def _faults_of_views(self) -> list[str]:
         """Say how the settings of views contradict each other across sections."""
-        faults = []
-        if self.preprocess.augment is not None and self.encode.views is None:
+        faults, is_augmented = [], any(part.preprocess.augment is not None for part in self.parts)
+        if is_augmented and self.encode.views is None:
             faults.append(
                 "preprocess.augment is set, but encode.views is not: what is stored is encoded once, and cannot change "
                 "at random from epoch to epoch; set encode.views to how many views are stored (such as 4), or remove "
                 "preprocess.augment"
             )
-        if self.encode.views is not None and self.preprocess.augment is None:
+        if self.encode.views is not None and not is_augmented:
             faults.append(
                 f"encode.views is {self.encode.views}, but preprocess.augment is not set: all views would be equal; "
                 "set preprocess.augment, or remove encode.views"
@@ -160,6 +219,22 @@ class Project:
             "train.batch_size is 1: one pair, or one label, per step leaves nothing to tell it from; set 2 or more, or "
             "task.memory"
         ]
+
+    def _faults_of_towers(self) -> list[str]:
+        """Say where towers have nothing to do."""
+        if not self.towers.is_set:
+            return []
+        faults = []
+        if self.task.kind != "similarity":
+            faults.append(f"task.kind is {self.task.kind!r}; towers embed pairs: set similarity, or remove towers")
+        if not (self.data.source == "pairs" or is_function(self.data.source)):
+            faults.append(
+                f"data.source is {self.data.source!r}; towers embed the anchors and the positives of pairs: set pairs, "
+                "or a module:function whose samples have roles, or remove towers"
+            )
+        if not any(self.towers.of(role).trains for role in ROLES):
+            faults.append("towers: none trains; set trains: true for one")
+        return faults
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,10 @@ IRRELEVANT: Mapping[str, frozenset[str]] = {
     "encode": frozenset({"batch_size", "segment_samples", "workers", "device", "channels_last", "max_bad"}),
     "train": frozenset(SECTIONS["train"].model_fields),
     "data": frozenset(SECTIONS["data"].model_fields),
+    "towers": frozenset(SECTIONS["towers"].model_fields),
 }
-"""Settings that decide no recipe; those of the data decide keys and targets, and these are in the digest."""
+"""Settings that decide no recipe; those of the data decide keys and targets, and these are in the digest. What a tower
+sets is in the other sections of its project."""
 LIBRARIES = ("numpy", "safetensors", "timm", "tokenizers", "torch", "torchvision", "transformers")
 
 
@@ -88,7 +90,11 @@ def remember(project: Project, circumstances: str | None, stores: Sequence[Seque
     if circumstances is not None:
         recipes = {_name(store): store.recipe.digest for of_view in stores for store in of_view}
         text = json.dumps({"circumstances": circumstances, "recipes": recipes}, indent=2) + "\n"
-        write_whole(project.scratch / FILE, text)
+        write_whole(_file(project), text)
+
+
+def _file(project: Project) -> Path:
+    return project.scratch / (FILE if project.tower is None else f"{project.tower}-{FILE}")
 
 
 def _name(store: Store) -> str:
@@ -97,7 +103,7 @@ def _name(store: Store) -> str:
 
 def _remembered(project: Project, circumstances: str | None) -> Mapping[str, str]:
     try:
-        known: Any = json.loads((project.scratch / FILE).read_text(encoding="utf-8"))
+        known: Any = json.loads(_file(project).read_text(encoding="utf-8"))
         if circumstances is not None and known["circumstances"] == circumstances:
             return dict(known["recipes"])
     except (OSError, ValueError, TypeError, KeyError):

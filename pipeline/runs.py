@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from pipeline.data import SampleTable
 from pipeline.errors import DataError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, digest
-from pipeline.project import CutName, Project, Workbench
+from pipeline.project import CutName, Project
 from pipeline.report import Run
-from pipeline.split import Prefix, Suffix
 from pipeline.store import Store
-from pipeline.views import Views
+from pipeline.towers import Tower, load_weights, open_tower
 
 log = logging.getLogger("recycle")
 
@@ -40,9 +38,11 @@ def run_name(project: Project, cut: CutName) -> str:
 
 def identity(project: Project, cut: CutName) -> str:
     """Return the digest of everything that decides a run: settings, samples, and the recipes of the stores."""
-    stores = [Store.open(project.store_path(cut, view)).recipe.digest for view in project.views]
-    sections = (project.model, project.task, project.train)
-    settings: list[JSON] = [section.model_dump(mode="json") for section in sections]
+    stores = [
+        Store.open(part.store_path(part.at(cut), view)).recipe.digest for part in project.parts for view in part.views
+    ]
+    sections = (project.model, project.task, project.train, *([project.towers] if project.towers.is_set else []))
+    settings: list[JSON] = [section.model_dump(mode="json", exclude={"residency"}) for section in sections]
     return digest([*stores, sha256(project.samples), project.data.fraction, project.data.seed, *settings])
 
 
@@ -68,42 +68,43 @@ def read(project: Project, name: str) -> Run:
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """What a run was trained on, and what came of it."""
+class FinishedRun(Tower):
+    """An encoder of a finished run, on the samples it was trained on.
 
-    bench: Workbench
-    table: SampleTable
-    """The samples it was trained on."""
-    store: Views
-    prefix: Prefix
-    suffix: Suffix
-    """With the trained weights, in eval mode, on the CPU."""
+    The suffix has the trained weights, and is in eval mode.
+    """
+
     legend: Sequence[Any]
     """What its outputs mean, as they did when it was trained."""
 
 
-def open_run(project: Project, name: str) -> FinishedRun:
-    """Open the finished run `name`; neither raw data nor another recipe's store is read.
+def towers_of(project: Project, name: str) -> list[str | None]:
+    """Return how the encoders of the run `name` are called: [None] where there is one."""
+    return [part.tower for part in project.overridden(read(project, name).overrides).parts]
+
+
+def open_run(project: Project, name: str, tower: str | None = None) -> FinishedRun:
+    """Open the finished run `name`, or one tower of it; neither raw data nor another recipe's store is read.
 
     Raises:
-        ConfigError: its cut was never encoded.
+        ConfigError: its cut was never encoded, or it has no such tower.
         DataError: the run does not exist, or does not fit today's settings and sample table.
         StaleStoreError: the store was encoded under another recipe; the message names the first field that differs.
     """
     run = read(project, name)
     project = project.overridden(run.overrides)
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
-    bench = Workbench.open(project, table)
-    store, prefix, suffix = bench.open_store(project.cut(str(run.cut)), table)
+    opened = open_tower(project.part(tower), project.cut(str(run.cut)), table)
     weights = project.run_path(name) / WEIGHTS
     try:
-        suffix.load_state_dict(load_file(weights))
+        load_weights(opened, weights)
     except (RuntimeError, SafetensorError) as error:
         raise DataError(
             f"run {name}: {weights} does not fit today's settings and labels; train it again "
             f"({' '.join(str(error).split())})"
         ) from error
-    return FinishedRun(bench, table, store, prefix, suffix.eval(), run.legend)
+    opened.suffix.eval()
+    return FinishedRun(**vars(opened), legend=run.legend)
 
 
 def current(project: Project) -> list[Run]:

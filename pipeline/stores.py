@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ def unnamed_stores(project: Project) -> list[Path]:
 
 
 def _named(project: Project) -> list[Path]:
-    return [project.store_path(cut, view) for cut in project.encode.cuts for view in project.views]
+    return [part.store_path(cut, view) for part in project.parts for cut in part.encode.cuts for view in part.views]
 
 
 def used_by(table: Path, others: Sequence[Path]) -> Used:
@@ -103,14 +103,7 @@ def without(table: SampleTable, keys: np.ndarray) -> SampleTable:
         kept &= np.array([halves[pair] == 2 for pair in pairs], np.bool_)
     if not kept.any():
         raise DataError("no sample would be left in the sample table; remove its file, and the stores, instead")
-    rows = np.flatnonzero(kept)
-    return replace(
-        table,
-        keys=table.keys[rows],
-        split=table.split[rows],
-        source=[table.source[row] for row in rows.tolist()],
-        targets={name: values[rows] for name, values in table.targets.items()},
-    )
+    return table.of(np.flatnonzero(kept))
 
 
 def rewrite(table: SampleTable, path: Path) -> None:

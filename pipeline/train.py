@@ -29,9 +29,8 @@ from pipeline.adapter import AdapterSetting
 from pipeline.checkpoint import resume, save
 from pipeline.config import Section
 from pipeline.errors import TrainError
-from pipeline.loader import Batch
+from pipeline.loader import Batch, Residency
 from pipeline.order import ViewOrder
-from pipeline.split import Suffix
 from pipeline.tasks import Task
 
 
@@ -76,6 +75,9 @@ class TrainConfig(Section):
     """Prove every sample's bytes against their checksum when the run reads them for the first time."""
     scratch_gb: float = Field(default=64, gt=0)
     """Disk, in 10^9 bytes, that unpacked segments (`encode.codec: zstd`) may take below .recycle/unpacked."""
+    residency: Residency = "auto"
+    """Where states lie while training: "device" copies them all to the accelerator, "host" reads them from the disk's
+    cache. "auto" copies them where they fit in half of the device's free memory."""
     views: ViewOrder = "cycle"
     """Which of the `encode.views` stored views of a sample an epoch trains on: "cycle" takes view `epoch mod views` of
     all samples, "random" draws one for each sample."""
@@ -111,7 +113,7 @@ class Batches(Iterable[Batch], Sized, Protocol):
 class Objective(nn.Module):
     """Batch -> loss: the one module that is trained, with the loss's own parameters where it has any."""
 
-    def __init__(self, suffix: Suffix, task: Task) -> None:
+    def __init__(self, suffix: nn.Module, task: Task) -> None:
         super().__init__()
         self.suffix = suffix
         self.task = task
@@ -124,7 +126,7 @@ class Objective(nn.Module):
 
 
 def fit(
-    suffix: Suffix,
+    suffix: nn.Module,
     task: Task,
     training: Batches,
     validation: Batches,
@@ -134,7 +136,7 @@ def fit(
     checkpoint: Path,
     accelerator: Accelerator,
     fresh: frozenset[str] = frozenset(),
-    weights: Callable[[Suffix], dict[str, Tensor]] = Suffix.state_dict,
+    weights: Callable[[nn.Module], dict[str, Tensor]] = nn.Module.state_dict,
 ) -> Summary:
     """Train `suffix` and leave its weights in `out/model.safetensors`, its curves beside them.
 
@@ -176,7 +178,7 @@ def fit(
     )
 
 
-def evaluate(suffix: Suffix, task: Task, batches: Batches, accelerator: Accelerator) -> dict[str, float]:
+def evaluate(suffix: nn.Module, task: Task, batches: Batches, accelerator: Accelerator) -> dict[str, float]:
     """Return the task's metrics over `batches`, in eval mode and without gradients."""
     suffix.eval()
     metrics = task.metrics()

@@ -20,8 +20,9 @@ from stages.options import TOO_MANY_BAD, params_option
     "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="A .parquet or .jsonl file."
 )
 @click.option("--write", is_flag=True, help="Keep the states of new samples in the store.")
+@click.option("--tower", help="The role whose encoder is asked, anchor or positive, where there are towers.")
 @params_option
-def command(params: Path, models: Sequence[str], inputs: str, output: Path, write: bool) -> None:
+def command(params: Path, models: Sequence[str], inputs: str, output: Path, write: bool, tower: str | None) -> None:
     """Write what finished runs say of every input, a row for each, in their order.
 
     The input needs no labels: a folder of images, a table without its labels' column. "-" is the data set of
@@ -29,5 +30,6 @@ def command(params: Path, models: Sequence[str], inputs: str, output: Path, writ
     one store share them. A bad sample has a row that says why; exits with 3 when more are bad than encode.max_bad
     allows.
     """
-    if not predict_project(Project.load(params), models, None if inputs == "-" else inputs, output, write=write):
+    project, path = Project.load(params), None if inputs == "-" else inputs
+    if not predict_project(project, models, path, output, write=write, tower=tower):
         sys.exit(TOO_MANY_BAD)

@@ -212,7 +212,8 @@ def error(cuts: tuple[str, ...], count: int, params: Path) -> None:
 
     project = Project.load(params)
     for cut in cuts or [str(cut) for cut in project.encode.cuts]:
-        click.echo(table(measure(project, cut, count)))
+        for part in project.parts:
+            click.echo(table(measure(project, cut, count, part.tower)))
 
 
 def _carry_out(

@@ -17,8 +17,9 @@ FLOORS = [
     {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"}
     | {"pipeline.predict"},
     {"pipeline.epochs", "pipeline.proved", "pipeline.runs"},
+    {"pipeline.towers"},
     {"pipeline.project"},
-    {"pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
+    {"pipeline.roles", "pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
     {
         "pipeline.adapter",
         "pipeline.checkpoint",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.data.arrays import open_arrays
+from pipeline.data.chosen import in_role, rows_in_role, with_keys
 from pipeline.data.config import DataConfig
 from pipeline.data.media import open_audio, open_images
-from pipeline.data.pairs import open_pairs
+from pipeline.data.pairs import ROLES, open_pairs
 from pipeline.data.pixels import open_pixels
 from pipeline.data.source import Content, Row, Source, Stamp
 from pipeline.data.squad import open_squad
@@ -18,7 +19,20 @@ from pipeline.data.vision import open_torchvision
 from pipeline.errors import ConfigError
 from pipeline.files import check_sha256, load_function, locate
 
-__all__ = ["Content", "DataConfig", "Row", "SampleTable", "Source", "Stamp", "build", "open_source"]
+__all__ = [
+    "ROLES",
+    "Content",
+    "DataConfig",
+    "Row",
+    "SampleTable",
+    "Source",
+    "Stamp",
+    "build",
+    "in_role",
+    "open_source",
+    "rows_in_role",
+    "with_keys",
+]
 
 _OPEN = {
     "images": open_images,
@@ -41,6 +55,11 @@ def open_source(config: DataConfig) -> Source:
         ConfigError: a setting names nothing that exists; the message names what does.
         DataError: the data cannot be read as described.
     """
+    source = _open(config)
+    return source if config.key is None else with_keys(source, {None: config.key}, "data.key")
+
+
+def _open(config: DataConfig) -> Source:
     if config.download and config.path is not None:
         Path(config.path).expanduser().mkdir(parents=True, exist_ok=True)
     path = None if config.path is None else locate(config.path, "data.path")

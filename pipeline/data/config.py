@@ -105,6 +105,12 @@ class DataConfig(Section):
     """torchvision: name of the data set in torchvision.datasets, such as Flowers102."""
     download: bool | None = None
     """torchvision: fetch what is missing below `path`."""
+    key: str | None = None
+    """The user's own "module:function" that makes the sample key: it is given a content, and returns what stands for it
+    (a text, bytes, a number, an array, or lists and mappings of these). Contents for which it returns the same are one
+    sample to the store: the state of the first serves them all. Rename the function when it is to return something
+    else, because its name is in the keys and its code is not. Files are read at every run. Unset, the key is made of
+    the content as it is."""
     options: dict[str, Any] = Field(default_factory=dict)
     """torchvision: further arguments of the data set, such as {split: letters} of EMNIST. module:function: settings of
     the user's own."""
@@ -143,6 +149,8 @@ class DataConfig(Section):
             faults.append(f"words is {self.words!r} and tags is {self.tags!r}; source conll numbers its columns")
         if kind == "tagged" and (isinstance(self.words, int) or isinstance(self.tags, int)):
             faults.append(f"words is {self.words!r} and tags is {self.tags!r}; source tagged names its fields")
+        if self.key is not None and not is_function(self.key):
+            faults.append(f"key is {self.key!r}; expected module:function")
         if self.overlap >= self.window:
             faults.append(f"overlap is {self.overlap}, window {self.window}; make the overlap smaller")
         if self.shape is not None and (min(self.shape) < 1 or self.shape[2:] not in ((), (1,), (3,))):

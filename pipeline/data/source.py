@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.keys import content_key
 
 Content = bytes | np.ndarray | str | tuple[str, str] | list[str]
 """One sample as its source holds it: an encoded image, an array (pixels), a text, a text and its partner, or words."""
@@ -85,6 +86,14 @@ class Source(ABC):
         Raises:
             BadSampleError: this row cannot be read; the others can.
         """
+
+    def key(self, i: int, content: Content) -> bytes:
+        """Return the sample key, 16 bytes, of row `i`, whose content is `content`: samples of one key share a state.
+
+        Raises:
+            TypeError: it can be made of no such content.
+        """
+        return content_key(content)
 
     def stamp(self, i: int) -> Stamp | None:
         """Return the stamp of the file whose bytes, all of them and nothing else, are the content of row `i`.

@@ -46,6 +46,11 @@ class SampleTable:
         """Return the row numbers of a split, ascending, int64."""
         return np.flatnonzero(self.split == split)
 
+    def of(self, rows: np.ndarray) -> SampleTable:
+        """Return the table of some rows, (n,) int64, in their order."""
+        targets = {name: values[rows] for name, values in self.targets.items()}
+        return SampleTable(self.keys[rows], self.split[rows], [self.source[row] for row in rows.tolist()], targets)
+
     def share(self, fraction: float, seed: int) -> SampleTable:
         """Return the table with a `fraction` of its training samples, the same share of each label, of at least one,
         where a sample has one label.
@@ -69,9 +74,7 @@ class SampleTable:
             taken |= {(label, identity) for identity in sorted(drawn, key=lambda one: (drawn[one], one))[:count]}
         kept = np.ones(len(self), bool)
         kept[training] = [(label, identity) in taken for label, identity in zip(labels, identities, strict=True)]
-        targets = {name: values[kept] for name, values in self.targets.items()}
-        source = [name for name, keep in zip(self.source, kept.tolist(), strict=True) if keep]
-        return SampleTable(self.keys[kept], self.split[kept], source, targets)
+        return self.of(np.flatnonzero(kept))
 
     def write(self, path: Path) -> None:
         """Write the table to `path`, whole or not at all."""

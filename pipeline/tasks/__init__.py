@@ -19,14 +19,16 @@ from pipeline.tasks.base import (
     Task,
     read_tensor,
 )
-from pipeline.tasks.config import TaskConfig
+from pipeline.tasks.config import Layers, Pooling, TaskConfig
 
 __all__ = [
     "Asked",
     "Column",
     "Head",
     "Kind",
+    "Layers",
     "Metrics",
+    "Pooling",
     "Prepared",
     "Ragged",
     "Table",

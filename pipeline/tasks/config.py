@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
@@ -49,6 +49,10 @@ def retrieval_scores(precision_at: tuple[int, ...]) -> tuple[str, ...]:
 def _checked(layer: Layer) -> Layer:
     parse(layer)
     return layer
+
+
+Pooling: TypeAlias = Literal["mean", "cls", "max", "pooled"]
+Layers: TypeAlias = Annotated[tuple[Annotated[Layer, BeforeValidator(_checked)], ...], Field(strict=False)]
 
 
 class TaskConfig(Section):
@@ -102,10 +106,10 @@ class TaskConfig(Section):
     "fastap"."""
     symmetric: bool = False
     """similarity of pairs: also look for the anchor of each positive, and take the mean of both losses."""
-    pooling: Literal["mean", "cls", "max", "pooled"] | None = None
+    pooling: Pooling | None = None
     """similarity: how the vectors of a sample become one: the mean or the largest over its tokens, the first token, or
     what the backbone itself pools. Unset: mean for texts, the backbone's own for images."""
-    layers: Annotated[tuple[Annotated[Layer, BeforeValidator(_checked)], ...], Field(strict=False)] = ()
+    layers: Layers = ()
     """similarity: the head, layers after pooling, in order. Numbers are widths of linear layers, ReLU between them, as
     in [512, 256]. By name there are linear, mlp, gated, skip, widening, dropout, layer_norm, activation and identity,
     as in [{skip: {dropout: 0.1}}, {linear: 256}]; pipeline/tasks/heads.py has their options. Empty: the embedding is

@@ -1,0 +1,177 @@
+"""Encoders that are split where their stores were made, and several of them trained as one model.
+
+Where there is an encoder for each role, it is a project of its own in all but training: its samples, its store, its
+model. Training draws a batch of the sample table's rows; each tower reads those in its role from its own store, and the
+embeddings come one tower after the other, as the targets do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline.adapter import merged
+from pipeline.data import SampleTable
+from pipeline.errors import ConfigError, DataError, TrainError
+from pipeline.loader import Batch, Loader
+from pipeline.project import CutName, Project, Workbench
+from pipeline.split import Prefix, State, Suffix
+from pipeline.tasks import read_tensor
+from pipeline.views import Views
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An encoder with its samples: the only one of a project, or that of a role."""
+
+    bench: Workbench
+    table: SampleTable
+    """Its samples alone, n of them."""
+    rows: np.ndarray
+    """Their rows in the sample table of the project, (n,) int64, ascending."""
+    store: Views
+    prefix: Prefix
+    suffix: Suffix
+    """Of the weights that the model has; on the CPU."""
+
+    @property
+    def name(self) -> str | None:
+        """The role of its samples; None of the only encoder."""
+        return self.bench.project.tower
+
+
+def open_tower(project: Project, cut: CutName, table: SampleTable) -> Tower:
+    """Open the encoder of one of a project's `parts` for runs of `cut`, on its samples among those of `table`.
+
+    Neither raw data nor another recipe's store is read.
+
+    Raises:
+        ConfigError: its cut was never encoded.
+        DataError: the samples have no roles.
+        StaleStoreError: its store was encoded under another recipe; the message names the first field that differs.
+    """
+    rows = np.arange(len(table))
+    if project.tower is not None:
+        if "role" not in table.targets:
+            raise DataError(f"the samples have {', '.join(table.targets)}; towers need roles: those of pairs")
+        rows = np.flatnonzero(table.targets["role"] == project.tower)
+        table = table.of(rows)
+    bench = Workbench.open(project, table)
+    return Tower(bench, table, rows, *bench.open_store(project.at(cut), table))
+
+
+def to_train(tower: Tower) -> Suffix:
+    """Return the suffix that trains, with adapters in it where `train.adapter` asks for them; or the one that does not.
+
+    Raises:
+        ConfigError: it does not train, and its head has no weights of the pretrained network.
+    """
+    if tower.bench.project.towers.of(tower.name).trains:
+        return tower.bench.adapt(tower.store, tower.table, tower.prefix, tower.suffix)
+    if untrained := sorted(tower.bench.backbone.fresh & dict(tower.suffix.named_parameters()).keys()):
+        raise ConfigError(
+            f"towers.{tower.name}.trains is false, but {untrained[0]} was not pretrained and would stay as it was "
+            f"drawn; set towers.{tower.name}.layers: [], or let it train"
+        )
+    return tower.suffix.requires_grad_(False)
+
+
+def joined(towers: Sequence[Tower]) -> nn.Module:
+    """Return the one model that trains: the only suffix, or those of all towers."""
+    first, *others = towers
+    if not others:
+        return to_train(first)
+    config = first.bench.project.towers
+    suffixes = {str(first.name): to_train(first)}
+    for other in others:
+        suffixes[str(other.name)] = suffixes[str(first.name)] if config.shared else to_train(other)
+    return Towers(suffixes)
+
+
+class Towers(nn.ModuleDict):
+    """Suffixes by the role of their samples; one without a parameter that trains stays in eval mode."""
+
+    def forward(self, state: State, **inputs: Tensor) -> Tensor:
+        """Return the embeddings (B, D) of a batch, tower by tower; its tensors are called TOWER.NAME.
+
+        Raises:
+            TrainError: the towers' embeddings differ in size.
+        """
+        found = [read_tensor(tower(_of(name, state), **_of(name, inputs))) for name, tower in self.items()]
+        if len({embeddings.shape[1:] for embeddings in found}) > 1:
+            sizes = ", ".join(f"{name} {list(one.shape[1:])}" for name, one in zip(self, found, strict=True))
+            raise TrainError(
+                f"the embeddings of the towers differ in size ({sizes}); end towers.<role>.layers in one width"
+            )
+        return torch.cat(found)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode."""
+        super().train(mode)
+        for tower in self.values():
+            tower.train(mode and any(item.requires_grad for item in tower.parameters()))
+        return self
+
+
+def plain_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a run keeps of a model that `joined` gave: its weights, with adapters merged into them."""
+    if isinstance(model, Suffix):
+        return merged(model)
+    return {f"{name}.{own}": tensor for name, of in model.named_children() for own, tensor in plain_weights(of).items()}
+
+
+def load_weights(tower: Tower, file: Path) -> None:
+    """Load what a run kept in `file` into the tower's suffix.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be read.
+        RuntimeError: its weights do not fit.
+    """
+    kept = load_file(file)
+    tower.suffix.load_state_dict(kept if tower.name is None else _of(tower.name, kept))
+
+
+def fresh(towers: Sequence[Tower]) -> frozenset[str]:
+    """Return the names of the parameters that were not pretrained, as the joined model has them."""
+    own = ((tower.name, name) for tower in towers for name in tower.bench.backbone.fresh)
+    return frozenset(name if tower is None else f"{tower}.{name}" for tower, name in own)
+
+
+class Abreast:
+    """The batches of several towers' loaders, joined: of each the rows that are its own."""
+
+    def __init__(self, loaders: Mapping[str, Loader], rows: Mapping[str, np.ndarray]) -> None:
+        """Join `loaders`, whose rows are those `rows` (n,) int64 of the whole table; all have as many batches."""
+        self._loaders = loaders
+        self._rows = {name: torch.from_numpy(own) for name, own in rows.items()}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        for loader in self._loaders.values():
+            loader.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Return the number of batches that the next iteration gives."""
+        return len(next(iter(self._loaders.values())))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of the epoch on the device; rows are those of the whole table."""
+        for batches in zip(*self._loaders.values(), strict=True):
+            of = dict(zip(self._loaders, batches, strict=True))
+            yield Batch(
+                state={f"{name}.{own}": tensor for name, batch in of.items() for own, tensor in batch.state.items()},
+                inputs={f"{name}.{own}": tensor for name, batch in of.items() for own, tensor in batch.inputs.items()},
+                targets={name: torch.cat([batch.targets[name] for batch in batches]) for name in batches[0].targets},
+                rows=torch.cat([self._rows[name][batch.rows] for name, batch in of.items()]),
+            )
+
+
+def _of(name: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {own.removeprefix(f"{name}."): tensor for own, tensor in tensors.items() if own.startswith(f"{name}.")}
