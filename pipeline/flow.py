@@ -312,11 +312,9 @@ def _read_costs(project: Project) -> dict[str, Cost]:
     path = project.results / "encode.json"
     if not path.exists():
         raise DataError(f"{path} does not exist; encode first (dvc repro encode)")
-    cuts: dict[str, Any] = json.loads(path.read_text())["cuts"]
-    return {
-        str(cut): _cost([cuts[_store_name(part, part.at(cut))] for part in project.parts])
-        for cut in project.encode.cuts
-    }
+    known: dict[str, Any] = json.loads(path.read_text())["cuts"]
+    stores = {str(cut): [_store_name(part, part.at(cut)) for part in project.parts] for cut in project.encode.cuts}
+    return {cut: _cost([known[name] for name in names]) for cut, names in stores.items() if known.keys() >= set(names)}
 
 
 def _cost(stores: Sequence[Mapping[str, Any]]) -> Cost:
