@@ -66,13 +66,13 @@ class DataConfig(Section):
     label: str | int | Names | None = None
     """Tables: name of the label's field (it may hold a list), or names of several: a list of numbers to regress.
     pairs: name of a field that says whether the two belong together (1, true) or do not (0, false), though they look
-    alike; without it all do. pixels: its column by name or by number (the default is -1, the last). arrays: in .npz the name of its array
-    (default "y"); for .npy the file beside it (default "<name>.labels.npy")."""
+    alike; without it all do. pixels: its column by name or by number (the default is -1, the last). arrays: in .npz
+    the name of its array (default "y"); for .npy the file beside it (default "<name>.labels.npy")."""
     delimiter: str | None = Field(default=None, min_length=1)
     """Tables: what stands between the labels of a sample, where its field holds several in one text ("a|b")."""
     split: str | None = None
-    """Tables: name of a field that says train, validation or test; a saved dictionary of splits needs none. arrays: its
-    array, as `label`. Without it `validation` decides."""
+    """Tables: name of a field that says train, validation or test; a folder with a file per split needs none. arrays:
+    its array, as `label`. Without it `validation` decides."""
     group: str | None = None
     """Tables: name of a field (patient, author, document); samples of one group are never parted by `validation`.
     arrays: its array, as `label`."""
