@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.data import SampleTable, open_source
 from pipeline.deviation import measure
+from pipeline.errors import StaleStoreError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.loader import Loader
@@ -151,15 +152,26 @@ def test_a_new_tag_encodes_nothing(folder: Path) -> None:
     assert "B-Y" in np.concatenate(SampleTable.read(folder / "data/samples.parquet").targets["tags"]).tolist()
 
 
-def test_a_store_of_another_task_is_not_taken(folder: Path) -> None:
-    (folder / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": f"{a} {b}", "label": a}) + "\n" for a in OTHERS for b in OTHERS)
-    )
-    plain = {"task": {"kind": "classification"}, "data": {"source": "text", "path": "texts.jsonl"}}
-    fields = {"text": "text", "label": "label"}
-    encode_project(project(folder, plain, data=plain["data"] | fields))
+def test_stores_of_other_tasks_know_of_no_extras(folder: Path) -> None:
+    lines = [json.dumps({"text": f"{a} {b}", "label": a}) + "\n" for a in OTHERS for b in OTHERS]
+    (folder / "texts.jsonl").write_text("".join(lines))
+    data = {"source": "text", "path": "texts.jsonl", "text": "text", "label": "label"}
+    encode_project(project(folder, {"data": data}))
     recipe = json.loads((folder / "data/activations/0.5/recipe.json").read_text())
-    assert "extra" not in recipe["preprocessing"]
+    assert set(recipe["preprocessing"]) == {"kind", "inputs", "max_length", "tokenizer"}
+    assert not [path for path in folder.glob("data/activations/**/*") if path.name.startswith("extra.")]
+
+
+def test_words_and_texts_are_other_recipes(folder: Path) -> None:
+    tagging = project(folder, TAGGED)
+    encode_project(tagging)
+    tagged = (SampleTable.read(tagging.samples), json.loads((folder / "data/activations/0.5/recipe.json").read_text()))
+    assert tagged[1]["preprocessing"]["extra"] == "word"
+    asking = project(folder, ASKED)
+    encode_project(asking)
+    tagged[0].write(tagging.samples)
+    with pytest.raises(StaleStoreError, match=r"preprocessing\.extra"):
+        train_project(tagging, "0.5")
 
 
 class Tagger(torch.nn.Module):
