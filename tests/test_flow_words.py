@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from pipeline.data import SampleTable, open_source
 from pipeline.deviation import measure
+from pipeline.errors import StaleStoreError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.loader import Loader
+from pipeline.predict import predict_project
 from pipeline.project import Project, Workbench
 from pipeline.ragged import pad_batch
 from pipeline.store import Reader
@@ -149,15 +152,26 @@ def test_a_new_tag_encodes_nothing(folder: Path) -> None:
     assert "B-Y" in np.concatenate(SampleTable.read(folder / "data/samples.parquet").targets["tags"]).tolist()
 
 
-def test_a_store_of_another_task_is_not_taken(folder: Path) -> None:
-    (folder / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": f"{a} {b}", "label": a}) + "\n" for a in OTHERS for b in OTHERS)
-    )
-    plain = {"task": {"kind": "classification"}, "data": {"source": "text", "path": "texts.jsonl"}}
-    fields = {"text": "text", "label": "label"}
-    encode_project(project(folder, plain, data=plain["data"] | fields))
+def test_stores_of_other_tasks_know_of_no_extras(folder: Path) -> None:
+    lines = [json.dumps({"text": f"{a} {b}", "label": a}) + "\n" for a in OTHERS for b in OTHERS]
+    (folder / "texts.jsonl").write_text("".join(lines))
+    data = {"source": "text", "path": "texts.jsonl", "text": "text", "label": "label"}
+    encode_project(project(folder, {"data": data}))
     recipe = json.loads((folder / "data/activations/0.5/recipe.json").read_text())
-    assert "extra" not in recipe["preprocessing"]
+    assert set(recipe["preprocessing"]) == {"kind", "inputs", "max_length", "tokenizer"}
+    assert not [path for path in folder.glob("data/activations/**/*") if path.name.startswith("extra.")]
+
+
+def test_words_and_texts_are_other_recipes(folder: Path) -> None:
+    tagging = project(folder, TAGGED)
+    encode_project(tagging)
+    tagged = (SampleTable.read(tagging.samples), json.loads((folder / "data/activations/0.5/recipe.json").read_text()))
+    assert tagged[1]["preprocessing"]["extra"] == "word"
+    asking = project(folder, ASKED)
+    encode_project(asking)
+    tagged[0].write(tagging.samples)
+    with pytest.raises(StaleStoreError, match=r"preprocessing\.extra"):
+        train_project(tagging, "0.5")
 
 
 class Tagger(torch.nn.Module):
@@ -190,6 +204,43 @@ def test_a_network_of_ones_own_may_tag(folder: Path) -> None:
     )
     encode_project(own)
     assert train_project(own, "0.5").value > 0.8
+
+
+def predicted(settings: Project, inputs: str | None) -> list[dict[str, Any]]:
+    assert predict_project(settings, ["0.5"], inputs, Path("out.jsonl"))
+    return [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+
+
+def test_words_are_tagged_as_in_training_with_tags_or_without(folder: Path) -> None:
+    settings = project(folder, TAGGED)
+    encode_project(settings)
+    run = train_project(settings, "0.5")
+    table, rows = SampleTable.read(settings.samples), predicted(settings, None)
+    found = {row["key"]: row["tags"] for row in rows}
+    right = {key.tobytes().hex(): tags for key, tags in zip(table.keys, table.targets["tags"], strict=True)}
+    held_out = [table.keys[row].tobytes().hex() for row in table.rows("validation")]
+    hits = [one == other for key in held_out for one, other in zip(found[key], right[key], strict=True)]
+    assert np.mean(hits) == pytest.approx(run.history[run.best_epoch - 1]["validation/accuracy"])
+    source = open_source(settings.data)
+    words = [source.content(i) for i in range(0, 80, 9)] + [["bad", "good", "three"]]
+    (folder / "new.conll").write_text("\n\n".join("\n".join(sentence) for sentence in words))
+    again = predicted(settings, "new.conll")
+    assert [row["tags"] for row in again[:-1]] == [rows[i]["tags"] for i in range(0, 80, 9)]
+    assert len(again[-1]["tags"]) == 3
+
+
+def test_questions_without_answers_are_answered(folder: Path) -> None:
+    settings = project(folder, ASKED)
+    encode_project(settings)
+    train_project(settings, "0.5")
+    context = "one two good bad three one two"
+    question = {"id": "new", "question": "two"}
+    article = {"title": "t", "paragraphs": [{"context": context, "qas": [question]}]}
+    (folder / "new.json").write_text(json.dumps({"data": [article]}))
+    (row,) = predicted(settings, "new.json")
+    assert row["question"] == "new"
+    assert row["answer"] == context[row["start"] : row["end"]] == "good bad"
+    assert np.isfinite(row["margin"])
 
 
 @pytest.mark.parametrize(("given", "kind"), [(TAGGED, "tokens"), (ASKED, "span")], ids=["tagging", "answers"])

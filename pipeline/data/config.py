@@ -131,7 +131,7 @@ class DataConfig(Section):
             if getattr(self, name) not in (None, {})
         ]
         required = () if kind == "module:function" else ("path", *_REQUIRED_BY.get(kind, ()))
-        required = tuple(name for name in required if self.labelled or name != "label")
+        required = tuple(name for name in required if self.labelled or name not in ("label", "tags"))
         faults += [
             f"{name} is not set; source {self.source} needs it" for name in required if getattr(self, name) is None
         ]

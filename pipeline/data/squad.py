@@ -86,7 +86,8 @@ class Questions(Source):
 
 def open_squad(config: DataConfig, path: Path) -> Questions:
     """Read a file of articles, or a file per split."""
-    found = [question for file, split in files_by_split(path) for question in _read(file, split)]
+    parts = files_by_split(path)
+    found = [question for file, split in parts for question in _read(file, split if config.labelled else None, config)]
     if not found:
         raise DataError(f"data.path {path} holds no questions")
     names = set[str]()
@@ -120,7 +121,7 @@ def _first_inside(answers: Sequence[tuple[int, str]], begin: int, end: int) -> t
     return -1, -1
 
 
-def _read(path: Path, split: str | None) -> Iterator[Question]:
+def _read(path: Path, split: str | None, config: DataConfig) -> Iterator[Question]:
     try:
         loaded = json.loads(read_text(path))
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -133,10 +134,8 @@ def _read(path: Path, split: str | None) -> Iterator[Question]:
             context = _get(paragraph, "context", str, place)
             for q, asked in enumerate(_get(paragraph, "qas", list, place)):
                 here = f"{place}, question {q}"
-                answers = [
-                    (_get(answer, "answer_start", int, here), _get(answer, "text", str, here))
-                    for answer in _get(asked, "answers", list, here)
-                ]
+                right = _get(asked, "answers", list, here) if config.labelled else []
+                answers = [(_get(one, "answer_start", int, here), _get(one, "text", str, here)) for one in right]
                 name, text = _get(asked, "id", str, here), _get(asked, "question", str, here)
                 yield Question(name, text, context, title, split, answers)
 

@@ -31,10 +31,10 @@ class Sentence:
 
 
 class Tagged(Source):
-    """A row per sentence: its content is the list of words, its target `tags` their tags in IOB2."""
+    """A row per sentence: its content is the list of words, its target `tags` their tags in IOB2, if it has any."""
 
-    def __init__(self, sentences: Sequence[Sentence], scheme: str) -> None:
-        """Take in the sentences, whose tags follow `scheme` ("auto" finds out which).
+    def __init__(self, sentences: Sequence[Sentence], scheme: str | None) -> None:
+        """Take in the sentences, whose tags follow `scheme` ("auto" finds out which); None where they have none.
 
         Raises:
             DataError: some tags do not; the message names sentence and word.
@@ -42,13 +42,13 @@ class Tagged(Source):
         if scheme == "auto":
             scheme = detect(tag for sentence in sentences for tag in sentence.tags)
         self._sentences = sentences
-        self._tags = [to_iob2(sentence.tags, scheme, sentence.source) for sentence in sentences]
+        self._tags = scheme and [to_iob2(sentence.tags, scheme, sentence.source) for sentence in sentences]
 
     def __len__(self) -> int:
         return len(self._sentences)
 
     def row(self, i: int) -> Row:
-        return Row(self._sentences[i].source, self._sentences[i].split, {"tags": self._tags[i]})
+        return Row(self._sentences[i].source, self._sentences[i].split, {"tags": self._tags[i]} if self._tags else {})
 
     def content(self, i: int) -> list[str]:
         return self._sentences[i].words
@@ -56,29 +56,31 @@ class Tagged(Source):
 
 def open_conll(config: DataConfig, path: Path) -> Tagged:
     """Read a file with a word and its tag per line and an empty line after each sentence, or a file per split."""
-    words, tags = (config.words if config.words is not None else 0), (config.tags if config.tags is not None else -1)
-    found = [one for file, split in files_by_split(path) for one in _read_conll(file, split, int(words), int(tags))]
+    words = 0 if config.words is None else int(config.words)
+    tags = (-1 if config.tags is None else int(config.tags)) if config.labelled else None
+    found = [one for file, split in files_by_split(path) for one in _read_conll(file, split, words, tags)]
     if not found:
         raise DataError(f"data.path {path} holds no sentences")
-    return Tagged(found, config.scheme)
+    return Tagged(found, config.scheme if config.labelled else None)
 
 
 def open_tagged(config: DataConfig, path: Path) -> Tagged:
     """Read a table whose fields hold a list of words and a list of tags."""
-    named = {name: str(getattr(config, name)) for name in ("words", "tags")}
-    split = {"split": config.split} if config.split else {}
+    named = {name: str(getattr(config, name)) for name in (("words", "tags") if config.labelled else ("words",))}
+    split = {"split": config.split} if config.split and config.labelled else {}
     records = read_records(path, named | split, records=config.records)
     sentences = []
     for i in range(len(records)):
         where = records.where(i)
-        words, tags = (_texts(records.columns[name], i, f"{where}: field {named[name]}") for name in named)
-        if not words or len(words) != len(tags):
+        words, *others = (_texts(records.columns[name], i, f"{where}: field {named[name]}") for name in named)
+        tags = others[0] if others else []
+        if not words or (others and len(words) != len(tags)):
             raise DataError(f"{where} has {len(words)} words and {len(tags)} tags; give every word one")
         sentences.append(Sentence(where, records.split(i), words, [_parsed(tag, where) for tag in tags]))
-    return Tagged(sentences, config.scheme)
+    return Tagged(sentences, config.scheme if config.labelled else None)
 
 
-def _read_conll(path: Path, split: str | None, word: int, tag: int) -> Iterator[Sentence]:
+def _read_conll(path: Path, split: str | None, word: int, tag: int | None) -> Iterator[Sentence]:
     """Yield the sentences of a file; one is called by the number of its first line."""
     lines = [line.split("\t") if "\t" in line else line.split() for line in _lines(path)]
     of_words = (
@@ -101,7 +103,7 @@ def _read_conll(path: Path, split: str | None, word: int, tag: int) -> Iterator[
             raise DataError(f"{where}: column {word} (data.words) is empty; every line needs a word")
         begun = number if not words else begun
         words.append(fields[word])
-        tags.append(_parsed(fields[tag].strip(), where))
+        tags += [] if tag is None else [_parsed(fields[tag].strip(), where)]
 
 
 def _lines(path: Path) -> list[str]:
@@ -111,20 +113,22 @@ def _lines(path: Path) -> list[str]:
         raise DataError(f"data.path {path} cannot be read as text: {error}") from error
 
 
-def _is_comment(fields: list[str], width: int, tag: int) -> bool:
+def _is_comment(fields: list[str], width: int, tag: int | None) -> bool:
     """Say whether a line is a comment. Where "#" is a word, the line has all columns, and a tag in the right one."""
-    return bool(fields) and fields[0].startswith(COMMENT) and (len(fields) != width or parse(fields[tag]) is None)
+    if not fields or not fields[0].startswith(COMMENT):
+        return False
+    return len(fields) != width or (tag is not None and parse(fields[tag]) is None)
 
 
-def _checked_width(fields: list[str], word: int, tag: int, where: str) -> int:
+def _checked_width(fields: list[str], word: int, tag: int | None, where: str) -> int:
     """Return the number of columns; check that those asked for are among them."""
     width = len(fields)
     for name, column in (("words", word), ("tags", tag)):
-        if not -width <= column < width:
+        if column is not None and not -width <= column < width:
             raise ConfigError(
                 f"data.{name} is {column}; {where} has {width} columns: 0..{width - 1}, or -1 for the last"
             )
-    if width == 1 or word % width == tag % width:
+    if tag is not None and (width == 1 or word % width == tag % width):
         raise DataError(f"{where} has {width} columns; words are in {word} and tags in {tag}: two columns are needed")
     return width
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.text import SQuAD
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Head, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
 from pipeline.tasks.config import SCORES, TaskConfig
 
 # B batch, T token, A tokens of an answer
@@ -72,6 +72,24 @@ class Answers(Task):
     def metrics(self) -> Metrics:
         return AnswerScores(self._windows, self.max_answer)
 
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"question": str, "answer": str, "start": int, "end": int, "margin": float}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        """Return the best answer in each window, where it lies in it, and how far it is preferred to "no answer here".
+
+        A question's answer is the one with the largest margin among its windows.
+        """
+        found = best_answers(output, asked.extras["chars"], self.max_answer)
+        windows = [str(row["window"]) for row in asked.rows]
+        return {
+            "question": [str(row["question"]) for row in asked.rows],
+            "answer": [text[begin:end] for text, begin, end, _ in zip(windows, *found, strict=True)],
+            "start": found[0],
+            "end": found[1],
+            "margin": found[2],
+        }
+
 
 class AnswerScores:
     """`f1` (of words) and `exact_match` of the best answer to each question, means over questions, in 0..1.
@@ -87,17 +105,11 @@ class AnswerScores:
         self.reset()
 
     def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
-        logits_B2T, chars_BT2 = read_tensor(output).detach().float().cpu(), targets["chars"].cpu()
-        nowhere_B = logits_B2T[:, :, NOWHERE].sum(1)
-        scores_B, first_B, last_B = best_spans(logits_B2T, chars_BT2, self.max_answer)
-        every = torch.arange(len(scores_B))
-        begins, ends = chars_BT2[every, first_B, 0].tolist(), chars_BT2[every, last_B, 1].tolist()
-        for row, margin, begin, end in zip(
-            targets["row"].tolist(), (scores_B - nowhere_B).tolist(), begins, ends, strict=True
-        ):
+        found = best_answers(output, targets["chars"], self.max_answer)
+        for row, begin, end, margin in zip(targets["row"].tolist(), *found, strict=True):
             question = self.windows.question[row]
             if question not in self._best or margin > self._best[question][0]:
-                self._best[question] = (margin, self.windows.text[row][max(begin, 0) : max(end, 0)], row)
+                self._best[question] = (margin, self.windows.text[row][begin:end], row)
 
     def compute(self) -> dict[str, float]:
         if not self._best:
@@ -127,6 +139,15 @@ def at_tokens(start_B: Tensor, end_B: Tensor, chars_BT2: Tensor) -> Tensor:
     last_B = begins_BT.shape[1] - 1 - before_end_BT.flip(1).int().argmax(1)
     is_whole_B = (start_B >= 0) & (ends_BT.gather(1, last_B[:, None])[:, 0] >= end_B)
     return torch.stack([first_B, last_B], dim=1).where(is_whole_B[:, None], NOWHERE)
+
+
+def best_answers(output: Any, chars_BT2: Tensor, longest: int) -> tuple[list[int], list[int], list[float]]:
+    """Return where the best answer of each window begins and ends, in characters, and its margin over `NOWHERE`."""
+    logits_B2T, chars_BT2 = read_tensor(output).detach().float().cpu(), chars_BT2.cpu()
+    scores_B, first_B, last_B = best_spans(logits_B2T, chars_BT2, longest)
+    every = torch.arange(len(scores_B))
+    begins_B, ends_B = chars_BT2[every, first_B, 0].clamp(min=0), chars_BT2[every, last_B, 1].clamp(min=0)
+    return begins_B.tolist(), ends_B.tolist(), (scores_B - logits_B2T[:, :, NOWHERE].sum(1)).tolist()
 
 
 def best_spans(logits_B2T: Tensor, chars_BT2: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:

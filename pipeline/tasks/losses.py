@@ -141,6 +141,9 @@ _MARGINS_OF_SIMILARITY = {
 }
 """Where near is large, as with cosines: the library's own defaults are margins of distances."""
 
+_WORDS = {"type_of_triplets": ("all", "hard", "semihard", "easy")}
+"""Options that the library does not check."""
+
 _NOT_FROM_YAML = frozenset(
     {"num_classes", "embedding_size", "distance", "reducer", "collect_stats", "mat_based_loss", "weight_init_func"}
     | {"embedding_regularizer", "embedding_reg_weight", "weight_regularizer", "weight_reg_weight"}
@@ -211,9 +214,8 @@ def _make(
     for option, value in options.items():
         if option not in known:
             raise ConfigError(f"{setting} has {option}; {choice.make.__name__} takes {', '.join(known) or 'none'}")
-        number = isinstance(known[option], int | float) and not isinstance(known[option], bool)
-        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{setting}.{option} is {value!r}; {choice.make.__name__} expects a number")
+        if (expected := _expected(option, known[option], value)) is not None:
+            raise ConfigError(f"{setting}.{option} is {value!r}; {choice.make.__name__} expects {expected}")
     given = {**choice.defaults}
     if choice.distance == "given":
         measure = make_distance(distance)
@@ -223,6 +225,17 @@ def _make(
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"{setting} is {dict(options)}; {choice.make.__name__} does not take it: {error}") from error
     return made
+
+
+def _expected(option: str, default: object, value: object) -> str | None:
+    """Return what an option must be where `value` is not: the library would take anything, and fail later or never."""
+    if option in _WORDS and value not in _WORDS[option]:
+        return f"one of {', '.join(_WORDS[option])}"
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int | float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        return "a number"
+    return None
 
 
 def _options(kind: type) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import IGNORED, Head, Metrics, Ragged, Table, Task, column, read_tensor
+from pipeline.tasks.base import IGNORED, Asked, Column, Head, Kind, Metrics, Ragged, Table, Task, column, read_tensor
 from pipeline.tasks.config import SCORES, TaskConfig
 
 # B batch, T token, W word, C tag
@@ -81,6 +81,21 @@ class Tagging(Task):
 
     def metrics(self) -> Metrics:
         return TaggingScores(self._tags)
+
+    def legend(self, table: Table) -> list[Any]:
+        return self.tags(table)
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"tags": [str]}
+
+    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+        """Return the tag of each word; those at the end of a text that was cut off have none."""
+        word_BT = asked.extras["word"].cpu()
+        words_B = word_BT.amax(1) + 1
+        best_BT = read_tensor(output).float().argmax(-1).cpu()
+        best_BW = at_words(best_BT, word_BT, int(words_B.max()), list(legend).index(OUTSIDE))
+        found = zip(best_BW.tolist(), words_B.tolist(), strict=True)
+        return {"tags": [[legend[number] for number in numbers[:words]] for numbers, words in found]}
 
 
 class TaggingScores:

@@ -121,6 +121,25 @@ def test_arrays() -> None:
         opened(settings, "flat.npy")
 
 
+def test_words_need_no_tags() -> None:
+    Path("bare.conll").write_text("# a comment\none\n#\n\ntwo\n")
+    Path("tagged.conll").write_text("one X B-a\n# X O\n\ntwo X O\n")
+    settings = {"source": "conll", "path": "t.conll"}
+    for path in ("bare.conll", "tagged.conll"):
+        assert contents(opened(settings, path)) == [["one", "#"], ["two"]]
+    Path("new.jsonl").write_text(json.dumps({"words": ["one", "two"]}))
+    table = {"source": "tagged", "path": "t.jsonl", "words": "words", "tags": "tags", "split": "part"}
+    assert contents(opened(table, "new.jsonl")) == [["one", "two"]]
+
+
+def test_questions_need_no_answers() -> None:
+    paragraph = {"context": "one two", "qas": [{"id": "a", "question": "which?"}]}
+    Path("new.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    source = opened({"source": "squad", "path": "train.json"}, "new.json")
+    assert contents(source) == [("which?", "one two")]
+    assert source.row(0).targets["window"] == "one two"
+
+
 def test_the_digest_is_of_the_labelled_file() -> None:
     write_lines("new.jsonl", "q")
     assert len(opened(TEXTS | {"sha256": "0" * 64}, "new.jsonl")) == 3

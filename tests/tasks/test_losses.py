@@ -216,6 +216,11 @@ def test_the_miner_has_the_margin_of_the_loss() -> None:
         ({"loss": "fastap", "memory": 9}, "task.memory is 9; loss fastap compares no sample with another batch's"),
         ({"loss": "arcface", "memory": 9}, "task.memory is 9; loss arcface"),
         ({"loss_options": {"temperature": "warm"}}, "task.loss_options.temperature is 'warm'; .* expects a number"),
+        (
+            {"miner": "triplet_margin", "miner_options": {"type_of_triplets": "semi-hard"}},
+            "task.miner_options.type_of_triplets is 'semi-hard'; .* expects one of all, hard, semihard, easy",
+        ),
+        ({"loss": "triplet_margin", "loss_options": {"swap": "yes"}}, "swap is 'yes'; .* expects true or false"),
         ({"loss": "online_contrastive", "miner": "hdc"}, "task.miner is 'hdc'; online_contrastive brings its own"),
         ({"miner": "batch_hard", "miner_options": {"pos_strategy": "easy"}}, "BatchHardMiner does not take it"),
     ],
