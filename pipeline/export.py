@@ -55,7 +55,7 @@ class Parity:
 def export_run(project: Project, name: str, to: Path) -> Parity:
     """Write the finished run `name` to the folder `to` and return the proof that it is what was trained.
 
-    `to` appears only once the proof has passed.
+    `to` appears only once the proof has passed. `legend.json` in it says what the outputs mean, as the run does.
 
     Raises:
         DataError: the run does not exist, or the samples of its store are not in the data set any more.
@@ -79,6 +79,8 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
     beside.mkdir(parents=True)
     bench.backbone.save(beside)
     (beside / "parity.json").write_text(json.dumps(asdict(parity), indent=2) + "\n")
+    if run.legend:
+        (beside / "legend.json").write_text(json.dumps(run.legend, ensure_ascii=False) + "\n", encoding="utf-8")
     if to.exists():
         to.rmdir()
     beside.rename(to)
