@@ -125,6 +125,7 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         cut=cut,
         overrides=project.overrides,
         identity=identity,
+        settings=runs.settings(bench, table),
         recycled=prefix.cut.share,
         metric=summary.metric,
         value=summary.value,

@@ -25,6 +25,8 @@ class Run:
     """Settings that replaced those of params.yaml, as in {"train.seed": 1}."""
     identity: str
     """Digest of all that decided the run."""
+    settings: Mapping[str, Any]
+    """What the trained model must be read with: the settings of its network and of its head."""
     recycled: float
     """Share of the blocks before the cut, 0..1."""
     metric: str

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from pipeline.data import SampleTable
 from pipeline.errors import DataError, StoreError
 from pipeline.files import sha256
-from pipeline.keys import JSON, digest
+from pipeline.keys import JSON, digest, first_difference
 from pipeline.project import CutName, Project, Workbench
 from pipeline.report import Run
 from pipeline.split import Prefix, Suffix
@@ -44,6 +44,17 @@ def identity(project: Project, cut: CutName) -> str:
     sections = (project.model, project.task, project.train)
     settings: list[JSON] = [section.model_dump(mode="json") for section in sections]
     return digest([*stores, sha256(project.samples), project.data.fraction, project.data.seed, *settings])
+
+
+def settings(bench: Workbench, table: SampleTable) -> dict[str, JSON]:
+    """Return the settings that a trained model must be read with: those of its network, and its head but for the size,
+    which the labels decide.
+    """
+    head = bench.task.head(table)
+    return {
+        "model": bench.project.model.model_dump(mode="json"),
+        "head": {"kind": head.kind, "pooling": head.pooling, "layers": list(head.layers)},
+    }
 
 
 def write(project: Project, run: Run) -> None:
@@ -94,6 +105,12 @@ def open_run(project: Project, name: str) -> FinishedRun:
     project = project.overridden(run.overrides)
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
     bench = Workbench.open(project, table)
+    if changed := first_difference(run.settings, settings(bench, table)):
+        setting, then, now = changed
+        raise DataError(
+            f"run {name} was trained with {setting} = {then!r}, {project.params} gives {now!r}; set it back, or train "
+            "again"
+        )
     store, prefix, suffix = bench.open_store(project.cut(str(run.cut)), table)
     weights = project.run_path(name) / WEIGHTS
     try:

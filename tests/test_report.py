@@ -12,6 +12,7 @@ FULL = Run(
     cut=0,
     overrides={},
     identity="",
+    settings={},
     recycled=0.0,
     metric="accuracy",
     value=0.9,
