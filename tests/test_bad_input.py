@@ -95,7 +95,7 @@ def test_images_of_every_fault(folder: Path, caplog: pytest.LogCaptureFixture) -
         row = found[f"circle/{name}"]
         assert row["reason"].startswith(reason)
         assert row["key"] == content_key(content).hex()
-        assert row["traceback"].startswith("folders.py:")
+        assert row["traceback"].startswith("images.py:")
         assert "decode < images.py:" in row["traceback"]
         assert "/" not in row["traceback"]
     assert stored(folder) == 13
