@@ -60,6 +60,7 @@ def test_from_images_to_a_table(folder: Path) -> None:
         "runs",
         "value",
         "spread",
+        "kept",
         "untrained",
         "state_bytes_per_sample",
         "encode_seconds",
