@@ -80,8 +80,8 @@ class TrainConfig(Section):
     """Which of the `encode.views` stored views of a sample an epoch trains on: "cycle" takes view `epoch mod views` of
     all samples, "random" draws one for each sample."""
     seed: int = 0
-    """Seed of the order of batches, of views drawn, of dropout and of adapters' initial weights; `model.seed` is that of
-    the head's."""
+    """Seed of the order of batches, of views drawn, of dropout and of adapters' initial weights; the head's are drawn
+    from `model.seed`."""
 
 
 @dataclass
