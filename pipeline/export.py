@@ -65,7 +65,8 @@ class Parity:
 def export_run(project: Project, name: str, to: Path) -> Parity:
     """Write the finished run `name` to the folder `to` and return the proof that it is what was trained.
 
-    `to` appears only once the proof has passed. Towers are written to folders in it, each with its proof.
+    `to` appears only once the proof has passed. `legend.json` in it says what the outputs mean, as the run does. Towers
+    are written to folders in it, each with its proof.
 
     Raises:
         DataError: the run does not exist, or the samples of its store are not in the data set any more.
@@ -98,6 +99,8 @@ def _export(project: Project, name: str, tower: str | None, to: Path) -> Parity:
     to.mkdir(parents=True)
     bench.backbone.save(to)
     (to / "parity.json").write_text(json.dumps(asdict(parity), indent=2) + "\n")
+    if run.legend:
+        (to / "legend.json").write_text(json.dumps(run.legend, ensure_ascii=False) + "\n", encoding="utf-8")
     return parity
 
 

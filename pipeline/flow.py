@@ -138,6 +138,7 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         cut=cut,
         overrides=project.overrides,
         identity=identity,
+        settings=runs.settings(project, table),
         recycled=min(tower.prefix.cut.share for tower in towers),
         metric=summary.metric,
         value=summary.value,

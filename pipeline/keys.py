@@ -154,7 +154,7 @@ class Recipe:
 
         The path reads like `preprocessing.image_size`; a value that one side lacks is given as "(absent)".
         """
-        return next(_differences(self._fields(), other._fields(), ""), None)
+        return first_difference(self._fields(), other._fields())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.digest == other.digest
@@ -171,6 +171,14 @@ _FIELD_TYPES: dict[str, Any] = {field.name: str for field in dataclasses.fields(
     "preprocessing": dict,
     "view": str | None,
 }
+
+
+def first_difference(ours: Mapping[str, JSON], theirs: Mapping[str, JSON]) -> tuple[str, JSON, JSON] | None:
+    """Return (path of the first setting that differs, its value in `ours`, in `theirs`); None when all are equal.
+
+    The path reads like `preprocessing.image_size`; a value that one side lacks is given as "(absent)".
+    """
+    return next(_differences(ours, theirs, ""), None)
 
 
 def _differences(ours: Mapping[str, JSON], theirs: Mapping[str, JSON], prefix: str) -> Iterator[tuple[str, JSON, JSON]]:

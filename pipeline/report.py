@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.tasks.config import LOWER_IS_BETTER
+
 SEED = "train.seed"
 """The setting in which runs of one row may differ."""
 
@@ -25,6 +27,8 @@ class Run:
     """Settings that replaced those of params.yaml, as in {"train.seed": 1}."""
     identity: str
     """Digest of all that decided the run."""
+    settings: Mapping[str, Any]
+    """What the trained model must be read with: the settings of its network and of its head."""
     recycled: float
     """Share of the blocks before the cut, 0..1."""
     metric: str
@@ -64,6 +68,8 @@ class Row:
     """The mean over the runs, as all that follows."""
     spread: float | None
     """Standard deviation of the value between runs (n - 1); None of a single one."""
+    kept: float | None
+    """Share of full fine-tuning's value (of an error, full's over this one); None where no run with cut 0 is there."""
     untrained: float
     """The metric before any training."""
     state_bytes_per_sample: int
@@ -83,7 +89,7 @@ def summarise(runs: Sequence[Run], costs: Mapping[str, Cost]) -> list[Row]:
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.recycled, settings(run))):
         groups.setdefault((settings(run), str(run.cut)), []).append(run)
-    full = {of: _seconds(group) for (of, _), group in groups.items() if group[0].recycled == 0}
+    full = {of: group for (of, _), group in groups.items() if group[0].recycled == 0}
     return [_row(group, costs[cut], full.get(of)) for (of, cut), group in groups.items()]
 
 
@@ -96,7 +102,17 @@ def _seconds(group: Sequence[Run]) -> float:
     return statistics.median(run.train_seconds_per_epoch for run in group)
 
 
-def _row(group: Sequence[Run], cost: Cost, full: float | None) -> Row:
+def _mean(group: Sequence[Run]) -> float:
+    return statistics.fmean(run.value for run in group)
+
+
+def _kept(group: Sequence[Run], full: Sequence[Run]) -> float:
+    ours, theirs = _mean(group), _mean(full)
+    better, worse = (theirs, ours) if group[0].metric in LOWER_IS_BETTER else (ours, theirs)
+    return better / worse if worse else math.nan
+
+
+def _row(group: Sequence[Run], cost: Cost, full: Sequence[Run] | None) -> Row:
     run, seconds = group[0], _seconds(group)
     values = [one.value for one in group]
     saved = statistics.median(one.frozen_seconds_per_sample for one in group) * run.train_samples
@@ -106,14 +122,15 @@ def _row(group: Sequence[Run], cost: Cost, full: float | None) -> Row:
         recycled=run.recycled,
         metric=run.metric,
         runs=len(group),
-        value=statistics.fmean(values),
+        value=_mean(group),
         spread=statistics.stdev(values) if len(values) > 1 else None,
+        kept=None if full is None else _kept(group, full),
         untrained=statistics.fmean(one.initial for one in group),
         state_bytes_per_sample=round(cost.state_bytes_per_sample),
         encode_seconds=cost.encode_seconds,
         train_seconds_per_epoch=seconds,
         epochs=statistics.fmean(len(one.history) for one in group),
-        speedup_over_full=full / seconds if full else None,
+        speedup_over_full=None if full is None else _seconds(full) / seconds,
         speedup_over_frozen=(seconds + saved) / seconds,
         break_even_epoch=None
         if not saved or cost.encode_seconds is None
@@ -130,6 +147,7 @@ def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
             "settings": frame["settings"],
             "recycled": frame["recycled"].map("{:.0%}".format),
             rows[0].metric: [_with_spread(row) for row in rows],
+            "of full": ["-" if row.kept is None else f"{row.kept:.2f}" for row in rows],
             "untrained": frame["untrained"].map("{:.3f}".format),
             "bytes/sample": frame["state_bytes_per_sample"].map("{:,}".format),
             "encode s": frame["encode_seconds"].map(_rounded),

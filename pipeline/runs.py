@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from pipeline.data import SampleTable
 from pipeline.errors import DataError, StoreError
 from pipeline.files import sha256
-from pipeline.keys import JSON, digest
+from pipeline.keys import JSON, digest, first_difference
 from pipeline.project import CutName, Project
 from pipeline.report import Run
 from pipeline.store import Store
+from pipeline.tasks import open_task
 from pipeline.towers import Tower, load_weights, open_tower
 
 log = logging.getLogger("recycle")
@@ -44,6 +45,19 @@ def identity(project: Project, cut: CutName) -> str:
     sections = (project.model, project.task, project.train, *([project.towers] if project.towers.is_set else []))
     settings: list[JSON] = [section.model_dump(mode="json", exclude={"residency"}) for section in sections]
     return digest([*stores, sha256(project.samples), project.data.fraction, project.data.seed, *settings])
+
+
+def settings(project: Project, table: SampleTable) -> dict[str, JSON]:
+    """Return the settings that a trained model must be read with: those of its network, and its head but for the size,
+    which the labels decide; of several towers those of each.
+    """
+    if project.towers.is_set and project.tower is None:
+        return {str(part.tower): settings(part, table) for part in project.parts}
+    head = open_task(project.task).head(table)
+    return {
+        "model": project.model.model_dump(mode="json"),
+        "head": {"kind": head.kind, "pooling": head.pooling, "layers": list(head.layers)},
+    }
 
 
 def write(project: Project, run: Run) -> None:
@@ -94,6 +108,12 @@ def open_run(project: Project, name: str, tower: str | None = None) -> FinishedR
     run = read(project, name)
     project = project.overridden(run.overrides)
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
+    if changed := first_difference(run.settings, settings(project, table)):
+        setting, then, now = changed
+        raise DataError(
+            f"run {name} was trained with {setting} = {then!r}, {project.params} gives {now!r}; set it back, or train "
+            "again"
+        )
     opened = open_tower(project.part(tower), project.cut(str(run.cut)), table)
     weights = project.run_path(name) / WEIGHTS
     try:

@@ -82,7 +82,8 @@ class TrainConfig(Section):
     """Which of the `encode.views` stored views of a sample an epoch trains on: "cycle" takes view `epoch mod views` of
     all samples, "random" draws one for each sample."""
     seed: int = 0
-    """Seed of the head's initial weights, of the order of batches, of views drawn and of dropout."""
+    """Seed of the order of batches, of views drawn, of dropout and of adapters' initial weights; the head's are drawn
+    from `model.seed`."""
 
 
 @dataclass

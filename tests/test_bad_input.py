@@ -154,7 +154,7 @@ def test_a_file_that_cannot_be_read_has_no_key(folder: Path) -> None:
     assert encode(folder).exit_code == 3
     row = quarantine(folder)["circle/dangling.png"]
     assert (row["key"], row["reason"]) == ("", "the file cannot be read: No such file or directory")
-    assert row["traceback"].startswith("images.py:")
+    assert row["traceback"].startswith("folders.py:")
     assert stored(folder) == 12
 
 
@@ -341,8 +341,8 @@ def test_texts_too_long_are_cut_off_and_counted_and_empty_ones_set_aside(
     assert "2 of the texts encoded now are longer than preprocess.max_length, 16 tokens" in caplog.text
     assert "(the longest by 26)" in caplog.text
     assert {row["reason"] for row in quarantine(folder).values()} == {
-        "no text: texts.jsonl#2 has ' '; expected a text",
-        "no text: texts.jsonl#6 has ''; expected a text",
+        "no text: texts.jsonl#2, text, has ' '; expected a text",
+        "no text: texts.jsonl#6, text, has ''; expected a text",
     }
     assert "2 x no text (first: texts.jsonl#2)" in caplog.text
 

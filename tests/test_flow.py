@@ -60,6 +60,7 @@ def test_from_images_to_a_table(folder: Path) -> None:
         "runs",
         "value",
         "spread",
+        "kept",
         "untrained",
         "state_bytes_per_sample",
         "encode_seconds",
@@ -208,6 +209,15 @@ def test_training_is_the_same_every_time(folder: Path) -> None:
     second = train_project(project(folder), "0.5")
     assert weights == (folder / "results/runs/0.5/model.safetensors").read_bytes()
     assert [row["train/loss"] for row in first.history] == [row["train/loss"] for row in second.history]
+
+
+def test_without_validation_samples_a_run_ends_with_its_last_epoch(folder: Path) -> None:
+    settings = project(folder, data={"validation": 0.0})
+    encode_project(settings)
+    run = train_project(settings, "0.5")
+    assert run.best_epoch == 2
+    assert np.isnan(run.value)
+    assert (folder / "results/runs/0.5/model.safetensors").exists()
 
 
 def test_patience_stops_training(folder: Path) -> None:

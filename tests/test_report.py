@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from pipeline.report import Cost, Run, curves, plot, summarise, table
 
 FULL = Run(
@@ -12,6 +14,7 @@ FULL = Run(
     cut=0,
     overrides={},
     identity="",
+    settings={},
     recycled=0.0,
     metric="accuracy",
     value=0.9,
@@ -49,6 +52,13 @@ def test_an_encode_that_was_never_timed_says_nothing_of_break_even() -> None:
     (half,) = summarise([HALF], {"0.5": Cost(2048.0, None)})
     assert half.encode_seconds is None
     assert half.break_even_epoch is None
+
+
+def test_what_is_kept_of_full_fine_tuning() -> None:
+    runs = [FULL, dataclasses.replace(FULL, name="1", value=0.7), dataclasses.replace(HALF, value=0.6)]
+    assert [row.kept for row in summarise(runs, COSTS)] == [1.0, pytest.approx(0.75)]
+    errors = [dataclasses.replace(run, metric="rmse") for run in runs]
+    assert [row.kept for row in summarise(errors, COSTS)] == [1.0, pytest.approx(0.8 / 0.6)]
 
 
 def test_the_table_has_a_line_per_run() -> None:

@@ -102,6 +102,15 @@ def test_a_run_is_exported_with_its_settings(project: Project, tmp_path: Path) -
         runs.read(project, "large")
 
 
+def test_a_run_is_not_opened_as_another_model(project: Project, tmp_path: Path) -> None:
+    train_project(project, "0.5")
+    other = Project.load(tiny.write_params(Path(), encode={"cuts": [0.5]}, model={"options": {"wider": 2}}))
+    with pytest.raises(DataError, match=r"run 0\.5 was trained with model\.options\.wider = .*absent.*; set it back"):
+        export_run(other, "0.5", tmp_path / "model")
+    slower = Project.load(tiny.write_params(Path(), encode={"cuts": [0.5]}, train={"lr": 0.001}))
+    assert export_run(slower, "0.5", tmp_path / "model").merged < 1e-5
+
+
 @pytest.mark.parametrize("name", ["", "..", "../0.5", "a/b", ".hidden", "a b", "-x"])
 def test_a_name_is_no_path(project: Project, name: str) -> None:
     with pytest.raises(ConfigError, match="the run is called"):

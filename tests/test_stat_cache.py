@@ -213,6 +213,6 @@ def test_several_processes_may_use_it_at_once(tmp_path: Path) -> None:
 def test_what_is_no_file_leaves_none_behind(tmp_path: Path) -> None:
     np.save(tmp_path / "digits.npy", np.zeros((3, 4, 4), np.uint8))
     np.save(tmp_path / "digits.labels.npy", np.zeros(3, np.int64))
-    source = open_source(DataConfig(source="pixels", path=str(tmp_path / "digits.npy")))
+    source = open_source(DataConfig(source="arrays", path=str(tmp_path / "digits.npy")))
     key_contents(source, workers=1, cache=StatCache(tmp_path / "keys.sqlite"))
     assert not (tmp_path / "keys.sqlite").exists()

@@ -206,7 +206,7 @@ def test_an_export_is_proved_on_the_views_where_nothing_is_held_out(folder: Path
     settings = project(1, data={"validation": 0.0})
     encode_project(settings)
     train_project(settings, "0.5")
-    assert not len(Store.open(Path("data/activations/0.5")).keys())
+    assert not len(Store.open(settings.store_path(0.5)).keys())
     assert export_run(settings, "0.5", folder / "model").stored < 1e-2
 
 

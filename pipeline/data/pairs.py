@@ -17,22 +17,23 @@ class Pairs(Source):
     """Two rows per record, the anchor and then its positive; the target `pair` is the record's number.
 
     Where a label says whether the two belong together, the target `belongs` is 1 or 0. Where the records have one of
-    the two texts alone, a record is one row.
+    the two alone, a record is one row.
     """
 
     def __init__(self, records: Records) -> None:
         self._records = records
         self._roles = [role for role in ROLES if role in records.columns]
-        labels = records.columns.get("label", ())
-        self._belongs = [_belongs(cell.as_py(), records.where(i)) for i, cell in enumerate(labels)]
+        answers = records.columns["label"].to_pylist() if "label" in records.columns else []
+        self._belongs = [_belongs(answer, records.where(i)) for i, answer in enumerate(answers)]
 
     def __len__(self) -> int:
         return len(self._roles) * len(self._records)
 
     def row(self, i: int) -> Row:
         pair, role = divmod(i, len(self._roles))
-        belongs = {"belongs": self._belongs[pair]} if self._belongs else {}
-        targets: dict[str, Target] = {"pair": pair, "role": self._roles[role], **belongs}
+        targets: dict[str, Target] = {"pair": pair, "role": self._roles[role]}
+        if self._belongs:
+            targets["belongs"] = self._belongs[pair]
         return Row(self._records.where(pair), self._records.split(pair), targets)
 
     def content(self, i: int) -> str:
@@ -48,8 +49,8 @@ def open_pairs(config: DataConfig, path: Path) -> Pairs:
     return Pairs(read_records(path, named, records=config.records, any_of=any_of))
 
 
-def _belongs(cell: object, where: str) -> int:
-    value = str(cell).strip().lower()
+def _belongs(answer: object, where: str) -> int:
+    value = str(answer).strip().lower()
     if value not in _ANSWERS:
-        raise DataError(f"{where}: label {cell!r}; expected {', '.join(_ANSWERS)}: do the two belong together?")
+        raise DataError(f"{where}: label {answer!r}; expected {', '.join(_ANSWERS)}: do the two belong together?")
     return _ANSWERS[value]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.errors import ModelError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.models.backbone import Backbone, Embedder
 from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
 from pipeline.models.preprocess import EXTRA, Preprocess, network_inputs
@@ -38,6 +38,9 @@ def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbo
     if model.weights is None:
         log.warning("model.weights is null: %s gets random weights (model.seed %d)", model.backbone, model.seed)
     backbone = _load(model, preprocess, head)
+    kind = backbone.preprocess.recipe().get("kind")
+    if unused := [name for name in ("rate", "seconds") if getattr(preprocess, name) is not None and kind != "audio"]:
+        raise ConfigError(f"preprocess.{unused[0]} is for audio; {model.backbone} takes {kind}; remove it")
     if preprocess.augment is not None:
         backbone.preprocess.view(0)
     return backbone

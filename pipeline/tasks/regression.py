@@ -22,8 +22,8 @@ _LOSSES: dict[str, Any] = dict(zip(REGRESSION_LOSSES, (nn.MSELoss, nn.L1Loss, nn
 class Regression(Task):
     """The model learns standardised numbers: less the mean of the training split, over its standard deviation.
 
-    Scores and predictions are in the user's unit again; an exported model gives the standardised ones, and `run.json`
-    has their `legend`.
+    Scores and predictions are in the user's unit again; an exported model gives the standardised ones, and the
+    `legend.json` beside it their mean and standard deviation.
     """
 
     name = "regression"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import pickle
 import struct
@@ -565,3 +566,26 @@ def test_files_that_differ_in_type_are_told(tmp_path: Path) -> None:
     write_lines(tmp_path / "test.jsonl", {"t": "a", "l": 3})
     with pytest.raises(DataError, match="a field differs in type between the files"):
         open_source(DataConfig(source="text", path=str(tmp_path), text="t", label="l"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of files that the library leaves open
+def test_what_hugging_face_datasets_saves_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    mood = datasets.ClassLabel(names=["bad", "good"])
+    kinds = {"text": datasets.Value("string"), "mood": mood, "moods": datasets.List(mood), "image": datasets.Image()}
+    image = Image.fromarray(np.full((4, 4, 3), 7, np.uint8))
+    columns = {"text": ["a", "b", "c"], "mood": [0, 1, 1], "moods": [[0], [], [1, 0]], "image": [image] * 3}
+    whole = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    datasets.disable_progress_bars()
+    datasets.DatasetDict({"train": whole, "test": whole.select([2])}).save_to_disk(tmp_path / "parts")
+    whole.save_to_disk(tmp_path / "whole", num_shards=2)
+    texts = open_source(DataConfig(source="text", path=str(tmp_path / "parts"), text="text", label="moods"))
+    rows = [texts.row(i) for i in range(4)]
+    assert [row.targets["label"] for row in rows] == [["bad"], [], ["good", "bad"], ["good", "bad"]]
+    assert [row.source for row in rows] == ["train#0", "train#1", "train#2", "test#0"]
+    assert [row.split for row in rows] == ["train"] * 3 + ["test"]
+    images = open_source(DataConfig(source="images", path=str(tmp_path / "whole"), image="image", label="mood"))
+    assert [images.row(i).targets["label"] for i in range(3)] == ["bad", "good", "good"]
+    content = images.content(2)
+    assert isinstance(content, bytes)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), np.asarray(image))

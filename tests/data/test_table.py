@@ -194,3 +194,11 @@ def test_lists_must_be_alike(tmp_path: Path) -> None:
         table_of(Listed([("a", None, {"tags": ["x"]}), ("b", None, {"tags": "x"})]))
     with pytest.raises(DataError, match="lists of the target tags mix types"):
         table_of(Listed([("a", None, {"tags": ["x"]}), ("b", None, {"tags": [1]})])).write(tmp_path / "table")
+
+
+def test_samples_of_a_group_are_not_parted() -> None:
+    rows = [(f"t{i}", None, {"label": f"l{i % 3}", "group": f"patient {i // 5}"}) for i in range(200)]
+    table = table_of(Listed(rows), validation=0.4)
+    groups = [set(table.targets["group"][table.rows(split)].tolist()) for split in ("train", "validation")]
+    assert not groups[0] & groups[1]
+    assert all(len(group) > 5 for group in groups)

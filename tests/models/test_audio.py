@@ -27,6 +27,7 @@ from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.models.audio import AudioPreprocess
 from pipeline.project import Project
 from pipeline.store import Store
+from pipeline.subject import draw_inputs
 from pipeline.tasks import Head
 
 RATE = 8000
@@ -142,6 +143,7 @@ def test_a_backbone_of_hugging_face(wav2vec: Path, tmp_path: Path) -> None:
     assert again.preprocess.recipe() == backbone.preprocess.recipe()
     assert opened(wav2vec, seconds=1.0).preprocess.recipe() != backbone.preprocess.recipe()
     assert set(opened(wav2vec, seconds=1.0).preprocess(tone(440, 0.5))) == {"input_values"}
+    assert draw_inputs(backbone.preprocess, 2, 128)["input_values"].shape == (2, RATE)
 
 
 def test_an_embedding_of_sounds(wav2vec: Path) -> None:
@@ -161,7 +163,7 @@ def test_a_spectrogram(tmp_path: Path) -> None:
     assert backbone.preprocess(write(tone(440, 0.5)))["input_values"].shape == (64, 32)
 
 
-def test_settings_that_do_not_fit(wav2vec: Path) -> None:
+def test_settings_that_do_not_fit(wav2vec: Path, text_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"preprocess\.rate is 16000; the backbone takes 8000 samples per second"):
         opened(wav2vec, rate=16000)
     with pytest.raises(ConfigError, match=r"preprocess\.kind is 'image'; the backbone's is 'audio'"):
@@ -172,6 +174,8 @@ def test_settings_that_do_not_fit(wav2vec: Path) -> None:
     own = ModelConfig(backbone=f"{__name__}:convolutions")
     with pytest.raises(ConfigError, match=r"preprocess\.rate is not set"):
         load(own, PreprocessConfig(kind="audio"), Head("classes", 2))
+    with pytest.raises(ConfigError, match=r"preprocess\.seconds is for audio; hf:.* takes text; remove it"):
+        opened(text_folder, seconds=1.0)
     with pytest.raises(ValueError, match=r"seconds is 1\.0, but kind is 'text'; it is for audio"):
         PreprocessConfig(kind="text", seconds=1.0)
 

@@ -16,9 +16,11 @@ import yaml
 from tiny import ConvNet
 from torch import Tensor, nn
 
-from pipeline.data import DataConfig, Row, Source
+from pipeline.data import DataConfig, Row, Source, open_source
+from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.order import batches
+from pipeline.predict import predict_project
 from pipeline.predictions import Predictions
 from pipeline.project import Project
 from pipeline.tasks import Asked, Head, Task, TaskConfig, open_task
@@ -220,3 +222,10 @@ class TaskContract:
         assert runs[0].metric == task.monitor
         values = [row[f"validation/{task.monitor}"] for row in runs[0].history]
         assert runs[0].value == (max(values) if task.higher_is_better else min(values))
+        assert predict_project(project, [runs[0].name], None, Path("predicted.jsonl"))
+        said = [json.loads(line) for line in Path("predicted.jsonl").read_text().splitlines()]
+        assert len(said) == len(open_source(project.data))
+        assert all(set(task.columns(runs[0].legend)) <= set(line) for line in said)
+        assert export_run(project, runs[0].name, Path("exported")).merged < 1e-5
+        legend = Path("exported/legend.json")
+        assert (json.loads(legend.read_text()) if legend.exists() else []) == runs[0].legend

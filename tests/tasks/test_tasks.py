@@ -31,6 +31,11 @@ class TestClassification(TaskContract):
         assert said["label"].tolist() == self.table.targets["label"][rows].tolist()
 
 
+class TestClassificationWithAClassThatValidationLacks(TestClassification):
+    settings: Mapping[str, Any] = {"monitor": "macro_f1"}
+    table = labelled([3, 1, 3, 1, 1, 3, 2, 2], [1, 3, 3])
+
+
 class TestSmoothedClassification(TestClassification):
     settings: Mapping[str, Any] = {"label_smoothing": 0.1, "monitor": "macro_f1"}
 
