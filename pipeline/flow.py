@@ -30,7 +30,7 @@ from pipeline.quarantine import BadSample
 from pipeline.ragged import pad_batch
 from pipeline.report import Cost, Row, Run, curves, plot, summarise
 from pipeline.split import Prefix
-from pipeline.store import Store, first_rows
+from pipeline.store import Store, first_rows, remove
 from pipeline.timing import seconds_per_sample
 from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
 from pipeline.train import Batches, fit
@@ -240,7 +240,7 @@ def _open_or_replace(path: Path, recipe: Recipe) -> Store:
         return Store.create(path, recipe)
     except StaleStoreError as stale:
         log.warning("%s; encoding anew", stale)
-        shutil.rmtree(path)
+        remove(path)
         return Store.create(path, recipe)
 
 

@@ -121,7 +121,9 @@ class Project:
             ConfigError: a setting names nothing that exists; the message names what does.
             DataError: the data cannot be read as described, or no sample is in the tower's role.
         """
-        functions = {role: key for role in ROLES if (key := self.towers.of(role).key) is not None}
+        functions: dict[str | None, str] = {
+            role: key for role in ROLES if (key := self.towers.of(role).key) is not None
+        }
         opened = open_source(self.data if inputs is None else self.data.of_inputs(inputs))
         source = with_keys(opened, functions, "towers.<role>.key")
         return source if self.tower is None else in_role(source, self.tower)

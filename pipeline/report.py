@@ -30,7 +30,7 @@ class Run:
     settings: Mapping[str, Any]
     """What the trained model must be read with: the settings of its network and of its head."""
     recycled: float
-    """Share of the blocks before the cut, 0..1."""
+    """Share of the blocks before the cut, 0..1; of several towers the smallest."""
     metric: str
     value: float
     initial: float

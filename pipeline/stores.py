@@ -33,7 +33,7 @@ class Used:
 
 
 def stores_of(project: Project) -> list[Path]:
-    """Return the folders of the stores of all cuts and views of params.yaml.
+    """Return the folders of the stores of all cuts, views and towers of params.yaml.
 
     Raises:
         ConfigError: there is none yet.
@@ -45,7 +45,7 @@ def stores_of(project: Project) -> list[Path]:
 
 
 def unnamed_stores(project: Project) -> list[Path]:
-    """Return the folders of stores of cuts and views that params.yaml does not name."""
+    """Return the folders of stores of cuts, views and towers that params.yaml does not name."""
     return [path for path in find_stores(project.activations) if path not in _named(project)]
 
 

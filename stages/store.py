@@ -20,13 +20,14 @@ from pipeline.store import (
     Upkeep,
     alone,
     describe,
-    discard,
     find_stores,
     folder_nbytes,
+    own_entries,
     plan_compact,
     plan_gc,
     plan_removal,
     readable,
+    remove,
     sweep,
     tell,
     verify,
@@ -109,7 +110,7 @@ def verify_command(stores: tuple[Path, ...], params: Path) -> None:
 @params_option
 @keep_option
 @click.option("--rewrite", "rewrites", is_flag=True, help="Also take unused samples out of segments that others use.")
-@click.option("--cuts", is_flag=True, help="Also remove stores of cuts and views that the settings do not name.")
+@click.option("--cuts", is_flag=True, help="Also remove stores of cuts, views and towers not named in the settings.")
 @yes_option
 @dry_run_option
 def gc(
@@ -130,7 +131,8 @@ def gc(
     used = used_by(project.samples, keep)
     removed = unnamed_stores(project) if cuts else []
     if cuts and not dry_run:
-        sweep(project.activations)
+        for folder in {project.activations, *(path.parent for path in removed)}:
+            sweep(folder)
     _carry_out(
         stores or stores_of(project),
         lambda store: plan_gc(store.path, used.keys, used.written, rewrite=rewrites),
@@ -234,7 +236,8 @@ def _carry_out(
         for store, upkeep in zip(stores, plans, strict=True):
             _announce(store, upkeep)
         for path in removed:
-            click.echo(f"{path}: of no cut or view of the settings; all of it goes, {readable(folder_nbytes(path))}")
+            nbytes = sum(map(folder_nbytes, own_entries(path)))
+            click.echo(f"{path}: of no cut, view or tower of the settings; all of it goes, {readable(nbytes)}")
         if not removed and not also and not any(upkeep.changes or upkeep.leftovers for upkeep in plans):
             click.echo("nothing to do")
             return False
@@ -244,7 +247,7 @@ def _carry_out(
         for store, upkeep in zip(stores, plans, strict=True):
             faults += store.apply(upkeep.changes, _progress(str(store.path), "change"))
         for path in reversed(removed):  # stores of views before the one they lie in
-            discard(path)
+            remove(path)
     for fault in faults:
         click.echo(fault)
     if faults:

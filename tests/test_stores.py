@@ -146,7 +146,7 @@ def test_gc_takes_leftovers_and_stores_without_a_cut(folder: Path) -> None:
     assert "1 temporary folders of killed writers go" in run("gc", "--yes").output
     assert not list((folder / "data/activations/0.5").glob(".tmp-*"))
     assert (folder / "data/activations/0").is_dir()
-    assert "data/activations/0: of no cut or view of the settings" in run("gc", "--cuts", "--yes").output
+    assert "data/activations/0: of no cut, view or tower of the settings" in run("gc", "--cuts", "--yes").output
     assert [entry.name for entry in (folder / "data/activations").iterdir()] == ["0.5"]
 
 
@@ -251,7 +251,7 @@ def test_views_are_stores_like_others(folder: Path) -> None:
     assert not any(gone.tobytes() in data for data in tiny.files(folder / "data").values())
     views["encode"] = {"cuts": [0.5], "views": 1}
     tiny.write_params(folder, **views)
-    assert f"{names[2]}: of no cut or view of the settings" in run("gc", "--cuts", "--yes").output
+    assert f"{names[2]}: of no cut, view or tower of the settings" in run("gc", "--cuts", "--yes").output
     assert run("verify").output == "sound\n"
     assert [(folder / name).is_dir() for name in names] == [True, True, False]
     assert measure(Project.load(folder / "params.yaml"), "0.5", 30).samples == 30

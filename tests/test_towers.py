@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
@@ -33,6 +34,7 @@ from pipeline.stores import stores_of, unnamed_stores
 from pipeline.tasks import Head
 from pipeline.tasks.heads import build_head
 from pipeline.towers import Towers, joined, open_tower
+from stages.cli import recycle
 
 WORDS = ("one", "two", "three", "good", "bad")
 CPU = torch.device("cpu")
@@ -258,7 +260,7 @@ def test_from_pairs_to_reports_models_and_predictions(folder: Path) -> None:
     assert torch.allclose(
         torch.tensor(said), embedded(folder / "model/anchor", ["good good one", "one two"]), atol=1e-2
     )
-    with pytest.raises(DataError, match="no sample of the data set has the role 'positive'"):
+    with pytest.raises(DataError, match="no sample of the data has the role 'positive'"):
         predict_project(settings, ["0.5"], "new.jsonl", Path("out.jsonl"), tower="positive")
     predict_project(settings, ["0.5"], None, Path("out.jsonl"), tower="positive")
     assert len(Path("out.jsonl").read_text().splitlines()) == 55
@@ -403,3 +405,33 @@ def test_each_tower_has_its_own_keys(folder: Path, forwards: list[int]) -> None:
     assert run.train_samples == len(SampleTable.read(settings.samples).rows("train"))
     predict_project(settings, ["0.5"], None, Path("out.jsonl"), tower="anchor")
     assert sum(forwards) == encoded
+
+
+def test_towers_come_and_go_in_the_folder_of_a_cut(folder: Path) -> None:
+    encode_project(project(folder))
+    alone = tiny.files(Path("data/activations"))
+    encode_project(project(folder, {"anchor": {}}))
+    both = tiny.files(Path("data/activations"))
+    assert alone.items() < both.items()
+    assert CliRunner().invoke(recycle, ["store", "gc", "--cuts", "--yes"]).exit_code == 0
+    towers = {name: content for name, content in both.items() if name not in alone}
+    assert tiny.files(Path("data/activations")) == towers
+    encode_project(project(folder))
+    assert tiny.files(Path("data/activations")) == both
+    encode_project(project(folder, preprocess={"kind": "text", "max_length": 4}))
+    assert towers.items() < tiny.files(Path("data/activations")).items()
+
+
+def test_a_tower_of_other_settings_than_its_run_is_refused_by_name(folder: Path) -> None:
+    settings = project(folder, {"anchor": {"layers": [8]}})
+    encode_project(settings)
+    train_project(settings, "0.5")
+    with pytest.raises(DataError, match=r"trained with anchor\.head\.layers = \[8\], .*params\.yaml gives \[5, 8\]"):
+        export_run(project(folder, {"anchor": {"layers": [5, 8]}}), "0.5", folder / "model")
+    ask = ["predict", "--model", "0.5", "--output", "out.jsonl"]
+    project(folder, {"anchor": {"layers": [8]}})
+    assert CliRunner().invoke(recycle, [*ask, "--tower", "positive"]).exit_code == 0
+    assert len(Path("out.jsonl").read_text().splitlines()) == 55
+    project(folder)
+    refused = CliRunner().invoke(recycle, [*ask, "--tower", "positive"])
+    assert "params.yaml has no towers; leave --tower out" in str(refused.exception)

@@ -19,7 +19,9 @@ KeyFunction: TypeAlias = Callable[[Content], Any]
 class Chosen(Source):
     """Some rows of another source; `functions` make the keys of those in the roles they are listed under."""
 
-    def __init__(self, source: Source, rows: np.ndarray, functions: Mapping[str | None, tuple[str, KeyFunction]]):
+    def __init__(
+        self, source: Source, rows: np.ndarray, functions: Mapping[str | None, tuple[str, KeyFunction]]
+    ) -> None:
         """Choose `rows` (n,) int64; a function comes with its name, and the one listed under None is for every role."""
         self._source, self._rows, self._functions = source, rows, functions
 
@@ -67,15 +69,22 @@ def in_role(source: Source, role: str) -> Source:
     Raises:
         DataError: there are none.
     """
-    rows = rows_in_role(source, np.arange(len(source)), role)
-    if not len(rows):
-        raise DataError(f"no sample of the data set has the role {role!r}; name the field that holds it, in data:")
-    return Chosen(source, rows, {})
+    return Chosen(source, rows_in_role(source, np.arange(len(source)), role), {})
 
 
 def rows_in_role(source: Source, rows: np.ndarray, role: str) -> np.ndarray:
-    """Return those of `rows` (n,) int64 whose samples have the role."""
-    return rows[[role_of(source, row) == role for row in rows.tolist()]]
+    """Return those of `rows` (n,) int64 whose samples have the role.
+
+    Raises:
+        DataError: none has.
+    """
+    found = [row for row in rows.tolist() if role_of(source, row) == role]
+    if not found:
+        raise DataError(
+            f"no sample of the data has the role {role!r}; a tower embeds those that have (of pairs, the field that "
+            f"data.{role} names)"
+        )
+    return np.array(found, np.int64)
 
 
 def role_of(source: Source, row: int) -> str | None:

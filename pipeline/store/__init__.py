@@ -19,7 +19,7 @@ from pipeline.store.reader import Reader
 from pipeline.store.resident import Resident
 from pipeline.store.scratch import discard, sweep
 from pipeline.store.scratch import scratch as temporary_folder
-from pipeline.store.store import Store, alone
+from pipeline.store.store import Store, alone, own_entries, remove
 from pipeline.store.trial import through
 from pipeline.store.upkeep import Upkeep, plan_compact, plan_gc, plan_removal
 from pipeline.store.verify import verify
@@ -46,10 +46,12 @@ __all__ = [
     "find_stores",
     "folder_nbytes",
     "first_rows",
+    "own_entries",
     "plan_compact",
     "plan_gc",
     "plan_removal",
     "readable",
+    "remove",
     "segment_id",
     "sweep",
     "tell",

@@ -13,11 +13,11 @@ import numpy as np
 from pipeline.errors import StaleStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe
 from pipeline.store.codecs import Values, check_storage
-from pipeline.store.format import FORMAT, RECIPE_FILE, committed_segments, segment_nbytes
+from pipeline.store.format import FORMAT, RECIPE_FILE, committed_segments, find_stores, segment_nbytes
 from pipeline.store.index import KeyIndex, Rows
 from pipeline.store.metadata import read_recipe, read_segment_spec
 from pipeline.store.rewrite import Change, Progress, apply
-from pipeline.store.scratch import claim, hold, publish_file, scratch, sweep
+from pipeline.store.scratch import claim, discard, hold, publish_file, scratch, sweep
 from pipeline.store.writer import SegmentInfo, write_segment
 
 
@@ -168,8 +168,26 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
+def remove(path: Path) -> None:
+    """Remove the store at `path`; further stores in its folder stay. After a kill what is left of it is a store."""
+    own = own_entries(path)
+    if len(own) == len(list(path.iterdir())):
+        discard(path)
+        return
+    for entry in sorted(own, key=lambda entry: entry.name == RECIPE_FILE):
+        if entry.is_dir() and not entry.is_symlink():
+            discard(entry)
+        else:
+            entry.unlink()
+
+
+def own_entries(path: Path) -> list[Path]:
+    """Return what lies in the folder `path` and neither is nor holds a store: all that is of a store there."""
+    return [entry for entry in sorted(path.iterdir()) if not find_stores(entry)]
+
+
 def _write_recipe(path: Path, recipe: Recipe) -> None:
-    others = [entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != RECIPE_FILE]
+    others = [entry.name for entry in own_entries(path) if not entry.name.startswith(".")]
     if others:
         raise StoreError(f"{path} holds {others[0]!r} and no {RECIPE_FILE}; choose an empty folder for the store")
     with scratch(path) as temporary:

@@ -79,7 +79,7 @@ def test_samples_in_one_role(tmp_path: Path) -> None:
     assert [answers.content(i) for i in range(len(answers))] == ["Yes", "yes", "no"]
     assert [answers.row(i).targets["pair"] for i in range(3)] == [0, 1, 2]
     assert answers.key(1, "yes") == content_key("yes")
-    with pytest.raises(DataError, match="no sample of the data set has the role 'positive'"):
+    with pytest.raises(DataError, match="no sample of the data has the role 'positive'"):
         in_role(open_source(texts(tmp_path)), "positive")
 
 
