@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from pipeline import proved, quarantine, runs
+from pipeline.costs import read_costs, write_costs
 from pipeline.data import SampleTable, Source, build, rows_in_role
 from pipeline.encode import encode
 from pipeline.encoded import Encoded
@@ -28,7 +28,7 @@ from pipeline.models import network_inputs
 from pipeline.project import CutName, Project, Workbench
 from pipeline.quarantine import BadSample
 from pipeline.ragged import pad_batch
-from pipeline.report import Cost, Row, Run, curves, plot, summarise
+from pipeline.report import Row, Run, curves, plot, summarise
 from pipeline.split import Prefix
 from pipeline.store import Store, first_rows, remove
 from pipeline.timing import seconds_per_sample
@@ -62,7 +62,7 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
         table = _table(source, replace(keyed, bad=bad), project)
     table.write(project.samples)
     quarantine.write(project.quarantine, bad, keyed.keys)
-    _write_costs(project, made)
+    write_costs(project, made)
     for part, stores, done in made:
         _tell(part, stores, done)
     return _tell_of_bad(project, bad, len(keyed.keys))
@@ -157,7 +157,7 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
 
 def report_project(project: Project) -> list[Row]:
     """Write the result table, the curves and the plot of all finished runs."""
-    costs, finished = _read_costs(project), runs.current(project)
+    costs, finished = read_costs(project), runs.current(project)
     rows = summarise(finished, costs)
     (project.results / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     curves(finished, costs).to_csv(project.results / "curves.csv", index=False)
@@ -263,75 +263,13 @@ def _frozen_cost(towers: Sequence[Tower], device: torch.device) -> float:
     return total / sum(len(tower.table.rows("train")) for tower in towers)
 
 
-def _write_costs(project: Project, made: Sequence[tuple[Project, Sequence[Sequence[Store]], Encoded]]) -> None:
-    """Write results/encode.json: what the encoders of a project made, by the names of their stores.
-
-    Of all runs under a recipe, the one that encoded most says what a state costs.
-    """
-    path = project.results / "encode.json"
-    before: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
-    cuts: dict[str, Any] = {}
-    for part, stores, done in made:
-        cuts |= _costs(part, stores, done, before)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"bad": len(made[-1][2].keyed.bad), "cuts": cuts}, indent=2) + "\n")
-
-
-def _costs(
-    project: Project, stores: Sequence[Sequence[Store]], done: Encoded, before: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what the stores of one encoder hold and cost; `before` is what an earlier run said.
-
-    A sample has one state, or several where there are augmented views; all of them count.
-    """
-    cuts = {}
-    for number, (cut, *by_view) in enumerate(zip(project.encode.cuts, *stores, strict=True)):
-        name = _store_name(project, cut)
-        keys = np.concatenate([store.keys() for store in by_view])
-        samples = len(first_rows(keys))
-        training = (by_view[1:] or by_view)[0]
-        measured = {"recipe": training.recipe.digest, **done.costs.of(number)}
-        known = before.get(name, {}).get("measured", measured)
-        if known["recipe"] == measured["recipe"] and known["samples"] > measured["samples"]:
-            measured = known
-        cuts[name] = {
-            "at": training.recipe.cut,
-            "samples": samples,
-            "state_bytes_per_sample": sum(store.nbytes() for store in by_view) / max(1, samples),
-            "encode_seconds": sum(measured["seconds_per_sample"].values()) * len(keys) if measured["samples"] else None,
-            "measured": measured,
-        }
-    return cuts
-
-
-def _store_name(project: Project, cut: CutName) -> str:
-    """What a cut's store is called in messages and in results/encode.json: CUT, or CUT/TOWER."""
-    return project.store_path(cut).relative_to(project.activations).as_posix()
-
-
-def _read_costs(project: Project) -> dict[str, Cost]:
-    path = project.results / "encode.json"
-    if not path.exists():
-        raise DataError(f"{path} does not exist; encode first (dvc repro encode)")
-    known: dict[str, Any] = json.loads(path.read_text())["cuts"]
-    stores = {str(cut): [_store_name(part, part.at(cut)) for part in project.parts] for cut in project.encode.cuts}
-    return {cut: _cost([known[name] for name in names]) for cut, names in stores.items() if known.keys() >= set(names)}
-
-
-def _cost(stores: Sequence[Mapping[str, Any]]) -> Cost:
-    """Add up what the stores that a run starts from cost."""
-    seconds = [store["encode_seconds"] for store in stores]
-    nbytes = sum(store["state_bytes_per_sample"] * store["samples"] for store in stores)
-    return Cost(nbytes / max(1, sum(store["samples"] for store in stores)), None if None in seconds else sum(seconds))
-
-
 def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> None:
     """Say what was encoded and cut off."""
     keys = done.keyed.keys[done.keyed.good]
     keys = keys[first_rows(keys)]
     for cut, new, promoted, *by_view in zip(project.encode.cuts, done.new, done.promoted, *stores, strict=True):
         there = sum(int((~store.missing(keys)).sum()) for store in by_view) - new
-        name = _store_name(project, cut)
+        name = project.store_name(cut)
         log.info("cut %s: %d samples encoded, %d were there", name, new, there)
         if promoted:
             log.info("cut %s: beyond float16, stored in a wider type: %s", name, ", ".join(sorted(promoted)))

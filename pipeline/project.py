@@ -146,9 +146,13 @@ class Project:
         """The views that are stored: None for the plain one, then the numbers of the augmented ones."""
         return [None, *range(self.encode.views or 0)]
 
+    def store_name(self, cut: CutName) -> str:
+        """Return what the store of a cut is called, in messages and as a folder: CUT, or CUT/TOWER."""
+        return str(cut) if self.tower is None else f"{cut}/{self.tower}"
+
     def store_path(self, cut: CutName, view: int | None = None) -> Path:
         """Return the folder of a cut's store, of its plain view or of an augmented one; each tower has its own."""
-        plain = self.activations / str(cut) / (self.tower or "")
+        plain = self.activations / self.store_name(cut)
         return plain if view is None else plain / view_name(view)
 
     def run_path(self, name: str) -> Path:

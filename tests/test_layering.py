@@ -16,7 +16,7 @@ FLOORS = [
     {"stages.options"},
     {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"}
     | {"pipeline.predict"},
-    {"pipeline.epochs", "pipeline.proved", "pipeline.runs"},
+    {"pipeline.costs", "pipeline.epochs", "pipeline.proved", "pipeline.runs"},
     {"pipeline.towers"},
     {"pipeline.project"},
     {"pipeline.roles", "pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
