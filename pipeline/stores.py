@@ -49,8 +49,20 @@ def unnamed_stores(project: Project) -> list[Path]:
     return [path for path in find_stores(project.activations) if path not in _named(project)]
 
 
-def _named(project: Project) -> list[Path]:
-    return [part.store_path(cut, view) for part in project.parts for cut in part.encode.cuts for view in part.views]
+def _named(project: Project) -> dict[Path, str | None]:
+    """The folders that params.yaml names, with the tower that each is of."""
+    return {
+        part.store_path(cut, view): part.tower
+        for part in project.parts
+        for cut in part.encode.cuts
+        for view in part.views
+    }
+
+
+def wanted_keys(project: Project, store: Path) -> np.ndarray:
+    """Return the keys (n, 16) uint8 of the sample table that belong in the folder `store`: a tower has its role's."""
+    table, tower = SampleTable.read(project.samples), _named(project).get(store)
+    return table.keys if tower is None else table.keys[table.targets["role"] == tower]
 
 
 def used_by(table: Path, others: Sequence[Path]) -> Used:

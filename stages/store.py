@@ -32,7 +32,7 @@ from pipeline.store import (
     tell,
     verify,
 )
-from pipeline.stores import find_samples, forget, rewrite, stores_of, unnamed_stores, used_by, without
+from pipeline.stores import find_samples, forget, rewrite, stores_of, unnamed_stores, used_by, wanted_keys, without
 from stages.options import params_option
 
 Item = TypeVar("Item")
@@ -76,7 +76,7 @@ def info(stores: tuple[Path, ...], params: Path, as_json: bool) -> None:
             click.echo(f"  compact: {_becoming(compact)}")
         if not project.samples.exists():
             continue
-        lacking = store.missing(SampleTable.read(project.samples).keys)
+        lacking = store.missing(wanted_keys(project, store.path))
         click.echo(f"  of {project.samples} it has {(~lacking).sum():,} of {len(lacking):,} samples")
         used = used_by(project.samples, [])
         garbage = plan_gc(store.path, used.keys, used.written, rewrite=True)

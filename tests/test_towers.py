@@ -33,7 +33,7 @@ from pipeline.store import Store
 from pipeline.stores import stores_of, unnamed_stores
 from pipeline.tasks import Head
 from pipeline.tasks.heads import build_head
-from pipeline.towers import Towers, joined, open_tower
+from pipeline.towers import Towers, fresh, joined, open_tower
 from stages.cli import recycle
 
 WORDS = ("one", "two", "three", "good", "bad")
@@ -130,7 +130,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 def test_a_frozen_tower_is_run_once_and_the_other_learns_towards_it(folder: Path, forwards: list[int]) -> None:
     towers = {"anchor": wide(layers=[8]), "positive": {"cut": 1.0, "trains": False}}
-    settings = project(folder, towers, train={"epochs": 30, "lr": 0.005})
+    settings = project(folder, towers, train={"epochs": 20, "lr": 0.005})
     encode_project(settings)
     assert sum(forwards) == 55 + 55
     assert [path.as_posix() for path in stores_of(settings)] == [ANCHOR, "data/activations/1.0/positive"]
@@ -219,9 +219,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
-    settings = project(folder, {"shared": shared, "positive": {}}, train={"epochs": 3, "adapter": "lora"})
+@pytest.mark.parametrize("towers", [{"positive": {"trains": False}}, {"shared": True, "positive": {}}], ids=str)
+def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch, towers: dict[str, Any]) -> None:
+    settings = project(folder, towers, train={"epochs": 3, "adapter": "lora"})
     encode_project(settings)
     train_project(settings, "0.5")
     expected, save = weights(), pipeline.train.save
@@ -245,6 +245,7 @@ def test_from_pairs_to_reports_models_and_predictions(folder: Path) -> None:
     train_project(settings, "0.5")
     costs = json.loads(Path("results/encode.json").read_text())["cuts"]
     assert {name: cost["samples"] for name, cost in costs.items()} == {"0.5/anchor": 55, "1.0/positive": 55}
+    assert "it has 55 of 55 samples" in CliRunner().invoke(recycle, ["store", "info", ANCHOR]).output
     (row,) = report_project(settings)
     nbytes = [cost["state_bytes_per_sample"] for cost in costs.values()]
     assert row.state_bytes_per_sample == round(sum(nbytes) / 2)
@@ -335,6 +336,9 @@ def test_a_source_without_pairs_is_refused(folder: Path) -> None:
         ConfigError, match=r"data\.source is 'text'; towers embed the anchors and the positives of pairs"
     ):
         project(folder, {"anchor": {}}, data=data)
+    images = {"source": "tiny:Poisoned", "path": None, "options": {"rows": 9}, "anchor": None, "positive": None}
+    with pytest.raises(DataError, match="no sample of the data has the role 'anchor'; a tower embeds those that have"):
+        encode_project(project(folder, {"anchor": {}}, data=images))
 
 
 def test_embeddings_of_other_sizes_and_heads_that_would_stay_random(folder: Path) -> None:
@@ -347,7 +351,11 @@ def test_embeddings_of_other_sizes_and_heads_that_would_stay_random(folder: Path
     with pytest.raises(ConfigError, match=r"positive\.trains is false, but projection\.0\.bias was not pretrained"):
         train_project(project(folder, frozen, task={"layers": [6]}), "0.5")
     frozen["positive"] = {"trains": False, "layers": []}
-    train_project(project(folder, frozen, task={"layers": [8]}), "0.5")
+    settings = project(folder, frozen, task={"layers": [8]})
+    towers = [open_tower(part, 0.5, SampleTable.read(settings.samples)) for part in settings.parts]
+    assert fresh(towers) == {"anchor.projection.0.weight", "anchor.projection.0.bias"}
+    assert fresh(towers) < dict(joined(towers).named_parameters()).keys()
+    train_project(settings, "0.5")
 
 
 def test_each_tower_says_where_its_states_lie(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
