@@ -13,6 +13,10 @@ demo: $(VENV)/installed data/mnist_5k.csv.gz
 demo-text: $(VENV)/installed examples/construction-faq/data/faq.jsonl
 	cd examples/construction-faq && $(RUN) dvc repro && $(RUN) recycle report
 
+# One of the other pipelines, on data that lies where its params.yaml says: make example-scicite
+example-%: $(VENV)/installed
+	cd examples/$* && $(RUN) dvc repro && $(RUN) recycle report --markdown
+
 test: $(VENV)/installed
 	$(RUN) python -m pytest
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.store.format import CHUNK_SEPARATOR, STATE_PREFIX
+from pipeline.store.format import CHUNK_SEPARATOR
 from pipeline.store.index import Rows
 from pipeline.store.materialise import Scratch
 from pipeline.store.metadata import read_recipe
@@ -85,12 +85,14 @@ class Reader:
         }
 
     def sizes(self, rows: Rows) -> np.ndarray:
-        """Return the bytes of each sample's states as stored, (n,) int64; opens the segments, reads no values."""
+        """Return the bytes of each sample as stored, (n,) int64; opens the segments, reads no values.
+
+        Inputs count beside the state: at cut 0 of a text network they are all that there is.
+        """
         sizes = np.zeros(len(rows), np.int64)
         for name, within, begin in runs(rows):
-            for tensor_name, tensor in self.segment(name).tensors.items():
-                if tensor_name.startswith(STATE_PREFIX):
-                    sizes[begin : begin + len(within)] += tensor.sizes(within)
+            for tensor in self.segment(name).tensors.values():
+                sizes[begin : begin + len(within)] += tensor.sizes(within)
         return sizes
 
     def read_ahead(self, segment: str) -> None:

@@ -150,6 +150,8 @@ def test_a_segment_of_another_store_is_refused(store, tmp_path, recipe, make_key
 
 
 def test_sizes_are_what_samples_take(store, make_keys):
-    store.write_segment(make_keys(3), {"state.x": np.ones((3, 4)), "state.r": [np.ones(n) for n in (1, 2, 3)]})
+    ragged = [np.ones(n) for n in (1, 2, 3)]
+    ids = [np.ones(n, np.int64) for n in (1, 2, 3)]
+    store.write_segment(make_keys(3), {"state.x": np.ones((3, 4)), "state.r": ragged, "input.ids": ids})
     sizes = Reader(store.path).sizes(store.rows(make_keys(3)))
-    assert sizes.tolist() == [8 + 2, 8 + 4, 8 + 6]
+    assert sizes.tolist() == [8 + 2 + 4, 8 + 4 + 8, 8 + 6 + 12]
