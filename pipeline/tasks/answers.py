@@ -61,9 +61,6 @@ class Answers(Task):
         self._windows = Windows(*(columns[name].tolist() for name in ("window", "question", "answers")))
         return {"row": np.arange(len(table.split)), "start": columns["start"], "end": columns["end"]}
 
-    def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
-        return np.flatnonzero(table.split == split)
-
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
         logits_B2T = read_tensor(output).float().masked_fill(~_choices(targets["chars"])[:, None], -torch.inf)
         places_B2 = at_tokens(targets["start"], targets["end"], targets["chars"])

@@ -156,12 +156,13 @@ class Task(ABC):
             DataError: the labels do not allow the task; the message names rows or labels.
         """
 
-    @abstractmethod
     def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray | list[np.ndarray]:
         """Return the rows of a split in units that stay together in a batch, for `order.batches`.
 
-        (U, R) int64, or U arrays where units differ in size. A pure function of its arguments.
+        (U,) or (U, R) int64, or U arrays where units differ in size. A pure function of its arguments. Here: every row
+        by itself.
         """
+        return np.flatnonzero(table.split == split)
 
     @abstractmethod
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:

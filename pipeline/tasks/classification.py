@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,10 +19,8 @@ from pipeline.tasks.config import SCORES, TaskConfig
 NAMED = 5
 
 
-class Classification(Task):
-    """Single-label classification; classes are the labels of the training split, in sorted order."""
-
-    name = "classification"
+class OfClasses(Task):
+    """A task whose outputs are a logit for each class; classes are the labels of the training split, sorted."""
 
     def __init__(self, config: TaskConfig) -> None:
         self.label_smoothing = config.label_smoothing
@@ -32,12 +31,24 @@ class Classification(Task):
     def head(self, table: Table) -> Head:
         return Head("classes", size=len(self.classes(table)))
 
+    @abstractmethod
     def classes(self, table: Table) -> list[Any]:
         """Return the labels in the order of the logits.
 
         Raises:
-            DataError: there are fewer than two, or labels are fractions.
+            DataError: there are fewer than two, or they are of a kind that is no class.
         """
+
+    def legend(self, table: Table) -> list[Any]:
+        return self.classes(table)
+
+
+class Classification(OfClasses):
+    """Single-label classification."""
+
+    name = "classification"
+
+    def classes(self, table: Table) -> list[Any]:
         labels = column(table, "label", self.name)
         if labels.dtype.kind == "f":
             raise DataError(
@@ -62,9 +73,6 @@ class Classification(Task):
             self._weights = torch.from_numpy(counts.sum() / (len(classes) * counts)).float()
         return {"label": numbers}
 
-    def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
-        return np.flatnonzero(table.split == split)
-
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
         logits_BC = read_tensor(output).float()
         weights = None if self._weights is None else self._weights.to(logits_BC.device)
@@ -72,9 +80,6 @@ class Classification(Task):
 
     def metrics(self) -> Metrics:
         return ClassificationScores()
-
-    def legend(self, table: Table) -> list[Any]:
-        return self.classes(table)
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         each: Kind = {str(label): float for label in legend}

@@ -12,9 +12,9 @@ from torch import Tensor
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score, MultilabelStatScores
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor, without_advice
-from pipeline.tasks.classification import refuse_unseen
-from pipeline.tasks.config import SCORES, TaskConfig
+from pipeline.tasks.base import Asked, Column, Kind, Metrics, Table, column, read_tensor, without_advice
+from pipeline.tasks.classification import OfClasses, refuse_unseen
+from pipeline.tasks.config import SCORES
 
 # B batch, C class
 
@@ -22,26 +22,12 @@ GIVEN = 0.5
 """Probability above which a sample is given a label, as the scores have it."""
 
 
-class MultiLabel(Task):
-    """Classes are the labels of the training split, in sorted order; a sample may have none of them."""
+class MultiLabel(OfClasses):
+    """Any number of labels for each sample, or none."""
 
     name = "multi-label"
 
-    def __init__(self, config: TaskConfig) -> None:
-        self.label_smoothing = config.label_smoothing
-        self.balanced = config.class_weights == "balanced"
-        self.monitor = config.monitor or SCORES[self.name][0]
-        self._weights: Tensor | None = None
-
-    def head(self, table: Table) -> Head:
-        return Head("classes", size=len(self.classes(table)))
-
     def classes(self, table: Table) -> list[Any]:
-        """Return the labels in the order of the logits.
-
-        Raises:
-            DataError: there are fewer than two, or they are no lists, of names or whole numbers.
-        """
         training = self._lists(table)[table.split == "train"].tolist()
         found = {label for labels in training for label in labels}
         kinds = {type(label).__name__ for label in found}
@@ -76,9 +62,6 @@ class MultiLabel(Task):
             self._weights = torch.from_numpy(np.maximum(len(hot) - positive, 1) / positive).float()
         return {"label": hot_NC}
 
-    def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
-        return np.flatnonzero(table.split == split)
-
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
         logits_BC, hot_BC = read_tensor(output).float(), targets["label"].float()
         smooth_BC = hot_BC * (1 - self.label_smoothing) + self.label_smoothing / 2
@@ -87,9 +70,6 @@ class MultiLabel(Task):
 
     def metrics(self) -> Metrics:
         return MultiLabelScores()
-
-    def legend(self, table: Table) -> list[Any]:
-        return self.classes(table)
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"labels": [type(legend[0])], "probabilities": {str(label): float for label in legend}}

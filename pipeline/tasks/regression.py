@@ -81,9 +81,6 @@ class Regression(Task):
         mean, self._scale = self.units_of(table)
         return {"label": ((self._numbers(table) - mean) / self._scale).astype(np.float32)}
 
-    def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
-        return np.flatnonzero(table.split == split)
-
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
         loss: Tensor = self._loss(read_numbers(output, targets["label"]), targets["label"])
         return loss

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from nervaluate import Evaluator
@@ -67,9 +66,6 @@ class Tagging(Task):
         self._tags = self.tags(table)
         numbers = {tag: number for number, tag in enumerate(self._tags)}
         return {"tags": Ragged.of([[numbers[tag] for tag in tags] for tags in table.targets["tags"].tolist()])}
-
-    def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
-        return np.flatnonzero(table.split == split)
 
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
         word_BT, tags_BW = targets["word"], targets["tags"]
