@@ -28,8 +28,9 @@ from accelerate import Accelerator
 from pipeline.data import SampleTable
 from pipeline.epochs import open_loaders
 from pipeline.loader import Batch, Loader
-from pipeline.project import CutName, Project, Workbench
+from pipeline.project import CutName, Project
 from pipeline.train import Objective, parameter_groups, schedule, train_epoch
+from pipeline.workbench import Workbench
 
 
 class FirstBatches:

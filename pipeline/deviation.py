@@ -16,13 +16,14 @@ from torch import Tensor
 from pipeline.data import SampleTable
 from pipeline.errors import DataError
 from pipeline.loader import Loader
-from pipeline.project import Project, Workbench, pick_device
+from pipeline.project import Project
 from pipeline.ragged import Sample, pad_batch
 from pipeline.split import Suffix
 from pipeline.store import CODECS, STATE_PREFIX, Reader, Rows, readable, through
 from pipeline.tasks import read_tensor
 from pipeline.towers import Tower, load_weights, open_tower
 from pipeline.views import Views
+from pipeline.workbench import Workbench, pick_device
 
 DTYPES = ("float16", "bfloat16", "float32")
 

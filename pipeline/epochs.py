@@ -17,11 +17,11 @@ from pipeline import order
 from pipeline.data import SampleTable
 from pipeline.loader import Loader, Source, place
 from pipeline.memory import memory_bytes
-from pipeline.project import Workbench
 from pipeline.store import Reader, Rows
 from pipeline.tasks import Prepared
 from pipeline.towers import Abreast, Tower
 from pipeline.views import Views
+from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 

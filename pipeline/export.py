@@ -16,11 +16,12 @@ from pipeline import runs
 from pipeline.data import SampleTable
 from pipeline.errors import DataError, RecyclingError
 from pipeline.models import network_inputs
-from pipeline.project import Project, Workbench
+from pipeline.project import Project
 from pipeline.ragged import Sample, pad_batch
 from pipeline.split import Prefix, Suffix, merge
 from pipeline.tasks import read_tensor
 from pipeline.views import Views
+from pipeline.workbench import Workbench
 
 PROVED_ON = 32
 MERGED_TOLERANCE = 1e-5

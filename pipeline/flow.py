@@ -25,7 +25,7 @@ from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import Keyed, decode_rows, decode_samples
 from pipeline.keys import Recipe
 from pipeline.models import network_inputs
-from pipeline.project import CutName, Project, Workbench
+from pipeline.project import CutName, Project
 from pipeline.quarantine import BadSample
 from pipeline.ragged import pad_batch
 from pipeline.report import Row, Run, curves, plot, summarise
@@ -35,6 +35,7 @@ from pipeline.timing import seconds_per_sample
 from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
 from pipeline.train import Batches, fit
 from pipeline.views import rows_by_view
+from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 

@@ -1,4 +1,4 @@
-"""One params.yaml: its settings, where its files lie, and the model they describe."""
+"""One params.yaml: its settings, and where its files lie."""
 
 from __future__ import annotations
 
@@ -9,35 +9,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from pipeline.adapter import adapt
 from pipeline.config import Section, load_sections
-from pipeline.data import ROLES, DataConfig, SampleTable, Source, in_role, open_source, with_keys
+from pipeline.data import ROLES, DataConfig, Source, in_role, open_source, with_keys
 from pipeline.encoder import EncodeConfig
-from pipeline.errors import ConfigError, CorruptStoreError
+from pipeline.errors import ConfigError
 from pipeline.feed import Keyed, key_contents
 from pipeline.files import is_function
-from pipeline.keys import JSON, Recipe
-from pipeline.loader import Batch, Loader
-from pipeline.models import Backbone, ModelConfig, Preprocess, PreprocessConfig, load
-from pipeline.recipe import recipe_of
+from pipeline.keys import JSON
+from pipeline.models import ModelConfig, PreprocessConfig
 from pipeline.roles import TowersConfig
-from pipeline.split import Prefix, Suffix, split
 from pipeline.stat_cache import StatCache
-from pipeline.store import SHAPE_PREFIX, Reader, Scratch, Store
-from pipeline.tasks import Task, TaskConfig, open_task
+from pipeline.store import Reader, Scratch
+from pipeline.tasks import TaskConfig
 from pipeline.train import TrainConfig
-from pipeline.views import Views, view_name
+from pipeline.views import view_name
 
 CutName = float | int | str
 
 RUN_NAME = re.compile(r"\w[\w.#-]*")
 """What a run may be called: it is the name of a folder too."""
-MAX_VALUES = 1 << 28
-"""Values of one input of one sample that are drawn because a store says it had so many."""
 UNPACKED = "unpacked"
 """Folder below a project's scratch where compressed segments are unpacked for training."""
 
@@ -241,131 +231,3 @@ class Project:
         if not any(self.towers.of(role).trains for role in ROLES):
             faults.append("towers: none trains; set trains: true for one")
         return faults
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """The task and the backbone of a project, with a head for the targets of its samples."""
-
-    project: Project
-    task: Task
-    backbone: Backbone
-
-    @classmethod
-    def open(cls, project: Project, table: SampleTable) -> Workbench:
-        """Build the model that `project` describes; the head is drawn from `model.seed`."""
-        task = open_task(project.task)
-        backbone = load(project.model, project.preprocess, task.head(table))
-        task.width = backbone.width
-        return cls(project, task, backbone)
-
-    def to_device(self) -> torch.device:
-        """Move the model to where prefixes run, and return that device."""
-        config, device = self.project.encode, pick_device(self.project.encode.device)
-        self.backbone.model.to(device)
-        if config.channels_last:
-            self.backbone.model.to(memory_format=torch.channels_last)
-        return device
-
-    def split(self, cut: CutName, example: dict[str, Tensor]) -> tuple[Prefix, Suffix]:
-        """Split the model at `cut`, proved on `example`."""
-        return split(self.backbone.model, at=cut, example=example)
-
-    def preprocess(self, view: int | None) -> Preprocess:
-        """Return what makes the inputs of a view; None is the plain one."""
-        plain = self.backbone.preprocess
-        return plain if view is None else plain.view(view)
-
-    def open_store(self, cut: CutName, table: SampleTable) -> tuple[Views, Prefix, Suffix]:
-        """Return the stores of `cut` and the model split there; neither raw data nor another recipe's store is read.
-
-        Raises:
-            ConfigError: the cut was never encoded.
-            StaleStoreError: the store was encoded under another recipe; the message names the first field that differs.
-        """
-        plain, *augmented = (self._open(cut, view) for view in self.project.views)
-        views = Views.of(plain, augmented, table)
-        prefix, suffix = self.split(cut, self._example(views, table))
-        for store, recipe in zip(views.stores, self.recipes(prefix), strict=True):
-            Store.open(store.path, recipe)
-        return views, prefix, suffix
-
-    def adapt(self, store: Views, table: SampleTable, prefix: Prefix, suffix: Suffix) -> Suffix:
-        """Return the suffix that trains: with adapters in it where `train.adapter` asks for them.
-
-        Raises:
-            ConfigError: `train.adapter` names a layer that cannot be adapted.
-            TrainError: no layer after the cut can be adapted.
-        """
-        train, backbone = self.project.train, self.backbone
-        if train.adapter is None:
-            return suffix
-        example = self._example(store, table)
-        return adapt(backbone.model, prefix, suffix, example, train.adapter, fresh=backbone.fresh, seed=train.seed)
-
-    def stored_batch(self, store: Views, table: SampleTable, rows: np.ndarray) -> Batch:
-        """Return the states and inputs of some rows of the table as one batch on the CPU, without targets."""
-        pad = self.backbone.preprocess.pad
-        return next(iter(Loader(store, table.keys, {}, [rows], pad=pad, device=torch.device("cpu"))))
-
-    def stored_inputs(self, store: Views, table: SampleTable, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return the model's inputs of some rows, on the CPU: ids and masks as stored.
-
-        Values of floating-point inputs are drawn: the store keeps their shape alone.
-
-        Raises:
-            CorruptStoreError: a shape claims more than any sample has.
-        """
-        inputs = self.stored_batch(store, table, rows).inputs
-        for name, tensor in inputs.items():
-            if tensor.numel() > MAX_VALUES * len(rows):
-                raise CorruptStoreError(
-                    f"{store.path}: {SHAPE_PREFIX}{name} says {list(tensor.shape[1:])}, at most {MAX_VALUES} values "
-                    "are made; encode again"
-                )
-        draw = torch.Generator().manual_seed(0)
-        return {n: torch.randn(t.shape, generator=draw) if t.is_floating_point() else t for n, t in inputs.items()}
-
-    def recipes(self, prefix: Prefix) -> list[Recipe]:
-        """Return the recipes of what `prefix` makes under this project's settings, one for each view."""
-        project = self.project
-        plain = recipe_of(
-            prefix, self.backbone.preprocess.recipe(), storage=project.storage, compute_dtype=project.encode.precision
-        )
-        return [self._of_view(plain, view) for view in project.views]
-
-    def _example(self, store: Views, table: SampleTable) -> dict[str, Tensor]:
-        return self.stored_inputs(store, table, np.asarray([0, len(table) - 1]))
-
-    def _open(self, cut: CutName, view: int | None) -> Store:
-        """Open a store; refuse one whose settings differ before the model is run on inputs of their shape."""
-        path = self.project.store_path(cut, view)
-        if not path.exists():
-            raise ConfigError(f"cut {cut}: there is no store at {path}; encode it (dvc repro encode)")
-        settings = dataclasses.replace(
-            Store.open(path).recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
-        )
-        return Store.open(path, self._of_view(settings, view))
-
-    def _of_view(self, recipe: Recipe, view: int | None) -> Recipe:
-        name = None if view is None else view_name(view)
-        return dataclasses.replace(recipe, preprocessing=self.preprocess(view).recipe(), view=name)
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device that a setting names; "auto" is the accelerator if there is one.
-
-    Raises:
-        ConfigError: no such device.
-    """
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"encode.device is {name!r}; torch has no such device here; set auto, cpu or cuda:N"
-        ) from error
-    return device

@@ -18,9 +18,10 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.feed import decode_samples
 from pipeline.keys import KEY_BYTES
 from pipeline.models import ModelConfig, Preprocess, PreprocessConfig, load, network_inputs
-from pipeline.project import Project, Workbench
+from pipeline.project import Project
 from pipeline.ragged import pad_batch
 from pipeline.tasks import Head
+from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 

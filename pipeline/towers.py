@@ -21,10 +21,11 @@ from pipeline.adapter import merged
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, DataError, TrainError
 from pipeline.loader import Batch, Loader
-from pipeline.project import CutName, Project, Workbench
+from pipeline.project import CutName, Project
 from pipeline.split import Prefix, State, Suffix
 from pipeline.tasks import read_tensor
 from pipeline.views import Views
+from pipeline.workbench import Workbench
 
 
 @dataclass(frozen=True)

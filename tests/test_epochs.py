@@ -15,7 +15,8 @@ from pipeline.epochs import open_loaders
 from pipeline.errors import CorruptStoreError
 from pipeline.flow import encode_project, train_project
 from pipeline.memory import memory_bytes
-from pipeline.project import Project, Workbench
+from pipeline.project import Project
+from pipeline.workbench import Workbench
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,9 @@ from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, TrainError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
-from pipeline.project import Project, Workbench
+from pipeline.project import Project
 from pipeline.tasks.heads import build_head
+from pipeline.workbench import Workbench
 
 WORDS = ("one", "two", "three", "good", "bad")
 

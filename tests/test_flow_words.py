@@ -19,11 +19,12 @@ from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.loader import Loader
 from pipeline.predict import predict_project
-from pipeline.project import Project, Workbench
+from pipeline.project import Project
 from pipeline.ragged import pad_batch
 from pipeline.store import Reader
 from pipeline.subject import from_project
 from pipeline.tasks import read_tensor
+from pipeline.workbench import Workbench
 
 OTHERS = ("one", "two", "three")
 TAGGED = {"task": {"kind": "tagging"}, "data": {"source": "conll", "path": "words.conll"}}

@@ -18,6 +18,7 @@ FLOORS = [
     | {"pipeline.predict"},
     {"pipeline.costs", "pipeline.epochs", "pipeline.proved", "pipeline.runs"},
     {"pipeline.towers"},
+    {"pipeline.workbench"},
     {"pipeline.project"},
     {"pipeline.roles", "pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
     {

@@ -19,7 +19,8 @@ from pipeline.data import SampleTable, build, open_source
 from pipeline.data.folders import ImageFolder
 from pipeline.feed import key_contents
 from pipeline.flow import encode_project
-from pipeline.project import Project, Workbench
+from pipeline.project import Project
+from pipeline.workbench import Workbench
 from stages import cli
 
 TEXTS = ["one", "two three", "good good good", "bad", "one two", "three bad", "good one", "two two two two"]

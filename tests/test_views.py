@@ -22,9 +22,10 @@ from pipeline.flow import encode_project, report_project, train_project
 from pipeline.keys import Recipe
 from pipeline.loader import Loader, place
 from pipeline.models.images import decode
-from pipeline.project import Project, Workbench
+from pipeline.project import Project
 from pipeline.store import FORMAT, Reader, Resident, Store
 from pipeline.views import Views, rows_by_view
+from pipeline.workbench import Workbench
 
 AUGMENT = [{"RandomResizedCrop": {"size": 16, "scale": [0.5, 1.0]}}, "RandomHorizontalFlip"]
 STORE = Path("data/activations/0.5")
