@@ -1,0 +1,34 @@
+"""What the documents show can be written so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.project import SECTIONS, Project
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = BLOCK.findall((ROOT / "docs/tasks.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_settings_of_the_page_on_tasks(block: str) -> None:
+    shown = yaml.safe_load(block)
+    assert shown
+    for name, settings in shown.items():
+        SECTIONS[name].model_validate(settings)
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("examples/*/params.yaml")))
+def test_settings_of_the_examples(name: str) -> None:
+    project = Project.load(ROOT / "examples" / name / "params.yaml")
+    stages = yaml.safe_load((ROOT / "examples" / name / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert {"encode", "train", "report"} <= set(stages)
+    for stage in stages.values():
+        for setting in stage.get("params", []):
+            section, _, field = setting.partition(".")
+            assert not field or field in getattr(project, section).model_fields_set
