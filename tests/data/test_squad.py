@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_sources import SourceContract
+from source_contract import SourceContract
 
 from pipeline.data import DataConfig, Source, build, open_source
 from pipeline.data.squad import windows

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sources import SourceContract
+from source_contract import SourceContract
 
 from pipeline.data import DataConfig, Source, open_source
 from pipeline.errors import ConfigError, DataError
