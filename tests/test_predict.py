@@ -21,7 +21,6 @@ from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.predict import predict_project
 from pipeline.project import Project
-from pipeline.split.prefix import Capture
 from pipeline.store import Store
 from stages import cli
 
@@ -58,15 +57,7 @@ def project(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many samples the prefix ran on, at each forward pass."""
-    sizes: list[int] = []
-    run = Capture.__call__
-
-    def counted(self: Capture, **inputs: torch.Tensor) -> Any:
-        sizes.append(len(next(iter(inputs.values()))))
-        return run(self, **inputs)
-
-    monkeypatch.setattr(Capture, "__call__", counted)
-    return sizes
+    return tiny.count_forwards(monkeypatch)
 
 
 def rows_of(project: Project, inputs: str | None = None, *models: str, **options: bool) -> list[dict[str, Any]]:

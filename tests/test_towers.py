@@ -28,7 +28,6 @@ from pipeline.export import export_run
 from pipeline.flow import encode_project, report_project, train_project
 from pipeline.predict import predict_project
 from pipeline.project import Project
-from pipeline.split.prefix import Capture
 from pipeline.store import Store
 from pipeline.stores import stores_of, unnamed_stores
 from pipeline.tasks import Head
@@ -80,15 +79,7 @@ def wide(**tower: object) -> dict[str, Any]:
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many samples a prefix ran on while encoding, at each forward pass."""
-    sizes: list[int] = []
-    run = Capture.__call__
-
-    def counted(self: Capture, **inputs: torch.Tensor) -> Any:
-        sizes.append(len(next(iter(inputs.values()))))
-        return run(self, **inputs)
-
-    monkeypatch.setattr(Capture, "__call__", counted)
-    return sizes
+    return tiny.count_forwards(monkeypatch)
 
 
 class Drawings(Source):

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.data import DataConfig, Row, Source
 from pipeline.errors import BadSampleError
+from pipeline.split import Capture
 from pipeline.tasks import Head
 
 TESTS = Path(__file__).parent
@@ -167,3 +170,16 @@ def recycle(folder: Path, *args: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with each forward pass of an encode, by how many samples a prefix ran on."""
+    sizes: list[int] = []
+    run = Capture.__call__
+
+    def counted(self: Capture, **inputs: Tensor) -> Any:
+        sizes.append(len(next(iter(inputs.values()))))
+        return run(self, **inputs)
+
+    monkeypatch.setattr(Capture, "__call__", counted)
+    return sizes
