@@ -29,8 +29,8 @@ from pipeline.data import SampleTable
 from pipeline.epochs import open_loaders
 from pipeline.loader import Batch, Loader
 from pipeline.project import CutName, Project
+from pipeline.towers import open_tower, to_train
 from pipeline.train import Objective, parameter_groups, schedule, train_epoch
-from pipeline.workbench import Workbench
 
 
 class FirstBatches:
@@ -77,9 +77,8 @@ class Side:
         self.accelerator = Accelerator(
             mixed_precision=self.config.precision, gradient_accumulation_steps=self.config.gradient_accumulation
         )
-        bench = Workbench.open(project, table)
-        views, self.prefix, suffix = bench.open_store(cut, table)
-        suffix = bench.adapt(views, table, self.prefix, suffix)
+        tower = open_tower(project, cut, table)
+        bench, views, self.prefix, suffix = tower.bench, tower.store, tower.prefix, to_train(tower)
         if self.config.channels_last:
             suffix.to(memory_format=torch.channels_last)
             bench.backbone.model.to(memory_format=torch.channels_last)

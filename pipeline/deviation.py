@@ -18,6 +18,7 @@ from pipeline.errors import DataError
 from pipeline.loader import Loader
 from pipeline.project import Project
 from pipeline.ragged import Sample, pad_batch
+from pipeline.runs import WEIGHTS
 from pipeline.split import Suffix
 from pipeline.store import CODECS, STATE_PREFIX, Reader, Rows, readable, through
 from pipeline.tasks import read_tensor
@@ -150,7 +151,7 @@ def _storages(own: str) -> list[str]:
 
 
 def _load_run(project: Project, name: str, tower: Tower) -> bool:
-    weights = project.run_path(name) / "model.safetensors"
+    weights = project.run_path(name) / WEIGHTS
     if not weights.exists():
         return False
     try:
