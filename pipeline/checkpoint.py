@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
@@ -63,7 +64,10 @@ def save(
     shutil.rmtree(beside, ignore_errors=True)
     accelerator.save_state(str(beside), safe_serialization=True)
     (beside / "progress.json").write_text(json.dumps(asdict(progress)))
-    kept = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+    # Plain order: weights may lie channels last, which a file cannot say.
+    kept = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
+    }
     for name in ["last", "best"] if better else ["last"]:
         save_file(kept, checkpoint / f".{name}.safetensors")
         os.replace(checkpoint / f".{name}.safetensors", checkpoint / f"{name}.safetensors")
