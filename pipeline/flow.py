@@ -92,21 +92,23 @@ def _encode_what_is_missing(
     bench = Workbench.open(project, table)
     bench.to_device()
     example = _example_of_source(bench, source, keyed)
-    prefixes = [bench.split(cut, example)[0] for cut in project.encode.cuts]
-    by_view = zip(*map(bench.recipes, prefixes), strict=True)
-    stores = [
-        [
-            _open_or_replace(project.store_path(cut, view), recipe)
-            for cut, recipe in zip(project.encode.cuts, recipes, strict=True)
-        ]
-        for view, recipes in zip(project.views, by_view, strict=True)
-    ]
+    prefixes, by_cut = [], []
+    for cut in project.encode.cuts:
+        prefix, suffix = bench.split(cut, example)
+        recipes = zip(project.views, bench.recipes(prefix), strict=True)
+        by_cut.append([_open_or_replace(project.store_path(cut, view), recipe) for view, recipe in recipes])
+        prefixes.append(prefix)
+        bench.carry(by_cut[-1][0], suffix)
+    stores = [list(of_view) for of_view in zip(*by_cut, strict=True)]
     _tell_of_one_place_twice(project.encode.cuts, stores[0])
     return stores, _encode_views(bench, source, keyed, table, prefixes, stores)
 
 
 def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
-    """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`."""
+    """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`.
+
+    Where the weights that params.yaml names are not on this machine, those that the store carries do.
+    """
     cut = project.cut(cut_name)
     name = name or runs.run_name(project, cut)
     out = project.run_path(name)
@@ -115,7 +117,7 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         mixed_precision=project.train.precision, gradient_accumulation_steps=project.train.gradient_accumulation
     )
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
-    towers = [open_tower(part, cut, table) for part in project.parts]
+    towers = [open_tower(part, cut, table, to_train=True) for part in project.parts]
     suffix, task = joined(towers), towers[0].bench.task
     if project.train.channels_last:
         suffix.to(memory_format=torch.channels_last)

@@ -48,12 +48,14 @@ class Tower:
         return self.bench.project.tower
 
 
-def open_tower(project: Project, cut: CutName, table: SampleTable) -> Tower:
+def open_tower(project: Project, cut: CutName, table: SampleTable, *, to_train: bool = False) -> Tower:
     """Open the encoder of one of a project's `parts` for runs of `cut`, on its samples among those of `table`.
 
-    Neither raw data nor another recipe's store is read.
+    Neither raw data nor another recipe's store is read. `to_train` does without the weights before the cut where those
+    of params.yaml are not on this machine: its store carries the others.
 
     Raises:
+        AbsentError: the weights are not on this machine.
         ConfigError: its cut was never encoded.
         DataError: the samples have no roles.
         StaleStoreError: its store was encoded under another recipe; the message names the first field that differs.
@@ -64,7 +66,7 @@ def open_tower(project: Project, cut: CutName, table: SampleTable) -> Tower:
             raise DataError(f"the samples have {', '.join(table.targets)}; towers need roles: those of pairs")
         rows = np.flatnonzero(table.targets["role"] == project.tower)
         table = table.of(rows)
-    bench = Workbench.open(project, table)
+    bench = Workbench.open(project, table, carrier=project.store_path(project.at(cut)) if to_train else None)
     return Tower(bench, table, rows, *bench.open_store(project.at(cut), table))
 
 

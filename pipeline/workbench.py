@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.adapter import adapt
+from pipeline.carried import Carried, carry
 from pipeline.data import SampleTable
-from pipeline.errors import ConfigError, CorruptStoreError
+from pipeline.errors import AbsentError, ConfigError, CorruptStoreError
 from pipeline.keys import Recipe
 from pipeline.loader import Batch, Loader
 from pipeline.models import Backbone, Preprocess, load
 from pipeline.project import CutName, Project
 from pipeline.recipe import recipe_of
 from pipeline.split import Prefix, Suffix, split
-from pipeline.store import SHAPE_PREFIX, Store
-from pipeline.tasks import Task, open_task
+from pipeline.store import SHAPE_PREFIX, Store, remove_suffix
+from pipeline.tasks import Head, Task, open_task
 from pipeline.views import Views, view_name
+
+log = logging.getLogger("recycle")
 
 MAX_VALUES = 1 << 28
 """Values of one input of one sample that are drawn because a store says it had so many."""
@@ -33,14 +38,35 @@ class Workbench:
     project: Project
     task: Task
     backbone: Backbone
+    head: Head
+    carried: Carried | None = None
+    """What took the place of the weights that params.yaml names: then the layers before the cut have none."""
 
     @classmethod
-    def open(cls, project: Project, table: SampleTable) -> Workbench:
-        """Build the model that `project` describes; the head is drawn from `model.seed`."""
-        task = open_task(project.task)
-        backbone = load(project.model, project.preprocess, task.head(table))
+    def open(cls, project: Project, table: SampleTable, *, carrier: Path | None = None) -> Workbench:
+        """Build the model that `project` describes; the head is drawn from `model.seed`.
+
+        Where its weights are not on this machine, and the store `carrier` is given, the suffix alone has weights: those
+        that the store carries. It can be trained, and nothing else.
+
+        Raises:
+            AbsentError: the weights are not on this machine, and no store carries what stands in for them.
+        """
+        task, carried = open_task(project.task), None
+        head = task.head(table)
+        try:
+            backbone = load(project.model, project.preprocess, head)
+        except AbsentError as absent:
+            if carrier is None or not carrier.exists():
+                raise
+            try:
+                carried = Carried.of(carrier, project.model, head)
+            except AbsentError as reason:
+                raise AbsentError(f"{absent}; {reason}") from absent
+            log.warning("%s; training goes on from the pretrained weights that %s carries", absent, carrier)
+            backbone = carried.load(project.model, project.preprocess, head)
         task.width = backbone.width
-        return cls(project, task, backbone)
+        return cls(project, task, backbone, head, carried)
 
     def to_device(self) -> torch.device:
         """Move the model to where prefixes run, and return that device."""
@@ -52,7 +78,17 @@ class Workbench:
 
     def split(self, cut: CutName, example: dict[str, Tensor]) -> tuple[Prefix, Suffix]:
         """Split the model at `cut`, proved on `example`."""
-        return split(self.backbone.model, at=cut, example=example)
+        prefix, suffix = split(self.backbone.model, at=cut, example=example)
+        if self.carried:
+            self.carried.complete(suffix)
+        return prefix, suffix
+
+    def carry(self, store: Store, suffix: Suffix) -> None:
+        """Let the plain `store` of a cut carry its pretrained `suffix`, where `encode.suffix` asks for it."""
+        if self.project.encode.suffix:
+            carry(store, self.backbone, self.project.model, self.head, suffix)
+        else:
+            remove_suffix(store.path)
 
     def preprocess(self, view: int | None) -> Preprocess:
         """Return what makes the inputs of a view; None is the plain one."""
@@ -115,6 +151,8 @@ class Workbench:
         plain = recipe_of(
             prefix, self.backbone.preprocess.recipe(), storage=project.storage, compute_dtype=project.encode.precision
         )
+        if self.carried:
+            plain = self.carried.prove(plain)
         return [self._of_view(plain, view) for view in project.views]
 
     def _example(self, store: Views, table: SampleTable) -> dict[str, Tensor]:

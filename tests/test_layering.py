@@ -19,7 +19,7 @@ FLOORS = [
     {"pipeline.costs", "pipeline.epochs", "pipeline.proved", "pipeline.runs"},
     {"pipeline.towers"},
     {"pipeline.workbench"},
-    {"pipeline.project"},
+    {"pipeline.carried", "pipeline.project"},
     {"pipeline.roles", "pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
     {
         "pipeline.adapter",

@@ -20,6 +20,7 @@ from pipeline.store.resident import Resident
 from pipeline.store.scratch import discard, sweep
 from pipeline.store.scratch import scratch as temporary_folder
 from pipeline.store.store import Store, alone, own_entries, remove
+from pipeline.store.suffix import carries_suffix, read_suffix, remove_suffix, write_suffix
 from pipeline.store.trial import through
 from pipeline.store.upkeep import Upkeep, plan_compact, plan_gc, plan_removal
 from pipeline.store.verify import verify
@@ -41,6 +42,7 @@ __all__ = [
     "Store",
     "Upkeep",
     "alone",
+    "carries_suffix",
     "describe",
     "discard",
     "find_stores",
@@ -50,12 +52,15 @@ __all__ = [
     "plan_compact",
     "plan_gc",
     "plan_removal",
+    "read_suffix",
     "readable",
     "remove",
+    "remove_suffix",
     "segment_id",
     "sweep",
     "tell",
     "temporary_folder",
     "through",
     "verify",
+    "write_suffix",
 ]

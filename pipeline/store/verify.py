@@ -9,19 +9,20 @@ import google_crc32c
 import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.store.format import CHECKSUM_BYTES, METADATA_FILE, RECIPE_FILE, ArraySpec, find_stores
+from pipeline.store.format import CHECKSUM_BYTES, METADATA_FILE, RECIPE_FILE, SUFFIX, ArraySpec, find_stores
 from pipeline.store.metadata import corrupt, read_arrays, read_keys, read_recipe, read_segment_spec
 from pipeline.store.scratch import PREFIX
 from pipeline.store.segment import Segment, open_segment
 from pipeline.store.store import Store
+from pipeline.store.suffix import read_suffix
 
 
 def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = iter) -> list[str]:
     """Read every segment whole and return its faults, one line each; an empty list means that the store is sound.
 
     Checked are the recipe, all metadata against the segments' seals, the sizes of all files, the crc32c of every chunk
-    and of every sample, the offsets of ragged tensors, the digest of each segment's keys against its name, and that
-    nothing else lies in the store. Memory: one array at a time.
+    and of every sample, the offsets of ragged tensors, the digest of each segment's keys against its name, the files
+    of the suffix that the store carries, and that nothing else lies in the store. Memory: one array at a time.
     """
     try:
         recipe = read_recipe(store.path)
@@ -30,8 +31,9 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
     except StoreError as error:
         return [str(error)]
     faults = [fault for segment in progress(segments) for fault in _faults(store.path / segment, recipe.digest)]
+    faults += _faults_of_suffix(store.path)
     inside = {path.relative_to(store.path).parts[0] for path in find_stores(store.path) if path != store.path}
-    return faults + list(_strays(store.path, there, {RECIPE_FILE, *segments, *inside}, "of the store"))
+    return faults + list(_strays(store.path, there, {RECIPE_FILE, SUFFIX, *segments, *inside}, "of the store"))
 
 
 def _faults(path: Path, recipe: str) -> Iterator[str]:
@@ -54,6 +56,13 @@ def _faults(path: Path, recipe: str) -> Iterator[str]:
     for name, spec in arrays.items():
         expected = {METADATA_FILE, *spec.chunk_files}
         yield from _strays(path / name, _entries(path / name), expected, "of the array")
+
+
+def _faults_of_suffix(store: Path) -> Iterator[str]:
+    try:
+        read_suffix(store)
+    except StoreError as error:
+        yield str(error)
 
 
 def _check_raw(array: Path, spec: ArraySpec) -> None:
