@@ -30,7 +30,7 @@ from pipeline.quarantine import BadSample
 from pipeline.ragged import pad_batch
 from pipeline.report import Row, Run, curves, plot, summarise
 from pipeline.split import Prefix
-from pipeline.store import Store, first_rows, remove
+from pipeline.store import Remote, Store, first_rows, remove
 from pipeline.timing import seconds_per_sample
 from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
 from pipeline.train import Batches, fit
@@ -96,7 +96,7 @@ def _encode_what_is_missing(
     by_view = zip(*map(bench.recipes, prefixes), strict=True)
     stores = [
         [
-            _open_or_replace(project.store_path(cut, view), recipe)
+            _open_or_replace(project.store_path(cut, view), recipe, project.remote)
             for cut, recipe in zip(project.encode.cuts, recipes, strict=True)
         ]
         for view, recipes in zip(project.views, by_view, strict=True)
@@ -235,11 +235,17 @@ def _table(source: Source, keyed: Keyed, project: Project) -> SampleTable:
     return build(source, keyed.keys[good], project.data, rows=good)
 
 
-def _open_or_replace(path: Path, recipe: Recipe) -> Store:
-    """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings."""
+def _open_or_replace(path: Path, recipe: Recipe, remote: Remote | None) -> Store:
+    """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings.
+
+    Raises:
+        StaleStoreError: one of another recipe lies elsewhere, where others may be using it.
+    """
     try:
-        return Store.create(path, recipe)
+        return Store.create(path, recipe, remote)
     except StaleStoreError as stale:
+        if remote is not None:
+            raise StaleStoreError(f"{stale}; others may use that store, so it stays: change encode.store") from None
         log.warning("%s; encoding anew", stale)
         remove(path)
         return Store.create(path, recipe)

@@ -70,7 +70,7 @@ class Workbench:
         views = Views.of(plain, augmented, table)
         prefix, suffix = self.split(cut, self._example(views, table))
         for store, recipe in zip(views.stores, self.recipes(prefix), strict=True):
-            Store.open(store.path, recipe)
+            Store.open(store.path, recipe, store.remote)
         return views, prefix, suffix
 
     def adapt(self, store: Views, table: SampleTable, prefix: Prefix, suffix: Suffix) -> Suffix:
@@ -123,12 +123,13 @@ class Workbench:
     def _open(self, cut: CutName, view: int | None) -> Store:
         """Open a store; refuse one whose settings differ before the model is run on inputs of their shape."""
         path = self.project.store_path(cut, view)
-        if not path.exists():
+        if self.project.remote is None and not path.exists():
             raise ConfigError(f"cut {cut}: there is no store at {path}; encode it (dvc repro encode)")
+        recipe = self.project.open_store(cut, view).recipe
         settings = dataclasses.replace(
-            Store.open(path).recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
+            recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
         )
-        return Store.open(path, self._of_view(settings, view))
+        return self.project.open_store(cut, view, self._of_view(settings, view))
 
     def _of_view(self, recipe: Recipe, view: int | None) -> Recipe:
         name = None if view is None else view_name(view)

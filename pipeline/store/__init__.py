@@ -11,11 +11,14 @@ from pipeline.store.format import (
     find_stores,
     segment_id,
 )
-from pipeline.store.format import segment_nbytes as folder_nbytes
 from pipeline.store.index import Rows
 from pipeline.store.keyset import KeySet, first_rows
+from pipeline.store.listing import Listed
+from pipeline.store.listing import segment_nbytes as folder_nbytes
 from pipeline.store.materialise import Scratch
+from pipeline.store.objects import Bucket, Objects, Patience, check_place
 from pipeline.store.reader import Reader
+from pipeline.store.remote import Remote
 from pipeline.store.resident import Resident
 from pipeline.store.scratch import discard, sweep
 from pipeline.store.scratch import scratch as temporary_folder
@@ -26,6 +29,11 @@ from pipeline.store.verify import verify
 from pipeline.store.writer import SegmentInfo
 
 __all__ = [
+    "Bucket",
+    "Objects",
+    "Patience",
+    "Remote",
+    "check_place",
     "CODECS",
     "EXTRA_PREFIX",
     "FORMAT",
@@ -33,6 +41,7 @@ __all__ = [
     "SHAPE_PREFIX",
     "STATE_PREFIX",
     "KeySet",
+    "Listed",
     "Reader",
     "Resident",
     "Rows",

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.keys import Recipe
-from pipeline.store.format import OFFSETS, SCALES, ArraySpec, segment_nbytes
+from pipeline.store.format import OFFSETS, SCALES, ArraySpec
 from pipeline.store.keyset import first_rows
+from pipeline.store.listing import segment_nbytes
 from pipeline.store.metadata import read_array_spec, read_segment_spec
 from pipeline.store.scratch import leftovers
 from pipeline.store.store import Store
