@@ -54,7 +54,7 @@ class EncodeConfig(Section):
     `file:///FOLDER`; null for the folder data/activations. Credentials come from the environment (AWS_ACCESS_KEY_ID,
     ...), as do endpoint and region (AWS_ENDPOINT_URL, AWS_REGION). Training brings segments to local scratch
     (`train.scratch_gb`)."""
-    store_options: dict[str, str] = Field(default_factory=dict)
+    store_options: dict[str, str | int | bool] = Field(default_factory=dict)
     """obstore's options for that place where the environment does not have them: {endpoint: ..., region: ...}. What is
     secret is refused here."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"

@@ -23,7 +23,8 @@ from pipeline.encoded import Encoded
 from pipeline.epochs import open_joint_loaders, open_loaders
 from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import Keyed, decode_rows, decode_samples
-from pipeline.keys import Recipe
+from pipeline.files import write_whole
+from pipeline.keys import Recipe, digest
 from pipeline.models import network_inputs
 from pipeline.project import CutName, Project
 from pipeline.quarantine import BadSample
@@ -39,6 +40,8 @@ from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 
+ELSEWHERE = "elsewhere.json"
+"""File below data/activations that stands for a store which lies elsewhere."""
 EXAMPLE_AMONG = 4
 """Samples that are decoded at a time until an example is found."""
 
@@ -64,6 +67,8 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
     table.write(project.samples)
     quarantine.write(project.quarantine, bad, keyed.keys)
     write_costs(project, made)
+    for part, stores, _ in made:
+        _leave_word(part, [store for of_view in stores for store in of_view])
     for part, stores, done in made:
         _tell(part, stores, done)
     return _tell_of_bad(project, bad, len(keyed.keys))
@@ -268,6 +273,17 @@ def _frozen_cost(towers: Sequence[Tower], device: torch.device) -> float:
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             total += seconds_per_sample(tower.prefix, inputs) * len(rows)
     return total / sum(len(tower.table.rows("train")) for tower in towers)
+
+
+def _leave_word(project: Project, stores: Sequence[Store]) -> None:
+    """Write what identifies stores that lie elsewhere where they would lie here: DVC sees by it whether they changed."""
+    if project.remote is None:
+        return
+    for store in stores:
+        segments = store.segments()
+        word = {"recipe": store.recipe.digest, "segments": len(segments), "digest": digest(segments)}
+        place = project.activations / store.path.relative_to(project.remote.mirror) / ELSEWHERE
+        write_whole(place, json.dumps(word, indent=2) + "\n")
 
 
 def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +163,14 @@ class Project:
         Raises:
             ConfigError: `encode.store` cannot be used.
         """
-        url = self.encode.store
-        if url is None:
-            return None
+        return None if self.encode.store is None else self.remote_at(self.encode.store)
+
+    def remote_at(self, url: str) -> Remote:
+        """Return the stores below a URL, mirrored below this project's scratch.
+
+        Raises:
+            ConfigError: the URL cannot be used.
+        """
         scheme, _, place = url.partition("://")
         return Remote(Bucket(url, self.encode.store_options), self.scratch / MIRRORS / scheme / place.strip("/"))
 
@@ -198,7 +203,7 @@ class Project:
 
         Of those that are compressed or lie elsewhere, segments are brought to scratch.
         """
-        scratch = Scratch(self.scratch / UNPACKED, int(self.train.scratch_gb * 1e9))
+        scratch = _scratch((self.scratch / UNPACKED).absolute(), int(self.train.scratch_gb * 1e9))
         return Reader(store, scratch=scratch, check=self.train.check, remote=self.remote)
 
     @property
@@ -277,3 +282,9 @@ class Project:
         if not any(self.towers.of(role).trains for role in ROLES):
             faults.append("towers: none trains; set trains: true for one")
         return faults
+
+
+@cache
+def _scratch(root: Path, budget: int) -> Scratch:
+    """The one scratch of a folder: what all readers of the process bring counts in its budget."""
+    return Scratch(root, budget)

@@ -21,7 +21,7 @@ from pipeline.errors import DataError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, digest, first_difference
 from pipeline.project import CutName, Project
-from pipeline.report import Run
+from pipeline.report import STORE, Run
 from pipeline.tasks import open_task
 from pipeline.towers import Tower, load_weights, open_tower
 
@@ -32,8 +32,12 @@ WEIGHTS = "model.safetensors"
 
 
 def run_name(project: Project, cut: CutName) -> str:
-    """Return what a run is called where it is not said: the cut and the values that replace those of params.yaml."""
-    return "-".join(map(str, [cut, *project.overrides.values()]))
+    """Return what a run is called where it is not said: the cut and the values that replace those of params.yaml.
+
+    Where the states lie changes nothing about a run.
+    """
+    values = [value for setting, value in project.overrides.items() if setting != STORE]
+    return "-".join(map(str, [cut, *values]))
 
 
 def identity(project: Project, cut: CutName) -> str:

@@ -89,7 +89,8 @@ class Workbench:
     def stored_batch(self, store: Views, table: SampleTable, rows: np.ndarray) -> Batch:
         """Return the states and inputs of some rows of the table as one batch on the CPU, without targets."""
         pad = self.backbone.preprocess.pad
-        return next(iter(Loader(store, table.keys, {}, [rows], pad=pad, device=torch.device("cpu"))))
+        source = self.project.reader(store.path)
+        return next(iter(Loader(store, table.keys, {}, [rows], pad=pad, device=torch.device("cpu"), source=source)))
 
     def stored_inputs(self, store: Views, table: SampleTable, rows: np.ndarray) -> dict[str, Tensor]:
         """Return the model's inputs of some rows, on the CPU: ids and masks as stored.

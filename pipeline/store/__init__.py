@@ -1,5 +1,6 @@
 """States on disk: written once in immutable zarr v3 segments, read through memory maps."""
 
+from pipeline.store.ahead import Ahead
 from pipeline.store.codecs import CODECS
 from pipeline.store.describe import describe, readable, tell
 from pipeline.store.format import (
@@ -34,6 +35,7 @@ __all__ = [
     "Patience",
     "Remote",
     "check_place",
+    "Ahead",
     "CODECS",
     "EXTRA_PREFIX",
     "FORMAT",

@@ -70,10 +70,6 @@ class Scratch:
             ) from error
         return files, given_up
 
-    def holds(self, place: Path, arrays: Mapping[str, ArraySpec]) -> bool:
-        """Tell whether `bring` would find all of `arrays` in `place`."""
-        return all(_holds(self.root / place / name, spec.nbytes) for name, spec in arrays.items())
-
     def use(self, place: Path) -> None:
         """Note that the files of `place` are used now."""
         self._move(place, last=True)

@@ -91,7 +91,7 @@ class Bucket:
     def __init__(
         self,
         url: str,
-        options: Mapping[str, str] | None = None,
+        options: Mapping[str, Any] | None = None,
         patience: Patience = Patience(),
     ) -> None:
         """Use the place at `url`; nothing is asked of it yet. Credentials are found as obstore finds them.
@@ -113,7 +113,10 @@ class Bucket:
             if self._scheme == "file":
                 self._store: Any = from_url(self._url, mkdir=True)
             else:
-                config: Any = dict(options or {})
+                config: Any = {
+                    name: str(value).lower() if isinstance(value, bool) else str(value)
+                    for name, value in (options or {}).items()
+                }
                 self._store = from_url(self._url, config=config, client_options=client, retry_config=retry)
         except (BaseError, ValueError, OSError) as error:
             said = " ".join(str(error).partition("Debug source")[0].split())
@@ -223,7 +226,7 @@ class _CutShort(Exception):  # noqa: N818 never leaves this module
     """An answer had fewer bytes than it announced."""
 
 
-def check_place(url: str, options: Mapping[str, str]) -> str:
+def check_place(url: str, options: Mapping[str, Any]) -> str:
     """Return the scheme of a URL that stores may lie at.
 
     Raises:

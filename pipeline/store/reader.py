@@ -11,7 +11,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +55,6 @@ class Reader:
         self._recipes: dict[Path, str] = {}
 
     @property
-    def room(self) -> int | None:
-        """Bytes that may lie in scratch at a time; None where segments are mapped where they are, or in memory."""
-        return None if self._scratch is None else self._scratch.budget
-
-    @property
     def streams(self) -> int:
         """How many segments should be brought at a time: a disk likes to read one, a network sends several."""
         return 1 if self._remote is None else STREAMS
@@ -88,7 +82,7 @@ class Reader:
         return outline
 
     def bring(self, segment: str) -> None:
-        """Have a segment at hand before it is needed: in scratch if it must be, and in the page cache.
+        """Have a segment at hand before it is needed: in scratch if it must be there, else in the page cache.
 
         A whole file is read at the speed of the disk.
 
@@ -96,13 +90,12 @@ class Reader:
             StoreError: it cannot be brought; CorruptStoreError as `segment`.
         """
         outline = self.outline(segment)
-        if outline.brought and self._scratch is not None and not self._scratch.holds(outline.place, outline.brought):
-            _, given_up = bring(outline, self._scratch, self._remote)
-            self._give_up(given_up)
+        if outline.brought and self._scratch is not None:
+            self._give_up(bring(outline, self._scratch, self._remote)[1])
             return
         buffer = bytearray(READ_AHEAD_BYTES)
-        for file in self._files(outline):
-            with suppress(FileNotFoundError), file.open("rb", buffering=0) as chunk:
+        for file in (file for name in outline.arrays for file in (outline.path / name).glob(f"c{CHUNK_SEPARATOR}*")):
+            with file.open("rb", buffering=0) as chunk:
                 while chunk.readinto(buffer):
                     pass
 
@@ -171,14 +164,6 @@ class Reader:
         if path.parent not in self._recipes:
             self._recipes[path.parent] = read_recipe(path.parent).digest
         return path, self._recipes[path.parent]
-
-    def _files(self, segment: Segment) -> Iterator[Path]:
-        """Yield the files that hold the values of a segment's tensors here."""
-        for name in segment.arrays:
-            if name in segment.brought and self._scratch is not None:
-                yield self._scratch.root / segment.place / name
-            else:
-                yield from (segment.path / name).glob(f"c{CHUNK_SEPARATOR}*")
 
     def _give_up(self, places: Sequence[Path]) -> None:
         """Let go of the segments that scratch has given up: a mapped file keeps its space on disk."""

@@ -60,16 +60,22 @@ class Remote:
         Raises:
             StoreError: no store is there, or the place cannot be read; the message says what to set.
         """
-        try:
-            text = self.objects.read(self._key(store / RECIPE_FILE))
-        except FileNotFoundError as error:
+        if not self.find(store):
             raise StoreError(
                 f"{self.where(store)}: no store is here; encode first (encode.store), or name another place"
-            ) from error
+            )
+
+    def find(self, store: Path) -> bool:
+        """Mirror the recipe of a store if there is one, and tell whether there is; raises as `open`."""
+        try:
+            text = self.objects.read(self._key(store / RECIPE_FILE))
+        except FileNotFoundError:
+            return False
         store.mkdir(parents=True, exist_ok=True)
         with scratch(store) as temporary:
             (temporary / RECIPE_FILE).write_bytes(text)
             (temporary / RECIPE_FILE).replace(store / RECIPE_FILE)
+        return True
 
     def create(self, store: Path, recipe: str) -> None:
         """Begin a store of the recipe with this text, unless there is one; mirror the recipe that is there then.
@@ -77,17 +83,15 @@ class Remote:
         Raises:
             StoreError: segments without a recipe are there, or nothing can be written.
         """
-        key = self._key(store / RECIPE_FILE)
-        try:
-            self.objects.read(key)
-        except FileNotFoundError:
-            if self._listed(store):
-                raise StoreError(
-                    f"{self.where(store)} has segments and no {RECIPE_FILE}; choose another place for the store"
-                ) from None
-            with scratch(store) as temporary:
-                (temporary / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-                self.objects.put(key, temporary / RECIPE_FILE, anew=True)
+        if self.find(store):
+            return
+        if self._listed(store):
+            raise StoreError(
+                f"{self.where(store)} has segments and no {RECIPE_FILE}; choose another place for the store"
+            )
+        with scratch(store) as temporary:
+            (temporary / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+            self.objects.put(self._key(store / RECIPE_FILE), temporary / RECIPE_FILE, anew=True)
         self.open(store)
 
     def refresh(self, store: Path) -> None:

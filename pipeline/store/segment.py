@@ -139,9 +139,9 @@ class Segment:
     left: int
 
     @property
-    def brought_nbytes(self) -> int:
-        """What they take there, in bytes."""
-        return sum(spec.nbytes for spec in self.brought.values())
+    def nbytes(self) -> int:
+        """What its tensors take in memory maps, in bytes: all of them or none are brought."""
+        return sum(spec.nbytes for spec in self.arrays.values())
 
     def check(self, rows: np.ndarray) -> None:
         """Raise CorruptStoreError unless `rows` hold the bytes that were written; each row is looked at once."""
@@ -228,9 +228,9 @@ def bring(segment: Segment, scratch: Scratch | None, remote: Remote | None) -> t
 
     if segment.brought and scratch is not None:
         return scratch.bring(segment.place, segment.brought, fill)
-    if segment.brought_nbytes > IN_MEMORY_BYTES or (segment.brought and remote is not None):
+    if segment.brought and (segment.nbytes > IN_MEMORY_BYTES or remote is not None):
         raise StoreError(
-            f"{segment.path} takes {segment.brought_nbytes} bytes, at most {IN_MEMORY_BYTES} of a local store without "
+            f"{segment.path} takes {segment.nbytes} bytes, at most {IN_MEMORY_BYTES} of a local store without "
             "a scratch; give one"
         )
     return {}, []

@@ -93,6 +93,11 @@ class Store:
             )
         return cls(path, recipe, remote)
 
+    @property
+    def where(self) -> str:
+        """What messages call the store: its folder, or where else it lies."""
+        return str(self.path) if self.remote is None else self.remote.where(self.path)
+
     def segments(self) -> list[str]:
         """Return the ids of all committed segments, sorted."""
         if self.remote is not None and not self._is_mirrored:
@@ -161,7 +166,7 @@ class Store:
         """
         if self.remote is not None:
             raise StoreError(
-                f"{self.remote.where(self.path)}: segments of a store that lies elsewhere are not removed or merged; "
+                f"{self.where}: segments of a store that lies elsewhere are not removed or merged; "
                 "do it on a copy on disk, and put that there"
             )
         faults = apply(self.path, self.recipe, changes, progress)
