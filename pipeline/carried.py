@@ -43,7 +43,7 @@ def carry(store: Store, backbone: Backbone, model: ModelConfig, head: Head, suff
         StoreError: the disk refuses.
     """
     if not _can_be_missed(model):
-        remove_suffix(store.path)
+        remove_suffix(store)
         return
     network, names = backbone.pretrained(model.library)
     needed = _read_by(suffix, backbone.model)
@@ -68,13 +68,13 @@ def carry(store: Store, backbone: Backbone, model: ModelConfig, head: Head, suff
         "head": _described(head),
         "left_out": left_out,
     }
-    if written := write_suffix(store.path, about, fill):
-        log.info("%s carries the pretrained weights after the cut (%.1f MB)", store.path, written / 1e6)
+    if written := write_suffix(store, about, fill):
+        log.info("%s carries the pretrained weights after the cut (%.1f MB)", store.where, written / 1e6)
 
 
 def is_lacking(store: Store, model: ModelConfig) -> bool:
     """Say whether `store` carries nothing, although it could."""
-    return _can_be_missed(model) and not carries_suffix(store.path)
+    return _can_be_missed(model) and not carries_suffix(store)
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,16 @@ class Carried:
     """Shapes, by name, of the network's weights before the cut."""
 
     @classmethod
-    def of(cls, path: Path, model: ModelConfig, head: Head) -> Carried:
-        """Open what the store at `path` carries for the network and the head of today's settings.
+    def of(cls, store: Store, model: ModelConfig, head: Head) -> Carried:
+        """Open what `store` carries for the network and the head of today's settings.
 
         Raises:
             AbsentError: it carries nothing, or the weights of other settings; the message says which.
             CorruptStoreError: it is not what was written.
-            StoreError: there is no store.
         """
-        recipe, found = Store.open(path).recipe, read_suffix(path)
+        recipe, found = store.recipe, read_suffix(store)
         if found is None:
-            raise AbsentError(f"{path} carries no weights to train from (encode.suffix)")
+            raise AbsentError(f"{store.where} carries no weights to train from (encode.suffix)")
         folder, about = found
         if about.get("recipe") != recipe.digest:
             raise CorruptStoreError(f"{folder} belongs to another store; encode again where the model is")
@@ -106,8 +105,8 @@ class Carried:
         if changed := first_difference({name: about.get(name) for name in wanted}, wanted):
             setting, then, now = changed
             raise AbsentError(
-                f"the weights that {path} carries are of {setting} = {then!r}, today's is {now!r}; set it back, or "
-                "encode again where the model is"
+                f"the weights that {store.where} carries are of {setting} = {then!r}, today's is {now!r}; set it back, "
+                "or encode again where the model is"
             )
         return cls(folder, recipe, dict(about["left_out"]))
 

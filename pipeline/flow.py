@@ -23,14 +23,15 @@ from pipeline.encoded import Encoded
 from pipeline.epochs import open_joint_loaders, open_loaders
 from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import Keyed, decode_rows, decode_samples
-from pipeline.keys import Recipe
+from pipeline.files import write_whole
+from pipeline.keys import Recipe, digest
 from pipeline.models import network_inputs
 from pipeline.project import CutName, Project
 from pipeline.quarantine import BadSample
 from pipeline.ragged import pad_batch
 from pipeline.report import Row, Run, curves, plot, summarise
 from pipeline.split import Prefix
-from pipeline.store import Store, first_rows, remove
+from pipeline.store import Remote, Store, first_rows, remove
 from pipeline.timing import seconds_per_sample
 from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
 from pipeline.train import Batches, fit
@@ -39,6 +40,8 @@ from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 
+ELSEWHERE = "elsewhere.json"
+"""File below data/activations that stands for a store which lies elsewhere."""
 EXAMPLE_AMONG = 4
 """Samples that are decoded at a time until an example is found."""
 
@@ -64,6 +67,8 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
     table.write(project.samples)
     quarantine.write(project.quarantine, bad, keyed.keys)
     write_costs(project, made)
+    for part, stores, _ in made:
+        _leave_word(part, [store for of_view in stores for store in of_view])
     for part, stores, done in made:
         _tell(part, stores, done)
     return _tell_of_bad(project, bad, len(keyed.keys))
@@ -96,9 +101,10 @@ def _encode_what_is_missing(
     for cut in project.encode.cuts:
         prefix, suffix = bench.split(cut, example)
         recipes = zip(project.views, bench.recipes(prefix), strict=True)
-        by_cut.append([_open_or_replace(project.store_path(cut, view), recipe) for view, recipe in recipes])
+        of_cut = [_open_or_replace(project.store_path(cut, view), recipe, project.remote) for view, recipe in recipes]
+        bench.carry(of_cut[0], suffix)
         prefixes.append(prefix)
-        bench.carry(by_cut[-1][0], suffix)
+        by_cut.append(of_cut)
     stores = [list(of_view) for of_view in zip(*by_cut, strict=True)]
     _tell_of_one_place_twice(project.encode.cuts, stores[0])
     return stores, _encode_views(bench, source, keyed, table, prefixes, stores)
@@ -237,11 +243,17 @@ def _table(source: Source, keyed: Keyed, project: Project) -> SampleTable:
     return build(source, keyed.keys[good], project.data, rows=good)
 
 
-def _open_or_replace(path: Path, recipe: Recipe) -> Store:
-    """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings."""
+def _open_or_replace(path: Path, recipe: Recipe, remote: Remote | None) -> Store:
+    """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings.
+
+    Raises:
+        StaleStoreError: one of another recipe lies elsewhere, where others may be using it.
+    """
     try:
-        return Store.create(path, recipe)
+        return Store.create(path, recipe, remote)
     except StaleStoreError as stale:
+        if remote is not None:
+            raise StaleStoreError(f"{stale}; others may use that store, so it stays: change encode.store") from None
         log.warning("%s; encoding anew", stale)
         remove(path)
         return Store.create(path, recipe)
@@ -264,6 +276,17 @@ def _frozen_cost(towers: Sequence[Tower], device: torch.device) -> float:
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             total += seconds_per_sample(tower.prefix, inputs) * len(rows)
     return total / sum(len(tower.table.rows("train")) for tower in towers)
+
+
+def _leave_word(project: Project, stores: Sequence[Store]) -> None:
+    """Write what identifies stores that lie elsewhere where they would lie here: by it DVC sees changes."""
+    if project.remote is None:
+        return
+    for store in stores:
+        segments = store.segments()
+        word = {"recipe": store.recipe.digest, "segments": len(segments), "digest": digest(segments)}
+        place = project.activations / store.path.relative_to(project.remote.mirror) / ELSEWHERE
+        write_whole(place, json.dumps(word, indent=2) + "\n")
 
 
 def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> None:

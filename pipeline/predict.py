@@ -99,7 +99,11 @@ class SharedStates:
         self.pad = bench.backbone.preprocess.pad
         self.reader = bench.project.reader(self.known.path)
         self.forgets = folder is not None
-        self.fresh = Store.create(self.known.path if folder is None else folder / "store", self.known.recipe)
+        self.fresh = (
+            Store.create(self.known.path, self.known.recipe, self.known.remote)
+            if folder is None
+            else Store.create(folder / "store", self.known.recipe)
+        )
         views, probes = [bench.preprocess(None)], keyed.outside_in()
         self.encoder = Encoder(source, views, [first.prefix], [[self.fresh]], self.config, probes)
         self.done = Encoded.begun(keyed, cuts=1)

@@ -34,7 +34,9 @@ from pipeline.store import Store
 
 FILE = "proved.json"
 IRRELEVANT: Mapping[str, frozenset[str]] = {
-    "encode": frozenset({"batch_size", "segment_samples", "workers", "device", "channels_last", "max_bad"}),
+    "encode": frozenset(
+        {"batch_size", "segment_samples", "workers", "device", "channels_last", "max_bad", "store", "store_options"}
+    ),
     "train": frozenset(SECTIONS["train"].model_fields),
     "data": frozenset(SECTIONS["data"].model_fields),
     "towers": frozenset(SECTIONS["towers"].model_fields),
@@ -77,7 +79,7 @@ def stores(project: Project, circumstances: str | None, keys: Sequence[np.ndarra
     found = []
     for view, wanted in zip(project.views, keys, strict=True):
         try:
-            of_view = [Store.open(project.store_path(cut, view)) for cut in project.encode.cuts]
+            of_view = [project.open_store(cut, view) for cut in project.encode.cuts]
             if any(one.recipe.digest != recipes.get(_name(one)) or one.missing(wanted).any() for one in of_view):
                 return None
             if view is None and project.encode.suffix and any(is_lacking(one, project.model) for one in of_view):

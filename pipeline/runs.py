@@ -21,8 +21,7 @@ from pipeline.errors import AbsentError, DataError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, digest, first_difference
 from pipeline.project import CutName, Project
-from pipeline.report import Run
-from pipeline.store import Store
+from pipeline.report import STORE, Run
 from pipeline.tasks import open_task
 from pipeline.towers import Tower, load_weights, open_tower
 
@@ -33,15 +32,17 @@ WEIGHTS = "model.safetensors"
 
 
 def run_name(project: Project, cut: CutName) -> str:
-    """Return what a run is called where it is not said: the cut and the values that replace those of params.yaml."""
-    return "-".join(map(str, [cut, *project.overrides.values()]))
+    """Return what a run is called where it is not said: the cut and the values that replace those of params.yaml.
+
+    Where the states lie changes nothing about a run.
+    """
+    values = [value for setting, value in project.overrides.items() if setting != STORE]
+    return "-".join(map(str, [cut, *values]))
 
 
 def identity(project: Project, cut: CutName) -> str:
     """Return the digest of everything that decides a run: settings, samples, and the recipes of the stores."""
-    stores = [
-        Store.open(part.store_path(part.at(cut), view)).recipe.digest for part in project.parts for view in part.views
-    ]
+    stores = [part.open_store(part.at(cut), view).recipe.digest for part in project.parts for view in part.views]
     sections = (project.model, project.task, project.train, *([project.towers] if project.towers.is_set else []))
     settings: list[JSON] = [section.model_dump(mode="json", exclude={"residency"}) for section in sections]
     return digest([*stores, sha256(project.samples), project.data.fraction, project.data.seed, *settings])

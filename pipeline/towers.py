@@ -66,7 +66,7 @@ def open_tower(project: Project, cut: CutName, table: SampleTable, *, to_train: 
             raise DataError(f"the samples have {', '.join(table.targets)}; towers need roles: those of pairs")
         rows = np.flatnonzero(table.targets["role"] == project.tower)
         table = table.of(rows)
-    bench = Workbench.open(project, table, carrier=project.store_path(project.at(cut)) if to_train else None)
+    bench = Workbench.open(project, table, carrier=project.at(cut) if to_train else None)
     return Tower(bench, table, rows, *bench.open_store(project.at(cut), table))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from pipeline.adapter import adapt
 from pipeline.carried import Carried, carry
 from pipeline.data import SampleTable
-from pipeline.errors import AbsentError, ConfigError, CorruptStoreError
+from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, StoreError
 from pipeline.keys import Recipe
 from pipeline.loader import Batch, Loader
 from pipeline.models import Backbone, Preprocess, load
@@ -43,11 +42,11 @@ class Workbench:
     """What took the place of the weights that params.yaml names: then the layers before the cut have none."""
 
     @classmethod
-    def open(cls, project: Project, table: SampleTable, *, carrier: Path | None = None) -> Workbench:
+    def open(cls, project: Project, table: SampleTable, *, carrier: CutName | None = None) -> Workbench:
         """Build the model that `project` describes; the head is drawn from `model.seed`.
 
-        Where its weights are not on this machine, and the store `carrier` is given, the suffix alone has weights: those
-        that the store carries. It can be trained, and nothing else.
+        Where its weights are not on this machine, and the cut `carrier` is given, the suffix alone has weights: those
+        that the store of this cut carries. It can be trained, and nothing else.
 
         Raises:
             AbsentError: the weights are not on this machine, and no store carries what stands in for them.
@@ -57,13 +56,14 @@ class Workbench:
         try:
             backbone = load(project.model, project.preprocess, head)
         except AbsentError as absent:
-            if carrier is None or not carrier.exists():
+            if carrier is None:
                 raise
             try:
-                carried = Carried.of(carrier, project.model, head)
-            except AbsentError as reason:
-                raise AbsentError(f"{absent}; {reason}") from absent
-            log.warning("%s; training goes on from the pretrained weights that %s carries", absent, carrier)
+                store = project.open_store(carrier)
+                carried = Carried.of(store, project.model, head)
+            except (AbsentError, StoreError) as reason:
+                raise type(reason)(f"{absent}; {reason}") from absent
+            log.warning("%s; training goes on from the pretrained weights that %s carries", absent, store.where)
             backbone = carried.load(project.model, project.preprocess, head)
         task.width = backbone.width
         return cls(project, task, backbone, head, carried)
@@ -88,7 +88,7 @@ class Workbench:
         if self.project.encode.suffix:
             carry(store, self.backbone, self.project.model, self.head, suffix)
         else:
-            remove_suffix(store.path)
+            remove_suffix(store)
 
     def preprocess(self, view: int | None) -> Preprocess:
         """Return what makes the inputs of a view; None is the plain one."""
@@ -106,7 +106,7 @@ class Workbench:
         views = Views.of(plain, augmented, table)
         prefix, suffix = self.split(cut, self._example(views, table))
         for store, recipe in zip(views.stores, self.recipes(prefix), strict=True):
-            Store.open(store.path, recipe)
+            Store.open(store.path, recipe, store.remote)
         return views, prefix, suffix
 
     def adapt(self, store: Views, table: SampleTable, prefix: Prefix, suffix: Suffix) -> Suffix:
@@ -125,7 +125,8 @@ class Workbench:
     def stored_batch(self, store: Views, table: SampleTable, rows: np.ndarray) -> Batch:
         """Return the states and inputs of some rows of the table as one batch on the CPU, without targets."""
         pad = self.backbone.preprocess.pad
-        return next(iter(Loader(store, table.keys, {}, [rows], pad=pad, device=torch.device("cpu"))))
+        source = self.project.reader(store.path)
+        return next(iter(Loader(store, table.keys, {}, [rows], pad=pad, device=torch.device("cpu"), source=source)))
 
     def stored_inputs(self, store: Views, table: SampleTable, rows: np.ndarray) -> dict[str, Tensor]:
         """Return the model's inputs of some rows, on the CPU: ids and masks as stored.
@@ -161,12 +162,13 @@ class Workbench:
     def _open(self, cut: CutName, view: int | None) -> Store:
         """Open a store; refuse one whose settings differ before the model is run on inputs of their shape."""
         path = self.project.store_path(cut, view)
-        if not path.exists():
+        if self.project.remote is None and not path.exists():
             raise ConfigError(f"cut {cut}: there is no store at {path}; encode it (dvc repro encode)")
+        recipe = self.project.open_store(cut, view).recipe
         settings = dataclasses.replace(
-            Store.open(path).recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
+            recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
         )
-        return Store.open(path, self._of_view(settings, view))
+        return self.project.open_store(cut, view, self._of_view(settings, view))
 
     def _of_view(self, recipe: Recipe, view: int | None) -> Recipe:
         name = None if view is None else view_name(view)

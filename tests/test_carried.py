@@ -168,7 +168,7 @@ def test_weights_of_other_settings_do_not_stand_in(images: Path) -> None:
     with pytest.raises(StaleStoreError, match=r"preprocessing.image_size"):
         train_project(project(preprocess={"kind": "image", "image_size": 12}), "0.5")
     with pytest.raises(AbsentError, match=r"head\.size = 3, today's is 4"):
-        Carried.of(Path("data/activations/0.5"), project().model, Head("classes", 4))
+        Carried.of(Store.open(Path("data/activations/0.5")), project().model, Head("classes", 4))
 
 
 def test_damage_is_told(images: Path) -> None:

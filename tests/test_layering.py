@@ -58,6 +58,7 @@ DOORS = {
     "torchmetrics": {"pipeline.tasks"},
     "torchvision": {"pipeline.data", "pipeline.models"},  # its data sets, and its networks
     "transformers": {"pipeline.adapter", "pipeline.models"},
+    "obstore": {"pipeline.store"},
     "zarr": {"pipeline.store"},
 }
 """Library -> the rooms that may import it."""

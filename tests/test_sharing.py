@@ -22,7 +22,7 @@ SHARED = ("data/activations", "data/samples.parquet")
 
 @pytest.fixture(scope="module")
 def owner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project that encoded 57 images and trained (v1), then encoded three more (v2); it alone has images and weights."""
+    """A project that encoded 57 images and trained (v1), then encoded 3 more (v2); it alone has images and weights."""
     folder = tmp_path_factory.mktemp("owner")
     run(folder, "git", "init", "--quiet")
     run(folder, "dvc", "init", "--quiet")

@@ -53,6 +53,8 @@ MAX_EMPTY_BYTES = 1 << 31
 """Size that an array without values may claim, its axes of length 0 counted as 1; no file bears such a claim out."""
 SPARSE_ABOVE = 1 << 30
 """Larger chunk files must be on disk, not holes for the most part: reading those takes long and comes to nothing."""
+MAX_RATIO = 1 << 14
+"""A chunk holds at most so many times the bytes of its file; the compressor reaches a quarter of it, on zeros."""
 MAX_AXES = 32
 
 CLEVEL = 3
@@ -241,11 +243,6 @@ def find_stores(root: Path) -> list[Path]:
         if not SEGMENT_ID.fullmatch(folder.name) and not folder.name.startswith("."):
             found += find_stores(folder)
     return found
-
-
-def segment_nbytes(segment: Path) -> int:
-    """Return the size of a segment's files in bytes."""
-    return sum(path.stat().st_size for path in segment.rglob("*") if path.is_file())
 
 
 def check_tensor_name(name: str) -> None:

@@ -18,57 +18,66 @@ from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, parse_json
 from pipeline.store.format import MAX_METADATA_BYTES, SUFFIX
+from pipeline.store.listing import LISTING_FILE
 from pipeline.store.scratch import discard, scratch, sync, sync_tree
+from pipeline.store.store import Store
 from pipeline.store.untrusted import read_file
 
 ABOUT = "suffix.json"
 
 
-def write_suffix(store: Path, about: Mapping[str, JSON], fill: Callable[[Path], None]) -> int:
-    """Let `fill` write files to a folder, and put it into the store at `store` unless it is there as it is.
+def write_suffix(store: Store, about: Mapping[str, JSON], fill: Callable[[Path], None]) -> int:
+    """Let `fill` write files to a folder, and put it into the store unless it is there as it is.
 
     Returns the bytes that were written, 0 where nothing changed.
 
     Raises:
-        StoreError: the disk refuses; what was there before is as it was, or gone.
+        StoreError: the disk refuses; what was there before is as it was, or gone. Or they cannot be put elsewhere.
     """
-    final = store / SUFFIX
+    final = store.path / SUFFIX
     try:
-        with scratch(store) as temporary:
+        with scratch(store.path) as temporary:
             made = temporary / SUFFIX
             made.mkdir()
             fill(made)
             text = json.dumps({"about": about, "files": _digests(made)}, indent=2, sort_keys=True) + "\n"
-            if _text(final) == text and not _wrong(final, json.loads(text)["files"]):
+            if _said(store) == text and (store.remote is not None or not _wrong(final, json.loads(text)["files"])):
                 return 0
             (made / ABOUT).write_text(text, encoding="utf-8")
             sync_tree(made)
-            remove_suffix(store)
+            if final.exists():
+                discard(final)
             made.rename(final)
-            sync(store)
+            sync(store.path)
     except OSError as error:
         raise StoreError(f"{final}: cannot be written ({error.strerror or error}); free some space") from error
+    if store.remote is not None:
+        store.remote.put(final, last=ABOUT)
     return sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
 
 
-def carries_suffix(store: Path) -> bool:
-    """Say whether the store at `store` carries anything."""
-    return (store / SUFFIX / ABOUT).is_file()
+def carries_suffix(store: Store) -> bool:
+    """Say whether a store carries anything."""
+    return _said(store) is not None
 
 
-def remove_suffix(store: Path) -> None:
-    """Remove what the store at `store` carries, if anything."""
-    if (store / SUFFIX).exists():
-        discard(store / SUFFIX)
+def remove_suffix(store: Store) -> None:
+    """Remove what a store carries, if anything; it stays where the store lies elsewhere."""
+    if store.remote is None and (store.path / SUFFIX).exists():
+        discard(store.path / SUFFIX)
 
 
-def read_suffix(store: Path) -> tuple[Path, dict[str, Any]] | None:
+def read_suffix(store: Store) -> tuple[Path, dict[str, Any]] | None:
     """Return the folder of what a store carries and what its writer said of it; None where it carries nothing.
+
+    Of a store that lies elsewhere it is brought here first.
 
     Raises:
         CorruptStoreError: a file is not the one that was written.
     """
-    folder = store / SUFFIX
+    folder = store.path / SUFFIX
+    if store.remote is not None:
+        store.remote.bring(folder)
     if not folder.exists():
         return None
     try:
@@ -92,17 +101,21 @@ def _wrong(folder: Path, files: Mapping[str, str]) -> list[str]:
         there = _digests(folder)
     except OSError as error:
         return [str(error.filename)]
-    there.pop(ABOUT, None)
     return sorted(name for name in {*files, *there} if files.get(name) != there.get(name))
 
 
 def _digests(folder: Path) -> dict[str, str]:
     files = [file for file in sorted(folder.rglob("*")) if not file.is_dir()]
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+    named = {file.relative_to(folder).as_posix(): file for file in files}
+    return {name: sha256(file) for name, file in named.items() if name not in (ABOUT, LISTING_FILE)}
 
 
-def _text(folder: Path) -> str | None:
+def _said(store: Store) -> str | None:
+    """What describes the suffix that a store carries; None where there is none."""
+    file = store.path / SUFFIX / ABOUT
     try:
-        return (folder / ABOUT).read_text(encoding="utf-8")
+        if store.remote is not None:
+            return store.remote.read_small(file).decode("utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
