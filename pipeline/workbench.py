@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor
 
 from pipeline.adapter import adapt
-from pipeline.data import SampleTable
+from pipeline.data import SampleTable, Source
+from pipeline.encoder import Encoder
 from pipeline.errors import ConfigError, CorruptStoreError
 from pipeline.keys import Recipe
 from pipeline.loader import Batch, Loader
-from pipeline.models import Backbone, Preprocess, load
+from pipeline.models import Backbone, Preprocess, load, network_inputs
 from pipeline.project import CutName, Project
+from pipeline.ragged import Sample, pad_batch
 from pipeline.recipe import recipe_of
 from pipeline.split import Prefix, Suffix, split
 from pipeline.store import SHAPE_PREFIX, Store
-from pipeline.tasks import Task, open_task
+from pipeline.tasks import Head, Task, open_task
 from pipeline.views import Views, view_name
 
 MAX_VALUES = 1 << 28
@@ -32,15 +35,26 @@ class Workbench:
 
     project: Project
     task: Task
+    head: Head
+    """What the task asked for on the samples."""
     backbone: Backbone
 
     @classmethod
     def open(cls, project: Project, table: SampleTable) -> Workbench:
         """Build the model that `project` describes; the head is drawn from `model.seed`."""
         task = open_task(project.task)
-        backbone = load(project.model, project.preprocess, task.head(table))
+        return cls._build(project, task, task.head(table))
+
+    @classmethod
+    def with_head(cls, project: Project, head: Head) -> Workbench:
+        """Build the model that `project` describes, ending in the `head` that its task asked for elsewhere."""
+        return cls._build(project, open_task(project.task), head)
+
+    @classmethod
+    def _build(cls, project: Project, task: Task, head: Head) -> Workbench:
+        backbone = load(project.model, project.preprocess, head)
         task.width = backbone.width
-        return cls(project, task, backbone)
+        return cls(project, task, head, backbone)
 
     def to_device(self) -> torch.device:
         """Move the model to where prefixes run, and return that device."""
@@ -53,6 +67,21 @@ class Workbench:
     def split(self, cut: CutName, example: dict[str, Tensor]) -> tuple[Prefix, Suffix]:
         """Split the model at `cut`, proved on `example`."""
         return split(self.backbone.model, at=cut, example=example)
+
+    def freeze(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]]]:
+        """Return the prefix of every cut of the project, proved on two `samples`, and `recipes[view][cut]`."""
+        device = next(self.backbone.model.parameters()).device
+        batch = network_inputs(pad_batch(samples, self.backbone.preprocess.pad))
+        example = {name: tensor.to(device) for name, tensor in batch.items()}
+        prefixes = [self.split(cut, example)[0] for cut in self.project.encode.cuts]
+        return prefixes, [list(of_view) for of_view in zip(*map(self.recipes, prefixes), strict=True)]
+
+    def encoder(
+        self, source: Source, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]], probes: np.ndarray
+    ) -> Encoder:
+        """Return what runs units of the project in this process, into `stores[view][cut]`."""
+        views = [self.preprocess(view) for view in self.project.views]
+        return Encoder(source, views, prefixes, stores, self.project.encode, probes)
 
     def preprocess(self, view: int | None) -> Preprocess:
         """Return what makes the inputs of a view; None is the plain one."""
