@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 from pipeline.errors import AbsentError, CorruptStoreError
 from pipeline.keys import JSON, Recipe, first_difference
@@ -36,8 +36,24 @@ BACKBONE = "backbone"
 """Folder of what describes the network."""
 
 
-def carry(store: Store, backbone: Backbone, model: ModelConfig, head: Head, suffix: Suffix) -> None:
-    """Put the pretrained weights of `suffix`, split off `backbone`, and what describes the network into `store`.
+@dataclass(frozen=True)
+class Needed:
+    """What a suffix needs of the network that it was split off."""
+
+    parameters: frozenset[str]
+    """Names of those it reads, trained or not."""
+    constants: Mapping[str, Tensor]
+    """As `Suffix.constants`."""
+
+    @classmethod
+    def of(cls, suffix: Suffix) -> Needed:
+        """Return what `suffix` needs."""
+        trained = (name for name, _ in suffix.named_parameters(remove_duplicate=False))
+        return cls(frozenset(trained) | suffix.frozen.kept.keys(), suffix.constants)
+
+
+def carry(store: Store, backbone: Backbone, model: ModelConfig, head: Head, needed: Needed) -> None:
+    """Put the pretrained weights that a suffix of `backbone` needs, and what describes the network, into `store`.
 
     Raises:
         StoreError: the disk refuses.
@@ -46,18 +62,18 @@ def carry(store: Store, backbone: Backbone, model: ModelConfig, head: Head, suff
         remove_suffix(store)
         return
     network, names = backbone.pretrained(model.library)
-    needed = _read_by(suffix, backbone.model)
-    frozen = {id(item) for item in network.parameters()} - needed
+    whole = backbone.model.named_parameters(remove_duplicate=False)
+    read = {id(item) for name, item in whole if name in needed.parameters}  # whatever names they have in `network`
     parameters = dict(network.named_parameters(remove_duplicate=False))
     state = {name: tensor for name, tensor in network.state_dict().items() if name in names}
-    left_out = {n: list(t.shape) for n, t in state.items() if n in parameters and id(parameters[n]) in frozen}
+    left_out = {n: list(t.shape) for n, t in state.items() if n in parameters and id(parameters[n]) not in read}
 
     def fill(folder: Path) -> None:
         kept = {name: tensor.cpu().contiguous().clone() for name, tensor in state.items() if name not in left_out}
         save_file(kept, folder / WEIGHTS)
-        if suffix.constants:
+        if needed.constants:
             save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in suffix.constants.items()}, folder / CONSTANTS
+                {name: tensor.cpu().contiguous() for name, tensor in needed.constants.items()}, folder / CONSTANTS
             )
         (folder / BACKBONE).mkdir()
         describe(model, backbone, folder / BACKBONE)
@@ -133,12 +149,6 @@ class Carried:
 def _can_be_missed(model: ModelConfig) -> bool:
     """Say whether the weights are anywhere else than in a seed or in the user's own code."""
     return model.weights is not None and (model.library != "function" or model.has_file)
-
-
-def _read_by(suffix: Suffix, model: nn.Module) -> set[int]:
-    """The parameters of `model` that its suffix reads, trained or not."""
-    names = {name for name, _ in suffix.named_parameters(remove_duplicate=False)} | suffix.frozen.kept.keys()
-    return {id(item) for name, item in model.named_parameters(remove_duplicate=False) if name in names}
 
 
 def _described(head: Head) -> dict[str, JSON]:

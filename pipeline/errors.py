@@ -12,6 +12,7 @@ RecyclingError
 │   ├── StaleStoreError    the store was encoded under another recipe
 │   ├── MissingKeysError   samples that were never encoded
 │   └── CorruptStoreError  bytes of a store are not those that were written
+├── ClusterError           workers cannot be reached, or do not do what they are asked
 └── TrainError             training cannot start, or cannot go on
 
 Every message gives the setting or place, the value met, the bound it broke, and the remedy.
@@ -66,6 +67,10 @@ class MissingKeysError(StoreError):
 
 class CorruptStoreError(StoreError):
     """Bytes of a store are not those that were written."""
+
+
+class ClusterError(RecyclingError):
+    """The workers of an encode cannot be reached, or do not do what they are asked."""
 
 
 class TrainError(RecyclingError):

@@ -13,37 +13,36 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline import proved, quarantine, runs
+from pipeline.cluster import Job, open_executor
 from pipeline.costs import read_costs, write_costs
 from pipeline.data import SampleTable, Source, build, rows_in_role
-from pipeline.encode import encode
+from pipeline.encode import Executor, encode
 from pipeline.encoded import Encoded
 from pipeline.epochs import open_joint_loaders, open_loaders
 from pipeline.errors import DataError, StaleStoreError
-from pipeline.feed import Keyed, decode_rows, decode_samples
+from pipeline.feed import Chunk, Keyed, decode_rows, decode_samples
 from pipeline.files import write_whole
 from pipeline.keys import Recipe, digest
-from pipeline.models import network_inputs
 from pipeline.project import CutName, Project
 from pipeline.quarantine import BadSample
-from pipeline.ragged import pad_batch
+from pipeline.ragged import Sample
 from pipeline.report import Row, Run, curves, plot, summarise
-from pipeline.split import Prefix
 from pipeline.store import Remote, Store, first_rows, remove
 from pipeline.timing import seconds_per_sample
 from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
 from pipeline.train import Batches, fit
-from pipeline.views import rows_by_view
+from pipeline.views import by_split, rows_by_view
 from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 
 ELSEWHERE = "elsewhere.json"
 """File below data/activations that stands for a store which lies elsewhere."""
-EXAMPLE_AMONG = 4
-"""Samples that are decoded at a time until an example is found."""
+EXAMPLE = 2
+"""Samples on which a split is proved; where there is one alone, it is taken twice."""
 
 
 def encode_project(project: Project, *, rehash: bool = False) -> bool:
@@ -95,19 +94,25 @@ def _encode_what_is_missing(
 ) -> tuple[list[list[Store]], Encoded]:
     """Build the model, split it at every cut, and encode what the stores of their recipes lack; `stores[view][cut]`."""
     bench = Workbench.open(project, table)
-    bench.to_device()
-    example = _example_of_source(bench, source, keyed)
-    prefixes, by_cut = [], []
-    for cut in project.encode.cuts:
-        prefix, suffix = bench.split(cut, example)
-        recipes = zip(project.views, bench.recipes(prefix), strict=True)
-        of_cut = [_open_or_replace(project.store_path(cut, view), recipe, project.remote) for view, recipe in recipes]
-        bench.carry(of_cut[0], suffix)
-        prefixes.append(prefix)
-        by_cut.append(of_cut)
-    stores = [list(of_view) for of_view in zip(*by_cut, strict=True)]
+    if project.encode.executor.is_here:
+        bench.to_device()
+    example, samples = _example_of_source(bench, source, keyed)
+    prefixes, recipes, needed = bench.freeze(samples)
+    stores = [
+        [
+            _open_or_replace(project.store_path(cut, view), recipe, project.remote)
+            for cut, recipe in zip(project.encode.cuts, of_view, strict=True)
+        ]
+        for view, of_view in zip(project.views, recipes, strict=True)
+    ]
+    for store, own in zip(stores[0], needed, strict=True):
+        bench.carry(store, own)
     _tell_of_one_place_twice(project.encode.cuts, stores[0])
-    return stores, _encode_views(bench, source, keyed, table, prefixes, stores)
+    if project.encode.executor.is_here:
+        executor: Executor = bench.encoder(source, prefixes, stores, keyed.probes)
+    else:
+        executor = open_executor(Job.of(bench, source, example, keyed.probes, recipes), project.encode.executor)
+    return stores, _encode_views(executor, project, source, keyed, table, stores)
 
 
 def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
@@ -174,17 +179,19 @@ def report_project(project: Project) -> list[Row]:
     return rows
 
 
-def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> dict[str, Tensor]:
-    """The shortest and the longest samples that can be decoded: the batch on which a split is proved."""
-    preprocess, rows = bench.backbone.preprocess, keyed.outside_in()
-    for begin in range(0, len(rows), EXAMPLE_AMONG):
-        samples = decode_samples(source, preprocess, np.sort(rows[begin : begin + EXAMPLE_AMONG]))
-        if samples:
-            samples = [samples[0], samples[-1]] if len(samples) > 1 else samples * 2
-            device = next(bench.backbone.model.parameters()).device
-            batch = network_inputs(pad_batch(samples, preprocess.pad))
-            return {name: tensor.to(device) for name, tensor in batch.items()}
-    bad = decode_rows(source, (keyed.good, [preprocess]))[0].bad
+def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> tuple[list[int], list[Sample]]:
+    """The shortest and the longest sample that can be decoded, with their rows: on these a split is proved."""
+    preprocess = bench.backbone.preprocess
+    rows: list[int] = []
+    samples: list[Sample] = []
+    for row in keyed.outside_in().tolist():
+        found = decode_samples(source, preprocess, np.asarray([row]))
+        rows, samples = rows + [row] * len(found), samples + found
+        if len(samples) == EXAMPLE:
+            return rows, samples
+    if samples:
+        return rows * EXAMPLE, samples * EXAMPLE
+    bad = decode_rows(source, Chunk(keyed.good, [preprocess]))[0].bad
     quarantine.write(bench.project.quarantine, [*keyed.bad, *bad], keyed.keys)
     raise DataError(
         f"none of the {len(bad)} samples can be decoded: {quarantine.summary(bad)}; see {bench.project.quarantine}, "
@@ -203,11 +210,11 @@ def _tell_of_one_place_twice(names: Sequence[CutName], stores: Sequence[Store]) 
 
 
 def _encode_views(
-    bench: Workbench,
+    executor: Executor,
+    project: Project,
     source: Source,
     keyed: Keyed,
     table: SampleTable,
-    prefixes: Sequence[Prefix],
     stores: Sequence[Sequence[Store]],
 ) -> Encoded:
     """Fill the stores, `stores[view][cut]`; return what was done.
@@ -215,16 +222,12 @@ def _encode_views(
     Where there are augmented views, a sample that turns out bad can move others to another split (the rest of its
     group, say): then what these lack where they are now is encoded too.
     """
-    project = bench.project
-    views = [bench.preprocess(view) for view in project.views]
-    done = Encoded.begun(keyed, len(prefixes))
+    done, size = Encoded.begun(keyed, len(project.encode.cuts)), project.encode.segment_samples
     while True:
         found = len(done.keyed.bad)
-        plain, *augmented = _rows_by_view(project, done.keyed, table)
-        encode(source, keyed, views[:1], prefixes, stores[:1], project.encode, rows=plain, done=done)
-        if augmented:
-            encode(source, keyed, views[1:], prefixes, stores[1:], project.encode, rows=augmented[0], done=done)
-        if not augmented or len(done.keyed.bad) == found:
+        wanted = [by_split(rows, keyed.keys, table) for rows in _rows_by_view(project, done.keyed, table)]
+        encode(executor, source, stores, size, wanted, done)
+        if len(project.views) == 1 or len(done.keyed.bad) == found:
             return done
         table = _table(source, replace(done.keyed, rows=None), project)
 

@@ -104,8 +104,8 @@ class SharedStates:
             if folder is None
             else Store.create(folder / "store", self.known.recipe)
         )
-        views, probes = [bench.preprocess(None)], keyed.outside_in()
-        self.encoder = Encoder(source, views, [first.prefix], [[self.fresh]], self.config, probes)
+        views = [bench.preprocess(None)]
+        self.encoder = Encoder(source, views, [first.prefix], [[self.fresh]], self.config, keyed.probes)
         self.done = Encoded.begun(keyed, cuts=1)
         self.predictions = Predictions(self._columns())
 
@@ -115,7 +115,8 @@ class SharedStates:
 
     def encode(self, rows: np.ndarray) -> None:
         """Run the prefix on those of `rows` (n,) int64 that are new."""
-        encode_units(self.encoder, plan(self.keys, rows, [self.fresh], self.config.segment_samples), self.done)
+        units = plan(self.keys, [[rows]], [[self.fresh]], self.config.segment_samples)
+        encode_units(self.encoder, self.encoder.source, units, self.done)
         if not self.forgets:
             self.known.refresh()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config import Section, load_sections
 from pipeline.data import ROLES, DataConfig, Source, in_role, open_source, with_keys
-from pipeline.encoder import EncodeConfig
+from pipeline.encoding import EncodeConfig
 from pipeline.errors import ConfigError
 from pipeline.feed import Keyed, key_contents
 from pipeline.files import is_function

@@ -35,7 +35,8 @@ from pipeline.store import Store
 FILE = "proved.json"
 IRRELEVANT: Mapping[str, frozenset[str]] = {
     "encode": frozenset(
-        {"batch_size", "segment_samples", "workers", "device", "channels_last", "max_bad", "store", "store_options"}
+        {"store", "store_options", "batch_size", "segment_samples", "workers", "executor", "device", "channels_last"}
+        | {"max_bad"}
     ),
     "train": frozenset(SECTIONS["train"].model_fields),
     "data": frozenset(SECTIONS["data"].model_fields),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 from pipeline.adapter import adapt
-from pipeline.carried import Carried, carry
-from pipeline.data import SampleTable
+from pipeline.carried import Carried, Needed, carry
+from pipeline.data import SampleTable, Source
+from pipeline.encoder import Encoder
 from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, StoreError
 from pipeline.keys import Recipe
 from pipeline.loader import Batch, Loader
-from pipeline.models import Backbone, Preprocess, load
+from pipeline.models import Backbone, Preprocess, load, network_inputs
 from pipeline.project import CutName, Project
+from pipeline.ragged import Sample, pad_batch
 from pipeline.recipe import recipe_of
 from pipeline.split import Prefix, Suffix, split
 from pipeline.store import SHAPE_PREFIX, Store, remove_suffix
@@ -36,8 +39,9 @@ class Workbench:
 
     project: Project
     task: Task
-    backbone: Backbone
     head: Head
+    """What the task asked for on the samples."""
+    backbone: Backbone
     carried: Carried | None = None
     """What took the place of the weights that params.yaml names: then the layers before the cut have none."""
 
@@ -51,8 +55,17 @@ class Workbench:
         Raises:
             AbsentError: the weights are not on this machine, and no store carries what stands in for them.
         """
-        task, carried = open_task(project.task), None
-        head = task.head(table)
+        task = open_task(project.task)
+        return cls._build(project, task, task.head(table), carrier)
+
+    @classmethod
+    def with_head(cls, project: Project, head: Head) -> Workbench:
+        """Build the model that `project` describes, ending in the `head` that its task asked for elsewhere."""
+        return cls._build(project, open_task(project.task), head)
+
+    @classmethod
+    def _build(cls, project: Project, task: Task, head: Head, carrier: CutName | None = None) -> Workbench:
+        carried = None
         try:
             backbone = load(project.model, project.preprocess, head)
         except AbsentError as absent:
@@ -66,7 +79,7 @@ class Workbench:
             log.warning("%s; training goes on from the pretrained weights that %s carries", absent, store.where)
             backbone = carried.load(project.model, project.preprocess, head)
         task.width = backbone.width
-        return cls(project, task, backbone, head, carried)
+        return cls(project, task, head, backbone, carried)
 
     def to_device(self) -> torch.device:
         """Move the model to where prefixes run, and return that device."""
@@ -83,12 +96,33 @@ class Workbench:
             self.carried.complete(suffix)
         return prefix, suffix
 
-    def carry(self, store: Store, suffix: Suffix) -> None:
-        """Let the plain `store` of a cut carry its pretrained `suffix`, where `encode.suffix` asks for it."""
+    def carry(self, store: Store, needed: Needed) -> None:
+        """Let the plain `store` of a cut carry what its suffix needs, where `encode.suffix` asks for it."""
         if self.project.encode.suffix:
-            carry(store, self.backbone, self.project.model, self.head, suffix)
+            carry(store, self.backbone, self.project.model, self.head, needed)
         else:
             remove_suffix(store)
+
+    def freeze(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[Needed]]:
+        """Return the prefix of every cut of the project, proved on two `samples`, `recipes[view][cut]`, and what the
+        suffix of every cut needs.
+        """
+        device = next(self.backbone.model.parameters()).device
+        batch = network_inputs(pad_batch(samples, self.backbone.preprocess.pad))
+        example = {name: tensor.to(device) for name, tensor in batch.items()}
+        prefixes, needed = list[Prefix](), list[Needed]()
+        for cut in self.project.encode.cuts:
+            prefix, suffix = self.split(cut, example)
+            prefixes.append(prefix)
+            needed.append(Needed.of(suffix))
+        return prefixes, [list(of_view) for of_view in zip(*map(self.recipes, prefixes), strict=True)], needed
+
+    def encoder(
+        self, source: Source, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]], probes: np.ndarray
+    ) -> Encoder:
+        """Return what runs units of the project in this process, into `stores[view][cut]`."""
+        views = [self.preprocess(view) for view in self.project.views]
+        return Encoder(source, views, prefixes, stores, self.project.encode, probes)
 
     def preprocess(self, view: int | None) -> Preprocess:
         """Return what makes the inputs of a view; None is the plain one."""

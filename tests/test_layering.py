@@ -16,7 +16,7 @@ FLOORS = [
     {"stages.options"},
     {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"}
     | {"pipeline.predict"},
-    {"pipeline.costs", "pipeline.epochs", "pipeline.proved", "pipeline.runs"},
+    {"pipeline.cluster", "pipeline.costs", "pipeline.epochs", "pipeline.proved", "pipeline.runs"},
     {"pipeline.towers"},
     {"pipeline.workbench"},
     {"pipeline.carried", "pipeline.project"},
@@ -29,13 +29,14 @@ FLOORS = [
         "pipeline.recipe",
         "pipeline.timing",
     },
-    {"pipeline.encoded", "pipeline.unit", "pipeline.views"},
-    {"pipeline.feed"},
+    {"pipeline.encoded"},
+    {"pipeline.feed", "pipeline.unit", "pipeline.views"},
     {"pipeline.predictions", "pipeline.quarantine", "pipeline.ragged", "pipeline.stat_cache"},
     {"pipeline.models", "pipeline.store"},
     {"pipeline.data", "pipeline.tasks"},
     {"pipeline.split"},
     {"pipeline.keys", "pipeline.files"},
+    {"pipeline.encoding"},
     {"pipeline.config", "pipeline.memory", "pipeline.order"},
     {"pipeline.errors"},
 ]
@@ -43,6 +44,9 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 DOORS = {
     "click": {"stages"},
+    "dask": {"pipeline.cluster"},
+    "dask_jobqueue": {"pipeline.cluster"},
+    "distributed": {"pipeline.cluster"},
     "dvclive": {"pipeline.train"},
     "accelerate": {"pipeline.checkpoint", "pipeline.flow", "pipeline.train"},
     "matplotlib": {"pipeline.report"},

@@ -13,7 +13,14 @@ import numpy as np
 from pipeline.errors import StaleStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe
 from pipeline.store.codecs import Values, check_storage
-from pipeline.store.format import FORMAT, RECIPE_FILE, committed_segments, find_stores
+from pipeline.store.format import (
+    FORMAT,
+    RECIPE_FILE,
+    committed_segments,
+    find_stores,
+    is_committed,
+    segment_id,
+)
 from pipeline.store.index import KeyIndex, Rows
 from pipeline.store.listing import segment_nbytes
 from pipeline.store.metadata import read_recipe, read_segment_spec
@@ -112,6 +119,11 @@ class Store:
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Return (n,) bool: which of `keys` (n, 16) uint8 are not stored."""
         return self._open_index().missing(keys)
+
+    def holds(self, unit_keys: np.ndarray) -> bool:
+        """Say whether just the samples `unit_keys` (n, 16) uint8, in this order, are a committed segment."""
+        segment = self.path / segment_id(unit_keys)
+        return is_committed(segment) or (self.remote is not None and self.remote.adopt(segment))
 
     def rows(self, keys: np.ndarray) -> Rows:
         """Return where the samples `keys` (n, 16) uint8 lie, in their order.
