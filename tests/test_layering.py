@@ -31,7 +31,7 @@ FLOORS = [
     },
     {"pipeline.encoded"},
     {"pipeline.feed", "pipeline.unit", "pipeline.views"},
-    {"pipeline.predictions", "pipeline.quarantine", "pipeline.ragged", "pipeline.stat_cache"},
+    {"pipeline.predictions", "pipeline.quarantine", "pipeline.ragged", "pipeline.stat_cache", "pipeline.tracked"},
     {"pipeline.models", "pipeline.store"},
     {"pipeline.data", "pipeline.tasks"},
     {"pipeline.split"},
@@ -62,6 +62,8 @@ DOORS = {
     "torchmetrics": {"pipeline.tasks"},
     "torchvision": {"pipeline.data", "pipeline.models"},  # its data sets, and its networks
     "transformers": {"pipeline.adapter", "pipeline.models"},
+    "dvc": {"pipeline.tracked"},
+    "dvc_objects": {"pipeline.tracked"},
     "obstore": {"pipeline.store"},
     "zarr": {"pipeline.store"},
 }
