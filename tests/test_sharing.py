@@ -47,6 +47,7 @@ def owner(tmp_path_factory: pytest.TempPathFactory) -> Path:
         encode={"cuts": [0.5], "codec": "raw", "dtype": "float16", "precision": "float32", "views": None},
         train={"epochs": 1},
     )
+    commit(folder)
     with chdir(folder):
         assert encode_project(Project.load(Path("params.yaml")))
         train_project(Project.load(Path("params.yaml")), "0.5")
