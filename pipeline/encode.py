@@ -89,7 +89,7 @@ def _prove(stores: Sequence[Sequence[Store]], wanted: Sequence[Sequence[np.ndarr
     """Look for every sample where it belongs; what another machine wrote may be seen here a little later."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     for apart, of_view in zip(wanted, stores, strict=True):
-        rows = np.concatenate(apart)
+        rows = np.concatenate([np.empty(0, np.int64), *apart])
         for store in of_view:
             store.refresh()
             while absent := len(lacking_rows(keys, rows, store)):

@@ -100,9 +100,10 @@ class Reader:
                     pass
 
     def release(self, segment: str) -> None:
-        """Note that a segment is not needed for long."""
+        """Note that a segment is not needed for long: what was brought for it is the first to make room."""
         outline = self.outline(segment)
         if outline.brought and self._scratch is not None:
+            self._segments.pop(segment, None)  # a mapped file keeps its space on disk, whoever gives it up
             self._scratch.release(outline.place)
 
     def gather(self, rows: Rows, pad: Mapping[str, float] | None = None, *, pin: bool = False) -> dict[str, Tensor]:

@@ -204,10 +204,13 @@ def map_segment(
         StoreError: what is compressed or lies elsewhere cannot be brought here, for want of room or of a server.
     """
     files, given_up = bring(outline, scratch, remote)
-    tensors = {
-        name: replace(tensor, values=_map(outline.path / name, outline.arrays[name], files.get(name)))
-        for name, tensor in outline.tensors.items()
-    }
+    try:
+        values = {name: _map(outline.path / name, spec, files.get(name)) for name, spec in outline.arrays.items()}
+    except StoreError:
+        if all(file.exists() for file in files.values()):
+            raise
+        return map_segment(outline, scratch, remote)  # another process gave them up in between
+    tensors = {name: replace(tensor, values=values[name]) for name, tensor in outline.tensors.items()}
     unchecked = np.zeros_like(outline.checked)
     return replace(outline, tensors=tensors, checked=unchecked, left=len(unchecked)), given_up
 
