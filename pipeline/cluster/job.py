@@ -101,19 +101,25 @@ class Job(BaseModel):
             yield
         shutil.rmtree(self.home, ignore_errors=True)
 
-    def build(self, own: Mapping[str, JSON]) -> Encoder:
-        """Go to the project's folder and build its encoder; `own` are settings of `encode` that hold here alone.
+    def enter(self) -> None:
+        """Go to the project's folder.
 
         Raises:
-            ClusterError: the folder cannot be seen here, or the encoder is not the coordinator's; the message names the
-                first field of the recipes that differs.
+            ClusterError: it cannot be seen here.
         """
         if not (self.home / FILE).is_file():
             raise ClusterError(
-                f"the project's folder {self.folder} cannot be seen there; put the project on a file "
-                "system that all workers share, under the same path"
+                f"the project's folder {self.folder} cannot be seen there; put the project on a file system that all "
+                "workers share, under the same path"
             )
         os.chdir(self.folder)
+
+    def build(self, own: Mapping[str, JSON]) -> Encoder:
+        """Build the project's encoder, in its folder; `own` are settings of `encode` that hold here alone.
+
+        Raises:
+            ClusterError: it is not the coordinator's; the message names the first field of the recipes that differs.
+        """
         project: Any = Project(**self._settings(own), tower=self.tower)
         source = replace(project, tower=None).source()  # all towers count the rows of one
         if len(source) != self.rows:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +19,7 @@ import pytest
 import tiny
 from services.dask import DaskCluster, start_dask
 
+from pipeline.errors import ClusterError
 from pipeline.flow import encode_project
 from pipeline.project import Project
 
@@ -40,12 +43,29 @@ def stored(folder: Path) -> dict[str, bytes]:
     return tiny.files(folder / "data/activations")
 
 
-def encode(folder: Path, **executor: Any) -> tuple[int, str]:
-    """Run `recycle encode` in `folder`; return its exit code and what it said."""
-    tiny.write_params(folder, **perilous.settings(ROWS, **executor))
-    process = tiny.recycle(folder, "encode")
-    said, _ = process.communicate(timeout=TIMEOUT)
-    return process.returncode, said
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
+    """An empty project, in the current directory; workers that start here import what is tested."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", tiny.IMPORTS)
+    caplog.set_level("INFO", logger="recycle")
+    return tmp_path
+
+
+def encode(folder: Path, **executor: Any) -> bool:
+    return encode_project(Project.load(tiny.write_params(folder, **perilous.settings(ROWS, **executor))))
+
+
+def once_begun(folder: Path, act: Callable[[], object]) -> threading.Thread:
+    """Act as soon as the first segment is there."""
+
+    def wait() -> None:
+        wait_for(lambda: segments(folder))
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
 
 
 def reasons(folder: Path) -> dict[str, str]:
@@ -64,85 +84,73 @@ def segments(folder: Path) -> list[Path]:
     return list(folder.glob(f"data/activations/{STORES[0]}/*/zarr.json"))
 
 
-def test_processes_of_this_machine(tmp_path: Path, expected: dict[str, bytes]) -> None:
-    code, said = encode(tmp_path, kind="local", processes=2)
-    assert code == 0, said
-    assert stored(tmp_path) == expected
-    assert f"cut 0.5: {ROWS} samples encoded, 0 were there" in said
-    assert "samples/s" in said
+def test_processes_of_this_machine(folder: Path, expected: dict[str, bytes], caplog: pytest.LogCaptureFixture) -> None:
+    assert encode(folder, kind="local", processes=2)
+    assert stored(folder) == expected
+    assert f"cut 0.5: {ROWS} samples encoded, 0 were there" in caplog.text
+    assert "samples/s" in caplog.text
 
 
-def test_workers_of_a_scheduler_that_are_killed_and_a_unit_that_kills_them_all(
-    tmp_path: Path, expected: dict[str, bytes], dask_cluster: DaskCluster
+def test_workers_that_are_killed_and_units_that_kill_all_of_them(
+    folder: Path, expected: dict[str, bytes], dask_cluster: DaskCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Row 5 kills whoever reads it first, rows 17 and 22 whoever reads them."""
-    (tmp_path / f"{perilous.ONCE}-5").touch()
+    (folder / f"{perilous.ONCE}-5").touch()
     for row in (17, 22):
-        (tmp_path / f"{perilous.ALWAYS}-{row}").touch()
-    code, said = encode(tmp_path, kind="dask", address=dask_cluster.address, retries=1)
-    assert code == 3, said
-    poisonous = {f"row {row}" for row in (16, 17, 18, 19, 20, 21, 22, 23)}
-    assert reasons(tmp_path).keys() == poisonous
-    assert all(
-        reason.startswith("its unit killed the process that ran it: 2 times (") for reason in reasons(tmp_path).values()
-    )
-    there = stored(tmp_path)
-    assert there.items() < expected.items()
+        (folder / f"{perilous.ALWAYS}-{row}").touch()
+    assert not encode(folder, kind="dask", address=dask_cluster.address, retries=1)
+    assert reasons(folder).keys() == {f"row {row}" for row in range(16, 24)}
+    begin = "its unit killed the process that ran it: 2 times ("
+    assert all(reason.startswith(begin) for reason in reasons(folder).values())
+    assert stored(folder).items() < expected.items()
     for row in (17, 22):
-        (tmp_path / f"{perilous.ALWAYS}-{row}").unlink()
-    code, said = encode(tmp_path, kind="dask", address=dask_cluster.address)
-    assert code == 0, said
-    assert "cut 1.0: 8 samples encoded, 18 were there" in said
-    assert stored(tmp_path) == expected
-    assert reasons(tmp_path) == {}
+        (folder / f"{perilous.ALWAYS}-{row}").unlink()
+    caplog.clear()
+    assert encode(folder, kind="dask", address=dask_cluster.address)
+    assert "cut 1.0: 8 samples encoded, 18 were there" in caplog.text
+    assert stored(folder) == expected
+    assert reasons(folder) == {}
 
 
-def test_a_scheduler_that_is_killed(tmp_path: Path, expected: dict[str, bytes]) -> None:
+def test_a_scheduler_that_is_killed(folder: Path, expected: dict[str, bytes]) -> None:
+    (folder / perilous.SLOW).touch()
     with ExitStack() as stack:
         cluster = start_dask(stack, workers=1)
-        (tmp_path / perilous.SLOW).touch()
-        tiny.write_params(tmp_path, **perilous.settings(ROWS, kind="dask", address=cluster.address))
-        process = tiny.recycle(tmp_path, "encode")
-        wait_for(lambda: segments(tmp_path) or process.poll() is not None)
-        cluster.scheduler.kill()
-        said, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 1, said
-    assert f"recycle: the scheduler at {cluster.address} is lost; what was committed stays" in said
-    assert "Traceback" not in said
-    there = stored(tmp_path)
-    assert 0 < len(segments(tmp_path)) < UNITS
-    code, said = encode(tmp_path, kind="local")
-    assert code == 0, said
-    assert there.items() < stored(tmp_path).items()
-    assert stored(tmp_path) == expected
+        killing = once_begun(folder, cluster.scheduler.kill)
+        lost = f"the scheduler at {cluster.address} is lost; what was committed stays"
+        with pytest.raises(ClusterError, match=re.escape(lost)):
+            encode(folder, kind="dask", address=cluster.address)
+        killing.join()
+    there = stored(folder)
+    assert 0 < len(segments(folder)) < UNITS
+    assert encode(folder)
+    assert there.items() < stored(folder).items()
+    assert stored(folder) == expected
 
 
-def test_a_job_array_of_which_a_task_is_killed(tmp_path: Path, expected: dict[str, bytes], slurm: None) -> None:
-    (tmp_path / f"{perilous.ONCE}-5").touch()
-    code, said = encode(tmp_path, kind="slurm", jobs=2, options={"comment": "a test", "exclusive": False})
-    assert code == 0, said
-    assert "7 units in 2 tasks" in said
-    assert "ended with exit code" in said
-    assert stored(tmp_path) == expected
-    assert reasons(tmp_path) == {}
-    assert not list((tmp_path / ".recycle/jobs").iterdir())
+def test_a_job_array_of_which_a_task_is_killed(
+    folder: Path, expected: dict[str, bytes], slurm: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / f"{perilous.ONCE}-5").touch()
+    assert encode(folder, kind="slurm", jobs=2, options={"comment": "a test", "exclusive": False})
+    assert "7 units in 2 tasks" in caplog.text
+    assert re.search(r"job \d+ ended with exit code \d+; \d units are left and go again; the end of a log", caplog.text)
+    assert stored(folder) == expected
+    assert reasons(folder) == {}
+    assert not list((folder / ".recycle/jobs").iterdir())
 
 
-def test_ctrl_c_cancels_the_array(tmp_path: Path, slurm: None) -> None:
-    (tmp_path / perilous.SLOW).touch()
-    tiny.write_params(tmp_path, **perilous.settings(ROWS, kind="slurm", jobs=1))
-    process = tiny.recycle(tmp_path, "encode")
-    wait_for(lambda: segments(tmp_path) or process.poll() is not None)
-    os.kill(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 1, said
-    assert "Aborted" in said
+def test_ctrl_c_cancels_the_array(folder: Path, slurm: None) -> None:
+    (folder / perilous.SLOW).touch()
+    interrupting = once_begun(folder, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        encode(folder, kind="slurm")
+    interrupting.join()
     wait_for(lambda: not subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout)
-    assert len(segments(tmp_path)) < UNITS
+    assert 0 < len(segments(folder)) < UNITS
 
 
-def test_batch_jobs_of_a_jobqueue(tmp_path: Path, expected: dict[str, bytes], slurm: None) -> None:
-    code, said = encode(tmp_path, kind="dask", jobqueue="slurm", jobs=2, options=JOBQUEUE)
-    assert code == 0, said
-    assert stored(tmp_path) == expected
-    assert not list(tmp_path.glob("*.out"))
+def test_batch_jobs_of_a_jobqueue(folder: Path, expected: dict[str, bytes], slurm: None) -> None:
+    assert encode(folder, kind="dask", jobqueue="slurm", jobs=2, options=JOBQUEUE)
+    assert stored(folder) == expected
+    assert not list(folder.glob("*.out"))
