@@ -152,26 +152,23 @@ class EncoderPlugin(WorkerPlugin):  # type: ignore[misc]
                 own["device"] = f"{kind}:{worker.name % torch.accelerator.device_count()}"
         if multiprocessing.current_process().daemon:
             own["workers"] = 0  # may have no processes of its own
-        self.worker: Worker | None = Worker(self.job, str(worker.name), own)
+        self.worker, self.has_ended = Worker(self.job, str(worker.name), own), threading.Event()
 
     def run(self, units: Mapping[int, Unit]) -> list[str]:
         """Run units; return the reports as JSON: only those until the run ended, where it does so meanwhile."""
         told: list[str] = []
-        with ONE_AT_A_TIME, _back_at_the_end():
-            if self.worker is None:
-                return told
-            with closing(self.worker.run(units)) as reports:
-                for report in reports:
-                    told.append(REPORT.dump_json(report).decode())
-                    if self.worker is None:
-                        break
+        with ONE_AT_A_TIME, _back_at_the_end(), closing(self.worker.run(units)) as reports:
+            for report in reports:
+                told.append(REPORT.dump_json(report).decode())
+                if self.has_ended.is_set():
+                    break
         return told
 
     def teardown(self, worker: distributed.Worker) -> None:
-        """Let go of the encoder."""
-        if self.worker is not None:
-            self.worker.leave()
-            self.worker = None
+        """Let go of the encoder, once the task that is at it notices."""
+        self.has_ended.set()
+        self.worker.leave()
+        del self.worker
 
 
 def run_units(plugin: str, units: Mapping[int, Unit]) -> list[str]:

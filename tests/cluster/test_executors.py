@@ -25,6 +25,8 @@ from pipeline.project import Project
 
 ROWS, UNITS = 26, 7
 STORES = ("0.5", "1.0")
+TEN = (1, 2, 5, 6, 9, 10, 13, 14, 17, 18)
+"""Rows of the first five units, none of them on its unit's edge."""
 TIMEOUT = 600
 JOBQUEUE = {"cores": 1, "memory": "1GB", "interface": "lo", "job_directives_skip": ["--mem"]}
 
@@ -91,23 +93,29 @@ def test_processes_of_this_machine(folder: Path, expected: dict[str, bytes], cap
     assert "samples/s" in caplog.text
 
 
-def test_workers_that_are_killed_and_units_that_kill_all_of_them(
-    folder: Path, expected: dict[str, bytes], dask_cluster: DaskCluster, caplog: pytest.LogCaptureFixture
+def test_workers_that_are_killed_and_a_unit_that_kills_all_of_them(
+    folder: Path,
+    expected: dict[str, bytes],
+    dask_cluster: DaskCluster,
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Row 5 kills whoever reads it first, rows 17 and 22 whoever reads them."""
-    (folder / f"{perilous.ONCE}-5").touch()
-    for row in (17, 22):
-        (folder / f"{perilous.ALWAYS}-{row}").touch()
-    assert not encode(folder, kind="dask", address=dask_cluster.address, retries=1)
-    assert reasons(folder).keys() == {f"row {row}" for row in range(16, 24)}
-    begin = "its unit killed the process that ran it: 2 times ("
+    """Some rows kill whoever reads them first, in the midst of a unit; row 22 whoever reads it."""
+    retries, killing = (2, TEN) if request.config.getoption("--faults") else (1, TEN[:1])
+    for row in killing:
+        (folder / f"{perilous.ONCE}-{row}").touch()
+    always = folder / f"{perilous.ALWAYS}-22"
+    always.touch()
+    assert not encode(folder, kind="dask", address=dask_cluster.address, retries=retries)
+    assert not list(folder.glob(f"{perilous.ONCE}-*"))
+    assert reasons(folder).keys() == {f"row {row}" for row in range(20, 24)}
+    begin = f"its unit killed the process that ran it: {retries + 1} times ("
     assert all(reason.startswith(begin) for reason in reasons(folder).values())
     assert stored(folder).items() < expected.items()
-    for row in (17, 22):
-        (folder / f"{perilous.ALWAYS}-{row}").unlink()
+    always.unlink()
     caplog.clear()
     assert encode(folder, kind="dask", address=dask_cluster.address)
-    assert "cut 1.0: 8 samples encoded, 18 were there" in caplog.text
+    assert "cut 1.0: 4 samples encoded, 22 were there" in caplog.text
     assert stored(folder) == expected
     assert reasons(folder) == {}
 
