@@ -7,6 +7,7 @@ embeddings come one tower after the other, as the targets do.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from pipeline.split import Prefix, State, Suffix
 from pipeline.tasks import read_tensor
 from pipeline.views import Views
 from pipeline.workbench import Workbench
+
+log = logging.getLogger("recycle")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,14 @@ def open_tower(project: Project, cut: CutName, table: SampleTable, *, to_train: 
         rows = np.flatnonzero(table.targets["role"] == project.tower)
         table = table.of(rows)
     bench = Workbench.open(project, table, carrier=project.at(cut) if to_train else None)
-    return Tower(bench, table, rows, *bench.open_store(project.at(cut), table))
+    views, prefix, suffix = bench.open_store(project.at(cut), table)
+    if to_train and views.plain.is_linked:
+        log.warning(
+            "%s: its files are links to a cache; DVC copies the whole store before each encode then: dvc config "
+            "cache.type reflink,copy (docs/sharing.md)",
+            views.path,
+        )
+    return Tower(bench, table, rows, views, prefix, suffix)
 
 
 def to_train(tower: Tower) -> Suffix:
