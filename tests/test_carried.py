@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,19 @@ def test_augmented_views(images: Path) -> None:
     ]
     whole, carried = both(made, "0.5", images / "net.safetensors")
     assert result(whole) == result(carried)
+
+
+def test_a_store_elsewhere_carries_it_too(images: Path) -> None:
+    made = project(encode={"cuts": [0.5], "store": f"file://{images}/bucket"})
+    encode_project(made)
+    written = {path: path.stat().st_mtime_ns for path in (images / "bucket").rglob("*") if path.is_file()}
+    assert images / "bucket/0.5/suffix/suffix.json" in written
+    encode_project(made, rehash=True)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    shutil.rmtree(".recycle")
+    whole, carried = both(made, "0.5", images / "net.safetensors")
+    assert result(whole) == result(carried)
+    assert verify(made.open_store(0.5)) == []
 
 
 def test_only_what_changed_is_written_again(images: Path) -> None:

@@ -196,8 +196,7 @@ def test_what_cannot_be_read_is_told_in_a_line(
     for place in (tmp_path / "remote").rglob("*"):
         if place.is_file() and place.stat().st_size > 100_000:
             place.unlink()
-    shutil.rmtree(".recycle")
-    assert "state.input is not on DVC's remote store" in said("dvc://v1:data/activations").replace("/c.0.0.0.0", "")
+    assert "is not on DVC's remote store" in said("dvc://v1:data/activations")
     run(there, "dvc", "remote", "remove", "store")
     assert "DVC has no default remote" in said("dvc://v1:data/activations")
     monkeypatch.chdir(tmp_path)

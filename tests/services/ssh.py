@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from services.loopback import end, free_port
 
 START_SECONDS = 30
 SEPARATION = Path("/run/sshd")
@@ -44,7 +45,7 @@ def ssh_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     for name in ("host", "user"):
         subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     shutil.copy(folder / "user.pub", folder / "authorized")
-    port = _free_port()
+    port = free_port()
     (folder / "config").write_text("\n".join(_settings(folder, port)) + "\n")
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([server, "-D", "-e", "-f", folder / "config"], stdout=log, stderr=log)
@@ -52,8 +53,7 @@ def ssh_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
             _wait(port, process, folder / "log")
             yield Host(port, getpass.getuser(), folder / "user")
         finally:
-            process.terminate()
-            process.wait()
+            end(process)
 
 
 def _settings(folder: Path, port: int) -> list[str]:
@@ -80,9 +80,3 @@ def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
         except OSError:
             time.sleep(0.1)
     raise RuntimeError(f"sshd did not start:\n{log.read_text(errors='replace')[-2000:]}")
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
