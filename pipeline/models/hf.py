@@ -271,12 +271,12 @@ def _load_extractor(origin: Origin) -> Any:
 def _image_defaults(origin: Origin, settings: Any) -> ImageDefaults:
     """Read the image processor's settings; a directory without one gets the usual values."""
     usual, found = ImageDefaults(), _image_processor(origin)
-    processor = {} if found is None else found.to_dict()
+    processor: dict[str, Any] = {} if found is None else found.to_dict()
     size = getattr(settings, "image_size", None) or (processor.get("size") or {}).get("height") or usual.image_size
     normalises = processor.get("do_normalize", True)
     return ImageDefaults(
         size if isinstance(size, int) else size[0],
-        INTERPOLATIONS.get(processor.get("resample"), usual.interpolation),
+        INTERPOLATIONS.get(processor.get("resample", -1), usual.interpolation),
         tuple(processor.get("image_mean") or usual.mean) if normalises else (0.0, 0.0, 0.0),
         tuple(processor.get("image_std") or usual.std) if normalises else (1.0, 1.0, 1.0),
     )

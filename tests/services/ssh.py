@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from services.loopback import end, free_port
 
 START_SECONDS = 30
