@@ -247,6 +247,8 @@ def _open_or_replace(path: Path, recipe: Recipe, remote: Remote | None) -> Store
     Raises:
         StaleStoreError: one of another recipe lies elsewhere, where others may be using it.
     """
+    if remote is None:
+        (path / ELSEWHERE).unlink(missing_ok=True)  # from here on it lies here
     try:
         return Store.create(path, recipe, remote)
     except StaleStoreError as stale:
