@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline import order
+from pipeline import order, processes
 from pipeline.data import SampleTable
 from pipeline.loader import Loader, Source, place
 from pipeline.memory import memory_bytes
 from pipeline.store import Reader, Rows
 from pipeline.tasks import Prepared
 from pipeline.towers import Abreast, Tower
+from pipeline.train import TrainConfig
 from pipeline.views import Views
 from pipeline.workbench import Workbench
 
@@ -116,6 +117,8 @@ class Fed:
             device=self.device,
             source=self.source,
             read_ahead=draws.read_ahead,
+            rank=processes.rank(),
+            world=processes.world(),
         )
 
 
@@ -150,19 +153,8 @@ class Draws:
             if config.group_by_length:
                 sizes[fed.rows] = fed.reader.sizes(fed.places)
         drawn_from = len(np.unique(first.places.segment))
-        window = None
-        if config.shuffle != "exact":
-            if any(fed.source is not fed.reader for fed in feds):
-                memory = None
-            nbytes = sum(store.nbytes() for fed in feds for store in fed.views.stores)
-            cached = int(CACHED_SHARE * (memory_bytes() if memory is None else memory))
-            if config.shuffle == "window" or nbytes > cached:
-                segment = nbytes / max(1, sum(len(store.segments()) for store in first.views.stores))
-                window = max(1, int(cached / WINDOWS_CACHED / segment))
-                log.info(
-                    "the store has %.1f GB: batches are drawn from %d segments at a time, of %d",
-                    *(nbytes / 1e9, window, drawn_from),
-                )
+        # Processes may differ in memory, and must not in the order.
+        window = processes.on_main(lambda: _window(config, feds, drawn_from, memory))
         a_segment = len(first.rows) / max(1, drawn_from)
         read_ahead = 0 if window is None else int(np.ceil(window * a_segment / config.batch_size))
         return cls(bench, table, window, segments, sizes if config.group_by_length else None, read_ahead)
@@ -181,6 +173,24 @@ class Draws:
             window=order.Window(_of_first(units, self.segments), self.window or 1) if windowed else None,
             lengths=None if self.sizes is None else _of_longest(units, self.sizes),
         )
+
+
+def _window(config: TrainConfig, feds: Sequence[Fed], drawn_from: int, memory: int | None) -> int | None:
+    """Return how many segments are drawn from at a time, of `drawn_from`; None where the order is exact."""
+    if config.shuffle == "exact":
+        return None
+    if any(fed.source is not fed.reader for fed in feds):
+        memory = None
+    nbytes = sum(store.nbytes() for fed in feds for store in fed.views.stores)
+    cached = int(CACHED_SHARE * (memory_bytes() if memory is None else memory))
+    if config.shuffle == "auto" and nbytes <= cached:
+        return None
+    segment = nbytes / max(1, sum(len(store.segments()) for store in feds[0].views.stores))
+    window = max(1, int(cached / WINDOWS_CACHED / segment))
+    log.info(
+        "the store has %.1f GB: batches are drawn from %d segments at a time, of %d", nbytes / 1e9, window, drawn_from
+    )
+    return window
 
 
 def _of_first(units: Sequence[np.ndarray] | np.ndarray, values: np.ndarray) -> np.ndarray:

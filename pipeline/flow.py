@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from pipeline import proved, quarantine, runs
+from pipeline import processes, proved, quarantine, runs
 from pipeline.costs import read_costs, write_costs
 from pipeline.data import SampleTable, Source, build, rows_in_role
 from pipeline.encode import encode
@@ -33,7 +32,7 @@ from pipeline.split import Prefix
 from pipeline.store import Store, first_rows, remove
 from pipeline.timing import seconds_per_sample
 from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
-from pipeline.train import Batches, fit
+from pipeline.train import Batches, fit, open_accelerator
 from pipeline.views import rows_by_view
 from pipeline.workbench import Workbench
 
@@ -106,21 +105,26 @@ def _encode_what_is_missing(
 
 
 def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
-    """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`."""
+    """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`.
+
+    Where several processes were started, each runs this with its share of the samples, and the main one writes.
+    """
     cut = project.cut(cut_name)
     name = name or runs.run_name(project, cut)
     out = project.run_path(name)
-    set_seed(project.train.seed)
-    accelerator = Accelerator(
-        mixed_precision=project.train.precision, gradient_accumulation_steps=project.train.gradient_accumulation
-    )
+    accelerator = open_accelerator(project.train)
+    set_seed(project.train.seed, device_specific=True)  # no process drops what another one does
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
     towers = [open_tower(part, cut, table) for part in project.parts]
     suffix, task = joined(towers), towers[0].bench.task
     if project.train.channels_last:
         suffix.to(memory_format=torch.channels_last)
     training, validation = _open_loaders(towers, table, accelerator.device)
-    shutil.rmtree(out, ignore_errors=True)
+    if accelerator.is_main_process:
+        shutil.rmtree(out, ignore_errors=True)
+    else:
+        for tower in towers:
+            tower.bench.backbone.model.to("meta")  # the suffix has its own weights, and the main process the others
     identity = runs.identity(project, cut)
     summary = fit(
         suffix,
@@ -147,11 +151,12 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         best_epoch=summary.best_epoch,
         train_samples=len(table.rows("train")),
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
-        frozen_seconds_per_sample=_frozen_cost(towers, accelerator.device),
+        frozen_seconds_per_sample=processes.on_main(lambda: _frozen_cost(towers, accelerator.device)),
         history=summary.history,
         legend=task.legend(table),
     )
-    runs.write(project, finished)
+    if accelerator.is_main_process:
+        runs.write(project, finished)
     log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
     return finished
 

@@ -9,6 +9,7 @@ import click
 
 from pipeline.config import parse_override
 from pipeline.flow import train_project
+from pipeline.processes import together
 from pipeline.project import Project
 from stages.options import params_option
 
@@ -22,6 +23,7 @@ def command(params: Path, cut: str, settings: Sequence[str], name: str | None) -
     """Fine-tune the layers above one cut from its store.
 
     --set may be given several times, as in --set train.seed=1 --set data.fraction=0.5. A run that was killed goes on
-    from its last whole epoch.
+    from its last whole epoch. `torchrun --nproc-per-node 2 -m stages.cli train --cut CUT` trains it in two processes.
     """
-    train_project(Project.load(params, dict(map(parse_override, settings))), cut, name)
+    with together():
+        train_project(Project.load(params, dict(map(parse_override, settings))), cut, name)

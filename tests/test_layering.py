@@ -21,6 +21,7 @@ FLOORS = [
     {"pipeline.workbench"},
     {"pipeline.project"},
     {"pipeline.roles", "pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
+    {"pipeline.objective"},
     {
         "pipeline.adapter",
         "pipeline.checkpoint",
@@ -35,7 +36,7 @@ FLOORS = [
     {"pipeline.models", "pipeline.store"},
     {"pipeline.data", "pipeline.tasks"},
     {"pipeline.split"},
-    {"pipeline.keys", "pipeline.files"},
+    {"pipeline.keys", "pipeline.files", "pipeline.processes"},
     {"pipeline.config", "pipeline.memory", "pipeline.order"},
     {"pipeline.errors"},
 ]
@@ -44,7 +45,13 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 DOORS = {
     "click": {"stages"},
     "dvclive": {"pipeline.train"},
-    "accelerate": {"pipeline.checkpoint", "pipeline.flow", "pipeline.train"},
+    "accelerate": {
+        "pipeline.checkpoint",
+        "pipeline.flow",
+        "pipeline.objective",
+        "pipeline.processes",
+        "pipeline.train",
+    },
     "matplotlib": {"pipeline.report"},
     "nervaluate": {"pipeline.tasks"},
     "numcodecs": {"pipeline.store"},
