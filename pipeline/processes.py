@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, parse_flag_from_env
 from torch import Tensor, nn
 
 from pipeline.errors import TrainError
@@ -32,15 +32,23 @@ FAILED = "recycle/failed"
 """Where the processes count those of them that met an error."""
 
 
+def state() -> PartialState:
+    """Return what accelerate knows of the processes; the first call of several meets the others.
+
+    It must be told where there is no accelerator: else each process would take itself for the only one.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def rank() -> int:
     """Return which of the processes this is, counted from 0."""
-    found: int = PartialState().process_index
+    found: int = state().process_index
     return found
 
 
 def world() -> int:
     """Return how many processes there are."""
-    found: int = PartialState().num_processes
+    found: int = state().num_processes
     return found
 
 
@@ -53,11 +61,10 @@ def together() -> Iterator[None]:
     Raises:
         TrainError: another process was lost, and has not said why.
     """
-    state = PartialState()
-    if state.num_processes == 1:
+    if world() == 1:
         yield
         return
-    if not state.is_main_process:
+    if rank() > 0:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     try:
@@ -67,11 +74,11 @@ def together() -> Iterator[None]:
             sys.exit(1)
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's are plain RuntimeErrors
             raise TrainError(
-                f"process {state.process_index} of {state.num_processes} lost another one ({error}); look for what "
-                "ended it, and run again: training goes on from its last whole epoch"
+                f"process {rank()} of {world()} lost another one ({error}); look for what ended it, and run again: "
+                "training goes on from its last whole epoch"
             ) from error
         raise
-    state.destroy_process_group()
+    state().destroy_process_group()
 
 
 def on_main(compute: Callable[[], T]) -> T:
@@ -84,7 +91,7 @@ def on_main(compute: Callable[[], T]) -> T:
 
 def wait() -> None:
     """Wait until all processes are here."""
-    PartialState().wait_for_everyone()
+    state().wait_for_everyone()
 
 
 def gather(tensors: Sequence[Tensor], places: Sequence[np.ndarray], fill: Sequence[float]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from dvclive.live import Live
 from pydantic import Field
 from scmrepo.exceptions import SCMError
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
+from pipeline import processes
 from pipeline.adapter import AdapterSetting
 from pipeline.checkpoint import resume, save
 from pipeline.config import Section
@@ -34,6 +35,7 @@ from pipeline.errors import ConfigError, TrainError
 from pipeline.loader import Batch, Residency
 from pipeline.objective import Objective, evaluate
 from pipeline.order import ViewOrder
+from pipeline.parallel import prepare
 from pipeline.tasks import Task
 
 
@@ -117,17 +119,16 @@ class Batches(Iterable[Batch], Sized, Protocol):
 def open_accelerator(config: TrainConfig) -> Accelerator:
     """Return what drives device, precision and processes.
 
-    A batch is shared out among processes (`split_batches`), so that a schedule has as many steps as of one. Which
-    parameters a step reaches may differ from process to process, as with layers that are dropped at random.
+    A batch is shared out among processes (`split_batches`), so that a schedule has as many steps as of one.
 
     Raises:
         ConfigError: there are more processes than units in a step.
     """
     accelerator = Accelerator(
+        cpu=processes.state().device.type == "cpu",
         mixed_precision=config.precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
     if config.batch_size < accelerator.num_processes:
         raise ConfigError(
@@ -159,7 +160,8 @@ def fit(
     objective = Objective(suffix, task)
     optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))
     scheduler = schedule(optimizer, config, steps=config.epochs * -(-len(training) // config.gradient_accumulation))
-    objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
+    model = prepare(objective, training, accelerator)
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     progress = resume(accelerator, checkpoint)
     if progress.initial is None:
         progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
@@ -169,7 +171,7 @@ def fit(
         while not progress.exhausted(config.epochs, config.patience):
             training.set_epoch(progress.epoch)
             start = time.perf_counter()
-            loss = train_epoch(objective, training, optimizer, scheduler, accelerator, config, progress.epoch)
+            loss = train_epoch(model, training, optimizer, scheduler, accelerator, config, progress.epoch)
             seconds = time.perf_counter() - start
             metrics = evaluate(suffix, task, validation, accelerator)
             row = {"train/loss": loss, "train/seconds": seconds} | {f"validation/{k}": v for k, v in metrics.items()}

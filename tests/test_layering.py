@@ -49,6 +49,7 @@ DOORS = {
         "pipeline.checkpoint",
         "pipeline.flow",
         "pipeline.objective",
+        "pipeline.parallel",
         "pipeline.processes",
         "pipeline.train",
     },
