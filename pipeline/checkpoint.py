@@ -6,7 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline import processes
+from pipeline.errors import TrainError
+from pipeline.store import claim
 
 
 @dataclass
@@ -47,6 +50,26 @@ class Progress:
         return self.epoch >= epochs or (patience is not None and waited >= patience)
 
 
+@contextmanager
+def alone(checkpoint: Path) -> Iterator[Path]:
+    """Give the folder of a run's checkpoints to this run alone; of several processes the main one has it for all.
+
+    Raises:
+        TrainError: somebody else trains this very run.
+    """
+    if processes.rank() > 0:
+        yield checkpoint
+        return
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    with claim(checkpoint) as is_ours:
+        if not is_ours:
+            raise TrainError(
+                f"{checkpoint} is in use: another process trains a run with these settings; wait for its end, or "
+                "change a setting (start several processes of one run with torchrun)"
+            )
+        yield checkpoint
+
+
 def resume(accelerator: Accelerator, checkpoint: Path) -> Progress:
     """Load what a killed run of this folder left, if anything; the number of processes may have changed."""
     accelerator.register_save_state_pre_hook(partial(_save_plain, accelerator))
@@ -63,8 +86,8 @@ def save(
 ) -> None:
     """Commit the epoch: everything is written beside, the folder `latest` is swapped by renames, last.
 
-    `weights` are those that the run would end with after this epoch. Every process adds the state of its random
-    numbers.
+    `weights` are those that the run would end with after this epoch, given by the main process. Every process adds the
+    state of its random numbers.
     """
     beside, latest, previous = (checkpoint / name for name in ("beside", "latest", "previous"))
     if accelerator.is_main_process:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from pipeline import processes, proved, quarantine, runs
+from pipeline.checkpoint import alone
 from pipeline.costs import read_costs, write_costs
 from pipeline.data import SampleTable, Source, build, rows_in_role
 from pipeline.encode import encode
@@ -32,7 +34,7 @@ from pipeline.split import Prefix
 from pipeline.store import Store, first_rows, remove
 from pipeline.timing import seconds_per_sample
 from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
-from pipeline.train import Batches, fit, open_accelerator
+from pipeline.train import Batches, Summary, fit, open_accelerator
 from pipeline.views import rows_by_view
 from pipeline.workbench import Workbench
 
@@ -116,28 +118,9 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
     set_seed(project.train.seed, device_specific=True)  # no process drops what another one does
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
     towers = [open_tower(part, cut, table) for part in project.parts]
-    suffix, task = joined(towers), towers[0].bench.task
-    if project.train.channels_last:
-        suffix.to(memory_format=torch.channels_last)
-    training, validation = _open_loaders(towers, table, accelerator.device)
-    if accelerator.is_main_process:
-        shutil.rmtree(out, ignore_errors=True)
-    else:
-        for tower in towers:
-            tower.bench.backbone.model.to("meta")  # the suffix has its own weights, and the main process the others
     identity = runs.identity(project, cut)
-    summary = fit(
-        suffix,
-        task,
-        training,
-        validation,
-        project.train,
-        out=out,
-        checkpoint=project.scratch / "checkpoints" / identity,
-        accelerator=accelerator,
-        fresh=fresh(towers),
-        weights=plain_weights if project.train.adapter else nn.Module.state_dict,
-    )
+    with alone(project.scratch / "checkpoints" / identity) as checkpoint:
+        summary = _train(project, table, towers, accelerator, out, checkpoint)
     finished = Run(
         name=name,
         cut=cut,
@@ -153,12 +136,44 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
         frozen_seconds_per_sample=processes.on_main(lambda: _frozen_cost(towers, accelerator.device)),
         history=summary.history,
-        legend=task.legend(table),
+        legend=towers[0].bench.task.legend(table),
     )
     if accelerator.is_main_process:
         runs.write(project, finished)
     log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
     return finished
+
+
+def _train(
+    project: Project,
+    table: SampleTable,
+    towers: Sequence[Tower],
+    accelerator: Accelerator,
+    out: Path,
+    checkpoint: Path,
+) -> Summary:
+    """Train what follows the cut of `towers`, and leave it in the folder `out`."""
+    suffix = joined(towers)
+    if project.train.channels_last:
+        suffix.to(memory_format=torch.channels_last)
+    training, validation = _open_loaders(towers, table, accelerator.device)
+    if accelerator.is_main_process:
+        shutil.rmtree(out, ignore_errors=True)
+    else:
+        for tower in towers:
+            tower.bench.backbone.model.to("meta")  # the suffix has its own weights, and the main process the others
+    return fit(
+        suffix,
+        towers[0].bench.task,
+        training,
+        validation,
+        project.train,
+        out=out,
+        checkpoint=checkpoint,
+        accelerator=accelerator,
+        fresh=fresh(towers),
+        weights=plain_weights if project.train.adapter else nn.Module.state_dict,
+    )
 
 
 def report_project(project: Project) -> list[Row]:

@@ -177,7 +177,7 @@ def fit(
             row = {"train/loss": loss, "train/seconds": seconds} | {f"validation/{k}": v for k, v in metrics.items()}
             better = progress.take(row, metrics[task.monitor], higher=task.higher_is_better)
             _log(live, row)
-            save(accelerator, weights(suffix), checkpoint, progress, better=better)
+            save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
     best = config.keep == "best"
     if writes:
         shutil.copyfile(checkpoint / ("best.safetensors" if best else "last.safetensors"), out / "model.safetensors")

@@ -21,6 +21,7 @@ FLOORS = [
     {"pipeline.workbench"},
     {"pipeline.project"},
     {"pipeline.roles", "pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
+    {"pipeline.parallel"},
     {"pipeline.objective"},
     {
         "pipeline.adapter",

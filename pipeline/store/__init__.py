@@ -17,7 +17,7 @@ from pipeline.store.keyset import KeySet, first_rows
 from pipeline.store.materialise import Scratch
 from pipeline.store.reader import Reader
 from pipeline.store.resident import Resident
-from pipeline.store.scratch import discard, sweep
+from pipeline.store.scratch import claim, discard, sweep
 from pipeline.store.scratch import scratch as temporary_folder
 from pipeline.store.store import Store, alone, own_entries, remove
 from pipeline.store.trial import through
@@ -41,6 +41,7 @@ __all__ = [
     "Store",
     "Upkeep",
     "alone",
+    "claim",
     "describe",
     "discard",
     "find_stores",
