@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -72,7 +73,7 @@ def _share_statistics(module: nn.Module, device: torch.device) -> None:
         )
 
 
-def _synchronise(norm: nn.Module) -> bool:
+def _synchronise(norm: Any) -> bool:
     """Make a batch norm a synchronised one, in place: others hold on to it. Say whether there is one of its kind."""
     for plain, synchronised in _kinds():
         if type(norm) is plain:
