@@ -109,6 +109,9 @@ class EncodeConfig(Section):
     """"auto" (the accelerator if there is one), "cpu", "cuda:0", ..."""
     channels_last: bool = False
     """Run image backbones in channels-last memory format: faster on most accelerators."""
+    suffix: bool = True
+    """Keep the pretrained weights after each cut beside its store (`<cut>/suffix`): who has the store alone, and not
+    the weights of `model`, can train from it. They take as much room as those weights do."""
     max_bad: int | float = Field(default=0, ge=0)
     """Bad samples tolerated before the run ends with exit code 3: a count, or below 1 a fraction of the data set."""
 

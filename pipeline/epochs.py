@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from pipeline import order
+from pipeline import order, processes
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError
 from pipeline.loader import Loader, Source, place
@@ -137,6 +137,8 @@ class Fed:
             device=self.device,
             source=self.source,
             read_ahead=draws.room // draws.feds,
+            rank=processes.rank(),
+            world=processes.world(),
         )
 
 
@@ -172,7 +174,8 @@ class Draws:
             segments[fed.rows] = fed.places.segment
             if config.group_by_length:
                 sizes[fed.rows] = fed.reader.sizes(fed.places)
-        room, is_windowed = _room(feds, memory)
+        # Processes may differ in memory, and must not in the order.
+        room, is_windowed = processes.on_main(lambda: _room(feds, memory))
         window = None
         if is_windowed:
             views = first.views.count if config.views == "random" else 1

@@ -22,6 +22,8 @@ from pipeline.roles import TowersConfig
 from pipeline.stat_cache import StatCache
 from pipeline.store import Bucket, Reader, Remote, Scratch, Store, check_place
 from pipeline.tasks import TaskConfig
+from pipeline.tracked import SCHEME as TRACKED
+from pipeline.tracked import Place, open_tracked
 from pipeline.train import TrainConfig
 from pipeline.views import view_name
 
@@ -170,7 +172,11 @@ class Project:
 
         Raises:
             ConfigError: the URL cannot be used.
+            StoreError: what DVC tracks there is not on its remote.
         """
+        if url.startswith(TRACKED):
+            tracked = open_tracked(url, self.scratch / MIRRORS / "dvc" / "sizes.json")
+            return Remote(tracked, self.scratch / MIRRORS / "dvc" / tracked.digest)
         scheme, _, place = url.partition("://")
         return Remote(Bucket(url, self.encode.store_options), self.scratch / MIRRORS / scheme / place.strip("/"))
 
@@ -233,7 +239,10 @@ class Project:
         if self.encode.store is None:
             return ["encode.store_options is set, but encode.store is not"] if self.encode.store_options else []
         try:
-            check_place(self.encode.store, self.encode.store_options)
+            if self.encode.store.startswith(TRACKED):
+                Place.of(self.encode.store)
+            else:
+                check_place(self.encode.store, self.encode.store_options)
         except ConfigError as error:
             return [f"encode.store: {error}"]
         return []

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.carried import is_lacking
 from pipeline.config import Section
 from pipeline.data import SampleTable, Stamp
 from pipeline.errors import StoreError
@@ -81,6 +82,8 @@ def stores(project: Project, circumstances: str | None, keys: Sequence[np.ndarra
         try:
             of_view = [project.open_store(cut, view) for cut in project.encode.cuts]
             if any(one.recipe.digest != recipes.get(_name(one)) or one.missing(wanted).any() for one in of_view):
+                return None
+            if view is None and project.encode.suffix and any(is_lacking(one, project.model) for one in of_view):
                 return None
         except StoreError:
             return None

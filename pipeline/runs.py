@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pipeline.data import SampleTable
-from pipeline.errors import DataError, StoreError
+from pipeline.errors import AbsentError, DataError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, digest, first_difference
 from pipeline.project import CutName, Project
@@ -102,6 +102,7 @@ def open_run(project: Project, name: str, tower: str | None = None) -> FinishedR
     """Open the finished run `name`, or one tower of it; neither raw data nor another recipe's store is read.
 
     Raises:
+        AbsentError: the weights that params.yaml names are not on this machine.
         ConfigError: its cut was never encoded, or it has no such tower.
         DataError: the run does not exist, or does not fit today's settings and sample table.
         StaleStoreError: the store was encoded under another recipe; the message names the first field that differs.
@@ -115,7 +116,13 @@ def open_run(project: Project, name: str, tower: str | None = None) -> FinishedR
             f"run {name} was trained with {setting} = {then!r}, {project.params} gives {now!r}; set it back, or train "
             "again"
         )
-    opened = open_tower(project.part(tower), project.cut(str(run.cut)), table)
+    try:
+        opened = open_tower(project.part(tower), project.cut(str(run.cut)), table)
+    except AbsentError as absent:
+        raise AbsentError(
+            f"run {name}: {absent}; what a store carries is enough to train, an export and predictions take the layers "
+            "before the cut too"
+        ) from absent
     weights = project.run_path(name) / WEIGHTS
     try:
         load_weights(opened, weights)

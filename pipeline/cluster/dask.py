@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ log = logging.getLogger("recycle")
 UNITS_PER_TASK = 8
 TASKS_PER_WORKER = 2
 """Tasks that are given out for each worker: enough that none is idle, and few enough for the scheduler's memory."""
+ONE_AT_A_TIME = threading.Lock()
+"""A process has one working folder, and one accelerator: of all runs that share a worker, one is at it."""
 CONNECT_SECONDS = 15
 WAIT_SECONDS = 10
 """How long no worker may be there before it is said."""
@@ -72,10 +74,12 @@ class DaskWorkers:
         if not units:
             return
         with self.job.at_home(), _scheduler(self.config, self.job) as scheduler, _client(scheduler) as client:
-            name = f"recycle-{self.job.home.name}"
-            client.register_plugin(EncoderPlugin(self.job, divides=self.config.kind == "local"), name)
+            name, address = f"recycle-{self.job.home.name}", client.scheduler.address
+            _register(client, EncoderPlugin(self.job, divides=self.config.kind == "local"), name)
             try:
                 yield from self._run(client, units, name)
+            except OSError as error:  # what goes wrong with a worker is none
+                raise _lost(address) from error
             finally:
                 if client.status == "running":
                     client.unregister_worker_plugin(name)
@@ -94,10 +98,7 @@ class DaskWorkers:
             future = next(running)
             task = tasks.pop(future)
             if future.status in ("cancelled", "lost"):
-                raise ClusterError(
-                    f"the scheduler at {client.scheduler.address} is lost; what was committed stays: start it, and run "
-                    "again"
-                )
+                raise _lost(workers.address)
             if isinstance(future.exception(), KilledWorker):
                 waiting.append(task.again(self.job))
                 continue
@@ -151,19 +152,23 @@ class EncoderPlugin(WorkerPlugin):  # type: ignore[misc]
                 own["device"] = f"{kind}:{worker.name % torch.accelerator.device_count()}"
         if multiprocessing.current_process().daemon:
             own["workers"] = 0  # may have no processes of its own
-        self.worker = Worker(self.job, str(worker.name), own)
-        self.before, self.one_at_a_time = Path.cwd(), threading.Lock()
+        self.worker, self.has_ended = Worker(self.job, str(worker.name), own), threading.Event()
 
     def run(self, units: Mapping[int, Unit]) -> list[str]:
-        """Run units; return the reports as JSON."""
-        with self.one_at_a_time:
-            return [REPORT.dump_json(report).decode() for report in self.worker.run(units)]
+        """Run units; return the reports as JSON: only those until the run ended, where it does so meanwhile."""
+        told: list[str] = []
+        with ONE_AT_A_TIME, _back_at_the_end(), closing(self.worker.run(units)) as reports:
+            for report in reports:
+                told.append(REPORT.dump_json(report).decode())
+                if self.has_ended.is_set():
+                    break
+        return told
 
     def teardown(self, worker: distributed.Worker) -> None:
-        """Let go of the encoder."""
+        """Let go of the encoder, once the task that is at it notices."""
+        self.has_ended.set()
         self.worker.leave()
         del self.worker
-        os.chdir(self.before)
 
 
 def run_units(plugin: str, units: Mapping[int, Unit]) -> list[str]:
@@ -172,15 +177,25 @@ def run_units(plugin: str, units: Mapping[int, Unit]) -> list[str]:
     return found.run(units)
 
 
+@contextmanager
+def _back_at_the_end() -> Iterator[None]:
+    """Leave the process in the folder it was in."""
+    before = Path.cwd()
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 class _Workers:
     """The workers of a scheduler, watched as they come and go."""
 
     def __init__(self, client: Client) -> None:
-        self.client, self.known = client, set[str]()
+        self.client, self.address, self.known = client, client.scheduler.address, set[str]()
         try:
             client.wait_for_workers(1, timeout=WAIT_SECONDS)
         except TimeoutError:
-            log.info("%s has no workers yet; waiting for them", client.scheduler.address)
+            log.info("%s has no workers yet; waiting for them", self.address)
 
     def look(self) -> int:
         """Return how many there are; tell of those that left."""
@@ -189,6 +204,20 @@ class _Workers:
             log.warning("worker %s left; what it had begun goes to another", name)
         self.known = now
         return len(now)
+
+
+def _register(client: Client, plugin: EncoderPlugin, name: str) -> None:
+    try:
+        client.register_plugin(plugin, name)
+    except Exception as error:
+        raise ClusterError(
+            f"the workers of {client.scheduler.address} cannot take units ({type(error).__name__}: {error}); install "
+            "layer-recycling there, in the same version"
+        ) from error
+
+
+def _lost(address: str) -> ClusterError:
+    return ClusterError(f"the scheduler at {address} is lost; what was committed stays: start it, and run again")
 
 
 def _shares(units: int, workers: int) -> Iterator[range]:

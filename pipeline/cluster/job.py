@@ -6,12 +6,15 @@ A worker reads no sample table and holds no keys: a unit brings its own.
 from __future__ import annotations
 
 import os
-import platform
 import secrets
 import shutil
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,34 +97,40 @@ class Job(BaseModel):
         """Have the folder of the job while it runs; after a failure it stays for a look at it."""
         _remove_old(self.home.parent)
         write_whole(self.home / FILE, self.model_dump_json())
-        yield
+        with _letting_go():
+            yield
         shutil.rmtree(self.home, ignore_errors=True)
 
-    def build(self, own: Mapping[str, JSON]) -> Encoder:
-        """Go to the project's folder and build its encoder; `own` are settings of `encode` that hold here alone.
+    def enter(self) -> None:
+        """Go to the project's folder.
 
         Raises:
-            ClusterError: the folder cannot be seen here, or the encoder is not the coordinator's; the message names the
-                host, and of recipes the first field that differs.
+            ClusterError: it cannot be seen here.
         """
-        host = platform.node()
         if not (self.home / FILE).is_file():
             raise ClusterError(
-                f"worker on {host}: the project's folder {self.folder} cannot be seen there; put the project on a file "
-                "system that all workers share, under the same path"
+                f"the project's folder {self.folder} cannot be seen there; put the project on a file system that all "
+                "workers share, under the same path"
             )
         os.chdir(self.folder)
+
+    def build(self, own: Mapping[str, JSON]) -> Encoder:
+        """Build the project's encoder, in its folder; `own` are settings of `encode` that hold here alone.
+
+        Raises:
+            ClusterError: it is not the coordinator's; the message names the first field of the recipes that differs.
+        """
         project: Any = Project(**self._settings(own), tower=self.tower)
-        source = project.source()
+        source = replace(project, tower=None).source()  # all towers count the rows of one
         if len(source) != self.rows:
             raise ClusterError(
-                f"worker on {host}: the data set has {len(source)} samples there, {self.rows} here; let data.path name "
+                f"the data set has {len(source)} samples there, {self.rows} here; let data.path name "
                 "the same files for all, and run again"
             )
         bench = Workbench.with_head(project, self.head)
         bench.to_device()
-        prefixes, recipes = bench.freeze(decode_samples(source, bench.backbone.preprocess, np.asarray(self.example)))
-        self._prove(recipes, host)
+        prefixes, recipes, _ = bench.freeze(decode_samples(source, bench.backbone.preprocess, np.asarray(self.example)))
+        self._prove(recipes)
         stores = [
             [
                 Store.create(project.store_path(cut, view), own, project.remote)
@@ -135,15 +144,28 @@ class Job(BaseModel):
         encode = {**self.sections["encode"], **own}
         return check_sections(self.sections | {"encode": encode}, SECTIONS, str(self.home / FILE))
 
-    def _prove(self, recipes: Sequence[Sequence[Recipe]], host: str) -> None:
+    def _prove(self, recipes: Sequence[Sequence[Recipe]]) -> None:
         for of_view, expected in zip(recipes, self.recipes, strict=True):
             for own, text in zip(of_view, expected, strict=True):
                 if difference := own.first_difference(Recipe.from_json(text)):
                     field, there, here = difference
                     raise ClusterError(
-                        f"worker on {host}: its encoder has {field} = {there!r}, the coordinator's {here!r}; give all "
+                        f"its encoder has {field} = {there!r}, the coordinator's {here!r}; give all "
                         "workers the same weights, settings and versions of the libraries"
                     )
+
+
+@contextmanager
+def _letting_go() -> Iterator[None]:
+    """End at SIGTERM as at Ctrl-C: a batch job that is ended takes the workers with it that it asked for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _threads(config: ExecutorConfig) -> int | None:

@@ -68,7 +68,7 @@ def save_units(folder: Path, task: int, units: Mapping[int, Unit]) -> None:
     """Write the units of a task, by their numbers in the run."""
     arrays = {f"{name}.{number}": getattr(unit, name) for number, unit in units.items() for name in ARRAYS}
     with whole(folder / f"{task}{UNITS}") as file, file.open("wb") as stream:
-        np.savez(stream, allow_pickle=False, **arrays)
+        np.savez(stream, **arrays)
 
 
 def load_units(folder: Path, task: int) -> dict[int, Unit]:

@@ -13,7 +13,7 @@ import platform
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class Worker:
         self._encoder: Encoder | None = None
         self._mark: Path | None = None
 
-    def run(self, units: Mapping[int, Unit]) -> Iterator[Report]:
+    def run(self, units: Mapping[int, Unit]) -> Generator[Report, None, None]:
         """Run `units`, by their numbers in the run; yield what became of each part.
 
         Raises:
@@ -99,6 +99,7 @@ class Worker:
             self._mark = None
 
     def _run(self, units: Mapping[int, Unit]) -> Iterator[Report]:
+        self.job.enter()
         encoder = self._build()
         killed, waiting = deaths(self.job.home), dict(units)
         for number, unit in units.items():

@@ -21,9 +21,10 @@ from pipeline.store.objects import Bucket, Objects, Patience, check_place
 from pipeline.store.reader import Reader
 from pipeline.store.remote import Remote
 from pipeline.store.resident import Resident
-from pipeline.store.scratch import discard, sweep
+from pipeline.store.scratch import claim, discard, sweep
 from pipeline.store.scratch import scratch as temporary_folder
 from pipeline.store.store import Store, alone, own_entries, remove
+from pipeline.store.suffix import carries_suffix, read_suffix, remove_suffix, write_suffix
 from pipeline.store.trial import through
 from pipeline.store.upkeep import Upkeep, plan_compact, plan_gc, plan_removal
 from pipeline.store.verify import verify
@@ -52,6 +53,8 @@ __all__ = [
     "Store",
     "Upkeep",
     "alone",
+    "carries_suffix",
+    "claim",
     "describe",
     "discard",
     "find_stores",
@@ -61,12 +64,15 @@ __all__ = [
     "plan_compact",
     "plan_gc",
     "plan_removal",
+    "read_suffix",
     "readable",
     "remove",
+    "remove_suffix",
     "segment_id",
     "sweep",
     "tell",
     "temporary_folder",
     "through",
     "verify",
+    "write_suffix",
 ]

@@ -1,6 +1,7 @@
 """The layout of a store on disk: names, arrays, and what metadata says of them.
 
     <store>/recipe.json
+    <store>/suffix/                             what trains, as it was pretrained; may be absent
     <store>/<segment id>/zarr.json              zarr v3 group; with it the segment exists, without it it does not
     <store>/<segment id>/<array>/zarr.json      keys | sums | state.<name> | input.<name> | shape.<name>
                                                 | extra.<name> | <tensor>.offsets (ragged) | <tensor>.scales (int8)
@@ -29,6 +30,7 @@ from pipeline.keys import content_key, digest
 
 FORMAT = 2
 RECIPE_FILE = "recipe.json"
+SUFFIX = "suffix"
 METADATA_FILE = "zarr.json"
 KEYS = "keys"
 SUMS = "sums"

@@ -95,10 +95,13 @@ class Bucket:
         url: str,
         options: Mapping[str, Any] | None = None,
         patience: Patience = Patience(),
+        *,
+        secrets: Mapping[str, str] | None = None,
     ) -> None:
         """Use the place at `url`; nothing is asked of it yet. Credentials are found as obstore finds them.
 
         `options` are obstore's own for such a place, such as `endpoint` and `region`; the environment has them too.
+        `secrets` are options that are in no settings of ours, and may be credentials.
 
         Raises:
             ConfigError: the URL or an option is none that there is, or says what must stay secret.
@@ -117,7 +120,7 @@ class Bucket:
             else:
                 config: Any = {
                     name: str(value).lower() if isinstance(value, bool) else str(value)
-                    for name, value in (options or {}).items()
+                    for name, value in {**(options or {}), **(secrets or {})}.items()
                 }
                 self._store = from_url(self._url, config=config, client_options=client, retry_config=retry)
         except (BaseError, ValueError, OSError) as error:
@@ -144,6 +147,10 @@ class Bucket:
             last = found[-1]["path"]
             if not is_ordered:
                 return
+
+    def size(self, path: str) -> int:
+        """Return the bytes of an object; raises FileNotFoundError where there is none."""
+        return self._persist(path, lambda: int(obstore.head(self._store, path)["size"]))
 
     def read(self, path: str) -> bytes:
         """Return a small object, whole; raises FileNotFoundError where there is none."""

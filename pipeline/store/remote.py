@@ -169,6 +169,37 @@ class Remote:
                 return
         raise corrupt(self.where(chunk), f"does not match its checksum, fetched {TRIES} times")
 
+    def read_small(self, file: Path) -> bytes:
+        """Return what the file that is mirrored at `file` holds elsewhere; raises FileNotFoundError without one."""
+        return self.objects.read(self._key(file))
+
+    def bring(self, folder: Path) -> None:
+        """Make a folder of the mirror hold every file that lies below it elsewhere, large ones too."""
+        start = f"{self._key(folder)}/"
+        files = {path.removeprefix(start): listed for path, listed in self.objects.list(start.rstrip("/"))}
+        if read_listing(folder) == files:
+            return
+        with scratch(folder.parent) as temporary:
+            for name, listed in files.items():
+                if ".." in Path(name).parts:
+                    raise corrupt(f"{self.where(folder)}/{name}", "is no file of this folder")
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                with (temporary / name).open("wb") as file:
+                    for begin in range(0, listed.size, PART_BYTES):
+                        end = min(begin + PART_BYTES, listed.size)
+                        file.write(self.objects.read_part(f"{start}{name}", begin, end))
+            write_listing(temporary, files)
+            if folder.exists():
+                discard(folder)
+            if files:
+                settle(temporary, folder, _listed_as(files))
+
+    def put(self, folder: Path, *, last: str) -> None:
+        """Put all files of a folder of the mirror where they belong, the one called `last` last."""
+        files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+        for name in sorted(files, key=lambda name: name == last):
+            self.objects.put(f"{self._key(folder)}/{name}", folder / name)
+
     def _key(self, path: Path) -> str:
         return path.relative_to(self.mirror).as_posix()
 

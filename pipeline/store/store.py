@@ -105,6 +105,12 @@ class Store:
         """What messages call the store: its folder, or where else it lies."""
         return str(self.path) if self.remote is None else self.remote.where(self.path)
 
+    @property
+    def is_linked(self) -> bool:
+        """Whether its files on this disk have other names too, as DVC's links to its cache do."""
+        recipe = self.path / RECIPE_FILE
+        return recipe.is_symlink() or recipe.stat().st_nlink > 1
+
     def segments(self) -> list[str]:
         """Return the ids of all committed segments, sorted."""
         if self.remote is not None and not self._is_mirrored:

@@ -11,21 +11,22 @@ import google_crc32c
 import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.store.format import CHECKSUM_BYTES, METADATA_FILE, RECIPE_FILE, ArraySpec, find_stores
+from pipeline.store.format import CHECKSUM_BYTES, METADATA_FILE, RECIPE_FILE, SUFFIX, ArraySpec, find_stores
 from pipeline.store.listing import file_sizes
 from pipeline.store.materialise import Scratch
 from pipeline.store.metadata import corrupt, read_arrays, read_keys, read_recipe, read_segment_spec
 from pipeline.store.scratch import PREFIX, scratch
 from pipeline.store.segment import Segment, open_segment
 from pipeline.store.store import Store
+from pipeline.store.suffix import read_suffix
 
 
 def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = iter) -> list[str]:
     """Read every segment whole and return its faults, one line each; an empty list means that the store is sound.
 
     Checked are the recipe, all metadata against the segments' seals, the sizes of all files, the crc32c of every chunk
-    and of every sample, the offsets of ragged tensors, the digest of each segment's keys against its name, and that
-    nothing else lies in the store. Memory: one array at a time.
+    and of every sample, the offsets of ragged tensors, the digest of each segment's keys against its name, the files
+    of the suffix that the store carries, and that nothing else lies in the store. Memory: one array at a time.
     """
     try:
         read_recipe(store.path)
@@ -34,8 +35,9 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
     except StoreError as error:
         return [str(error)]
     faults = [fault for segment in progress(segments) for fault in _faults(store, segment)]
+    faults += _faults_of_suffix(store)
     inside = {path.relative_to(store.path).parts[0] for path in find_stores(store.path) if path != store.path}
-    strays = sorted(there - {RECIPE_FILE, *segments, *inside})
+    strays = sorted(there - {RECIPE_FILE, SUFFIX, *segments, *inside})
     return faults + [f"{store.path / stray} is no part of the store; remove it" for stray in strays]
 
 
@@ -63,6 +65,13 @@ def _faults(store: Store, name: str) -> Iterator[str]:
     expected = {f"{array}/{file}" for array, spec in arrays.items() for file in (METADATA_FILE, *spec.chunk_files)}
     for stray in sorted(file_sizes(path).keys() - expected - {METADATA_FILE}):
         yield f"{path / stray} is no part of the segment; remove it"
+
+
+def _faults_of_suffix(store: Store) -> Iterator[str]:
+    try:
+        read_suffix(store)
+    except StoreError as error:
+        yield str(error)
 
 
 def _check_raw(array: Path, spec: ArraySpec) -> None:

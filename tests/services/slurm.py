@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from services.loopback import end, free_port
+
 CORES = 2
 START_SECONDS = 60
 CONF = """
@@ -100,19 +102,10 @@ def _configure(folder: Path) -> None:
 def _start(stack: ExitStack, folder: Path, command: list[str]) -> None:
     log = stack.enter_context((folder / f"{command[0]}.out").open("w"))
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    stack.callback(_end, process)
+    stack.callback(end, process)
     socket_file = folder / "munge.socket"
     while command[0] == "munged" and process.poll() is None and not socket_file.exists():
         time.sleep(0.05)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _wait_until_idle(folder: Path) -> None:
@@ -124,10 +117,3 @@ def _wait_until_idle(folder: Path) -> None:
         time.sleep(0.1)
     logs = "\n".join(f"{file.name}: {file.read_text()[-1000:]}" for file in folder.glob("*.[lo][ou][gt]"))
     pytest.fail(f"Slurm did not start in {START_SECONDS} s: {said.stdout}{said.stderr}\n{logs}")
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
