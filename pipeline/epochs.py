@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from pipeline import order
+from pipeline import order, processes
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError
 from pipeline.loader import Loader, Source, place
@@ -28,6 +29,8 @@ log = logging.getLogger("recycle")
 
 CACHED_SHARE = 0.5
 """Share of the memory that the page cache is taken to have for a store."""
+LOOKED_AT = 256
+"""Segments whose sizes are looked at where they cannot be told from files."""
 ROOM_SHARE = 0.5
 """Share of that for the segments drawn from and those brought ahead, half for each."""
 
@@ -105,11 +108,12 @@ class Fed:
         """Whether segments must be brought to scratch before they can be read."""
         return self.bench.project.remote is not None or self.bench.project.encode.codec == "zstd"
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        """What its segments take where they are read from."""
+        """What its segments take where they are read from; where these are many, as some of them tell."""
         if self.is_brought:
-            return sum(self.reader.outline(segment).nbytes for segment in self.segments)
+            some = self.segments[:: max(1, len(self.segments) // LOOKED_AT)]
+            return len(self.segments) * sum(self.reader.outline(segment).nbytes for segment in some) // len(some)
         return sum(store.nbytes() for store in self.views.stores)
 
     def loader(self, draws: Draws, part: str, targets: Mapping[str, Prepared]) -> Loader:
@@ -133,6 +137,8 @@ class Fed:
             device=self.device,
             source=self.source,
             read_ahead=draws.room // draws.feds,
+            rank=processes.rank(),
+            world=processes.world(),
         )
 
 
@@ -168,7 +174,8 @@ class Draws:
             segments[fed.rows] = fed.places.segment
             if config.group_by_length:
                 sizes[fed.rows] = fed.reader.sizes(fed.places)
-        room, is_windowed = _room(feds, memory)
+        # Processes may differ in memory, and must not in the order.
+        room, is_windowed = processes.on_main(lambda: _room(feds, memory))
         window = None
         if is_windowed:
             views = first.views.count if config.views == "random" else 1

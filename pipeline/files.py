@@ -81,7 +81,8 @@ def sha256(file: Path) -> str:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a file to write, which takes the place of `path` at the end, unless something is raised."""
+    """Give a file to write, which takes the place of `path` at the end unless something is raised; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
@@ -92,7 +93,6 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as beside:
         # A file name that is not UTF-8 is written with escapes: what tells of it must be readable.
         beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")

@@ -22,6 +22,7 @@ from pipeline.encode import encode_units
 from pipeline.encoded import Encoded
 from pipeline.encoder import Encoder, autocast
 from pipeline.feed import Keyed
+from pipeline.keys import KEY_BYTES
 from pipeline.loader import Batch, Loader
 from pipeline.predictions import DESCRIBED, Predictions, check_format, described, joined, open_output
 from pipeline.project import Project
@@ -35,6 +36,7 @@ log = logging.getLogger("recycle")
 
 ROWS_AT_ONCE = 1 << 13
 """Inputs whose predictions wait in memory."""
+HEX = 2 * KEY_BYTES
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """What training calls a precision -> what encoding does."""
 
@@ -194,9 +196,10 @@ def _told(
     source: Source, keyed: Keyed, rows: np.ndarray, bad: Mapping[int, BadSample]
 ) -> tuple[list[str], list[str | None], list[str | None]]:
     """Return what each row is called, its key in hex and what is wrong with it."""
-    keys = [keyed.keys[row].tobytes().hex() if keyed.keys[row].any() else None for row in rows.tolist()]
+    keys, has_key = keyed.keys[rows].tobytes().hex(), keyed.keys[rows].any(axis=1).tolist()
+    in_hex = [keys[i * HEX : (i + 1) * HEX] if has_key[i] else None for i in range(len(rows))]
     reasons = [bad[row].reason if row in bad else None for row in rows.tolist()]
-    return [quarantine.name_of(source, row) for row in rows.tolist()], keys, reasons
+    return [quarantine.name_of(source, row) for row in rows.tolist()], in_hex, reasons
 
 
 def _bad(shared: Sequence[SharedStates]) -> dict[int, BadSample]:

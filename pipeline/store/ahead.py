@@ -10,6 +10,9 @@ from typing import Self
 
 from pipeline.store.reader import Reader
 
+QUEUED = 32
+"""Segments that are asked for before the first of them has come: to look at all of an epoch's at once takes long."""
+
 
 class Ahead:
     """Brings the segments of an epoch in the order in which its batches need them, several at a time.
@@ -31,6 +34,7 @@ class Ahead:
             self._last[segment] = number
         self._waiting = deque(self._first)
         self._coming: dict[str, Future[None]] = {}
+        self._queue: deque[Future[None]] = deque()
         self._taken = 0
         self._pool = ThreadPoolExecutor(reader.streams, thread_name_prefix="read-ahead")
 
@@ -51,12 +55,17 @@ class Ahead:
         self._release(number - self._unread - 1)
         while self._waiting:
             segment = self._waiting[0]
+            while self._queue and self._queue[0].done():
+                self._queue.popleft()
+            if self._first[segment] > number and len(self._queue) >= QUEUED:
+                break
             nbytes = self._reader.outline(segment).nbytes
             if self._first[segment] > number and self._taken + nbytes > self._room:
                 break
             self._waiting.popleft()
             self._taken += nbytes
             self._coming[segment] = self._pool.submit(self._reader.bring, segment)
+            self._queue.append(self._coming[segment])
         for segment in self._batches[number]:
             self._coming[segment].result()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,8 @@ from pipeline.store.listing import Listed
 
 T = TypeVar("T")
 
+LISTED_AT_ONCE = 1000
+"""Files that one answer lists, which is as many as services give."""
 PART_BYTES = 16 << 20
 """Bytes of a large object that one request reads or writes."""
 SCHEMES = ("s3", "gs", "az", "file")
@@ -132,12 +134,19 @@ class Bucket:
 
     def list(self, below: str) -> Iterator[tuple[str, Listed]]:
         """Yield the objects below the folder `below`, by their whole paths below the URL."""
+        last: str | None = None
+        is_ordered = self._scheme != "file"
 
-        def pages() -> list[tuple[str, Listed]]:
-            found = obstore.list(self._store, prefix=below or None)
-            return [(one["path"], Listed(one["size"], one["e_tag"] or "")) for page in found for one in page]
+        def page() -> Sequence[Any]:
+            # One request after the other: a listing that breaks off goes on where it was.
+            found = obstore.list(self._store, prefix=below or None, offset=last, chunk_size=LISTED_AT_ONCE)
+            return next(iter(found), []) if is_ordered else found.collect()
 
-        return iter(self._persist(below, pages))
+        while found := self._persist(below, page):
+            yield from ((one["path"], Listed(one["size"], one["e_tag"] or "")) for one in found)
+            last = found[-1]["path"]
+            if not is_ordered:
+                return
 
     def size(self, path: str) -> int:
         """Return the bytes of an object; raises FileNotFoundError where there is none."""

