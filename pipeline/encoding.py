@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,7 +36,7 @@ class ExecutorConfig(Section):
     `options`, and all others what their environment says: dask starts workers with OMP_NUM_THREADS=1."""
     retries: int = Field(default=2, ge=0)
     """How often a unit that kills the process that runs it is tried again before its samples are set aside."""
-    options: dict[str, str | int | float | bool | list[str]] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
     """The scheduler's own. slurm: of sbatch, as in {partition: gpu, gres: "gpu:1"}; true for one without a value.
     jobqueue: arguments of dask-jobqueue's cluster, as in {cores: 8, memory: 32GB, queue: gpu}."""
 

@@ -262,7 +262,7 @@ def _processes(config: ExecutorConfig) -> LocalCluster:
         n_workers=config.processes,
         threads_per_worker=1,
         host="127.0.0.1",
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
         memory_limit=0,
     )
 
@@ -283,7 +283,8 @@ def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
             f"encode.executor.jobqueue is {config.jobqueue!r}, but {command} is not found; run on a machine that "
             "submits jobs, or set PATH"
         )
-    options: dict[str, Any] = {"processes": 1, "log_directory": str(job.home / "logs")} | config.options
+    options: dict[str, Any] = {"processes": 1, "log_directory": str(job.home / "logs"), **config.options}
+    options["scheduler_options"] = {"dashboard_address": ":0", **options.get("scheduler_options", {})}
     resources = " ".join(f"{name}={amount}" for name, amount in config.resources.items())
     options["worker_extra_args"] = [
         *(options.get("worker_extra_args", [])),

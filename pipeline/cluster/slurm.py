@@ -66,13 +66,18 @@ class SlurmArray:
         """Run `units`; yield what became of each of their parts once committed."""
         if not units:
             return
-        waiting, rates, rounds = dict(enumerate(units)), Rates(), itertools.count()
+        waiting, rates, told = dict(enumerate(units)), Rates(), set[tuple[int, int]]()
         with self.job.at_home():
-            while waiting:
-                for report in self._round(self.job.home / f"round-{next(rounds)}", waiting):
-                    part = units[report.unit].parts[report.part]
-                    rates.add(report, len(part.rows))
-                    yield report.outcome(part)
+            for number in itertools.count():
+                for report in self._round(self.job.home / f"round-{number}", waiting):
+                    place = report.unit, report.part
+                    if place not in told:  # of a unit that was begun again
+                        told.add(place)
+                        part = units[report.unit].parts[report.part]
+                        rates.add(report, len(part.rows))
+                        yield report.outcome(part)
+                if not waiting:
+                    break
         rates.tell()
 
     def _round(self, folder: Path, waiting: dict[int, Unit]) -> Iterator[Report]:

@@ -39,8 +39,8 @@ def load(**executor: Any) -> Project:
     return Project.load(tiny.write_params(Path(), **perilous.settings(8, **executor)))
 
 
-def refused(kind: type[RecyclingError], said: str, **executor: Any) -> None:
-    with pytest.raises(kind, match=re.escape(said)) as raised:
+def refused(error: type[RecyclingError], said: str, **executor: Any) -> None:
+    with pytest.raises(error, match=re.escape(said)) as raised:
         encode_project(load(**executor))
     assert "\n" not in str(raised.value)
 

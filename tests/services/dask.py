@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from services.loopback import end, free_port
+from services.loopback import free_port, start
 
 
 @dataclass
@@ -36,17 +35,9 @@ def start_dask(stack: ExitStack, workers: int) -> DaskCluster:
     folder = Path(tempfile.mkdtemp(prefix="dask-"))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     address = f"tcp://127.0.0.1:{free_port()}"
-    scheduler = _start(stack, folder, "scheduler", "--host", address, "--no-dashboard")
+    dask, environment = [sys.executable, "-m", "dask"], {"PYTHONPATH": tiny.IMPORTS, "HF_HUB_OFFLINE": "1"}
+    scheduler = start(stack, folder, [*dask, "scheduler", "--host", address, "--no-dashboard"], environment)
     for number in range(workers):
-        _start(stack, folder, *("worker", address, "--nthreads", "1", "--no-dashboard", "--name", str(number)))
+        options = ["--nthreads", "1", "--no-dashboard", "--name", str(number)]
+        start(stack, folder, [*dask, "worker", address, *options], environment)
     return DaskCluster(address, scheduler)
-
-
-def _start(stack: ExitStack, folder: Path, *args: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": tiny.IMPORTS, "HF_HUB_OFFLINE": "1"}
-    log = stack.enter_context((folder / f"{args[0]}.log").open("ab"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dask", *args], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-    )
-    stack.callback(end, process)
-    return process

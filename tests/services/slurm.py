@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from services.loopback import end, free_port
+from services.loopback import free_port, start
 
 CORES = 2
 START_SECONDS = 60
@@ -68,12 +68,11 @@ def slurm() -> Iterator[None]:
         _configure(folder)
         munge = ("--key-file", "--socket", "--pid-file", "--log-file", "--seed-file")
         places = [f"{option}={folder}/munge.{option[2:].partition('-')[0]}" for option in munge]
-        for command in (
-            ["munged", "--foreground", "--force", *places],
-            ["slurmctld", "-D", "-c"],
-            ["slurmd", "-D"],
-        ):
-            _start(stack, folder, command)
+        munged = start(stack, folder, ["munged", "--foreground", "--force", *places])
+        while munged.poll() is None and not (folder / "munge.socket").exists():
+            time.sleep(0.05)
+        start(stack, folder, ["slurmctld", "-D", "-c"])
+        start(stack, folder, ["slurmd", "-D"])
         _wait_until_idle(folder)
         yield
         subprocess.run(["scancel", "--user=root"], check=False, capture_output=True)
@@ -99,15 +98,6 @@ def _configure(folder: Path) -> None:
     (folder / "slurm.conf").write_text(CONF.format(**values))
 
 
-def _start(stack: ExitStack, folder: Path, command: list[str]) -> None:
-    log = stack.enter_context((folder / f"{command[0]}.out").open("w"))
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    stack.callback(end, process)
-    socket_file = folder / "munge.socket"
-    while command[0] == "munged" and process.poll() is None and not socket_file.exists():
-        time.sleep(0.05)
-
-
 def _wait_until_idle(folder: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
@@ -115,5 +105,5 @@ def _wait_until_idle(folder: Path) -> None:
         if said.stdout.strip() == "idle":
             return
         time.sleep(0.1)
-    logs = "\n".join(f"{file.name}: {file.read_text()[-1000:]}" for file in folder.glob("*.[lo][ou][gt]"))
+    logs = "\n".join(f"{file.name}: {file.read_text()[-1000:]}" for file in folder.glob("*.out"))
     pytest.fail(f"Slurm did not start in {START_SECONDS} s: {said.stdout}{said.stderr}\n{logs}")
