@@ -190,7 +190,7 @@ def test_what_cannot_be_read_is_told_in_a_line(
     assert "DVC knows no folder there" in said("dvc://v1:data/samples.parquet")
     assert "DVC has no remote 'other'" in said("dvc://v1:data/activations?remote=other")
     assert "expected dvc://REVISION:PATH" in said("dvc://data/activations")
-    assert "must push it: dvc push" in said("dvc://v1:data/activations")
+    assert "whoever has it: dvc push" in said("dvc://v1:data/activations")
     run(owner, "dvc", "push", *SHARED)
     assert "no store is here" in said("dvc://v1:data/activations/elsewhere")
     for place in (tmp_path / "remote").rglob("*"):

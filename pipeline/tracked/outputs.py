@@ -119,10 +119,7 @@ class Tracked:
         return known
 
     def _never_pushed(self, path: str) -> StoreError:
-        return StoreError(
-            f"{self.url}/{path} is not on DVC's remote {self._remote} ({object_path(self._found[path])}); whoever has it "
-            "must push it: dvc push"
-        )
+        return _never_pushed(f"{self.url}/{path}", self._remote, self._found[path])
 
 
 def open_tracked(url: str, sizes: Path) -> Tracked:
@@ -172,9 +169,7 @@ def _listed(place: Place, folder: str, files: Files, remote: str) -> dict[str, s
     try:
         text = files.read(object_path(folder))
     except FileNotFoundError:
-        raise StoreError(
-            f"{place.url} is not on DVC's remote {remote} ({object_path(folder)}); whoever has it must push it: dvc push"
-        ) from None
+        raise _never_pushed(place.url, remote, folder) from None
     try:
         if hashlib.md5(text, usedforsecurity=False).hexdigest() != folder.removesuffix(".dir"):
             raise ValueError("its digest is another")
@@ -183,9 +178,13 @@ def _listed(place: Place, folder: str, files: Files, remote: str) -> dict[str, s
             raise ValueError("it has other things than digests")
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(
-            f"{place.url}: {object_path(folder)} on remote {remote} is no list of files ({error})"
+            f"{place.url}: {object_path(folder)} on DVC's remote {remote} is no list of files ({error}); push it again"
         ) from None
     return found
+
+
+def _never_pushed(what: str, remote: str, md5: str) -> StoreError:
+    return StoreError(f"{what} is not on DVC's remote {remote} ({object_path(md5)}); whoever has it: dvc push")
 
 
 def _below(prefix: str, found: Mapping[str, str]) -> dict[str, str]:
