@@ -190,6 +190,9 @@ def test_what_cannot_be_read_is_told_in_a_line(
     assert "DVC knows no folder there" in said("dvc://v1:data/samples.parquet")
     assert "DVC has no remote 'other'" in said("dvc://v1:data/activations?remote=other")
     assert "expected dvc://REVISION:PATH" in said("dvc://data/activations")
+    assert "is not there; mount it" in said("dvc://v1:data/activations")
+    assert not (tmp_path / "remote").exists(), "to read makes no folder"
+    run(owner, "dvc", "push", "data/samples.parquet")
     assert "whoever has it: dvc push" in said("dvc://v1:data/activations")
     run(owner, "dvc", "push", *SHARED)
     assert "no store is here" in said("dvc://v1:data/activations/elsewhere")

@@ -87,6 +87,10 @@ def files_of(file_system: Any, root: str, remote: str) -> Files:
     """Return what reads the objects below `root`: obstore, where its settings can be the remote's."""
     service = file_system.protocol
     if service == "local":
+        if not Path(root).is_dir():
+            raise StoreError(
+                f"DVC's remote {remote}: {root} is not there; mount it, push to it, or name another remote"
+            )
         return Bucket(Path(root).absolute().as_uri())
     config = {name: value for name, value in file_system.config.items() if value not in (None, False)}
     known = BY_OBSTORE.get(service, {})
