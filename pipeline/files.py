@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import AbsentError, ConfigError
 
 PACKAGE = "package:"
 CHUNK_BYTES = 1 << 20
@@ -27,13 +27,14 @@ def locate(path: str, setting: str) -> Path:
     looked up, never imported.
 
     Raises:
-        ConfigError: nothing is there, the package is not installed, or the inner path leaves the package.
+        AbsentError: nothing is there, or the package is not installed.
+        ConfigError: the inner path leaves the package.
     """
     if path.startswith(PACKAGE):
         return _in_package(path, setting)
     found = Path(path).expanduser()
     if not found.exists():
-        raise ConfigError(f"{setting} is {path!r}; nothing is there (looked in {found.absolute().parent}); set it")
+        raise AbsentError(f"{setting} is {path!r}; nothing is there (looked in {found.absolute().parent}); set it")
     return found
 
 
@@ -44,12 +45,12 @@ def _in_package(path: str, setting: str) -> Path:
         raise ConfigError(f"{setting} is {path!r}; expected package:PKG/inner/path, relative and without '..'")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{setting} is {path!r}; no package {package} is installed; install it or set another path")
+        raise AbsentError(f"{setting} is {path!r}; no package {package} is installed; install it or set another path")
     roots = [Path(root) for root in spec.submodule_search_locations]
     for root in roots:
         if (root / inner).exists():
             return root / inner
-    raise ConfigError(f"{setting} is {path!r}; package {package} holds no {inner} (looked in {roots[0]})")
+    raise AbsentError(f"{setting} is {path!r}; package {package} holds no {inner} (looked in {roots[0]})")
 
 
 def check_sha256(file: Path, expected: str | None, setting: str) -> None:

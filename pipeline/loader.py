@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import TrainError
 from pipeline.split import State
-from pipeline.store import EXTRA_PREFIX, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Reader, Resident, Rows
+from pipeline.store import EXTRA_PREFIX, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Ahead, Reader, Resident, Rows
 from pipeline.tasks import Prepared, Ragged
 
 Residency: TypeAlias = Literal["auto", "device", "host"]
@@ -149,8 +148,9 @@ class Loader:
             prefetch: batches read ahead by a thread; by default 2 for an accelerator, and none on the CPU, where
                 reading ahead takes a core from training.
             source: shared with another loader (its `source`), instead of one made from `keys` and `residency`.
-            read_ahead: batches whose segments a thread brings into the page cache, whole, before they are asked for;
-                worth its while where batches are drawn from a few segments at a time and the disk is to be waited for.
+            read_ahead: bytes of segments that may be at hand at a time, those that are read from and those that threads
+                bring, whole, before they are asked for; 0 brings none. Worth its while where batches are drawn from a
+                few segments at a time and a disk or a network is to be waited for.
 
         Raises:
             MissingKeysError: some samples were never encoded; the message names up to five.
@@ -193,24 +193,16 @@ class Loader:
             yield batch.to(self.device) if self.device.type != "cpu" else batch
 
     def _arrived(self) -> Iterator[np.ndarray]:
-        """Yield the rows of each batch once its segments were read ahead, if they are to be."""
+        """Yield the rows of each batch once its segments are at hand, if they are to be brought ahead."""
         if not self._read_ahead or not isinstance(self.source, Reader):
             yield from self._epoch
             return
-        segments = [np.unique(self._places.segment[self._place_of_row[rows]]).tolist() for rows in self._epoch]
-        arriving: dict[int, Future[None]] = {}
-        pool, asked = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead"), 0
-        try:
+        names, segment_of_row = self._places.segments, self._places.segment[self._place_of_row]
+        needed = [[names[number] for number in np.unique(segment_of_row[rows])] for rows in self._epoch]
+        with Ahead(self.source, needed, self._read_ahead, unread=self._prefetch) as ahead:
             for number, rows in enumerate(self._epoch):
-                for segment in itertools.chain.from_iterable(segments[asked : number + self._read_ahead + 1]):
-                    if segment not in arriving:
-                        arriving[segment] = pool.submit(self.source.read_ahead, self._places.segments[segment])
-                asked = number + self._read_ahead + 1
-                for segment in segments[number]:
-                    arriving[segment].result()
+                ahead.wait(number)
                 yield rows
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _read(self, place_of_row: np.ndarray, rows: np.ndarray) -> Batch:
         places = place_of_row[rows]

@@ -74,7 +74,8 @@ class TrainConfig(Section):
     check: bool = True
     """Prove every sample's bytes against their checksum when the run reads them for the first time."""
     scratch_gb: float = Field(default=64, gt=0)
-    """Disk, in 10^9 bytes, that unpacked segments (`encode.codec: zstd`) may take below .recycle/unpacked."""
+    """Disk, in 10^9 bytes, for segments below .recycle/unpacked that are compressed (`encode.codec: zstd`) or lie
+    elsewhere (`encode.store`). A store that needs more is drawn from in windows of segments (`shuffle`)."""
     residency: Residency = "auto"
     """Where states lie while training: "device" copies them all to the accelerator, "host" reads them from the disk's
     cache. "auto" copies them where they fit in half of the device's free memory."""
