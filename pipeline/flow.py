@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from pipeline import proved, quarantine, runs
+from pipeline import processes, proved, quarantine, runs
+from pipeline.checkpoint import alone
 from pipeline.cluster import Job, open_executor
 from pipeline.costs import read_costs, write_costs
 from pipeline.data import SampleTable, Source, build, rows_in_role
@@ -33,7 +34,7 @@ from pipeline.report import Row, Run, curves, plot, summarise
 from pipeline.store import Remote, Store, first_rows, remove
 from pipeline.timing import seconds_per_sample
 from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
-from pipeline.train import Batches, fit
+from pipeline.train import Batches, Summary, fit, open_accelerator
 from pipeline.views import by_split, rows_by_view
 from pipeline.workbench import Workbench
 
@@ -118,35 +119,19 @@ def _encode_what_is_missing(
 def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
     """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`.
 
-    Where the weights that params.yaml names are not on this machine, those that the store carries do.
+    Where the weights that params.yaml names are not on this machine, those that the store carries do. Where several
+    processes were started, each runs this with its share of the samples, and the main one writes.
     """
     cut = project.cut(cut_name)
     name = name or runs.run_name(project, cut)
     out = project.run_path(name)
-    set_seed(project.train.seed)
-    accelerator = Accelerator(
-        mixed_precision=project.train.precision, gradient_accumulation_steps=project.train.gradient_accumulation
-    )
+    accelerator = open_accelerator(project.train)
+    set_seed(project.train.seed, device_specific=True)  # no process drops what another one does
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
     towers = [open_tower(part, cut, table, to_train=True) for part in project.parts]
-    suffix, task = joined(towers), towers[0].bench.task
-    if project.train.channels_last:
-        suffix.to(memory_format=torch.channels_last)
-    training, validation = _open_loaders(towers, table, accelerator.device)
-    shutil.rmtree(out, ignore_errors=True)
     identity = runs.identity(project, cut)
-    summary = fit(
-        suffix,
-        task,
-        training,
-        validation,
-        project.train,
-        out=out,
-        checkpoint=project.scratch / "checkpoints" / identity,
-        accelerator=accelerator,
-        fresh=fresh(towers),
-        weights=plain_weights if project.train.adapter else nn.Module.state_dict,
-    )
+    with alone(project.scratch / "checkpoints" / identity) as checkpoint:
+        summary = _train(project, table, towers, accelerator, out, checkpoint)
     finished = Run(
         name=name,
         cut=cut,
@@ -160,13 +145,46 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         best_epoch=summary.best_epoch,
         train_samples=len(table.rows("train")),
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
-        frozen_seconds_per_sample=_frozen_cost(towers, accelerator.device),
+        frozen_seconds_per_sample=processes.on_main(lambda: _frozen_cost(towers, accelerator.device)),
         history=summary.history,
-        legend=task.legend(table),
+        legend=towers[0].bench.task.legend(table),
     )
-    runs.write(project, finished)
+    if accelerator.is_main_process:
+        runs.write(project, finished)
     log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
     return finished
+
+
+def _train(
+    project: Project,
+    table: SampleTable,
+    towers: Sequence[Tower],
+    accelerator: Accelerator,
+    out: Path,
+    checkpoint: Path,
+) -> Summary:
+    """Train what follows the cut of `towers`, and leave it in the folder `out`."""
+    suffix = joined(towers)
+    if project.train.channels_last:
+        suffix.to(memory_format=torch.channels_last)
+    training, validation = _open_loaders(towers, table, accelerator.device)
+    if accelerator.is_main_process:
+        shutil.rmtree(out, ignore_errors=True)
+    else:
+        for tower in towers:
+            tower.bench.backbone.model.to("meta")  # the suffix has its own weights, and the main process the others
+    return fit(
+        suffix,
+        towers[0].bench.task,
+        training,
+        validation,
+        project.train,
+        out=out,
+        checkpoint=checkpoint,
+        accelerator=accelerator,
+        fresh=fresh(towers),
+        weights=plain_weights if project.train.adapter else nn.Module.state_dict,
+    )
 
 
 def report_project(project: Project) -> list[Row]:

@@ -183,7 +183,18 @@ class Abreast:
                 inputs={f"{name}.{own}": tensor for name, batch in of.items() for own, tensor in batch.inputs.items()},
                 targets={name: torch.cat([batch.targets[name] for batch in batches]) for name in batches[0].targets},
                 rows=torch.cat([self._rows[name][batch.rows] for name, batch in of.items()]),
+                places=_joined_places([batch.places for batch in batches]),
             )
+
+
+def _joined_places(by_tower: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Return where each process's samples are in a whole batch that is joined tower by tower."""
+    counts = [int(np.concatenate(places).max()) + 1 for places in by_tower]
+    begins = np.cumsum([0, *counts[:-1]])
+    return [
+        np.concatenate([own + begin for own, begin in zip(of, begins, strict=True)])
+        for of in zip(*by_tower, strict=True)
+    ]
 
 
 def _of(name: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

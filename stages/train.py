@@ -9,6 +9,7 @@ import click
 
 from pipeline.config import parse_override
 from pipeline.flow import train_project
+from pipeline.processes import together
 from pipeline.project import Project
 from pipeline.report import STORE
 from stages.options import params_option
@@ -26,6 +27,8 @@ def command(params: Path, cut: str, settings: Sequence[str], store: str | None, 
     --set may be given several times, as in --set train.seed=1 --set data.fraction=0.5. A run that was killed goes on
     from its last whole epoch. --store dvc://REVISION:data/activations reads what DVC tracks there straight from its
     remote (?remote=NAME names another than the default); an empty revision is dvc.lock as it lies here.
+    `torchrun --nproc-per-node 2 -m stages.cli train --cut CUT` trains one run in two processes.
     """
     overrides = dict(map(parse_override, settings)) | ({} if store is None else {STORE: store})
-    train_project(Project.load(params, overrides), cut, name)
+    with together():
+        train_project(Project.load(params, overrides), cut, name)

@@ -21,7 +21,7 @@ from pipeline.store.objects import Bucket, Objects, Patience, check_place
 from pipeline.store.reader import Reader
 from pipeline.store.remote import Remote
 from pipeline.store.resident import Resident
-from pipeline.store.scratch import discard, sweep
+from pipeline.store.scratch import claim, discard, sweep
 from pipeline.store.scratch import scratch as temporary_folder
 from pipeline.store.store import Store, alone, own_entries, remove
 from pipeline.store.suffix import carries_suffix, read_suffix, remove_suffix, write_suffix
@@ -54,6 +54,7 @@ __all__ = [
     "Upkeep",
     "alone",
     "carries_suffix",
+    "claim",
     "describe",
     "discard",
     "find_stores",
