@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -98,7 +99,10 @@ def save(
     if not accelerator.is_main_process:
         return
     (beside / "progress.json").write_text(json.dumps(asdict(progress)))
-    kept = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+    # Plain order: weights may lie channels last, which a file cannot say.
+    kept = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
+    }
     for name in ["last", "best"] if better else ["last"]:
         save_file(kept, checkpoint / f".{name}.safetensors")
         os.replace(checkpoint / f".{name}.safetensors", checkpoint / f"{name}.safetensors")

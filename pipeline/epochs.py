@@ -168,23 +168,14 @@ class Draws:
 
         A unit lies where its first row does: of several stores, it is the segments of the first that are drawn from.
         """
-        config, first = bench.project.train, feds[0]
+        config = bench.project.train
         segments, sizes = np.zeros(len(table), np.int64), np.zeros(len(table), np.int64)
         for fed in feds:
             segments[fed.rows] = fed.places.segment
             if config.group_by_length:
                 sizes[fed.rows] = fed.reader.sizes(fed.places)
         # Processes may differ in memory, and must not in the order.
-        room, is_windowed = processes.on_main(lambda: _room(feds, memory))
-        window = None
-        if is_windowed:
-            views = first.views.count if config.views == "random" else 1
-            segment = sum(fed.nbytes for fed in feds) / len(first.segments) * views
-            window = max(1, int(room / 2 / segment))
-            log.info(
-                "batches are drawn from %d segments at a time, of %d, for %.1f GB at hand",
-                *(window, len(np.unique(first.places.segment)), room / 1e9),
-            )
+        room, window = processes.on_main(lambda: _room_and_window(feds, memory))
         return cls(bench, table, window, segments, sizes if config.group_by_length else None, room, len(feds))
 
     def batches(self, part: str, epoch: int) -> list[np.ndarray]:
@@ -204,6 +195,21 @@ class Draws:
             window=order.Window(_of_first(units, self.segments), self.window or 1) if windowed else None,
             lengths=None if self.sizes is None else _of_longest(units, self.sizes),
         )
+
+
+def _room_and_window(feds: Sequence[Fed], memory: int | None) -> tuple[int, int | None]:
+    """Return the attributes `room` and `window` of `Draws`; raises as `_room`."""
+    first, (room, is_windowed) = feds[0], _room(feds, memory)
+    if not is_windowed:
+        return room, None
+    views = first.views.count if first.bench.project.train.views == "random" else 1
+    segment = sum(fed.nbytes for fed in feds) / len(first.segments) * views
+    window = max(1, int(room / 2 / segment))
+    log.info(
+        "batches are drawn from %d segments at a time, of %d, for %.1f GB at hand",
+        *(window, len(np.unique(first.places.segment)), room / 1e9),
+    )
+    return room, window
 
 
 def _room(feds: Sequence[Fed], memory: int | None) -> tuple[int, bool]:

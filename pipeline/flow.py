@@ -119,8 +119,8 @@ def _encode_what_is_missing(
 def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
     """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`.
 
-    Where the weights that params.yaml names are not on this machine, those that the store carries do. Where
-    several processes were started, each runs this with its share of the samples, and the main one writes.
+    Where the weights that params.yaml names are not on this machine, those that the store carries do. Where several
+    processes were started, each runs this with its share of the samples, and the main one writes.
     """
     cut = project.cut(cut_name)
     name = name or runs.run_name(project, cut)

@@ -83,7 +83,7 @@ def _synchronise(norm: Any) -> bool:
     return False
 
 
-def _kinds() -> Iterator[tuple[type[nn.Module], type[nn.Module]]]:
+def _kinds() -> Iterator[tuple[Any, Any]]:
     yield from ((plain, nn.SyncBatchNorm) for plain in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
     if "timm.layers" in sys.modules:  # its networks' batch norms have the activation in them
         layers = sys.modules["timm.layers"]

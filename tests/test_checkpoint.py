@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
 
-from pipeline.checkpoint import Progress
+from pipeline.checkpoint import Progress, resume, save
 
 NAN = math.nan
 
@@ -41,3 +45,15 @@ def test_patience_counts_from_the_best_epoch() -> None:
         unscored.take({}, NAN)
     assert not unscored.exhausted(10, 1)
     assert unscored.exhausted(5, 1)
+
+
+def test_weights_that_lie_channels_last_are_saved_and_read_back(tmp_path: Path) -> None:
+    convolution = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    expected = {name: tensor.clone() for name, tensor in convolution.state_dict().items()}
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(convolution)
+    save(accelerator, prepared.state_dict(), tmp_path, Progress(epoch=1), better=True)
+    torch.nn.init.zeros_(convolution.weight)
+    assert resume(accelerator, tmp_path).epoch == 1
+    for found in (load_file(tmp_path / "best.safetensors"), convolution.state_dict()):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
