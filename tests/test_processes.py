@@ -133,7 +133,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_killed_process_ends_the_others_and_the_rerun_goes_on(folder: Path) -> None:
+def test_a_killed_process_ends_the_others_and_the_rerun_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = torchrun(folder, "-m", "stages.cli", "train", "--cut", "0.5", "--name", "shared")
     while not (found := list(folder.glob(".recycle/checkpoints/*/latest/progress.json"))):
         assert started.poll() is None
@@ -142,9 +142,11 @@ def test_a_killed_process_ends_the_others_and_the_rerun_goes_on(folder: Path) ->
     said, _ = started.communicate(timeout=300)
     assert started.returncode != 0
     assert said.count("2 batch norms, such as BatchNorm2d, take the statistics of each process's own") == 1
-    assert 1 <= json.loads(found[0].read_text())["epoch"] < EPOCHS
+    done = json.loads(found[0].read_text())["history"]
+    assert 1 <= len(done) < EPOCHS
     assert not (folder / RUN).exists()
-    undisturbed, damaged = (copy_of(folder, name) for name in ("undisturbed", "damaged"))
+    undisturbed, damaged, one = (copy_of(folder, name) for name in ("undisturbed", "damaged", "one"))
+    shutil.copytree(folder / ".recycle", one / ".recycle")
     chunk = next((damaged / "data/activations/0.5").glob("*/state.*/c.*"))
     content = bytearray(chunk.read_bytes())
     content[len(content) // 2] ^= 4
@@ -152,8 +154,13 @@ def test_a_killed_process_ends_the_others_and_the_rerun_goes_on(folder: Path) ->
     started = torchrun(folder, str(Path(tiny.TESTS, "ranks.py")), *map(str, (folder, undisturbed, damaged)))
     said, _ = started.communicate(timeout=300)
     assert (folder / WEIGHTS).read_bytes() == (undisturbed / WEIGHTS).read_bytes()
-    histories = [json.loads((one / RUN).read_text())["history"] for one in (folder, undisturbed)]
+    histories = [json.loads((again / RUN).read_text())["history"] for again in (folder, undisturbed)]
     assert [row["train/loss"] for row in histories[0]] == [row["train/loss"] for row in histories[1]]
+    # With another number of processes it goes on too.
+    monkeypatch.chdir(one)
+    history = train_project(Project.load(Path("params.yaml")), "0.5", "shared").history
+    assert len(history) == EPOCHS
+    assert history[: len(done)] == done
     # One process meets the damaged bytes. It says so, and ends the other, which says nothing.
     assert started.returncode != 0
     assert said.count("CorruptStoreError: ") == 1
