@@ -20,9 +20,9 @@ example-%: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) python -m pytest
 
-# 200 kills, every bit of a small store, full disks, 10 minutes of hostile stores.
+# 210 kills, every bit of a small store, full disks, 10 minutes of hostile stores.
 faults: $(VENV)/installed
-	$(RUN) python -m pytest tests/faults --faults
+	$(RUN) python -m pytest tests/faults tests/cluster --faults
 
 check: $(VENV)/installed
 	$(RUN) ruff check .

@@ -25,8 +25,10 @@ from PIL import Image
 
 from pipeline.data import Row, Source
 from pipeline.encode import encode
-from pipeline.encoder import EncodeConfig
-from pipeline.feed import decode, key_contents
+from pipeline.encoded import Encoded
+from pipeline.encoder import Encoder
+from pipeline.encoding import EncodeConfig
+from pipeline.feed import Chunk, decode, key_contents
 from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.recipe import recipe_of
 from pipeline.split import split
@@ -75,7 +77,7 @@ def measure(
     backbone = load(model, PreprocessConfig(image_size=size), Head("classes", 10))
     config = EncodeConfig(cuts=[at], workers=workers)
     chunks = [np.arange(i, min(i + config.batch_size, len(source))) for i in range(0, len(source), config.batch_size)]
-    decoded = decode(source, [(rows, [backbone.preprocess]) for rows in chunks], workers=0)
+    decoded = decode(source, [Chunk(rows, [backbone.preprocess]) for rows in chunks], workers=0)
     batches = [backbone.preprocess.finish(chunk.inputs) for (chunk,) in decoded]
     prefix, _ = split(backbone.model, at=at, example={n: t[:2] for n, t in batches[0].items()})
     recipe = recipe_of(prefix, backbone.preprocess.recipe(), storage="raw:float16", compute_dtype="float32")
@@ -87,7 +89,9 @@ def measure(
         middle = time.perf_counter()
         folder = Path(tempfile.mkdtemp())
         keyed = key_contents(source, workers=workers or 1)
-        encode(source, keyed, [backbone.preprocess], [prefix], [[Store.create(folder / "store", recipe)]], config)
+        stores = [[Store.create(folder / "store", recipe)]]
+        encoder = Encoder(source, [backbone.preprocess], [prefix], stores, config, keyed.probes)
+        encode(encoder, source, stores, config.segment_samples, [keyed.good], Encoded.begun(keyed, cuts=1))
         end = time.perf_counter()
         shutil.rmtree(folder)
         if repeat:

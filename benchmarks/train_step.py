@@ -23,15 +23,17 @@ from torch.utils.data import default_collate
 from pipeline import order
 from pipeline.data import build
 from pipeline.encode import encode
-from pipeline.encoder import EncodeConfig
+from pipeline.encoded import Encoded
+from pipeline.encoder import Encoder
+from pipeline.encoding import EncodeConfig
 from pipeline.feed import decode_samples, key_contents
 from pipeline.loader import Batch, Loader
 from pipeline.models import ModelConfig, PreprocessConfig, load
+from pipeline.objective import Objective
 from pipeline.recipe import recipe_of
 from pipeline.split import split
 from pipeline.store import Store
 from pipeline.tasks import TaskConfig, open_task
-from pipeline.train import Objective
 
 STEPS = 20
 
@@ -72,7 +74,9 @@ def measure(cut: float, options: argparse.Namespace) -> tuple[float, float]:
     recipe = recipe_of(prefix, backbone.preprocess.recipe(), storage="raw:float16", compute_dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         store = Store.create(Path(folder, "store"), recipe)
-        encode(source, keyed, [backbone.preprocess], [prefix], [[store]], EncodeConfig(cuts=[cut]))
+        config = EncodeConfig(cuts=[cut])
+        encoder = Encoder(source, [backbone.preprocess], [prefix], [[store]], config, keyed.probes)
+        encode(encoder, source, [[store]], config.segment_samples, [keyed.good], Encoded.begun(keyed, cuts=1))
         batches = order.batches(np.arange(len(table)), options.batch, seed=0, epoch=0, shuffle=True)
         loader = Loader(store, table.keys, task.prepare(table), batches)
         in_ram = list(loader)

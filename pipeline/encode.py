@@ -6,64 +6,100 @@ the plan depends on nothing but the keys and what is committed: a rerun after a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from pipeline.data.source import Source
-from pipeline.encoded import Encoded
-from pipeline.encoder import EncodeConfig, Encoder
+from pipeline.encoded import Encoded, Outcome
+from pipeline.errors import MissingKeysError
 from pipeline.feed import Keyed, dead_workers_told
-from pipeline.models import Preprocess
 from pipeline.quarantine import BadSample, name_of
-from pipeline.split import Prefix
 from pipeline.store import Store
-from pipeline.unit import Unit, plan
+from pipeline.unit import Unit, lacking_rows, plan
+
+PATIENCE_SECONDS = 60
+"""How long a network file system may take to show what another machine wrote."""
+
+
+class Executor(Protocol):
+    """Who runs units: an `Encoder` in this process, or a cluster of workers that have one each."""
+
+    @property
+    def workers(self) -> int:
+        """Processes that read and preprocess for this one."""
+
+    def run(self, units: Sequence[Unit]) -> Generator[Outcome, None, None]:
+        """Run `units`, each at least once; yield what became of each of their parts, in any order, once committed.
+
+        Closed before its end, it lets go of what it has begun.
+        """
 
 
 def encode(
+    executor: Executor,
     source: Source,
-    keyed: Keyed,
-    views: Sequence[Preprocess],
-    prefixes: Sequence[Prefix],
     stores: Sequence[Sequence[Store]],
-    config: EncodeConfig,
-    *,
-    rows: np.ndarray | None = None,
-    done: Encoded | None = None,
-) -> Encoded:
-    """Bring the samples `rows` of `source` (all, if None) into the stores; what is there already is not made again.
+    size: int,
+    wanted: Sequence[Sequence[np.ndarray]],
+    done: Encoded,
+) -> None:
+    """Bring the rows `wanted[view]` into `stores[view][cut]`; what is there already is not made again.
 
-    There is a prefix per cut, all split from one model on the device to use, and a preprocessing per view;
-    `stores[view][cut]` takes what they give together. A sample is read and decoded once for all of them. What is done
-    is added to `done`, and samples that were set aside before are left out.
+    These are one array or several, of which each has segments of its own. `size` is how many samples a segment has.
+    What is done is added to `done`; samples that were set aside before are left out.
+
+    Raises:
+        MissingKeysError: a sample was encoded, and is not there; the message names the store.
     """
-    done = done or Encoded.begun(keyed, len(prefixes))
-    wanted = done.keyed.good if rows is None else np.intersect1d(rows, done.keyed.good)
-    units = plan(keyed.keys, wanted, [store for view in stores for store in view], config.segment_samples)
-    encode_units(Encoder(source, views, prefixes, stores, config, probes=keyed.outside_in()), units, done)
-    return done
+    units = plan(done.keyed.keys, _good(wanted, done), stores, size)
+    if units:
+        encode_units(executor, source, units, done)
+        _prove(stores, _good(wanted, done), done.keyed.keys)
 
 
-def encode_units(encoder: Encoder, units: Sequence[Unit], done: Encoded) -> None:
-    """Have `encoder` run `units`, which are planned from the keys of `done`, and add to `done` what was done."""
-    total = sum(len(part.rows) for unit in units for part in encoder.parts(unit))
+def encode_units(executor: Executor, source: Source, units: Sequence[Unit], done: Encoded) -> None:
+    """Have `executor` run `units`, which are planned from the keys of `done`, and add to `done` what was done."""
+    total = sum(len(part.rows) for unit in units for part in unit.parts)
     with (
-        dead_workers_told(encoder.workers),
-        closing(encoder.run(units, done)) as running,  # whatever ends this, what was computed is written first
+        dead_workers_told(executor.workers),
+        closing(executor.run(units)) as running,  # whatever ends this, what was computed is written first
         tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05, leave=None) as progress,
     ):
-        for part, bad in running:
-            if bad:
+        for outcome in running:
+            if outcome.bad:
                 known = {sample.row for sample in done.keyed.bad}
-                alike = [other for sample in bad for other in _alike(sample, encoder.source, done.keyed)]
+                alike = [other for sample in outcome.bad for other in _alike(sample, source, done.keyed)]
                 done.keyed.bad.extend(sample for sample in alike if sample.row not in known)
-            for cut in part.cuts:
-                done.new[cut] += len(part.rows) - len(bad)
-            progress.update(len(part.rows))
+            done.add(outcome)
+            progress.update(len(outcome.part.rows))
+
+
+def _good(wanted: Sequence[Sequence[np.ndarray]], done: Encoded) -> list[list[np.ndarray]]:
+    good = done.keyed.good
+    return [[np.intersect1d(rows, good) for rows in apart] for apart in wanted]
+
+
+def _prove(stores: Sequence[Sequence[Store]], wanted: Sequence[Sequence[np.ndarray]], keys: np.ndarray) -> None:
+    """Look for every sample where it belongs; what another machine wrote may be seen here a little later."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    for apart, of_view in zip(wanted, stores, strict=True):
+        rows = np.concatenate([np.empty(0, np.int64), *apart])
+        for store in of_view:
+            store.refresh()
+            while absent := len(lacking_rows(keys, rows, store)):
+                if time.monotonic() > deadline:
+                    raise MissingKeysError(
+                        f"{store.path}: {absent} samples that were encoded are not there after {PATIENCE_SECONDS} s; "
+                        "let all workers write to the same folder, and run again"
+                    )
+                time.sleep(1)
+                store.refresh()
 
 
 def _alike(sample: BadSample, source: Source, keyed: Keyed) -> list[BadSample]:

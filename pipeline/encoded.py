@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.feed import Keyed
+from pipeline.quarantine import BadSample
+from pipeline.unit import Part
 
 
 @dataclass
@@ -20,6 +23,17 @@ class Costs:
     forward_samples: dict[int, int] = field(default_factory=dict)
     writing: dict[int, float] = field(default_factory=dict)
 
+    def add(self, other: Costs) -> None:
+        """Add up what is spent here and there."""
+        self.samples += other.samples
+        self.reading += other.reading
+        for mine, others in (
+            (self.forward, other.forward),
+            (self.forward_samples, other.forward_samples),
+            (self.writing, other.writing),
+        ):
+            _add(mine, others)
+
     def of(self, cut: int) -> dict[str, Any]:
         """Return how many samples were encoded for `cut`, and what one of them cost by step."""
         count = self.forward_samples.get(cut, 0)
@@ -33,6 +47,20 @@ class Costs:
             else {}
         )
         return {"samples": count, "seconds_per_sample": seconds}
+
+
+@dataclass
+class Outcome:
+    """What became of one part of a unit, and what it cost."""
+
+    part: Part
+    bad: list[BadSample] = field(default_factory=list)
+    """Samples of the part that were set aside."""
+    cut_off: list[int] = field(default_factory=list)
+    """Tokens lost by each text that is longer than its inputs may be."""
+    promoted: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Per cut, the state tensors that left the asked type's range and have a wider one."""
+    costs: Costs = field(default_factory=Costs)
 
 
 @dataclass
@@ -53,3 +81,16 @@ class Encoded:
     def begun(cls, keyed: Keyed, cuts: int) -> Encoded:
         """Return what was done before the first sample."""
         return cls(replace(keyed, bad=list(keyed.bad)), [0] * cuts, [set() for _ in range(cuts)])
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one more part. Its bad samples are the caller's to name: other rows may have their contents."""
+        for cut in outcome.part.cuts:
+            self.new[cut] += len(outcome.part.rows) - len(outcome.bad)
+            self.promoted[cut].update(outcome.promoted.get(cut, ()))
+        self.cut_off += outcome.cut_off
+        self.costs.add(outcome.costs)
+
+
+def _add(mine: dict[int, Any], others: Mapping[int, Any]) -> None:
+    for cut, value in others.items():
+        mine[cut] = mine.get(cut, 0) + value

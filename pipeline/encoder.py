@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import itertools
 import operator
-import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
-from pipeline.config import Section
 from pipeline.data.source import Source
-from pipeline.encoded import Costs, Encoded
+from pipeline.encoded import Costs, Outcome
+from pipeline.encoding import EncodeConfig
 from pipeline.feed import Chunk, Decoded, decode, decode_samples
 from pipeline.models import EXTRA, Preprocess, network_inputs
 from pipeline.quarantine import BadSample, name_of
@@ -38,80 +35,10 @@ PROBED_AT_ONCE = 4
 PARTS_IN_FLIGHT = 2
 """Finished parts that may wait for the writer; with the one being computed they bound the encoder's memory."""
 INFINITE = "its state holds NaN or infinity"
-CUT_PATH = re.compile(r"\w[\w-]*(\.[\w-]+)*(#\d+)?")
-"""Names of modules joined by dots, and the number of a call. A cut names a directory too: nothing else may pass."""
 
 
-class EncodeConfig(Section):
-    """How states are made. Of these settings cuts, `dtype`, `codec`, `precision` and `views` decide what is stored."""
-
-    cuts: list[float | int | str] = Field(min_length=1)
-    """Where to split: a share of the blocks (0.5; 0 for the inputs, 1 for the head only), a number of blocks from 2 on
-    (6), or a module path ("layer3"; "layer#2" for its third call). `recycle cuts` lists what there is and its cost. One
-    pass serves all of them."""
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Type states are stored in; a tensor that leaves float16's range is stored as bfloat16."""
-    codec: Literal["raw", "zstd", "int8", "int8-channel"] = "raw"
-    """How states lie on disk. "raw": as they are, memory-mapped. "zstd": compressed without loss, unpacked to local
-    scratch for training. "int8": whole numbers of one byte and a scale per row (token, channel map), "int8-channel" per
-    channel; `recycle store error` tells what these two change."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type the prefix computes in: below float32 under autocast."""
-    batch_size: int = Field(default=64, ge=1)
-    """Samples per forward pass of the prefix."""
-    views: int | None = Field(default=None, ge=1)
-    """Augmented views stored of each training sample, made by `preprocess.augment`; null for none. Each is a store of
-    its own beside the plain one, which then holds the held-out samples alone. More views encode only themselves, and
-    fewer leave the others where they are. While a segment is encoded, its samples' inputs wait in memory in all views
-    (0.15 MB each at 224 pixels)."""
-    segment_samples: int = Field(default=512, ge=1)
-    """Samples per segment: the unit of work that is committed whole."""
-    workers: int | None = Field(default=None, ge=0)
-    """Processes that read and preprocess samples; 0 does it in this process. null: 0 where the prefix runs on the CPU,
-    whose cores it uses all by itself, else one for every core."""
-    device: str = "auto"
-    """"auto" (the accelerator if there is one), "cpu", "cuda:0", ..."""
-    channels_last: bool = False
-    """Run image backbones in channels-last memory format: faster on most accelerators."""
-    max_bad: int | float = Field(default=0, ge=0)
-    """Bad samples tolerated before the run ends with exit code 3: a count, or below 1 a fraction of the data set."""
-
-    def tolerated(self, samples: int) -> int:
-        """Return how many bad ones `max_bad` tolerates among so many samples."""
-        return int(self.max_bad if self.max_bad >= 1 else self.max_bad * samples + 1e-9)
-
-    @field_validator("cuts")
-    @classmethod
-    def _distinct(cls, cuts: list[float | int | str]) -> list[float | int | str]:
-        for cut in cuts:
-            check_cut(cut)
-        if len({str(cut) for cut in cuts}) != len(cuts):
-            raise ValueError("a cut is listed twice; name each once")
-        return cuts
-
-
-def check_cut(cut: float | int | str) -> None:
-    """Raise ValueError unless `cut` is one as `EncodeConfig.cuts` describes them."""
-    if isinstance(cut, str):
-        if not CUT_PATH.fullmatch(cut):
-            raise ValueError(f"{cut!r} is no module path: names joined by dots, as in encoder.layer.6")
-    elif not (0 <= cut <= 1 or (isinstance(cut, int) and cut > 1)):
-        raise ValueError(
-            f"a share of the blocks lies in 0..1, a number of blocks is whole and from 2 on; {cut} is neither, "
-            "and a module path is a string"
-        )
-
-
-@dataclass(frozen=True)
-class Part:
-    """One unit in one view: what is computed and committed together."""
-
-    rows: np.ndarray
-    """Row numbers in the data set, (n,) int64."""
-    view: int
-    """Number of the view."""
-    cuts: tuple[int, ...]
-    """Numbers of the cuts whose stores lack these samples in this view."""
+def _ignored(place: int) -> None:
+    """Nobody needs to know that a unit begins."""
 
 
 class Encoder:
@@ -126,7 +53,7 @@ class Encoder:
         config: EncodeConfig,
         probes: np.ndarray,
     ) -> None:
-        """Prepare to run units, whose stores are counted through `stores[view][cut]`, view by view.
+        """Prepare to run units, whose stores are `stores[view][cut]`.
 
         `probes` are the rows on which it is found out how ragged states are trimmed: the first ones of unequal shapes.
         """
@@ -137,34 +64,39 @@ class Encoder:
         self.captures: dict[tuple[int, ...], Capture] = {}
         self.trimmings: dict[int, Trimming] = {}
 
-    def run(self, units: Sequence[Unit], done: Encoded) -> Generator[tuple[Part, list[BadSample]], None, None]:
-        """Encode `units`; yield each part, with the samples it set aside, once its segments are committed."""
-        parts_of_units = [self.parts(unit) for unit in units]
-        chunks_of_units = [self._chunks(parts) for parts in parts_of_units]
-        in_order = list(itertools.chain.from_iterable(chunks_of_units))
-        decoded = decode(self.source, in_order, workers=self.workers, keys=done.keyed.keys)
-        waiting: list[tuple[Part, list[BadSample], Future[None]]] = []
+    def run(self, units: Sequence[Unit], begin: Callable[[int], None] = _ignored) -> Generator[Outcome, None, None]:
+        """Encode `units`; yield what became of each part, in their order, once its segments are committed.
+
+        `begin` is called with the place of a unit in `units` before its first sample is computed.
+        """
+        chunks_of_units = [self._chunks(unit) for unit in units]
+        decoded = decode(self.source, list(itertools.chain.from_iterable(chunks_of_units)), workers=self.workers)
+        waiting: list[tuple[Outcome, Future[None]]] = []
         with _writer() as pool:
-            for parts, chunks in zip(parts_of_units, chunks_of_units, strict=True):
+            for place, (unit, chunks) in enumerate(zip(units, chunks_of_units, strict=True)):
+                begin(place)
                 # What the first part takes as it comes is kept for the others: preprocessed images are small.
-                of_unit = itertools.tee(itertools.islice(decoded, len(chunks)), len(parts))
-                for number, (part, in_views) in enumerate(zip(parts, of_unit, strict=True)):
-                    buffers, bad = self._encode(part, map(operator.itemgetter(number), in_views), done)
-                    waiting.append((part, bad, pool.submit(self._write, part, buffers, done)))
+                of_unit = itertools.tee(itertools.islice(decoded, len(chunks)), len(unit.parts))
+                for number, (part, in_views) in enumerate(zip(unit.parts, of_unit, strict=True)):
+                    outcome = Outcome(part)
+                    buffers = self._encode(outcome, map(operator.itemgetter(number), in_views))
+                    waiting.append((outcome, pool.submit(self._write, outcome, buffers)))
                     while len(waiting) > PARTS_IN_FLIGHT:
-                        yield _committed(waiting.pop(0))
+                        yield _committed(*waiting.pop(0))
             while waiting:
-                yield _committed(waiting.pop(0))
+                yield _committed(*waiting.pop(0))
 
-    def parts(self, unit: Unit) -> list[Part]:
-        """Divide a unit by view."""
-        by_view = itertools.groupby((divmod(number, len(self.prefixes)) for number in unit.stores), lambda at: at[0])
-        return [Part(unit.rows, view, tuple(cut for _, cut in at)) for view, at in by_view]
+    def holds(self, unit: Unit) -> bool:
+        """Say whether all of a unit is committed already, with none of its samples set aside."""
+        return all(self.stores[view][cut].holds(unit.keys) for view, cut in unit.stores)
 
-    def _chunks(self, parts: Sequence[Part]) -> list[Chunk]:
+    def _chunks(self, unit: Unit) -> list[Chunk]:
         """Divide the rows of a unit into batches, wanted in the views of its parts."""
-        size, rows, views = self.config.batch_size, parts[0].rows, [self.views[part.view] for part in parts]
-        return [(rows[begin : begin + size], views) for begin in range(0, len(rows), size)]
+        size, views = self.config.batch_size, [self.views[part.view] for part in unit.parts]
+        return [
+            Chunk(unit.rows[begin : begin + size], views, unit.keys[begin : begin + size])
+            for begin in range(0, len(unit.rows), size)
+        ]
 
     @property
     def workers(self) -> int:
@@ -173,18 +105,17 @@ class Encoder:
             return self.config.workers
         return 0 if self.device.type == "cpu" else torch.get_num_threads()
 
-    def _encode(self, part: Part, decoded: Iterator[Decoded], done: Encoded) -> tuple[Buffers, list[BadSample]]:
+    def _encode(self, outcome: Outcome, decoded: Iterator[Decoded]) -> Buffers:
         """Run the prefix over one part. Samples of unequal shapes wait for its end, to be batched by length."""
+        part, bad, costs = outcome.part, outcome.bad, outcome.costs
         buffers = {cut: UnitBuffer(part.rows) for cut in part.cuts}
-        bad: list[BadSample] = []
         ragged: list[tuple[int, Sample]] = []
-        costs = done.costs
         for _ in range(0, len(part.rows), self.config.batch_size):
             start = time.perf_counter()
             chunk = next(decoded)
             costs.reading += time.perf_counter() - start
             bad += chunk.bad
-            done.cut_off += chunk.cut_off
+            outcome.cut_off += chunk.cut_off
             if isinstance(chunk.inputs, dict):
                 self._forward(buffers, chunk.rows, chunk.inputs, None, costs)
             else:
@@ -197,7 +128,7 @@ class Encoder:
         bad += [BadSample(row, name_of(self.source, row), INFINITE) for row in sorted(infinite)]
         for buffer in buffers.values():
             buffer.drop({sample.row for sample in bad})
-        return buffers, bad
+        return buffers
 
     def _forward(
         self,
@@ -264,16 +195,16 @@ class Encoder:
             self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, exact=exact)
         return self.trimmings[cut]
 
-    def _write(self, part: Part, buffers: Buffers, done: Encoded) -> None:
+    def _write(self, outcome: Outcome, buffers: Buffers) -> None:
+        part = outcome.part
         for cut, buffer in buffers.items():
             start = time.perf_counter()
             rows, tensors = buffer.finish()
             if len(rows):
-                keys = done.keyed.keys
-                dropped = keys[np.setdiff1d(buffer.rows, rows)]
-                info = self.stores[part.view][cut].write_segment(keys[rows], tensors, set_aside=dropped)
-                done.promoted[cut].update(info.promoted)
-            done.costs.writing[cut] = done.costs.writing.get(cut, 0.0) + time.perf_counter() - start
+                kept = np.isin(part.rows, rows)
+                store = self.stores[part.view][cut]
+                outcome.promoted[cut] = store.write_segment(part.keys[kept], tensors, part.keys[~kept]).promoted
+            outcome.costs.writing[cut] = time.perf_counter() - start
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -325,10 +256,9 @@ def _beside_state(batch: dict[str, Tensor], samples: list[Sample] | None) -> dic
     return inputs
 
 
-def _committed(item: tuple[Part, list[BadSample], Future[None]]) -> tuple[Part, list[BadSample]]:
-    part, bad, written = item
+def _committed(outcome: Outcome, written: Future[None]) -> Outcome:
     written.result()
-    return part, bad
+    return outcome
 
 
 def _unzip(batch: list[tuple[int, Sample]]) -> tuple[np.ndarray, list[Sample]]:

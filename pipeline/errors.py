@@ -2,6 +2,7 @@
 
 RecyclingError
 ├── ConfigError            a setting is wrong: params.yaml, or an argument of a command
+│   └── AbsentError        what a setting names is not on this machine
 ├── DataError              a data source cannot be read as described
 │   └── BadSampleError     one sample cannot be used; the run sets it aside and goes on
 ├── ModelError             a backbone cannot be built, or its weights do not fit
@@ -11,6 +12,7 @@ RecyclingError
 │   ├── StaleStoreError    the store was encoded under another recipe
 │   ├── MissingKeysError   samples that were never encoded
 │   └── CorruptStoreError  bytes of a store are not those that were written
+├── ClusterError           workers cannot be reached, or do not do what they are asked
 └── TrainError             training cannot start, or cannot go on
 
 Every message gives the setting or place, the value met, the bound it broke, and the remedy.
@@ -25,6 +27,10 @@ class RecyclingError(Exception):
 
 class ConfigError(RecyclingError):
     """A setting is wrong. The message lists every fault found, one per line."""
+
+
+class AbsentError(ConfigError):
+    """What a setting names is not on this machine; where it is, the setting may be right."""
 
 
 class DataError(RecyclingError):
@@ -61,6 +67,10 @@ class MissingKeysError(StoreError):
 
 class CorruptStoreError(StoreError):
     """Bytes of a store are not those that were written."""
+
+
+class ClusterError(RecyclingError):
+    """The workers of an encode cannot be reached, or do not do what they are asked."""
 
 
 class TrainError(RecyclingError):

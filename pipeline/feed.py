@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -23,12 +23,23 @@ from pipeline.ragged import Sample, shapes
 from pipeline.stat_cache import StatCache
 
 KEYED_AT_ONCE = 256
+PROBES = 1 << 10
+"""Rows among which the first two of unequal shapes are looked for."""
 _DEAD = "DataLoader worker (pid"
 """How torch's message begins when a worker process has died."""
 
 
-Chunk: TypeAlias = tuple[np.ndarray, Sequence[Preprocess]]
-"""Row numbers, and the views in which they are wanted: the preprocessing of each."""
+@dataclass(frozen=True)
+class Chunk:
+    """Samples to read and preprocess together."""
+
+    rows: np.ndarray
+    """Row numbers, (n,) int64."""
+    views: Sequence[Preprocess]
+    """The views in which they are wanted: the preprocessing of each."""
+    keys: np.ndarray | None = None
+    """Their keys, (n, 16) uint8: a content that is no longer the one its key was made of is a bad sample. None asks
+    for no check."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,11 @@ class Keyed:
     def meant(self, rows: np.ndarray) -> np.ndarray:
         """Return those of `rows` (n,) int64 that are meant."""
         return rows if self.rows is None else np.intersect1d(rows, self.rows)
+
+    @property
+    def probes(self) -> np.ndarray:
+        """The first rows `outside_in`, at most `PROBES`: those on which it is found out how states are trimmed."""
+        return self.outside_in()[:PROBES]
 
     def outside_in(self) -> np.ndarray:
         """Return the good rows by size: the shortest content, the longest, the second shortest, and so on."""
@@ -142,16 +158,11 @@ def _check_name(row: Row) -> None:
         raise BadSampleError("the name is not UTF-8; rename the file") from error
 
 
-def decode(
-    source: Source, chunks: Sequence[Chunk], *, workers: int, keys: np.ndarray | None = None
-) -> Iterator[list[Decoded]]:
-    """Yield the samples of each of `chunks` in each of its views, in order, made by `workers` processes.
-
-    With `keys` (N, 16) uint8, of all rows, a content that is no longer the one its key was made of is a bad sample.
-    """
+def decode(source: Source, chunks: Sequence[Chunk], *, workers: int) -> Iterator[list[Decoded]]:
+    """Yield the samples of each of `chunks` in each of its views, in order, made by `workers` processes."""
     if not chunks:
         return iter(())
-    return iter(DataLoader(_Chunks(source, chunks, keys), batch_size=None, num_workers=min(workers, len(chunks))))
+    return iter(DataLoader(_Chunks(source, chunks), batch_size=None, num_workers=min(workers, len(chunks))))
 
 
 @contextmanager
@@ -174,24 +185,25 @@ def dead_workers_told(workers: int) -> Iterator[None]:
 
 
 class _Chunks(Dataset[list[Decoded]]):
-    def __init__(self, source: Source, chunks: Sequence[Chunk], keys: np.ndarray | None) -> None:
-        self.source, self.chunks, self.keys = source, chunks, keys
+    def __init__(self, source: Source, chunks: Sequence[Chunk]) -> None:
+        self.source, self.chunks = source, chunks
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, index: int) -> list[Decoded]:
-        return decode_rows(self.source, self.chunks[index], self.keys)
+        return decode_rows(self.source, self.chunks[index])
 
 
-def decode_rows(source: Source, chunk: Chunk, keys: np.ndarray | None = None) -> list[Decoded]:
-    """Read and preprocess samples in this process; each is read and opened once for all its views; `keys` as above."""
-    rows, views = chunk
-    made = [_in_views(source, views, row, None if keys is None else keys[row].tobytes()) for row in rows.tolist()]
+def decode_rows(source: Source, chunk: Chunk) -> list[Decoded]:
+    """Read and preprocess samples in this process; each is read and opened once for all its views."""
+    rows = chunk.rows.tolist()
+    keys = [None] * len(rows) if chunk.keys is None else [key.tobytes() for key in chunk.keys]
+    made = [_in_views(source, chunk.views, row, key) for row, key in zip(rows, keys, strict=True)]
     decoded = []
-    for number, view in enumerate(views):
+    for number, view in enumerate(chunk.views):
         of_view = [in_views[number] for in_views in made]
-        good = [(row, one) for row, one in zip(rows.tolist(), of_view, strict=True) if not isinstance(one, BadSample)]
+        good = [(row, one) for row, one in zip(rows, of_view, strict=True) if not isinstance(one, BadSample)]
         bad = [one for one in of_view if isinstance(one, BadSample)]
         inputs = _stacked(view, [sample for _, (sample, _) in good])
         cut_off = [excess for _, (_, excess) in good if excess]
@@ -201,7 +213,7 @@ def decode_rows(source: Source, chunk: Chunk, keys: np.ndarray | None = None) ->
 
 def decode_samples(source: Source, preprocess: Preprocess, rows: np.ndarray) -> list[Sample]:
     """Read and preprocess `rows` in this process, sample by sample, without the bad ones."""
-    (decoded,) = decode_rows(source, (rows, [preprocess]))
+    (decoded,) = decode_rows(source, Chunk(rows, [preprocess]))
     if isinstance(decoded.inputs, list):
         return decoded.inputs
     batch = preprocess.finish(decoded.inputs)

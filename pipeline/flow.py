@@ -13,34 +13,37 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline import proved, quarantine, runs
+from pipeline import processes, proved, quarantine, runs
+from pipeline.checkpoint import alone
+from pipeline.cluster import Job, open_executor
 from pipeline.costs import read_costs, write_costs
 from pipeline.data import SampleTable, Source, build, rows_in_role
-from pipeline.encode import encode
+from pipeline.encode import Executor, encode
 from pipeline.encoded import Encoded
 from pipeline.epochs import open_joint_loaders, open_loaders
 from pipeline.errors import DataError, StaleStoreError
-from pipeline.feed import Keyed, decode_rows, decode_samples
-from pipeline.keys import Recipe
-from pipeline.models import network_inputs
+from pipeline.feed import Chunk, Keyed, decode_rows, decode_samples
+from pipeline.files import write_whole
+from pipeline.keys import Recipe, digest
 from pipeline.project import CutName, Project
 from pipeline.quarantine import BadSample
-from pipeline.ragged import pad_batch
+from pipeline.ragged import Sample
 from pipeline.report import Row, Run, curves, plot, summarise
-from pipeline.split import Prefix
-from pipeline.store import Store, first_rows, remove
+from pipeline.store import Remote, Store, first_rows, remove
 from pipeline.timing import seconds_per_sample
 from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
-from pipeline.train import Batches, fit
-from pipeline.views import rows_by_view
+from pipeline.train import Batches, Summary, fit, open_accelerator
+from pipeline.views import by_split, rows_by_view
 from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 
-EXAMPLE_AMONG = 4
-"""Samples that are decoded at a time until an example is found."""
+ELSEWHERE = "elsewhere.json"
+"""File below data/activations that stands for a store which lies elsewhere."""
+EXAMPLE = 2
+"""Samples on which a split is proved; where there is one alone, it is taken twice."""
 
 
 def encode_project(project: Project, *, rehash: bool = False) -> bool:
@@ -64,6 +67,8 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
     table.write(project.samples)
     quarantine.write(project.quarantine, bad, keyed.keys)
     write_costs(project, made)
+    for part, stores, _ in made:
+        _leave_word(part, [store for of_view in stores for store in of_view])
     for part, stores, done in made:
         _tell(part, stores, done)
     return _tell_of_bad(project, bad, len(keyed.keys))
@@ -90,50 +95,43 @@ def _encode_what_is_missing(
 ) -> tuple[list[list[Store]], Encoded]:
     """Build the model, split it at every cut, and encode what the stores of their recipes lack; `stores[view][cut]`."""
     bench = Workbench.open(project, table)
-    bench.to_device()
-    example = _example_of_source(bench, source, keyed)
-    prefixes = [bench.split(cut, example)[0] for cut in project.encode.cuts]
-    by_view = zip(*map(bench.recipes, prefixes), strict=True)
+    if project.encode.executor.is_here:
+        bench.to_device()
+    example, samples = _example_of_source(bench, source, keyed)
+    prefixes, recipes, needed = bench.freeze(samples)
     stores = [
         [
-            _open_or_replace(project.store_path(cut, view), recipe)
-            for cut, recipe in zip(project.encode.cuts, recipes, strict=True)
+            _open_or_replace(project.store_path(cut, view), recipe, project.remote)
+            for cut, recipe in zip(project.encode.cuts, of_view, strict=True)
         ]
-        for view, recipes in zip(project.views, by_view, strict=True)
+        for view, of_view in zip(project.views, recipes, strict=True)
     ]
+    for store, own in zip(stores[0], needed, strict=True):
+        bench.carry(store, own)
     _tell_of_one_place_twice(project.encode.cuts, stores[0])
-    return stores, _encode_views(bench, source, keyed, table, prefixes, stores)
+    if project.encode.executor.is_here:
+        executor: Executor = bench.encoder(source, prefixes, stores, keyed.probes)
+    else:
+        executor = open_executor(Job.of(bench, source, example, keyed.probes, recipes), project.encode.executor)
+    return stores, _encode_views(executor, project, source, keyed, table, stores)
 
 
 def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
-    """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`."""
+    """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`.
+
+    Where the weights that params.yaml names are not on this machine, those that the store carries do. Where several
+    processes were started, each runs this with its share of the samples, and the main one writes.
+    """
     cut = project.cut(cut_name)
     name = name or runs.run_name(project, cut)
     out = project.run_path(name)
-    set_seed(project.train.seed)
-    accelerator = Accelerator(
-        mixed_precision=project.train.precision, gradient_accumulation_steps=project.train.gradient_accumulation
-    )
+    accelerator = open_accelerator(project.train)
+    set_seed(project.train.seed, device_specific=True)  # no process drops what another one does
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
-    towers = [open_tower(part, cut, table) for part in project.parts]
-    suffix, task = joined(towers), towers[0].bench.task
-    if project.train.channels_last:
-        suffix.to(memory_format=torch.channels_last)
-    training, validation = _open_loaders(towers, table, accelerator.device)
-    shutil.rmtree(out, ignore_errors=True)
+    towers = [open_tower(part, cut, table, to_train=True) for part in project.parts]
     identity = runs.identity(project, cut)
-    summary = fit(
-        suffix,
-        task,
-        training,
-        validation,
-        project.train,
-        out=out,
-        checkpoint=project.scratch / "checkpoints" / identity,
-        accelerator=accelerator,
-        fresh=fresh(towers),
-        weights=plain_weights if project.train.adapter else nn.Module.state_dict,
-    )
+    with alone(project.scratch / "checkpoints" / identity) as checkpoint:
+        summary = _train(project, table, towers, accelerator, out, checkpoint)
     finished = Run(
         name=name,
         cut=cut,
@@ -147,13 +145,46 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         best_epoch=summary.best_epoch,
         train_samples=len(table.rows("train")),
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
-        frozen_seconds_per_sample=_frozen_cost(towers, accelerator.device),
+        frozen_seconds_per_sample=processes.on_main(lambda: _frozen_cost(towers, accelerator.device)),
         history=summary.history,
-        legend=task.legend(table),
+        legend=towers[0].bench.task.legend(table),
     )
-    runs.write(project, finished)
+    if accelerator.is_main_process:
+        runs.write(project, finished)
     log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
     return finished
+
+
+def _train(
+    project: Project,
+    table: SampleTable,
+    towers: Sequence[Tower],
+    accelerator: Accelerator,
+    out: Path,
+    checkpoint: Path,
+) -> Summary:
+    """Train what follows the cut of `towers`, and leave it in the folder `out`."""
+    suffix = joined(towers)
+    if project.train.channels_last:
+        suffix.to(memory_format=torch.channels_last)
+    training, validation = _open_loaders(towers, table, accelerator.device)
+    if accelerator.is_main_process:
+        shutil.rmtree(out, ignore_errors=True)
+    else:
+        for tower in towers:
+            tower.bench.backbone.model.to("meta")  # the suffix has its own weights, and the main process the others
+    return fit(
+        suffix,
+        towers[0].bench.task,
+        training,
+        validation,
+        project.train,
+        out=out,
+        checkpoint=checkpoint,
+        accelerator=accelerator,
+        fresh=fresh(towers),
+        weights=plain_weights if project.train.adapter else nn.Module.state_dict,
+    )
 
 
 def report_project(project: Project) -> list[Row]:
@@ -166,17 +197,19 @@ def report_project(project: Project) -> list[Row]:
     return rows
 
 
-def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> dict[str, Tensor]:
-    """The shortest and the longest samples that can be decoded: the batch on which a split is proved."""
-    preprocess, rows = bench.backbone.preprocess, keyed.outside_in()
-    for begin in range(0, len(rows), EXAMPLE_AMONG):
-        samples = decode_samples(source, preprocess, np.sort(rows[begin : begin + EXAMPLE_AMONG]))
-        if samples:
-            samples = [samples[0], samples[-1]] if len(samples) > 1 else samples * 2
-            device = next(bench.backbone.model.parameters()).device
-            batch = network_inputs(pad_batch(samples, preprocess.pad))
-            return {name: tensor.to(device) for name, tensor in batch.items()}
-    bad = decode_rows(source, (keyed.good, [preprocess]))[0].bad
+def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> tuple[list[int], list[Sample]]:
+    """The shortest and the longest sample that can be decoded, with their rows: on these a split is proved."""
+    preprocess = bench.backbone.preprocess
+    rows: list[int] = []
+    samples: list[Sample] = []
+    for row in keyed.outside_in().tolist():
+        found = decode_samples(source, preprocess, np.asarray([row]))
+        rows, samples = rows + [row] * len(found), samples + found
+        if len(samples) == EXAMPLE:
+            return rows, samples
+    if samples:
+        return rows * EXAMPLE, samples * EXAMPLE
+    bad = decode_rows(source, Chunk(keyed.good, [preprocess]))[0].bad
     quarantine.write(bench.project.quarantine, [*keyed.bad, *bad], keyed.keys)
     raise DataError(
         f"none of the {len(bad)} samples can be decoded: {quarantine.summary(bad)}; see {bench.project.quarantine}, "
@@ -195,11 +228,11 @@ def _tell_of_one_place_twice(names: Sequence[CutName], stores: Sequence[Store]) 
 
 
 def _encode_views(
-    bench: Workbench,
+    executor: Executor,
+    project: Project,
     source: Source,
     keyed: Keyed,
     table: SampleTable,
-    prefixes: Sequence[Prefix],
     stores: Sequence[Sequence[Store]],
 ) -> Encoded:
     """Fill the stores, `stores[view][cut]`; return what was done.
@@ -207,16 +240,12 @@ def _encode_views(
     Where there are augmented views, a sample that turns out bad can move others to another split (the rest of its
     group, say): then what these lack where they are now is encoded too.
     """
-    project = bench.project
-    views = [bench.preprocess(view) for view in project.views]
-    done = Encoded.begun(keyed, len(prefixes))
+    done, size = Encoded.begun(keyed, len(project.encode.cuts)), project.encode.segment_samples
     while True:
         found = len(done.keyed.bad)
-        plain, *augmented = _rows_by_view(project, done.keyed, table)
-        encode(source, keyed, views[:1], prefixes, stores[:1], project.encode, rows=plain, done=done)
-        if augmented:
-            encode(source, keyed, views[1:], prefixes, stores[1:], project.encode, rows=augmented[0], done=done)
-        if not augmented or len(done.keyed.bad) == found:
+        wanted = [by_split(rows, keyed.keys, table) for rows in _rows_by_view(project, done.keyed, table)]
+        encode(executor, source, stores, size, wanted, done)
+        if len(project.views) == 1 or len(done.keyed.bad) == found:
             return done
         table = _table(source, replace(done.keyed, rows=None), project)
 
@@ -235,11 +264,19 @@ def _table(source: Source, keyed: Keyed, project: Project) -> SampleTable:
     return build(source, keyed.keys[good], project.data, rows=good)
 
 
-def _open_or_replace(path: Path, recipe: Recipe) -> Store:
-    """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings."""
+def _open_or_replace(path: Path, recipe: Recipe, remote: Remote | None) -> Store:
+    """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings.
+
+    Raises:
+        StaleStoreError: one of another recipe lies elsewhere, where others may be using it.
+    """
+    if remote is None:
+        (path / ELSEWHERE).unlink(missing_ok=True)  # from here on it lies here
     try:
-        return Store.create(path, recipe)
+        return Store.create(path, recipe, remote)
     except StaleStoreError as stale:
+        if remote is not None:
+            raise StaleStoreError(f"{stale}; others may use that store, so it stays: change encode.store") from None
         log.warning("%s; encoding anew", stale)
         remove(path)
         return Store.create(path, recipe)
@@ -262,6 +299,17 @@ def _frozen_cost(towers: Sequence[Tower], device: torch.device) -> float:
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             total += seconds_per_sample(tower.prefix, inputs) * len(rows)
     return total / sum(len(tower.table.rows("train")) for tower in towers)
+
+
+def _leave_word(project: Project, stores: Sequence[Store]) -> None:
+    """Write what identifies stores that lie elsewhere where they would lie here: by it DVC sees changes."""
+    if project.remote is None:
+        return
+    for store in stores:
+        segments = store.segments()
+        word = {"recipe": store.recipe.digest, "segments": len(segments), "digest": digest(segments)}
+        place = project.activations / store.path.relative_to(project.remote.mirror) / ELSEWHERE
+        write_whole(place, json.dumps(word, indent=2) + "\n")
 
 
 def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> None:

@@ -101,9 +101,13 @@ class SharedStates:
         self.pad = bench.backbone.preprocess.pad
         self.reader = bench.project.reader(self.known.path)
         self.forgets = folder is not None
-        self.fresh = Store.create(self.known.path if folder is None else folder / "store", self.known.recipe)
-        views, probes = [bench.preprocess(None)], keyed.outside_in()
-        self.encoder = Encoder(source, views, [first.prefix], [[self.fresh]], self.config, probes)
+        self.fresh = (
+            Store.create(self.known.path, self.known.recipe, self.known.remote)
+            if folder is None
+            else Store.create(folder / "store", self.known.recipe)
+        )
+        views = [bench.preprocess(None)]
+        self.encoder = Encoder(source, views, [first.prefix], [[self.fresh]], self.config, keyed.probes)
         self.done = Encoded.begun(keyed, cuts=1)
         self.predictions = Predictions(self._columns())
 
@@ -113,7 +117,8 @@ class SharedStates:
 
     def encode(self, rows: np.ndarray) -> None:
         """Run the prefix on those of `rows` (n,) int64 that are new."""
-        encode_units(self.encoder, plan(self.keys, rows, [self.fresh], self.config.segment_samples), self.done)
+        units = plan(self.keys, [[rows]], [[self.fresh]], self.config.segment_samples)
+        encode_units(self.encoder, self.encoder.source, units, self.done)
         if not self.forgets:
             self.known.refresh()
 

@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import ConfigDict, field_validator, model_validator
 
 from pipeline.config import Section
-from pipeline.encoder import check_cut
+from pipeline.encoding import check_cut
 from pipeline.files import is_function
 from pipeline.loader import Residency
 from pipeline.models import ModelConfig, PreprocessConfig

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,38 +18,67 @@ BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
+class Part:
+    """One unit in one view: what is computed and committed together."""
+
+    rows: np.ndarray
+    """Row numbers in the data set, (n,) int64."""
+    keys: np.ndarray
+    """Their keys, (n, 16) uint8."""
+    view: int
+    """Number of the view."""
+    cuts: tuple[int, ...]
+    """Numbers of the cuts whose stores lack these samples in this view."""
+
+
+@dataclass(frozen=True)
 class Unit:
     """Samples that become one segment in each of some stores."""
 
     rows: np.ndarray
     """Row numbers in the data set, (n,) int64."""
-    stores: tuple[int, ...]
-    """Numbers of the stores that lack these samples, ascending."""
+    keys: np.ndarray
+    """Their keys, (n, 16) uint8."""
+    stores: tuple[tuple[int, int], ...]
+    """Numbers of the view and of the cut of each store that lacks these samples, ascending."""
+
+    @property
+    def parts(self) -> list[Part]:
+        """The unit divided by view."""
+        by_view = itertools.groupby(self.stores, operator.itemgetter(0))
+        return [Part(self.rows, self.keys, view, tuple(cut for _, cut in at)) for view, at in by_view]
 
 
-def plan(keys: np.ndarray, rows: np.ndarray, stores: Sequence[Store], size: int) -> list[Unit]:
-    """Return the units that bring `rows` into every store, identical samples once, in the order of the data set.
+def plan(
+    keys: np.ndarray, wanted: Sequence[Sequence[np.ndarray]], stores: Sequence[Sequence[Store]], size: int
+) -> list[Unit]:
+    """Return the units that bring the rows `wanted[view]` into `stores[view][cut]`, in the order of the data set.
 
-    What a store lacks is cut into units of `size`. Whole units missing from the middle leave the others where they
-    were, so an interrupted run is continued with the very same units. Samples that were found bad in a committed unit
-    come again in units of their own: they may have been bad for a passing reason.
+    These are one array or several, of which each has units of its own, so that what is read together lies together. Of
+    identical samples the first stands for all; `keys` (N, 16) uint8 are those of all rows. What a store lacks is cut
+    into units of `size`. Whole units missing from the middle leave the others where they were, so an interrupted run is
+    continued with the very same units. Samples that were found bad in a committed unit come again in units of their
+    own: they may have been bad for a passing reason.
     """
-    distinct = rows[first_rows(keys[rows])]
-    wanted: dict[bytes, tuple[np.ndarray, list[int]]] = {}
-    for number, store in enumerate(stores):
-        lacking = _lacking(keys, distinct, store)
-        again = KeySet(store.set_aside()).contains(keys[lacking])
-        for waiting in (lacking[~again], lacking[again]):
-            for begin in range(0, len(waiting), size):
-                unit = waiting[begin : begin + size]
-                wanted.setdefault(unit.tobytes(), (unit, []))[1].append(number)
+    lacked: dict[bytes, tuple[np.ndarray, list[tuple[int, int]]]] = {}
+    for view, (apart, of_view) in enumerate(zip(wanted, stores, strict=True)):
+        for rows, (cut, store) in itertools.product(apart, enumerate(of_view)):
+            distinct = rows[first_rows(keys[rows])]
+            lacking = lacking_rows(keys, distinct, store)
+            again = KeySet(store.set_aside()).contains(keys[lacking])
+            for waiting in (lacking[~again], lacking[again]):
+                for begin in range(0, len(waiting), size):
+                    unit = waiting[begin : begin + size]
+                    lacked.setdefault(unit.tobytes(), (unit, []))[1].append((view, cut))
     return sorted(
-        (Unit(unit, tuple(numbers)) for unit, numbers in wanted.values()), key=lambda unit: (unit.rows[0], unit.stores)
+        (Unit(rows, keys[rows], tuple(places)) for rows, places in lacked.values()),
+        key=lambda unit: (unit.rows[0], unit.stores),
     )
 
 
-def _lacking(keys: np.ndarray, rows: np.ndarray, store: Store) -> np.ndarray:
-    """Return those of `rows` that `store` has not. In blocks: a copy of all keys would be the largest thing here."""
+def lacking_rows(keys: np.ndarray, rows: np.ndarray, store: Store) -> np.ndarray:
+    """Return those of `rows` (n,) int64 that `store` has not; `keys` (N, 16) uint8 are those of all rows."""
+    # In blocks: a copy of all keys would be the largest thing here.
     blocks = np.array_split(rows, len(rows) // BLOCK + 1)
     return np.concatenate([block[store.missing(keys[block])] for block in blocks])
 

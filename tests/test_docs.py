@@ -12,11 +12,16 @@ from pipeline.project import SECTIONS, Project
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
-BLOCKS = BLOCK.findall((ROOT / "docs/tasks.md").read_text(encoding="utf-8"))
+PAGES = ("tasks", "cluster")
+BLOCKS = [
+    pytest.param(block, id=f"{page}-{number}")
+    for page in PAGES
+    for number, block in enumerate(BLOCK.findall((ROOT / f"docs/{page}.md").read_text(encoding="utf-8")))
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_settings_of_the_page_on_tasks(block: str) -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_settings_of_the_pages(block: str) -> None:
     shown = yaml.safe_load(block)
     assert shown
     for name, settings in shown.items():

@@ -79,7 +79,7 @@ class Killed(BaseException):
 
 
 STATEFUL: list[dict[str, Any]] = [
-    {"loss": "arcface"},
+    {"loss": "arcface", "train": {"gradient_accumulation": 3}},
     {"loss": "center", "layers": [6]},
     {"loss": "contrastive", "memory": 30},
     {"loss": "multiple_negatives", "memory": 27, "symmetric": True, "pairs": True},

@@ -16,11 +16,13 @@ FLOORS = [
     {"stages.options"},
     {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"}
     | {"pipeline.predict"},
-    {"pipeline.costs", "pipeline.epochs", "pipeline.proved", "pipeline.runs"},
+    {"pipeline.cluster", "pipeline.costs", "pipeline.epochs", "pipeline.proved", "pipeline.runs"},
     {"pipeline.towers"},
     {"pipeline.workbench"},
-    {"pipeline.project"},
+    {"pipeline.carried", "pipeline.project"},
     {"pipeline.roles", "pipeline.train", "pipeline.cuts", "pipeline.encode", "pipeline.report"},
+    {"pipeline.parallel"},
+    {"pipeline.objective"},
     {
         "pipeline.adapter",
         "pipeline.checkpoint",
@@ -29,13 +31,14 @@ FLOORS = [
         "pipeline.recipe",
         "pipeline.timing",
     },
-    {"pipeline.encoded", "pipeline.unit", "pipeline.views"},
-    {"pipeline.feed"},
-    {"pipeline.predictions", "pipeline.quarantine", "pipeline.ragged", "pipeline.stat_cache"},
+    {"pipeline.encoded"},
+    {"pipeline.feed", "pipeline.unit", "pipeline.views"},
+    {"pipeline.predictions", "pipeline.quarantine", "pipeline.ragged", "pipeline.stat_cache", "pipeline.tracked"},
     {"pipeline.models", "pipeline.store"},
     {"pipeline.data", "pipeline.tasks"},
     {"pipeline.split"},
-    {"pipeline.keys", "pipeline.files"},
+    {"pipeline.keys", "pipeline.files", "pipeline.processes"},
+    {"pipeline.encoding"},
     {"pipeline.config", "pipeline.memory", "pipeline.order"},
     {"pipeline.errors"},
 ]
@@ -43,8 +46,18 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 DOORS = {
     "click": {"stages"},
+    "dask": {"pipeline.cluster"},
+    "dask_jobqueue": {"pipeline.cluster"},
+    "distributed": {"pipeline.cluster"},
     "dvclive": {"pipeline.train"},
-    "accelerate": {"pipeline.checkpoint", "pipeline.flow", "pipeline.train"},
+    "accelerate": {
+        "pipeline.checkpoint",
+        "pipeline.flow",
+        "pipeline.objective",
+        "pipeline.parallel",
+        "pipeline.processes",
+        "pipeline.train",
+    },
     "matplotlib": {"pipeline.report"},
     "nervaluate": {"pipeline.tasks"},
     "numcodecs": {"pipeline.store"},
@@ -58,6 +71,9 @@ DOORS = {
     "torchmetrics": {"pipeline.tasks"},
     "torchvision": {"pipeline.data", "pipeline.models"},  # its data sets, and its networks
     "transformers": {"pipeline.adapter", "pipeline.models"},
+    "dvc": {"pipeline.tracked"},
+    "dvc_objects": {"pipeline.tracked"},
+    "obstore": {"pipeline.store"},
     "zarr": {"pipeline.store"},
 }
 """Library -> the rooms that may import it."""

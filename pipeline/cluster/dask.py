@@ -1,0 +1,301 @@
+"""Units on the workers of a dask scheduler: one of this machine's processes, one that runs elsewhere, or batch jobs.
+
+A task runs a few units, so that reading, computing and writing overlap; its worker keeps the encoder from task to task.
+Where a worker is lost, dask gives its task to another, which goes on behind what is committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.cluster.job import Job
+from pipeline.cluster.rates import Rates
+from pipeline.cluster.worker import REPORT, Worker, deaths
+from pipeline.encoded import Outcome
+from pipeline.encoding import ExecutorConfig
+from pipeline.errors import ClusterError, ConfigError
+from pipeline.keys import JSON
+from pipeline.unit import Unit
+
+try:
+    import dask
+    import distributed
+    from distributed import Client, LocalCluster, WorkerPlugin, get_worker
+    from distributed.scheduler import KilledWorker
+except ImportError as missing:
+    raise ClusterError(
+        f"encode.executor needs a package that is not installed ({missing}); pip install 'layer-recycling[cluster]'"
+    ) from missing
+
+log = logging.getLogger("recycle")
+
+UNITS_PER_TASK = 8
+TASKS_PER_WORKER = 2
+"""Tasks that are given out for each worker: enough that none is idle, and few enough for the scheduler's memory."""
+ONE_AT_A_TIME = threading.Lock()
+"""A process has one working folder, and one accelerator: of all runs that share a worker, one is at it."""
+CONNECT_SECONDS = 15
+WAIT_SECONDS = 10
+"""How long no worker may be there before it is said."""
+QUEUES = {
+    "slurm": "SLURMCluster",
+    "pbs": "PBSCluster",
+    "lsf": "LSFCluster",
+    "sge": "SGECluster",
+    "oar": "OARCluster",
+    "moab": "MoabCluster",
+    "htcondor": "HTCondorCluster",
+}
+
+
+class DaskWorkers:
+    """Runs units on the workers of a scheduler."""
+
+    workers = 0
+
+    def __init__(self, job: Job, config: ExecutorConfig) -> None:
+        """Prepare to run units of `job`; the scheduler is looked for, or started, when there are any."""
+        self.job, self.config = job, config
+
+    def run(self, units: Sequence[Unit]) -> Generator[Outcome, None, None]:
+        """Run `units`; yield what became of each of their parts once committed."""
+        if not units:
+            return
+        with self.job.at_home(), _scheduler(self.config, self.job) as scheduler, _client(scheduler) as client:
+            name, address = f"recycle-{self.job.home.name}", client.scheduler.address
+            _register(client, EncoderPlugin(self.job, divides=self.config.kind == "local"), name)
+            try:
+                yield from self._run(client, units, name)
+            except OSError as error:  # what goes wrong with a worker is none
+                raise _lost(address) from error
+            finally:
+                if client.status == "running":
+                    client.unregister_worker_plugin(name)
+
+    def _run(self, client: Client, units: Sequence[Unit], plugin: str) -> Iterator[Outcome]:
+        workers, rates = _Workers(client), Rates()
+        waiting = [Task(numbers) for numbers in _shares(len(units), workers.look())]
+        running, tasks = distributed.as_completed(loop=client.loop), dict[Any, Task]()
+        while waiting or tasks:
+            while waiting and len(tasks) < TASKS_PER_WORKER * max(1, workers.look()):
+                task = waiting.pop(0)
+                own = {number: units[number] for number in task.numbers}
+                future = client.submit(run_units, plugin, own, pure=False, resources=self.config.resources or None)
+                tasks[future] = task
+                running.add(future)
+            future = next(running)
+            task = tasks.pop(future)
+            if future.status in ("cancelled", "lost"):
+                raise _lost(workers.address)
+            if isinstance(future.exception(), KilledWorker):
+                waiting.append(task.again(self.job))
+                continue
+            for report in map(REPORT.validate_json, future.result()):
+                part = units[report.unit].parts[report.part]
+                rates.add(report, len(part.rows))
+                yield report.outcome(part)
+        rates.tell()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Units that one worker runs in a row."""
+
+    numbers: Sequence[int]
+    deaths: int = 0
+    """Processes that had died at these units when the task was given out."""
+    in_vain: int = 0
+    """How often it was given up since, without one that died at them."""
+
+    def again(self, job: Job) -> Task:
+        """Return the task to give out once more, after dask has lost too many workers with it.
+
+        Raises:
+            ClusterError: they die before they begin.
+        """
+        died = deaths(job.home)
+        now = sum(len(died[number]) for number in self.numbers)
+        if now == self.deaths and self.in_vain >= job.retries:
+            raise ClusterError(
+                "the workers die before they begin a unit: out of memory as they build the model, or ended from "
+                "outside; look into their logs, and give them more memory"
+            )
+        return Task(self.numbers, now, self.in_vain + 1 if now == self.deaths else 0)
+
+
+class EncoderPlugin(WorkerPlugin):  # type: ignore[misc]
+    """Holds a worker's encoder from its first task until the run ends."""
+
+    def __init__(self, job: Job, *, divides: bool) -> None:
+        """Prepare for `job`; where one machine `divides` its accelerators, each worker gets one."""
+        self.job, self.divides = job, divides
+
+    def setup(self, worker: distributed.Worker) -> None:
+        """Prepare; the encoder is built in the first task, because a worker that is busy here seems dead."""
+        own: dict[str, JSON] = {}
+        if self.divides:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C: the coordinator ends the workers
+            if torch.accelerator.device_count() > 1 and self.job.sections["encode"].get("device", "auto") == "auto":
+                kind = torch.accelerator.current_accelerator()
+                own["device"] = f"{kind}:{worker.name % torch.accelerator.device_count()}"
+        if multiprocessing.current_process().daemon:
+            own["workers"] = 0  # may have no processes of its own
+        self.worker, self.has_ended = Worker(self.job, str(worker.name), own), threading.Event()
+
+    def run(self, units: Mapping[int, Unit]) -> list[str]:
+        """Run units; return the reports as JSON: only those until the run ended, where it does so meanwhile."""
+        told: list[str] = []
+        with ONE_AT_A_TIME, _back_at_the_end(), closing(self.worker.run(units)) as reports:
+            for report in reports:
+                told.append(REPORT.dump_json(report).decode())
+                if self.has_ended.is_set():
+                    break
+        return told
+
+    def teardown(self, worker: distributed.Worker) -> None:
+        """Let go of the encoder, once the task that is at it notices."""
+        self.has_ended.set()
+        self.worker.leave()
+        del self.worker
+
+
+def run_units(plugin: str, units: Mapping[int, Unit]) -> list[str]:
+    """Run units on the worker that this is called on; return the reports as JSON."""
+    found: EncoderPlugin = get_worker().plugins[plugin]
+    return found.run(units)
+
+
+@contextmanager
+def _back_at_the_end() -> Iterator[None]:
+    """Leave the process in the folder it was in."""
+    before = Path.cwd()
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+class _Workers:
+    """The workers of a scheduler, watched as they come and go."""
+
+    def __init__(self, client: Client) -> None:
+        self.client, self.address, self.known = client, client.scheduler.address, set[str]()
+        try:
+            client.wait_for_workers(1, timeout=WAIT_SECONDS)
+        except TimeoutError:
+            log.info("%s has no workers yet; waiting for them", self.address)
+
+    def look(self) -> int:
+        """Return how many there are; tell of those that left."""
+        now = set(self.client.nthreads())
+        for name in sorted(self.known - now):
+            log.warning("worker %s left; what it had begun goes to another", name)
+        self.known = now
+        return len(now)
+
+
+def _register(client: Client, plugin: EncoderPlugin, name: str) -> None:
+    try:
+        client.register_plugin(plugin, name)
+    except Exception as error:
+        raise ClusterError(
+            f"the workers of {client.scheduler.address} cannot take units ({type(error).__name__}: {error}); install "
+            "layer-recycling there, in the same version"
+        ) from error
+
+
+def _lost(address: str) -> ClusterError:
+    return ClusterError(f"the scheduler at {address} is lost; what was committed stays: start it, and run again")
+
+
+def _shares(units: int, workers: int) -> Iterator[range]:
+    """Divide units into tasks: small enough that all workers have some until the end."""
+    size = max(1, min(UNITS_PER_TASK, units // (TASKS_PER_WORKER * 2 * max(1, workers))))
+    return (range(begin, min(begin + size, units)) for begin in range(0, units, size))
+
+
+@contextmanager
+def _client(scheduler: Any) -> Iterator[Client]:
+    try:
+        client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no dask scheduler answers at {scheduler} ({' '.join(str(error).split())}); start one (dask scheduler), "
+            "or set encode.executor.address or DASK_SCHEDULER_ADDRESS to one that runs"
+        ) from error
+    with client:
+        yield client
+
+
+@contextmanager
+def _scheduler(config: ExecutorConfig, job: Job) -> Iterator[Any]:
+    """Give the address of a scheduler, or start one with workers that ends with this."""
+    if config.kind == "dask" and not config.jobqueue:
+        address = config.address or os.environ.get("DASK_SCHEDULER_ADDRESS")
+        if not address:
+            raise ConfigError(
+                "encode.executor.kind is dask, but there is no scheduler; set encode.executor.address, or "
+                "DASK_SCHEDULER_ADDRESS, or encode.executor.jobqueue to have one started"
+            )
+        yield address
+        return
+    logging.getLogger("distributed").setLevel(logging.ERROR)  # what happens to workers is told by the run
+    settings = {"distributed.worker.daemon": False, "distributed.scheduler.worker-saturation": 1.0}
+    with dask.config.set(settings), _jobqueue(config, job) if config.jobqueue else _processes(config) as cluster:
+        yield cluster
+
+
+def _processes(config: ExecutorConfig) -> LocalCluster:
+    return LocalCluster(
+        n_workers=config.processes,
+        threads_per_worker=1,
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        memory_limit=0,
+    )
+
+
+def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
+    """Start a scheduler and submit jobs; the arguments that the user did not set are those that encode needs."""
+    try:
+        import dask_jobqueue  # noqa: PLC0415  (an extra that only this needs)
+    except ImportError as error:
+        raise ClusterError(
+            f"encode.executor.jobqueue is {config.jobqueue!r}, but dask-jobqueue is not installed; "
+            "pip install 'layer-recycling[cluster]'"
+        ) from error
+    kind = getattr(dask_jobqueue, QUEUES[str(config.jobqueue)])
+    command = kind.job_cls.submit_command.split()[0]
+    if shutil.which(command) is None:
+        raise ClusterError(
+            f"encode.executor.jobqueue is {config.jobqueue!r}, but {command} is not found; run on a machine that "
+            "submits jobs, or set PATH"
+        )
+    options: dict[str, Any] = {"processes": 1, "log_directory": str(job.home / "logs"), **config.options}
+    options["scheduler_options"] = {"dashboard_address": ":0", **options.get("scheduler_options", {})}
+    resources = " ".join(f"{name}={amount}" for name, amount in config.resources.items())
+    options["worker_extra_args"] = [
+        *(options.get("worker_extra_args", [])),
+        *("--nthreads", "1"),
+        *(["--resources", f"'{resources}'"] if resources else []),
+    ]
+    prologue = ["export DASK_DISTRIBUTED__WORKER__DAEMON=False"]
+    options["job_script_prologue"] = [*prologue, *options.get("job_script_prologue", [])]
+    try:
+        cluster = kind(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"encode.executor.options: {' '.join(str(error).split())}") from error
+    cluster.scale(jobs=config.jobs or 1)
+    return cluster

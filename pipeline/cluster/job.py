@@ -1,0 +1,183 @@
+"""What a worker must know to run units: small, plain, and enough to build the coordinator's encoder again.
+
+A worker reads no sample table and holds no keys: a unit brings its own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.config import check_sections
+from pipeline.data import Source
+from pipeline.encoder import Encoder
+from pipeline.encoding import ExecutorConfig
+from pipeline.errors import ClusterError
+from pipeline.feed import decode_samples
+from pipeline.files import write_whole
+from pipeline.keys import JSON, Recipe
+from pipeline.project import SECTIONS, Project
+from pipeline.store import Store
+from pipeline.tasks import Head
+from pipeline.workbench import Workbench
+
+FILE = "job.json"
+KEPT_SECONDS = 7 * 24 * 3600
+"""Age at which the folder of a run that failed is removed by the next one."""
+
+
+class Job(BaseModel):
+    """The encoder of a project, or of one of its towers, as a worker is told of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    """The project's, absolute: all paths of its settings are relative to it. Workers must see it."""
+    home: Path
+    """Folder below it where the workers of this run leave what they tell."""
+    sections: dict[str, dict[str, Any]]
+    """The settings, as far as they were set."""
+    tower: str | None
+    head: Head
+    """What the task asked for on the sample table."""
+    rows: int
+    """Rows of the data set."""
+    example: list[int]
+    """The two on which the splits are proved."""
+    probes: list[int]
+    """Those on which it is found out how states are trimmed."""
+    recipes: list[list[str]]
+    """What the encoder must make, as JSON, by view and cut."""
+    retries: int
+    threads: int | None
+    """Of torch in each worker; None leaves it to the environment there."""
+
+    @classmethod
+    def of(
+        cls,
+        bench: Workbench,
+        source: Source,
+        example: list[int],
+        probes: np.ndarray,
+        recipes: Sequence[Sequence[Recipe]],
+    ) -> Job:
+        """Return the job of the coordinator's model `bench`, of which `recipes[view][cut]` were read."""
+        project, folder = bench.project, Path.cwd()
+        sections = {name: getattr(project, name) for name in SECTIONS}
+        return cls(
+            folder=folder,
+            home=folder / project.scratch / "jobs" / secrets.token_hex(4),
+            sections={name: one.model_dump(mode="json", exclude_unset=True) for name, one in sections.items()},
+            tower=project.tower,
+            head=bench.head,
+            rows=len(source),
+            example=example,
+            probes=probes.tolist(),
+            recipes=[[recipe.to_json() for recipe in of_view] for of_view in recipes],
+            retries=project.encode.executor.retries,
+            threads=_threads(project.encode.executor),
+        )
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Have the folder of the job while it runs; after a failure it stays for a look at it."""
+        _remove_old(self.home.parent)
+        write_whole(self.home / FILE, self.model_dump_json())
+        with _letting_go():
+            yield
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def enter(self) -> None:
+        """Go to the project's folder.
+
+        Raises:
+            ClusterError: it cannot be seen here.
+        """
+        if not (self.home / FILE).is_file():
+            raise ClusterError(
+                f"the project's folder {self.folder} cannot be seen there; put the project on a file system that all "
+                "workers share, under the same path"
+            )
+        os.chdir(self.folder)
+
+    def build(self, own: Mapping[str, JSON]) -> Encoder:
+        """Build the project's encoder, in its folder; `own` are settings of `encode` that hold here alone.
+
+        Raises:
+            ClusterError: it is not the coordinator's; the message names the first field of the recipes that differs.
+        """
+        project: Any = Project(**self._settings(own), tower=self.tower)
+        source = replace(project, tower=None).source()  # all towers count the rows of one
+        if len(source) != self.rows:
+            raise ClusterError(
+                f"the data set has {len(source)} samples there, {self.rows} here; let data.path name "
+                "the same files for all, and run again"
+            )
+        bench = Workbench.with_head(project, self.head)
+        bench.to_device()
+        prefixes, recipes, _ = bench.freeze(decode_samples(source, bench.backbone.preprocess, np.asarray(self.example)))
+        self._prove(recipes)
+        stores = [
+            [
+                Store.create(project.store_path(cut, view), own, project.remote)
+                for cut, own in zip(project.encode.cuts, of, strict=True)
+            ]
+            for view, of in zip(project.views, recipes, strict=True)
+        ]
+        return bench.encoder(source, prefixes, stores, np.asarray(self.probes))
+
+    def _settings(self, own: Mapping[str, JSON]) -> Mapping[str, Any]:
+        encode = {**self.sections["encode"], **own}
+        return check_sections(self.sections | {"encode": encode}, SECTIONS, str(self.home / FILE))
+
+    def _prove(self, recipes: Sequence[Sequence[Recipe]]) -> None:
+        for of_view, expected in zip(recipes, self.recipes, strict=True):
+            for own, text in zip(of_view, expected, strict=True):
+                if difference := own.first_difference(Recipe.from_json(text)):
+                    field, there, here = difference
+                    raise ClusterError(
+                        f"its encoder has {field} = {there!r}, the coordinator's {here!r}; give all "
+                        "workers the same weights, settings and versions of the libraries"
+                    )
+
+
+@contextmanager
+def _letting_go() -> Iterator[None]:
+    """End at SIGTERM as at Ctrl-C: a batch job that is ended takes the workers with it that it asked for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _threads(config: ExecutorConfig) -> int | None:
+    if config.threads is not None:
+        return config.threads
+    if config.kind == "local":
+        return max(1, torch.get_num_threads() // (config.processes or 1))
+    cores, processes = config.options.get("cores"), config.options.get("processes", 1)
+    return max(1, cores // processes) if isinstance(cores, int) and isinstance(processes, int) else None
+
+
+def _remove_old(jobs: Path) -> None:
+    for folder in jobs.glob("*"):
+        if time.time() - folder.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,171 @@
+"""Units as the tasks of a Slurm job array.
+
+All that passes between the coordinator and the tasks are files in the job's folder: the units of a round on the way
+there, lines of reports on the way back. A round ends when all its tasks have; what a task that was killed left undone
+makes the next round.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.job import Job
+from pipeline.cluster.rates import Rates
+from pipeline.cluster.task import Failure, Lines, save_units
+from pipeline.cluster.worker import Report, deaths
+from pipeline.encoded import Outcome
+from pipeline.encoding import ExecutorConfig
+from pipeline.errors import ClusterError, ConfigError
+from pipeline.unit import Unit
+
+log = logging.getLogger("recycle")
+
+POLL_SECONDS, POLL_SECONDS_PER_TASK = 0.5, 0.005
+LATE_SECONDS, LATE_SECONDS_OF_KILLED = 30.0, 2.0
+"""How long a network file system may take to show the last lines of a task that has ended. Lines of one that was killed
+may be lost as well: what they would have told of is there, and costs nothing to ask for again."""
+LOG_LINES = 10
+OURS = frozenset({"array", "chdir", "error", "job-name", "output", "parsable", "wait", "wrap"})
+"""Options of sbatch that are set here."""
+
+
+class SlurmArray:
+    """Runs units on a cluster by sbatch."""
+
+    workers = 0
+
+    def __init__(self, job: Job, config: ExecutorConfig) -> None:
+        """Prepare to run units of `job`; nothing is submitted before there are any.
+
+        Raises:
+            ConfigError: `config.options` has one that is set here.
+            ClusterError: sbatch is not found.
+        """
+        if taken := sorted(config.options.keys() & OURS):
+            raise ConfigError(f"encode.executor.options has {taken[0]}, which encode sets itself; remove it")
+        if shutil.which("sbatch") is None:
+            raise ClusterError(
+                "encode.executor.kind is slurm, but sbatch is not found; run on a machine that submits jobs, or set "
+                "PATH"
+            )
+        self.job, self.config = job, config
+
+    def run(self, units: Sequence[Unit]) -> Generator[Outcome, None, None]:
+        """Run `units`; yield what became of each of their parts once committed."""
+        if not units:
+            return
+        waiting, rates, told = dict(enumerate(units)), Rates(), set[tuple[int, int]]()
+        with self.job.at_home():
+            for number in itertools.count():
+                for report in self._round(self.job.home / f"round-{number}", waiting):
+                    place = report.unit, report.part
+                    if place not in told:  # of a unit that was begun again
+                        told.add(place)
+                        part = units[report.unit].parts[report.part]
+                        rates.add(report, len(part.rows))
+                        yield report.outcome(part)
+                if not waiting:
+                    break
+        rates.tell()
+
+    def _round(self, folder: Path, waiting: dict[int, Unit]) -> Iterator[Report]:
+        """Submit an array for the units `waiting`; yield their reports, and take out those of which all is told.
+
+        Raises:
+            RecyclingError: a task gave up; it is the task's own error.
+            ClusterError: the array ended before a unit did.
+        """
+        folder.mkdir()
+        tasks, died, begun = min(self.config.jobs or 1, len(waiting)), deaths(self.job.home), len(waiting)
+        for task in range(tasks):
+            save_units(folder, task, {number: waiting[number] for number in list(waiting)[task::tasks]})
+        left = Counter({number: len(unit.parts) for number, unit in waiting.items()})
+        with _submitted(self._command(folder, tasks)) as array:
+            log.info("job %s: %d units in %d tasks, logs in %s", array.id, begun, tasks, folder)
+            for line in _told(folder, array, tasks):
+                if isinstance(line, Failure):
+                    raise line.to_raise()
+                left[line.unit] -= 1
+                if not left[line.unit]:
+                    del waiting[line.unit]
+                yield line
+                if not waiting:
+                    return
+        said = f"job {array.id} ended with exit code {array.process.returncode}"
+        if len(waiting) == begun and deaths(self.job.home) == died:
+            raise ClusterError(f"{said} before it had run a unit; the end of its log {_last_log(folder)}")
+        log.warning("%s; %d units are left and go again; the end of a log %s", said, len(waiting), _last_log(folder))
+
+    def _command(self, folder: Path, tasks: int) -> list[str]:
+        run = [sys.executable, "-m", "pipeline.cluster.task", str(folder)]
+        options = [
+            f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in self.config.options.items()
+            if value is not False
+        ]
+        return [
+            *("sbatch", "--wait", "--parsable", f"--array=0-{tasks - 1}", "--job-name=recycle"),
+            *(f"--chdir={self.job.folder}", f"--output={folder}/%a.log", *options),
+            *("--wrap", f"exec {shlex.join(run)} $SLURM_ARRAY_TASK_ID"),
+        ]
+
+
+@dataclass
+class _Array:
+    id: str
+    process: subprocess.Popen[str]
+
+
+@contextmanager
+def _submitted(command: Sequence[str]) -> Iterator[_Array]:
+    """Submit a job array; what still runs of it at the end is cancelled.
+
+    Raises:
+        ClusterError: it is refused.
+    """
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:  # noqa: S603
+        job = process.stdout.readline().strip().partition(";")[0] if process.stdout else ""
+        if not job:
+            said = " ".join(process.stderr.read().split()) if process.stderr else ""
+            raise ClusterError(
+                f"sbatch refused the job ({said}); see encode.executor.options, and sinfo for partitions"
+            )
+        try:
+            yield _Array(job, process)
+        finally:
+            if process.poll() is None:
+                subprocess.run(["scancel", job], check=False)  # noqa: S603, S607
+                process.terminate()
+
+
+def _told(folder: Path, array: _Array, tasks: int) -> Iterator[Report | Failure]:
+    """Yield what the tasks tell, until the array has ended and no more is to be expected."""
+    lines, last = Lines(folder), float("inf")
+    while time.monotonic() < last:
+        code = array.process.poll()
+        if code is not None and last == float("inf"):
+            last = time.monotonic() + (LATE_SECONDS_OF_KILLED if code else LATE_SECONDS)
+        yield from lines.new()
+        time.sleep(max(POLL_SECONDS, tasks * POLL_SECONDS_PER_TASK))
+
+
+def _last_log(folder: Path) -> str:
+    """Return the last lines of the log that was written to last."""
+    logs = sorted(folder.glob("*.log"), key=lambda file: file.stat().st_mtime)
+    if not logs:
+        return f"is not in {folder}"
+    text = logs[-1].read_text(encoding="utf-8", errors="backslashreplace")
+    return "\n".join([f"{logs[-1]}:", *text.splitlines()[-LOG_LINES:]])

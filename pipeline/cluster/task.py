@@ -1,0 +1,106 @@
+"""One task of a job array: `python -m pipeline.cluster.task FOLDER TASK` runs its share of the units of a round.
+
+FOLDER holds the units of each task, and takes what is told of them: a file of JSON lines for each task, of which the
+coordinator reads whole lines alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from pipeline import errors
+from pipeline.cluster.job import FILE, Job
+from pipeline.cluster.worker import Report, Worker
+from pipeline.errors import RecyclingError
+from pipeline.files import whole
+from pipeline.memory import keep_freed_memory
+from pipeline.unit import Unit
+
+UNITS = ".npz"
+ARRAYS = ("rows", "keys", "stores")
+TOLD = ".jsonl"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a task gave up."""
+
+    error: str
+    message: str
+
+    def to_raise(self) -> RecyclingError:
+        """Return the error, of its own kind."""
+        kind: type[RecyclingError] = getattr(errors, self.error)
+        return kind(self.message)
+
+
+LINE: TypeAdapter[Report | Failure] = TypeAdapter(Report | Failure)
+
+
+class Lines:
+    """What the tasks of a round have told, read as it comes."""
+
+    def __init__(self, folder: Path) -> None:
+        """Begin at the first line of each file in `folder`."""
+        self.folder, self.read = folder, defaultdict[Path, int](int)
+
+    def new(self) -> Iterator[Report | Failure]:
+        """Yield the lines that were not there before; of a line that is being written nothing is read."""
+        for file in sorted(self.folder.glob(f"*{TOLD}")):
+            with file.open("rb") as stream:
+                stream.seek(self.read[file])
+                text = stream.read()
+            text = text[: text.rfind(b"\n") + 1]
+            self.read[file] += len(text)
+            yield from map(LINE.validate_json, text.splitlines())
+
+
+def save_units(folder: Path, task: int, units: Mapping[int, Unit]) -> None:
+    """Write the units of a task, by their numbers in the run."""
+    arrays = {f"{name}.{number}": getattr(unit, name) for number, unit in units.items() for name in ARRAYS}
+    with whole(folder / f"{task}{UNITS}") as file, file.open("wb") as stream:
+        np.savez(stream, **arrays)
+
+
+def load_units(folder: Path, task: int) -> dict[int, Unit]:
+    """Return the units that `save_units` wrote."""
+    with np.load(folder / f"{task}{UNITS}", allow_pickle=False) as saved:
+        arrays: dict[int, dict[str, np.ndarray]] = defaultdict(dict)
+        for own, array in saved.items():
+            name, _, number = own.partition(".")
+            arrays[int(number)][name] = array
+    return {
+        number: Unit(of["rows"], of["keys"], tuple((view, cut) for view, cut in of["stores"].tolist()))
+        for number, of in arrays.items()
+    }
+
+
+def main(folder: Path, task: int) -> int:
+    """Run the units of `task`; return the exit code: 1 where it gave up."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # taken back, or out of time: no crash
+    keep_freed_memory()
+    job = Job.model_validate_json((folder.parent / FILE).read_text(encoding="utf-8"))
+    with (folder / f"{task}{TOLD}").open("a", encoding="utf-8") as told:
+        try:
+            for report in Worker(job, str(task)).run(load_units(folder, task)):
+                told.write(LINE.dump_json(report).decode() + "\n")
+                told.flush()
+        except RecyclingError as error:
+            logging.getLogger("recycle").error("%s", error)
+            told.write(LINE.dump_json(Failure(type(error).__name__, str(error))).decode() + "\n")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,159 @@
+"""The worker's side of every executor: run units, and tell what became of each part.
+
+A unit may be asked for again, because the worker that had it died or was given up. So one that is committed is not run
+again, and one that keeps killing its process is set aside: a worker marks the unit that it is at by a file in the job's
+folder, and the marks of the dead stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+
+from pipeline.cluster.job import Job
+from pipeline.encoded import Costs, Outcome
+from pipeline.encoder import Encoder
+from pipeline.errors import ClusterError, RecyclingError
+from pipeline.feed import dead_workers_told
+from pipeline.keys import JSON
+from pipeline.quarantine import ENDS_THE_RUN, BadSample, name_of
+from pipeline.unit import Part, Unit
+
+log = logging.getLogger("recycle")
+
+MARKS = "marks"
+POISON = "its unit killed the process that ran it"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker tells of one part of a unit."""
+
+    worker: str
+    unit: int
+    """Number of the unit in the run."""
+    part: int
+    """Number of the part in the unit."""
+    seconds: float
+    """Since the worker's last report."""
+    bad: list[BadSample] = field(default_factory=list)
+    cut_off: list[int] = field(default_factory=list)
+    promoted: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    costs: Costs = field(default_factory=Costs)
+
+    def outcome(self, part: Part) -> Outcome:
+        """Return what became of `part`, the one that this tells of."""
+        return Outcome(part, self.bad, self.cut_off, self.promoted, self.costs)
+
+
+REPORT = TypeAdapter(Report)
+"""Reports as JSON: no pickle is read, and a worker of another version is refused."""
+
+
+class Worker:
+    """An encoder that was built on this machine, and runs units here until the process ends."""
+
+    def __init__(self, job: Job, name: str, own: Mapping[str, JSON] | None = None) -> None:
+        """Take note of what to do; the encoder is built with the first unit.
+
+        `name` is what the coordinator calls this worker; `own` are settings of `encode` that hold for it alone.
+        """
+        self.job, self.own = job, own or {}
+        self.name = f"{platform.node()}:{name}".replace("/", "_")
+        self._encoder: Encoder | None = None
+        self._mark: Path | None = None
+
+    def run(self, units: Mapping[int, Unit]) -> Generator[Report, None, None]:
+        """Run `units`, by their numbers in the run; yield what became of each part.
+
+        Raises:
+            RecyclingError: the run cannot go on; the message names this worker.
+        """
+        try:
+            yield from self._run(units)
+        except ENDS_THE_RUN:
+            raise
+        except RecyclingError as error:
+            raise type(error)(f"worker {self.name}: {error}") from error
+        except BaseException as error:
+            log.exception("worker %s failed", self.name)
+            said = " ".join(str(error).split())
+            raise ClusterError(f"worker {self.name}: {type(error).__name__}: {said}; its log has more") from error
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Take the mark away: the unit that this worker is at did not kill it."""
+        if self._mark is not None:
+            self._mark.unlink(missing_ok=True)
+            self._mark = None
+
+    def _run(self, units: Mapping[int, Unit]) -> Iterator[Report]:
+        self.job.enter()
+        encoder = self._build()
+        killed, waiting = deaths(self.job.home), dict(units)
+        for number, unit in units.items():
+            if len(killed[number]) > self.job.retries:
+                yield from self._poisonous(encoder, number, unit, killed[number])
+            elif encoder.holds(unit):
+                yield from (Report(self.name, number, part, 0.0) for part in range(len(unit.parts)))
+            else:
+                continue
+            del waiting[number]
+        numbers, before = list(waiting), time.perf_counter()
+        places = [(number, part) for number, unit in waiting.items() for part in range(len(unit.parts))]
+        with dead_workers_told(encoder.workers):
+            running = encoder.run(list(waiting.values()), lambda place: self._enter(numbers[place]))
+            for (number, part), outcome in zip(places, running, strict=True):
+                now = time.perf_counter()
+                yield Report(
+                    *(self.name, number, part, now - before),
+                    *(outcome.bad, outcome.cut_off, outcome.promoted, outcome.costs),
+                )
+                before = time.perf_counter()
+
+    def _build(self) -> Encoder:
+        if self._encoder is None:
+            self._encoder = self.job.build(self.own)
+        if self.job.threads is not None:
+            torch.set_num_threads(self.job.threads)  # for this thread: each has a number of its own
+        return self._encoder
+
+    def _enter(self, number: int) -> None:
+        """Mark the unit that begins as the one this process is at."""
+        marks = self.job.home / MARKS
+        mark = marks / f"{number}.{secrets.token_hex(4)}.{self.name}"
+        if self._mark is None:
+            marks.mkdir(exist_ok=True)
+            mark.touch()
+        else:
+            self._mark.rename(mark)
+        self._mark = mark
+
+    def _poisonous(self, encoder: Encoder, number: int, unit: Unit, killed: list[str]) -> Iterator[Report]:
+        reason = (
+            f"{POISON}: {len(killed)} times ({', '.join(sorted(set(killed)))}); mend the sample, or give more memory"
+        )
+        for part in range(len(unit.parts)):
+            bad = [BadSample(row, name_of(encoder.source, row), reason) for row in unit.rows.tolist()]
+            yield Report(self.name, number, part, 0.0, bad)
+
+
+def deaths(home: Path) -> defaultdict[int, list[str]]:
+    """Return which workers died at each unit, by its number; those that are alive are at units of their own."""
+    found: defaultdict[int, list[str]] = defaultdict(list)
+    marks = home / MARKS
+    for mark in sorted(os.listdir(marks)) if marks.is_dir() else []:
+        number, _, worker = mark.split(".", 2)
+        found[int(number)].append(worker)
+    return found

@@ -1,0 +1,141 @@
+"""The section `encode:` of params.yaml: how states are made."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config import Section
+
+CUT_PATH = re.compile(r"\w[\w-]*(\.[\w-]+)*(#\d+)?")
+"""Names of modules joined by dots, and the number of a call. A cut names a directory too: nothing else may pass."""
+
+
+class ExecutorConfig(Section):
+    """Who runs the units of an encode. None of these settings decides what is stored; docs/cluster.md has recipes."""
+
+    kind: Literal["local", "dask", "slurm"] = "local"
+    """"local": processes on this machine. "dask": the workers of a `dask.distributed` scheduler. "slurm": the tasks of
+    a job array that sbatch submits. All workers must see the project's folder under the same path."""
+    processes: int | None = Field(default=None, ge=1)
+    """local: how many, each with an accelerator of its own where there are any; they divide the cores. Unset it is 1:
+    the process that was started."""
+    address: str | None = Field(default=None, min_length=1)
+    """dask: of a scheduler that runs already, such as tcp://host:8786; the environment's DASK_SCHEDULER_ADDRESS does as
+    well."""
+    jobqueue: Literal["slurm", "pbs", "lsf", "sge", "oar", "moab", "htcondor"] | None = None
+    """dask: start a scheduler here, and workers as batch jobs of this kind (dask-jobqueue)."""
+    jobs: int | None = Field(default=None, ge=1)
+    """slurm: tasks of the array; jobqueue: batch jobs, which may come and go. Unset it is 1."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """dask: what of a worker's declared resources a unit takes, as in {GPU: 1}; only workers that have it get any."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of torch in each worker. Unset, local processes divide the cores, workers of a jobqueue have those of
+    `options`, and all others what their environment says: dask starts workers with OMP_NUM_THREADS=1."""
+    retries: int = Field(default=2, ge=0)
+    """How often a unit that kills the process that runs it is tried again before its samples are set aside."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The scheduler's own. slurm: of sbatch, as in {partition: gpu, gres: "gpu:1"}; true for one without a value.
+    jobqueue: arguments of dask-jobqueue's cluster, as in {cores: 8, memory: 32GB, queue: gpu}."""
+
+    @property
+    def is_here(self) -> bool:
+        """Say whether the process that was started runs all units itself."""
+        return self.kind == "local" and (self.processes or 1) == 1
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Self:
+        used = {
+            "local": {"processes", "threads", "retries"},
+            "dask": {"address", "jobqueue", "resources", "threads", "retries"},
+            "slurm": {"jobs", "options", "threads", "retries"},
+        }[self.kind]
+        used |= {"jobs", "options"} if self.jobqueue else set()
+        faults = [
+            f"{name} is {getattr(self, name)!r}, which kind {self.kind} does not use{self._remedy(name)}; remove it"
+            for name in sorted(self.model_fields_set - used - {"kind"})
+            if getattr(self, name) not in (None, {})
+        ]
+        if self.address and self.jobqueue:
+            faults.append(f"address is {self.address!r} and jobqueue is {self.jobqueue!r}; keep one")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _remedy(self, name: str) -> str:
+        return " without jobqueue" if self.kind == "dask" and name in ("jobs", "options") else ""
+
+
+class EncodeConfig(Section):
+    """How states are made. Of these settings cuts, `dtype`, `codec`, `precision` and `views` decide what is stored."""
+
+    cuts: list[float | int | str] = Field(min_length=1)
+    """Where to split: a share of the blocks (0.5; 0 for the inputs, 1 for the head only), a number of blocks from 2 on
+    (6), or a module path ("layer3"; "layer#2" for its third call). `recycle cuts` lists what there is and its cost. One
+    pass serves all of them."""
+    store: str | None = None
+    """Where states are stored: a URL below which each cut has its folder, `s3://BUCKET/PREFIX`, `gs://`, `az://` or
+    `file:///FOLDER`; null for the folder data/activations. Credentials come from the environment (AWS_ACCESS_KEY_ID,
+    ...), as do endpoint and region (AWS_ENDPOINT_URL, AWS_REGION). Training brings segments to local scratch
+    (`train.scratch_gb`)."""
+    store_options: dict[str, str | int | bool] = Field(default_factory=dict)
+    """obstore's options for that place where the environment does not have them: {endpoint: ..., region: ...}. What is
+    secret is refused here."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Type states are stored in; a tensor that leaves float16's range is stored as bfloat16."""
+    codec: Literal["raw", "zstd", "int8", "int8-channel"] = "raw"
+    """How states lie on disk. "raw": as they are, memory-mapped. "zstd": compressed without loss, unpacked to local
+    scratch for training. "int8": whole numbers of one byte and a scale per row (token, channel map), "int8-channel" per
+    channel; `recycle store error` tells what these two change."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type the prefix computes in: below float32 under autocast."""
+    batch_size: int = Field(default=64, ge=1)
+    """Samples per forward pass of the prefix."""
+    views: int | None = Field(default=None, ge=1)
+    """Augmented views stored of each training sample, made by `preprocess.augment`; null for none. Each is a store of
+    its own beside the plain one, which then holds the held-out samples alone. More views encode only themselves, and
+    fewer leave the others where they are. While a segment is encoded, its samples' inputs wait in memory in all views
+    (0.15 MB each at 224 pixels)."""
+    segment_samples: int = Field(default=512, ge=1)
+    """Samples per segment: the unit of work that is committed whole."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that read and preprocess samples; 0 does it in this process. null: 0 where the prefix runs on the CPU,
+    whose cores it uses all by itself, else one for every core."""
+    executor: ExecutorConfig = ExecutorConfig()
+    """Who runs the units: this process, several, or a cluster."""
+    device: str = "auto"
+    """"auto" (the accelerator if there is one), "cpu", "cuda:0", ..."""
+    channels_last: bool = False
+    """Run image backbones in channels-last memory format: faster on most accelerators."""
+    suffix: bool = True
+    """Keep the pretrained weights after each cut beside its store (`<cut>/suffix`): who has the store alone, and not
+    the weights of `model`, can train from it. They take as much room as those weights do."""
+    max_bad: int | float = Field(default=0, ge=0)
+    """Bad samples tolerated before the run ends with exit code 3: a count, or below 1 a fraction of the data set."""
+
+    def tolerated(self, samples: int) -> int:
+        """Return how many bad ones `max_bad` tolerates among so many samples."""
+        return int(self.max_bad if self.max_bad >= 1 else self.max_bad * samples + 1e-9)
+
+    @field_validator("cuts")
+    @classmethod
+    def _distinct(cls, cuts: list[float | int | str]) -> list[float | int | str]:
+        for cut in cuts:
+            check_cut(cut)
+        if len({str(cut) for cut in cuts}) != len(cuts):
+            raise ValueError("a cut is listed twice; name each once")
+        return cuts
+
+
+def check_cut(cut: float | int | str) -> None:
+    """Raise ValueError unless `cut` is one as `EncodeConfig.cuts` describes them."""
+    if isinstance(cut, str):
+        if not CUT_PATH.fullmatch(cut):
+            raise ValueError(f"{cut!r} is no module path: names joined by dots, as in encoder.layer.6")
+    elif not (0 <= cut <= 1 or (isinstance(cut, int) and cut > 1)):
+        raise ValueError(
+            f"a share of the blocks lies in 0..1, a number of blocks is whole and from 2 on; {cut} is neither, "
+            "and a module path is a string"
+        )
