@@ -64,12 +64,12 @@ def activations(folder: Path) -> dict[str, bytes]:
 def test_info_says_what_a_store_holds(folder: Path) -> None:
     said = run("info").output
     assert "data/activations/0.5: 60 samples" in said
-    assert "4 segments of 5 to 20 samples, half of them of 18 or more" in said
+    assert "6 segments of 1 to 20 samples, half of them of 8 or more" in said
     assert "state.input: float16, 8 x 16 x 16" in said
     assert "of data/samples.parquet it has 59 of 59 samples" in said
     assert "gc --rewrite: frees 1 samples" in said
     (facts,) = json.loads(run("info", "data/activations/0.5", "--json").output)
-    assert (facts["samples"], facts["segments"], facts["copies"]) == (60, [5, 15, 20, 20], 0)
+    assert (facts["samples"], facts["segments"], facts["copies"]) == (60, [1, 3, 4, 12, 20, 20], 0)
     assert facts["bytes"] == stores(folder)[1].nbytes()
     assert facts["recipe"]["storage"] == "raw:float16"
 
@@ -153,7 +153,7 @@ def test_gc_takes_leftovers_and_stores_without_a_cut(folder: Path) -> None:
 def test_compact_merges_what_increments_left(folder: Path) -> None:
     keys = stores(folder)[0].keys()
     assert (
-        "2 segments go, 1 come in their place; this frees 0 samples"
+        "4 segments go, 1 come in their place; this frees 0 samples"
         in run("compact", "--target-samples", "32", "--yes").output
     )
     for store in stores(folder):
