@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -293,9 +294,16 @@ def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
     ]
     prologue = ["export DASK_DISTRIBUTED__WORKER__DAEMON=False"]
     options["job_script_prologue"] = [*prologue, *options.get("job_script_prologue", [])]
-    try:
-        cluster = kind(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"encode.executor.options: {' '.join(str(error).split())}") from error
+    cluster = _made(kind, options)
     cluster.scale(jobs=config.jobs or 1)
     return cluster
+
+
+def _made(kind: Any, options: Mapping[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of what was begun of one that cannot be made
+        try:
+            return kind(**options)
+        except (TypeError, ValueError) as error:
+            said = " ".join(str(error).split())
+    raise ConfigError(f"encode.executor.options: {said}")
