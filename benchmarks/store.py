@@ -149,7 +149,7 @@ def cold(folder: Path, options: argparse.Namespace) -> None:
                 {"label": labels},
                 order,
                 source=source,
-                read_ahead=2 * SEGMENT // options.batch,
+                read_ahead=4 * SEGMENT * states[0].nbytes,
             )
             start = time.perf_counter()
             for _ in read(loader)(turn):

@@ -29,11 +29,11 @@ from pipeline.encoding import EncodeConfig
 from pipeline.feed import decode_samples, key_contents
 from pipeline.loader import Batch, Loader
 from pipeline.models import ModelConfig, PreprocessConfig, load
+from pipeline.objective import Objective
 from pipeline.recipe import recipe_of
 from pipeline.split import split
 from pipeline.store import Store
 from pipeline.tasks import TaskConfig, open_task
-from pipeline.train import Objective
 
 STEPS = 20
 

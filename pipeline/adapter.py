@@ -112,6 +112,7 @@ def adapt(
             twin.get_parameter(name).requires_grad_()
         _, adapted = split(twin, prefix.cut.name, example)
     _name_state(adapted, suffix)
+    adapted.constants = suffix.constants
     _prove(adapted, suffix, state, example, config)
     sizes = [(item.numel(), item.requires_grad) for item in adapted.parameters()]
     log.info("%s on %d layers: %d parameters train", config.kind, len(targets), sum(size for size, on in sizes if on))

@@ -6,13 +6,20 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from pipeline import processes
+from pipeline.errors import TrainError
+from pipeline.store import claim
 
 
 @dataclass
@@ -43,8 +50,30 @@ class Progress:
         return self.epoch >= epochs or (patience is not None and waited >= patience)
 
 
+@contextmanager
+def alone(checkpoint: Path) -> Iterator[Path]:
+    """Give the folder of a run's checkpoints to this run alone; of several processes the main one has it for all.
+
+    Raises:
+        TrainError: somebody else trains this very run.
+    """
+    if processes.rank() > 0:
+        yield checkpoint
+        return
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    with claim(checkpoint) as is_ours:
+        if not is_ours:
+            raise TrainError(
+                f"{checkpoint} is in use: another process trains a run with these settings; wait for its end, or "
+                "change a setting (start several processes of one run with torchrun)"
+            )
+        yield checkpoint
+
+
 def resume(accelerator: Accelerator, checkpoint: Path) -> Progress:
-    """Load what a killed run of this folder left, if anything."""
+    """Load what a killed run of this folder left, if anything; the number of processes may have changed."""
+    accelerator.register_save_state_pre_hook(partial(_save_plain, accelerator))
+    accelerator.register_load_state_pre_hook(partial(_load_plain, accelerator))
     latest = next((folder for name in ("latest", "previous") if (folder := checkpoint / name).exists()), None)
     if latest is None:
         return Progress()
@@ -57,11 +86,17 @@ def save(
 ) -> None:
     """Commit the epoch: everything is written beside, the folder `latest` is swapped by renames, last.
 
-    `weights` are those that the run would end with after this epoch.
+    `weights` are those that the run would end with after this epoch, given by the main process. Every process adds the
+    state of its random numbers.
     """
     beside, latest, previous = (checkpoint / name for name in ("beside", "latest", "previous"))
-    shutil.rmtree(beside, ignore_errors=True)
+    if accelerator.is_main_process:
+        shutil.rmtree(beside, ignore_errors=True)
+    processes.wait()
     accelerator.save_state(str(beside), safe_serialization=True)
+    processes.wait()
+    if not accelerator.is_main_process:
+        return
     (beside / "progress.json").write_text(json.dumps(asdict(progress)))
     kept = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
     for name in ["last", "best"] if better else ["last"]:
@@ -72,3 +107,12 @@ def save(
         os.rename(latest, previous)
     os.rename(beside, latest)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _save_plain(accelerator: Accelerator, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
+    """Save models under their own names, without what they are wrapped in where there are several processes."""
+    weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
+
+
+def _load_plain(accelerator: Accelerator, models: list[nn.Module], folder: str) -> None:
+    models[:] = [accelerator.unwrap_model(model) for model in models]

@@ -5,9 +5,9 @@ N samples, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def measure(project: Project, name: str, count: int, tower: str | None = None) -
     is_trained = _load_run(project, name, opened)
     suffix.to(pick_device(project.encode.device)).eval()
     drawn = np.sort(np.random.default_rng(0).permutation(len(table))[:count])
-    stored = _read(store.path, store.rows(table.keys)[drawn])
+    stored = _read(partial(bench.project.reader, store.path), store.rows(table.keys)[drawn])
     kind = bench.task.head(table).kind
 
     def outputs(samples: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
@@ -161,12 +161,12 @@ def _load_run(project: Project, name: str, tower: Tower) -> bool:
     return True
 
 
-def _read(root: Path, places: Rows) -> dict[str, list[Tensor]]:
+def _read(opened: Callable[[], Reader], places: Rows) -> dict[str, list[Tensor]]:
     """Return the samples at N places by tensor name, each N tensors; at most one segment is open at a time."""
     found: dict[str, list[Tensor]] = {}
     samples: list[dict[str, Tensor]] = [{} for _ in range(len(places))]
     for number in np.unique(places.segment):
-        reader, segment = Reader(root), places.segments[number]
+        reader, segment = opened(), places.segments[number]
         here = np.flatnonzero(places.segment == number)
         reader.check(segment, places.row[here])
         for i in here.tolist():

@@ -46,13 +46,13 @@ def encode(
     source: Source,
     stores: Sequence[Sequence[Store]],
     size: int,
-    wanted: Sequence[np.ndarray],
+    wanted: Sequence[Sequence[np.ndarray]],
     done: Encoded,
 ) -> None:
     """Bring the rows `wanted[view]` into `stores[view][cut]`; what is there already is not made again.
 
-    `size` is how many samples a segment has. What is done is added to `done`; samples that were set aside before are
-    left out.
+    These are one array or several, of which each has segments of its own. `size` is how many samples a segment has.
+    What is done is added to `done`; samples that were set aside before are left out.
 
     Raises:
         MissingKeysError: a sample was encoded, and is not there; the message names the store.
@@ -80,15 +80,16 @@ def encode_units(executor: Executor, source: Source, units: Sequence[Unit], done
             progress.update(len(outcome.part.rows))
 
 
-def _good(wanted: Sequence[np.ndarray], done: Encoded) -> list[np.ndarray]:
+def _good(wanted: Sequence[Sequence[np.ndarray]], done: Encoded) -> list[list[np.ndarray]]:
     good = done.keyed.good
-    return [np.intersect1d(rows, good) for rows in wanted]
+    return [[np.intersect1d(rows, good) for rows in apart] for apart in wanted]
 
 
-def _prove(stores: Sequence[Sequence[Store]], wanted: Sequence[np.ndarray], keys: np.ndarray) -> None:
+def _prove(stores: Sequence[Sequence[Store]], wanted: Sequence[Sequence[np.ndarray]], keys: np.ndarray) -> None:
     """Look for every sample where it belongs; what another machine wrote may be seen here a little later."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    for rows, of_view in zip(wanted, stores, strict=True):
+    for apart, of_view in zip(wanted, stores, strict=True):
+        rows = np.concatenate([np.empty(0, np.int64), *apart])
         for store in of_view:
             store.refresh()
             while absent := len(lacking_rows(keys, rows, store)):

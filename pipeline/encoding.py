@@ -75,6 +75,14 @@ class EncodeConfig(Section):
     """Where to split: a share of the blocks (0.5; 0 for the inputs, 1 for the head only), a number of blocks from 2 on
     (6), or a module path ("layer3"; "layer#2" for its third call). `recycle cuts` lists what there is and its cost. One
     pass serves all of them."""
+    store: str | None = None
+    """Where states are stored: a URL below which each cut has its folder, `s3://BUCKET/PREFIX`, `gs://`, `az://` or
+    `file:///FOLDER`; null for the folder data/activations. Credentials come from the environment (AWS_ACCESS_KEY_ID,
+    ...), as do endpoint and region (AWS_ENDPOINT_URL, AWS_REGION). Training brings segments to local scratch
+    (`train.scratch_gb`)."""
+    store_options: dict[str, str | int | bool] = Field(default_factory=dict)
+    """obstore's options for that place where the environment does not have them: {endpoint: ..., region: ...}. What is
+    secret is refused here."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Type states are stored in; a tensor that leaves float16's range is stored as bfloat16."""
     codec: Literal["raw", "zstd", "int8", "int8-channel"] = "raw"
@@ -101,6 +109,9 @@ class EncodeConfig(Section):
     """"auto" (the accelerator if there is one), "cpu", "cuda:0", ..."""
     channels_last: bool = False
     """Run image backbones in channels-last memory format: faster on most accelerators."""
+    suffix: bool = True
+    """Keep the pretrained weights after each cut beside its store (`<cut>/suffix`): who has the store alone, and not
+    the weights of `model`, can train from it. They take as much room as those weights do."""
     max_bad: int | float = Field(default=0, ge=0)
     """Bad samples tolerated before the run ends with exit code 3: a count, or below 1 a fraction of the data set."""
 

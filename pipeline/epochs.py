@@ -1,7 +1,7 @@
 """What a run is fed: which samples make up each batch of each epoch, in which view, and where they are read from.
 
-A store that exceeds half of the memory is not shuffled at random, which would read the disk sample by sample: batches
-are drawn from a window of segments, and those of the next window are read ahead, whole.
+A store that exceeds half of the memory, or the scratch that it must be brought to, is not shuffled at random, which
+would read it sample by sample: batches are drawn from a window of segments, and the next are brought ahead, whole.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from pipeline import order
+from pipeline import order, processes
 from pipeline.data import SampleTable
+from pipeline.errors import ConfigError
 from pipeline.loader import Loader, Source, place
 from pipeline.memory import memory_bytes
 from pipeline.store import Reader, Rows
@@ -27,8 +29,10 @@ log = logging.getLogger("recycle")
 
 CACHED_SHARE = 0.5
 """Share of the memory that the page cache is taken to have for a store."""
-WINDOWS_CACHED = 4
-"""Windows that this share holds: the one that is drawn from, the one that is read ahead, and room to spare."""
+LOOKED_AT = 256
+"""Segments whose sizes are looked at where they cannot be told from files."""
+ROOM_SHARE = 0.5
+"""Share of that for the segments drawn from and those brought ahead, half for each."""
 
 
 def open_loaders(
@@ -76,6 +80,7 @@ class Fed:
     Attributes:
         keys: of its samples, (M, 16) uint8.
         places: where each lies in its first view, M places.
+        segments: all segments that they lie in, in any view.
     """
 
     bench: Workbench
@@ -83,6 +88,7 @@ class Fed:
     keys: np.ndarray
     views: Views
     places: Rows
+    segments: tuple[str, ...]
     reader: Reader
     source: Source
     device: torch.device
@@ -92,8 +98,23 @@ class Fed:
         """Choose where the samples of `table`, M, are read from."""
         reader = bench.project.reader(views.path)
         source = place(views, table.keys, device, bench.project.train.residency, reader=reader)
-        places = views.rows(table.keys)[np.arange(len(table))]
-        return cls(bench, rows, table.keys, views, places, reader, source, device)
+        places = views.rows(table.keys)
+        segments = tuple(places.segments[number] for number in np.unique(places.segment))
+        first = places[np.arange(len(table))]
+        return cls(bench, rows, table.keys, views, first, segments, reader, source, device)
+
+    @property
+    def is_brought(self) -> bool:
+        """Whether segments must be brought to scratch before they can be read."""
+        return self.bench.project.remote is not None or self.bench.project.encode.codec == "zstd"
+
+    @cached_property
+    def nbytes(self) -> int:
+        """What its segments take where they are read from; where these are many, as some of them tell."""
+        if self.is_brought:
+            some = self.segments[:: max(1, len(self.segments) // LOOKED_AT)]
+            return len(self.segments) * sum(self.reader.outline(segment).nbytes for segment in some) // len(some)
+        return sum(store.nbytes() for store in self.views.stores)
 
     def loader(self, draws: Draws, part: str, targets: Mapping[str, Prepared]) -> Loader:
         """Return the loader of its samples among those that are drawn; `targets` have M entries."""
@@ -115,7 +136,9 @@ class Fed:
             pad=self.bench.backbone.preprocess.pad,
             device=self.device,
             source=self.source,
-            read_ahead=draws.read_ahead,
+            read_ahead=draws.room // draws.feds,
+            rank=processes.rank(),
+            world=processes.world(),
         )
 
 
@@ -127,7 +150,8 @@ class Draws:
         window: how many segments training batches are drawn from at a time; None draws from all.
         segments: (N,) number of the segment that a row lies in.
         sizes: (N,) bytes of a row's state, where samples of similar length share a batch.
-        read_ahead: batches that one window gives.
+        room: bytes of segments that may be at hand at a time; 0 where nothing is brought ahead.
+        feds: how many encoders share it.
     """
 
     bench: Workbench
@@ -135,7 +159,8 @@ class Draws:
     window: int | None
     segments: np.ndarray
     sizes: np.ndarray | None
-    read_ahead: int
+    room: int
+    feds: int
 
     @classmethod
     def of(cls, bench: Workbench, table: SampleTable, feds: Sequence[Fed], memory: int | None) -> Draws:
@@ -149,28 +174,26 @@ class Draws:
             segments[fed.rows] = fed.places.segment
             if config.group_by_length:
                 sizes[fed.rows] = fed.reader.sizes(fed.places)
-        drawn_from = len(np.unique(first.places.segment))
+        # Processes may differ in memory, and must not in the order.
+        room, is_windowed = processes.on_main(lambda: _room(feds, memory))
         window = None
-        if config.shuffle != "exact":
-            if any(fed.source is not fed.reader for fed in feds):
-                memory = None
-            nbytes = sum(store.nbytes() for fed in feds for store in fed.views.stores)
-            cached = int(CACHED_SHARE * (memory_bytes() if memory is None else memory))
-            if config.shuffle == "window" or nbytes > cached:
-                segment = nbytes / max(1, sum(len(store.segments()) for store in first.views.stores))
-                window = max(1, int(cached / WINDOWS_CACHED / segment))
-                log.info(
-                    "the store has %.1f GB: batches are drawn from %d segments at a time, of %d",
-                    *(nbytes / 1e9, window, drawn_from),
-                )
-        a_segment = len(first.rows) / max(1, drawn_from)
-        read_ahead = 0 if window is None else int(np.ceil(window * a_segment / config.batch_size))
-        return cls(bench, table, window, segments, sizes if config.group_by_length else None, read_ahead)
+        if is_windowed:
+            views = first.views.count if config.views == "random" else 1
+            segment = sum(fed.nbytes for fed in feds) / len(first.segments) * views
+            window = max(1, int(room / 2 / segment))
+            log.info(
+                "batches are drawn from %d segments at a time, of %d, for %.1f GB at hand",
+                *(window, len(np.unique(first.places.segment)), room / 1e9),
+            )
+        return cls(bench, table, window, segments, sizes if config.group_by_length else None, room, len(feds))
 
     def batches(self, part: str, epoch: int) -> list[np.ndarray]:
         """Return the rows of each batch of a split; only training samples are shuffled."""
         config, training = self.bench.project.train, part == "train"
         units = self.bench.task.units(self.table, part, seed=config.seed, epoch=epoch)
+        if self.window is not None and not training:
+            by_segment = np.argsort(_of_first(units, self.segments), kind="stable")
+            units = units[by_segment] if isinstance(units, np.ndarray) else [units[unit] for unit in by_segment]
         windowed = training and self.window is not None
         return order.batches(
             units,
@@ -181,6 +204,28 @@ class Draws:
             window=order.Window(_of_first(units, self.segments), self.window or 1) if windowed else None,
             lengths=None if self.sizes is None else _of_longest(units, self.sizes),
         )
+
+
+def _room(feds: Sequence[Fed], memory: int | None) -> tuple[int, bool]:
+    """Return how many bytes of segments are kept at hand, 0 to leave that to the page cache, and whether in windows.
+
+    Raises:
+        ConfigError: batches are to be drawn from all segments, and not all of them fit in scratch.
+    """
+    config = feds[0].bench.project.train
+    read = [fed for fed in feds if fed.source is fed.reader]
+    cached = int(CACHED_SHARE * (memory_bytes() if memory is None or len(read) < len(feds) else memory))
+    scratch = int(config.scratch_gb * 1e9)
+    nbytes, brought = sum(fed.nbytes for fed in read), sum(fed.nbytes for fed in read if fed.is_brought)
+    if config.shuffle == "exact" and brought > scratch:
+        raise ConfigError(
+            f"train.shuffle is exact, for which all {brought / 1e9:.3g} GB of the store must fit in scratch; "
+            f"train.scratch_gb is {config.scratch_gb:g}; raise it, or set shuffle to auto"
+        )
+    if config.shuffle == "exact" or (config.shuffle == "auto" and nbytes <= cached and brought <= scratch):
+        return scratch if brought else 0, False
+    room = int(ROOM_SHARE * cached)
+    return min(room, scratch) if brought else room, True
 
 
 def _of_first(units: Sequence[np.ndarray] | np.ndarray, values: np.ndarray) -> np.ndarray:

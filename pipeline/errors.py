@@ -2,6 +2,7 @@
 
 RecyclingError
 ├── ConfigError            a setting is wrong: params.yaml, or an argument of a command
+│   └── AbsentError        what a setting names is not on this machine
 ├── DataError              a data source cannot be read as described
 │   └── BadSampleError     one sample cannot be used; the run sets it aside and goes on
 ├── ModelError             a backbone cannot be built, or its weights do not fit
@@ -26,6 +27,10 @@ class RecyclingError(Exception):
 
 class ConfigError(RecyclingError):
     """A setting is wrong. The message lists every fault found, one per line."""
+
+
+class AbsentError(ConfigError):
+    """What a setting names is not on this machine; where it is, the setting may be right."""
 
 
 class DataError(RecyclingError):

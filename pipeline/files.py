@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import AbsentError, ConfigError
 
 PACKAGE = "package:"
 CHUNK_BYTES = 1 << 20
@@ -27,13 +27,14 @@ def locate(path: str, setting: str) -> Path:
     looked up, never imported.
 
     Raises:
-        ConfigError: nothing is there, the package is not installed, or the inner path leaves the package.
+        AbsentError: nothing is there, or the package is not installed.
+        ConfigError: the inner path leaves the package.
     """
     if path.startswith(PACKAGE):
         return _in_package(path, setting)
     found = Path(path).expanduser()
     if not found.exists():
-        raise ConfigError(f"{setting} is {path!r}; nothing is there (looked in {found.absolute().parent}); set it")
+        raise AbsentError(f"{setting} is {path!r}; nothing is there (looked in {found.absolute().parent}); set it")
     return found
 
 
@@ -44,12 +45,12 @@ def _in_package(path: str, setting: str) -> Path:
         raise ConfigError(f"{setting} is {path!r}; expected package:PKG/inner/path, relative and without '..'")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{setting} is {path!r}; no package {package} is installed; install it or set another path")
+        raise AbsentError(f"{setting} is {path!r}; no package {package} is installed; install it or set another path")
     roots = [Path(root) for root in spec.submodule_search_locations]
     for root in roots:
         if (root / inner).exists():
             return root / inner
-    raise ConfigError(f"{setting} is {path!r}; package {package} holds no {inner} (looked in {roots[0]})")
+    raise AbsentError(f"{setting} is {path!r}; package {package} holds no {inner} (looked in {roots[0]})")
 
 
 def check_sha256(file: Path, expected: str | None, setting: str) -> None:
@@ -80,7 +81,8 @@ def sha256(file: Path) -> str:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a file to write, which takes the place of `path` at the end, unless something is raised."""
+    """Give a file to write, which takes the place of `path` at the end unless something is raised; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
@@ -91,7 +93,6 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as beside:
         # A file name that is not UTF-8 is written with escapes: what tells of it must be readable.
         beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from pipeline import proved, quarantine, runs
+from pipeline import processes, proved, quarantine, runs
+from pipeline.checkpoint import alone
 from pipeline.cluster import Job, open_executor
 from pipeline.costs import read_costs, write_costs
 from pipeline.data import SampleTable, Source, build, rows_in_role
@@ -24,20 +25,23 @@ from pipeline.encoded import Encoded
 from pipeline.epochs import open_joint_loaders, open_loaders
 from pipeline.errors import DataError, StaleStoreError
 from pipeline.feed import Chunk, Keyed, decode_rows, decode_samples
-from pipeline.keys import Recipe
+from pipeline.files import write_whole
+from pipeline.keys import Recipe, digest
 from pipeline.project import CutName, Project
 from pipeline.quarantine import BadSample
 from pipeline.ragged import Sample
 from pipeline.report import Row, Run, curves, plot, summarise
-from pipeline.store import Store, first_rows, remove
+from pipeline.store import Remote, Store, first_rows, remove
 from pipeline.timing import seconds_per_sample
 from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
-from pipeline.train import Batches, fit
-from pipeline.views import rows_by_view
+from pipeline.train import Batches, Summary, fit, open_accelerator
+from pipeline.views import by_split, rows_by_view
 from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 
+ELSEWHERE = "elsewhere.json"
+"""File below data/activations that stands for a store which lies elsewhere."""
 EXAMPLE = 2
 """Samples on which a split is proved; where there is one alone, it is taken twice."""
 
@@ -63,6 +67,8 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
     table.write(project.samples)
     quarantine.write(project.quarantine, bad, keyed.keys)
     write_costs(project, made)
+    for part, stores, _ in made:
+        _leave_word(part, [store for of_view in stores for store in of_view])
     for part, stores, done in made:
         _tell(part, stores, done)
     return _tell_of_bad(project, bad, len(keyed.keys))
@@ -92,14 +98,16 @@ def _encode_what_is_missing(
     if project.encode.executor.is_here:
         bench.to_device()
     example, samples = _example_of_source(bench, source, keyed)
-    prefixes, recipes = bench.freeze(samples)
+    prefixes, recipes, needed = bench.freeze(samples)
     stores = [
         [
-            _open_or_replace(project.store_path(cut, view), recipe)
+            _open_or_replace(project.store_path(cut, view), recipe, project.remote)
             for cut, recipe in zip(project.encode.cuts, of_view, strict=True)
         ]
         for view, of_view in zip(project.views, recipes, strict=True)
     ]
+    for store, own in zip(stores[0], needed, strict=True):
+        bench.carry(store, own)
     _tell_of_one_place_twice(project.encode.cuts, stores[0])
     if project.encode.executor.is_here:
         executor: Executor = bench.encoder(source, prefixes, stores, keyed.probes)
@@ -109,34 +117,21 @@ def _encode_what_is_missing(
 
 
 def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
-    """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`."""
+    """Fine-tune the suffix of one cut from its store; the raw data is not read. The run is called `name`.
+
+    Where the weights that params.yaml names are not on this machine, those that the store carries do. Where
+    several processes were started, each runs this with its share of the samples, and the main one writes.
+    """
     cut = project.cut(cut_name)
     name = name or runs.run_name(project, cut)
     out = project.run_path(name)
-    set_seed(project.train.seed)
-    accelerator = Accelerator(
-        mixed_precision=project.train.precision, gradient_accumulation_steps=project.train.gradient_accumulation
-    )
+    accelerator = open_accelerator(project.train)
+    set_seed(project.train.seed, device_specific=True)  # no process drops what another one does
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
-    towers = [open_tower(part, cut, table) for part in project.parts]
-    suffix, task = joined(towers), towers[0].bench.task
-    if project.train.channels_last:
-        suffix.to(memory_format=torch.channels_last)
-    training, validation = _open_loaders(towers, table, accelerator.device)
-    shutil.rmtree(out, ignore_errors=True)
+    towers = [open_tower(part, cut, table, to_train=True) for part in project.parts]
     identity = runs.identity(project, cut)
-    summary = fit(
-        suffix,
-        task,
-        training,
-        validation,
-        project.train,
-        out=out,
-        checkpoint=project.scratch / "checkpoints" / identity,
-        accelerator=accelerator,
-        fresh=fresh(towers),
-        weights=plain_weights if project.train.adapter else nn.Module.state_dict,
-    )
+    with alone(project.scratch / "checkpoints" / identity) as checkpoint:
+        summary = _train(project, table, towers, accelerator, out, checkpoint)
     finished = Run(
         name=name,
         cut=cut,
@@ -150,13 +145,46 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         best_epoch=summary.best_epoch,
         train_samples=len(table.rows("train")),
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
-        frozen_seconds_per_sample=_frozen_cost(towers, accelerator.device),
+        frozen_seconds_per_sample=processes.on_main(lambda: _frozen_cost(towers, accelerator.device)),
         history=summary.history,
-        legend=task.legend(table),
+        legend=towers[0].bench.task.legend(table),
     )
-    runs.write(project, finished)
+    if accelerator.is_main_process:
+        runs.write(project, finished)
     log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
     return finished
+
+
+def _train(
+    project: Project,
+    table: SampleTable,
+    towers: Sequence[Tower],
+    accelerator: Accelerator,
+    out: Path,
+    checkpoint: Path,
+) -> Summary:
+    """Train what follows the cut of `towers`, and leave it in the folder `out`."""
+    suffix = joined(towers)
+    if project.train.channels_last:
+        suffix.to(memory_format=torch.channels_last)
+    training, validation = _open_loaders(towers, table, accelerator.device)
+    if accelerator.is_main_process:
+        shutil.rmtree(out, ignore_errors=True)
+    else:
+        for tower in towers:
+            tower.bench.backbone.model.to("meta")  # the suffix has its own weights, and the main process the others
+    return fit(
+        suffix,
+        towers[0].bench.task,
+        training,
+        validation,
+        project.train,
+        out=out,
+        checkpoint=checkpoint,
+        accelerator=accelerator,
+        fresh=fresh(towers),
+        weights=plain_weights if project.train.adapter else nn.Module.state_dict,
+    )
 
 
 def report_project(project: Project) -> list[Row]:
@@ -215,7 +243,8 @@ def _encode_views(
     done, size = Encoded.begun(keyed, len(project.encode.cuts)), project.encode.segment_samples
     while True:
         found = len(done.keyed.bad)
-        encode(executor, source, stores, size, _rows_by_view(project, done.keyed, table), done)
+        wanted = [by_split(rows, keyed.keys, table) for rows in _rows_by_view(project, done.keyed, table)]
+        encode(executor, source, stores, size, wanted, done)
         if len(project.views) == 1 or len(done.keyed.bad) == found:
             return done
         table = _table(source, replace(done.keyed, rows=None), project)
@@ -235,11 +264,19 @@ def _table(source: Source, keyed: Keyed, project: Project) -> SampleTable:
     return build(source, keyed.keys[good], project.data, rows=good)
 
 
-def _open_or_replace(path: Path, recipe: Recipe) -> Store:
-    """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings."""
+def _open_or_replace(path: Path, recipe: Recipe, remote: Remote | None) -> Store:
+    """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings.
+
+    Raises:
+        StaleStoreError: one of another recipe lies elsewhere, where others may be using it.
+    """
+    if remote is None:
+        (path / ELSEWHERE).unlink(missing_ok=True)  # from here on it lies here
     try:
-        return Store.create(path, recipe)
+        return Store.create(path, recipe, remote)
     except StaleStoreError as stale:
+        if remote is not None:
+            raise StaleStoreError(f"{stale}; others may use that store, so it stays: change encode.store") from None
         log.warning("%s; encoding anew", stale)
         remove(path)
         return Store.create(path, recipe)
@@ -262,6 +299,17 @@ def _frozen_cost(towers: Sequence[Tower], device: torch.device) -> float:
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             total += seconds_per_sample(tower.prefix, inputs) * len(rows)
     return total / sum(len(tower.table.rows("train")) for tower in towers)
+
+
+def _leave_word(project: Project, stores: Sequence[Store]) -> None:
+    """Write what identifies stores that lie elsewhere where they would lie here: by it DVC sees changes."""
+    if project.remote is None:
+        return
+    for store in stores:
+        segments = store.segments()
+        word = {"recipe": store.recipe.digest, "segments": len(segments), "digest": digest(segments)}
+        place = project.activations / store.path.relative_to(project.remote.mirror) / ELSEWHERE
+        write_whole(place, json.dumps(word, indent=2) + "\n")
 
 
 def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.errors import TrainError
+from pipeline.order import shares
 from pipeline.split import State
-from pipeline.store import EXTRA_PREFIX, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Reader, Resident, Rows
-from pipeline.tasks import Prepared, Ragged
+from pipeline.store import EXTRA_PREFIX, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Ahead, Reader, Resident, Rows
+from pipeline.tasks import IGNORED, Prepared, Ragged
+
+T = TypeVar("T")
 
 Residency: TypeAlias = Literal["auto", "device", "host"]
 Order: TypeAlias = Sequence[np.ndarray] | Callable[[int], Sequence[np.ndarray]]
@@ -63,12 +65,16 @@ class Batch:
         inputs: the suffix's other inputs, each (B, ...); those in floating point have a shape and no values.
         targets: each (B, ...), in the order of the samples; with them the extras that the store has of them.
         rows: (B,) int64, the samples' rows in the sample table; always on the CPU.
+        places: for each of several processes, where its samples are among those of the whole step, (B,) int64.
+        fill: what targets are padded with, by name, where they are ragged and it is not 0.
     """
 
     state: State
     inputs: dict[str, Tensor]
     targets: dict[str, Tensor]
     rows: Tensor
+    places: Sequence[np.ndarray] = ()
+    fill: Mapping[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; from page-locked memory the copy does not wait."""
@@ -114,7 +120,8 @@ def place(
 class Loader:
     """The batches of an epoch; can be iterated again and again.
 
-    Within a batch, samples come in the order of the store, state, inputs, targets and rows alike.
+    Within a batch, samples come in the order of the store, state, inputs, targets and rows alike. Of several processes
+    each has a loader of its own, which gives its share of every batch.
     """
 
     def __init__(
@@ -132,6 +139,8 @@ class Loader:
         prefetch: int | None = None,
         source: Source | None = None,
         read_ahead: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         """Prepare to load samples of a table; nothing of their states is read yet, unless they go to the device.
 
@@ -149,8 +158,11 @@ class Loader:
             prefetch: batches read ahead by a thread; by default 2 for an accelerator, and none on the CPU, where
                 reading ahead takes a core from training.
             source: shared with another loader (its `source`), instead of one made from `keys` and `residency`.
-            read_ahead: batches whose segments a thread brings into the page cache, whole, before they are asked for;
-                worth its while where batches are drawn from a few segments at a time and the disk is to be waited for.
+            read_ahead: bytes of segments that may be at hand at a time, those that are read from and those that threads
+                bring, whole, before they are asked for; 0 brings none. Worth its while where batches are drawn from a
+                few segments at a time and a disk or a network is to be waited for.
+            rank: which of the processes this is, of `world` that share out every batch.
+            world: how many there are.
 
         Raises:
             MissingKeysError: some samples were never encoded; the message names up to five.
@@ -166,6 +178,9 @@ class Loader:
             name if name.startswith(EXTRA_PREFIX) else f"{INPUT_PREFIX}{name}": value
             for name, value in (pad or {}).items()
         }
+        self._fill = {name: float(IGNORED) for name, values in targets.items() if isinstance(values, Ragged)}
+        self._fill |= _with_prefix(self._pad, EXTRA_PREFIX)
+        self._rank, self._world = rank, world
         self._floats = dict(floats or {})
         self.source = place(store, keys, self.device, residency) if source is None else source
         on_host = not isinstance(self.source, Resident)
@@ -193,30 +208,27 @@ class Loader:
             yield batch.to(self.device) if self.device.type != "cpu" else batch
 
     def _arrived(self) -> Iterator[np.ndarray]:
-        """Yield the rows of each batch once its segments were read ahead, if they are to be."""
+        """Yield the rows of each batch once its segments are at hand, if they are to be brought ahead."""
         if not self._read_ahead or not isinstance(self.source, Reader):
             yield from self._epoch
             return
-        segments = [np.unique(self._places.segment[self._place_of_row[rows]]).tolist() for rows in self._epoch]
-        arriving: dict[int, Future[None]] = {}
-        pool, asked = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead"), 0
-        try:
+        names, segment_of_row = self._places.segments, self._places.segment[self._place_of_row]
+        own = (self._share(self._place_of_row, rows)[0] for rows in self._epoch)
+        needed = [[names[number] for number in np.unique(segment_of_row[rows])] for rows in own]
+        with Ahead(self.source, needed, self._read_ahead, unread=self._prefetch) as ahead:
             for number, rows in enumerate(self._epoch):
-                for segment in itertools.chain.from_iterable(segments[asked : number + self._read_ahead + 1]):
-                    if segment not in arriving:
-                        arriving[segment] = pool.submit(self.source.read_ahead, self._places.segments[segment])
-                asked = number + self._read_ahead + 1
-                for segment in segments[number]:
-                    arriving[segment].result()
+                ahead.wait(number)
                 yield rows
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def _share(self, place_of_row: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return this process's share of the rows of a batch, and where in it the share of each process is."""
+        by_place = np.argsort(self._codes[place_of_row[rows]], kind="stable")
+        places = shares(len(rows), self._world)
+        return rows[by_place[places[self._rank]]], places
 
     def _read(self, place_of_row: np.ndarray, rows: np.ndarray) -> Batch:
-        places = place_of_row[rows]
-        by_place = np.argsort(self._codes[places], kind="stable")
-        rows = rows[by_place]
-        tensors = self.source.gather(self._places[places[by_place]], self._pad, pin=self._pin)
+        rows, places = self._share(place_of_row, rows)
+        tensors = self.source.gather(self._places[place_of_row[rows]], self._pad, pin=self._pin)
         inputs = _with_prefix(tensors, INPUT_PREFIX)
         for name, (shape, dtype) in self._floats.items():
             inputs[name] = self._dummy(len(rows), shape, dtype)
@@ -227,15 +239,15 @@ class Loader:
         if self._pin:
             targets = {name: tensor.pin_memory() for name, tensor in targets.items()}
         targets |= _with_prefix(tensors, EXTRA_PREFIX)
-        return Batch(_with_prefix(tensors, STATE_PREFIX), inputs, targets, torch.from_numpy(rows))
+        return Batch(_with_prefix(tensors, STATE_PREFIX), inputs, targets, torch.from_numpy(rows), places, self._fill)
 
     def _dummy(self, n_rows: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An input that is never read: one zero, seen as the whole shape."""
         return torch.zeros((), dtype=dtype, device=self.device).expand(n_rows, *shape)
 
 
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _with_prefix(named: Mapping[str, T], prefix: str) -> dict[str, T]:
+    return {name.removeprefix(prefix): item for name, item in named.items() if name.startswith(prefix)}
 
 
 def _checked_target(name: str, values: Prepared, n_rows: int) -> Prepared:

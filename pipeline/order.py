@@ -1,4 +1,4 @@
-"""Which rows are trained on at which step, and in which view: pure functions of seed, epoch, rank and sizes.
+"""Which rows are trained on at which step, in which view, by which process: pure functions of seed, epoch and sizes.
 
 A unit is a set of rows that stay together: one row for classification, anchor and positive for pairs.
 """
@@ -17,7 +17,7 @@ VIEWS = 1
 """Keeps the draw of views apart from that of batches, which has the same seed and epoch."""
 
 POOLED_STEPS = 50
-"""Steps whose units are sorted by length together: more save more padding, fewer mix better."""
+"""Batches whose units are sorted by length together: more save more padding, fewer mix better."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,22 @@ def batches(
     seed: int,
     epoch: int,
     shuffle: bool,
-    rank: int = 0,
-    world: int = 1,
     drop_last: bool = False,
     window: Window | None = None,
     lengths: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """Return the row indices of each of this rank's batches in this epoch, int64, unit-major.
+    """Return the row indices of each batch of this epoch, int64, unit-major; each unit comes exactly once.
 
-    `units` is (U,) rows, (U, R) rows, or U arrays of rows; `batch_size` counts units per rank. Every rank gets the
-    same number of batches. A step takes `batch_size * world` units and deals them out evenly, so each unit comes
-    exactly once per epoch. Of the units left over at the end, `drop_last` drops a step that is not full; otherwise
-    the last step is smaller, and when it has fewer units than ranks some of the epoch's first units fill it up.
+    `units` is (U,) rows, (U, R) rows, or U arrays of rows; `batch_size` counts units. Of the units left over at the
+    end, `drop_last` drops a batch that is not full; otherwise the last batch is smaller.
     The shuffle is exact: each permutation is equally likely, unless a `window` limits it, or `lengths` (U,) are given:
-    then units of similar length share a step, picked among those of `POOLED_STEPS` steps in a row.
+    then units of similar length share a batch, picked among those of `POOLED_STEPS` batches in a row.
 
     Raises:
         ValueError: a size is out of its range.
     """
-    _check(len(units), batch_size, seed, epoch, rank, world, window, lengths)
+    _check(len(units), batch_size, seed, epoch, window, lengths)
     rng = np.random.default_rng([seed, epoch])
-    step_units = batch_size * world
     if not shuffle:
         order = np.arange(len(units))
     elif window is None:
@@ -69,13 +64,20 @@ def batches(
     else:
         order = _windowed(window, rng)
     if shuffle and lengths is not None:
-        order = _by_length(order, lengths, step_units, rng)
+        order = _by_length(order, lengths, batch_size, rng)
     if drop_last:
-        order = order[: len(order) // step_units * step_units]
-    elif 0 < len(order) % step_units < world:
-        order = np.append(order, np.resize(order, world - len(order) % step_units))
-    mine = [order[start : start + step_units][rank::world] for start in range(0, len(order), step_units)]
-    return [_rows(units, chosen) for chosen in mine]
+        order = order[: len(order) // batch_size * batch_size]
+    return [_rows(units, order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+
+
+def shares(count: int, world: int) -> list[np.ndarray]:
+    """Return for each of `world` processes which samples of a batch of `count` it has: places in it, int64.
+
+    The shares are of consecutive samples and as even as can be. Where there are fewer samples than processes, some
+    have the same one: none is without.
+    """
+    places = np.array_split(np.arange(count), world)
+    return [own if len(own) or not count else np.array([rank % count]) for rank, own in enumerate(places)]
 
 
 def views(n_rows: int, count: int, *, seed: int, epoch: int, how: ViewOrder) -> np.ndarray:
@@ -102,14 +104,14 @@ def _windowed(window: Window, rng: np.random.Generator) -> np.ndarray:
     return order
 
 
-def _by_length(order: np.ndarray, lengths: np.ndarray, step_units: int, rng: np.random.Generator) -> np.ndarray:
-    """Sort each pool of an order by length, and put its steps in random order; what fills no step stays at the end."""
-    full = len(order) // step_units * step_units
+def _by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Sort each pool of an order by length, and put its batches in random order; what fills none stays at the end."""
+    full = len(order) // batch_size * batch_size
     pools = []
-    for begin in range(0, full, POOLED_STEPS * step_units):
-        pool = order[begin : min(full, begin + POOLED_STEPS * step_units)]
-        steps = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, step_units)
-        pools.append(rng.permutation(steps).reshape(-1))
+    for begin in range(0, full, POOLED_STEPS * batch_size):
+        pool = order[begin : min(full, begin + POOLED_STEPS * batch_size)]
+        by_length = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, batch_size)
+        pools.append(rng.permutation(by_length).reshape(-1))
     return np.concatenate([*pools, order[full:]])
 
 
@@ -127,8 +129,6 @@ def _check(
     batch_size: int,
     seed: int,
     epoch: int,
-    rank: int,
-    world: int,
     window: Window | None,
     lengths: np.ndarray | None,
 ) -> None:
@@ -136,11 +136,8 @@ def _check(
         ("batch_size", batch_size, 1),
         ("seed", seed, 0),
         ("epoch", epoch, 0),
-        ("world", world, 1),
     ):
         _check_least(name, value, least)
-    if not 0 <= rank < world:
-        raise ValueError(f"rank is {rank}; it must be at least 0 and below world, which is {world}")
     if window is not None and window.size < 1:
         raise ValueError(f"window.size is {window.size}; it must be at least 1")
     if window is not None and len(window.groups) != n_units:

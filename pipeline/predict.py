@@ -22,6 +22,7 @@ from pipeline.encode import encode_units
 from pipeline.encoded import Encoded
 from pipeline.encoder import Encoder, autocast
 from pipeline.feed import Keyed
+from pipeline.keys import KEY_BYTES
 from pipeline.loader import Batch, Loader
 from pipeline.predictions import DESCRIBED, Predictions, check_format, described, joined, open_output
 from pipeline.project import Project
@@ -35,6 +36,7 @@ log = logging.getLogger("recycle")
 
 ROWS_AT_ONCE = 1 << 13
 """Inputs whose predictions wait in memory."""
+HEX = 2 * KEY_BYTES
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """What training calls a precision -> what encoding does."""
 
@@ -99,7 +101,11 @@ class SharedStates:
         self.pad = bench.backbone.preprocess.pad
         self.reader = bench.project.reader(self.known.path)
         self.forgets = folder is not None
-        self.fresh = Store.create(self.known.path if folder is None else folder / "store", self.known.recipe)
+        self.fresh = (
+            Store.create(self.known.path, self.known.recipe, self.known.remote)
+            if folder is None
+            else Store.create(folder / "store", self.known.recipe)
+        )
         views = [bench.preprocess(None)]
         self.encoder = Encoder(source, views, [first.prefix], [[self.fresh]], self.config, keyed.probes)
         self.done = Encoded.begun(keyed, cuts=1)
@@ -111,7 +117,7 @@ class SharedStates:
 
     def encode(self, rows: np.ndarray) -> None:
         """Run the prefix on those of `rows` (n,) int64 that are new."""
-        units = plan(self.keys, [rows], [[self.fresh]], self.config.segment_samples)
+        units = plan(self.keys, [[rows]], [[self.fresh]], self.config.segment_samples)
         encode_units(self.encoder, self.encoder.source, units, self.done)
         if not self.forgets:
             self.known.refresh()
@@ -190,9 +196,10 @@ def _told(
     source: Source, keyed: Keyed, rows: np.ndarray, bad: Mapping[int, BadSample]
 ) -> tuple[list[str], list[str | None], list[str | None]]:
     """Return what each row is called, its key in hex and what is wrong with it."""
-    keys = [keyed.keys[row].tobytes().hex() if keyed.keys[row].any() else None for row in rows.tolist()]
+    keys, has_key = keyed.keys[rows].tobytes().hex(), keyed.keys[rows].any(axis=1).tolist()
+    in_hex = [keys[i * HEX : (i + 1) * HEX] if has_key[i] else None for i in range(len(rows))]
     reasons = [bad[row].reason if row in bad else None for row in rows.tolist()]
-    return [quarantine.name_of(source, row) for row in rows.tolist()], keys, reasons
+    return [quarantine.name_of(source, row) for row in rows.tolist()], in_hex, reasons
 
 
 def _bad(shared: Sequence[SharedStates]) -> dict[int, BadSample]:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from pipeline.encoding import EncodeConfig
 from pipeline.errors import ConfigError
 from pipeline.feed import Keyed, key_contents
 from pipeline.files import is_function
-from pipeline.keys import JSON
+from pipeline.keys import JSON, Recipe
 from pipeline.models import ModelConfig, PreprocessConfig
 from pipeline.roles import TowersConfig
 from pipeline.stat_cache import StatCache
-from pipeline.store import Reader, Scratch
+from pipeline.store import Bucket, Reader, Remote, Scratch, Store, check_place
 from pipeline.tasks import TaskConfig
+from pipeline.tracked import SCHEME as TRACKED
+from pipeline.tracked import Place, open_tracked
 from pipeline.train import TrainConfig
 from pipeline.views import view_name
 
@@ -29,7 +32,9 @@ CutName = float | int | str
 RUN_NAME = re.compile(r"\w[\w.#-]*")
 """What a run may be called: it is the name of a folder too."""
 UNPACKED = "unpacked"
-"""Folder below a project's scratch where compressed segments are unpacked for training."""
+"""Folder below a project's scratch where segments are brought for training that are compressed or lie elsewhere."""
+MIRRORS = "mirror"
+"""Folder below a project's scratch where the small files of stores lie that lie elsewhere."""
 
 SECTIONS: dict[str, type[Section]] = {
     "data": DataConfig,
@@ -73,7 +78,12 @@ class Project:
         """
         sections: dict[str, Any] = load_sections(path, SECTIONS, overrides)
         project = cls(**sections, params=path, overrides=dict(overrides or {}))
-        faults = [*project._faults_of_views(), *project._faults_of_batches(), *project._faults_of_towers()]
+        faults = [
+            *project._faults_of_store(),
+            *project._faults_of_views(),
+            *project._faults_of_batches(),
+            *project._faults_of_towers(),
+        ]
         if faults:
             raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
         return project
@@ -141,9 +151,43 @@ class Project:
         return str(cut) if self.tower is None else f"{cut}/{self.tower}"
 
     def store_path(self, cut: CutName, view: int | None = None) -> Path:
-        """Return the folder of a cut's store, of its plain view or of an augmented one; each tower has its own."""
-        plain = self.activations / self.store_name(cut)
+        """Return the folder of a cut's store, of its plain view or of an augmented one; each tower has its own.
+
+        Of a store that lies elsewhere it is the mirror's.
+        """
+        plain = self.stores / self.store_name(cut)
         return plain if view is None else plain / view_name(view)
+
+    @cached_property
+    def remote(self) -> Remote | None:
+        """Where the stores lie, unless they lie on this disk.
+
+        Raises:
+            ConfigError: `encode.store` cannot be used.
+        """
+        return None if self.encode.store is None else self.remote_at(self.encode.store)
+
+    def remote_at(self, url: str) -> Remote:
+        """Return the stores below a URL, mirrored below this project's scratch.
+
+        Raises:
+            ConfigError: the URL cannot be used.
+            StoreError: what DVC tracks there is not on its remote.
+        """
+        if url.startswith(TRACKED):
+            tracked = open_tracked(url, self.scratch / MIRRORS / "dvc" / "sizes.json")
+            return Remote(tracked, self.scratch / MIRRORS / "dvc" / tracked.digest)
+        scheme, _, place = url.partition("://")
+        return Remote(Bucket(url, self.encode.store_options), self.scratch / MIRRORS / scheme / place.strip("/"))
+
+    @property
+    def stores(self) -> Path:
+        """The folder that all stores lie in, or seem to: `activations`, or the mirror of `remote`."""
+        return self.activations if self.remote is None else self.remote.mirror
+
+    def open_store(self, cut: CutName, view: int | None = None, expected: Recipe | None = None) -> Store:
+        """Open a cut's store, of its plain view or of an augmented one; raises as `Store.open`."""
+        return Store.open(self.store_path(cut, view), expected, self.remote)
 
     def run_path(self, name: str) -> Path:
         """Return the folder of a finished run.
@@ -161,9 +205,12 @@ class Project:
         return key_contents(source, workers=self.encode.workers or 1, cache=cache, trust=trust)
 
     def reader(self, store: Path) -> Reader:
-        """Return what reads the store or the stores below the folder `store`, compressed ones by way of scratch."""
-        scratch = Scratch(self.scratch / UNPACKED, int(self.train.scratch_gb * 1e9))
-        return Reader(store, scratch=scratch, check=self.train.check)
+        """Return what reads the store or the stores below the folder `store`.
+
+        Of those that are compressed or lie elsewhere, segments are brought to scratch.
+        """
+        scratch = _scratch((self.scratch / UNPACKED).absolute(), int(self.train.scratch_gb * 1e9))
+        return Reader(store, scratch=scratch, check=self.train.check, remote=self.remote)
 
     @property
     def storage(self) -> str:
@@ -186,6 +233,19 @@ class Project:
             train=self.train.model_copy(update=residency),
             tower=role,
         )
+
+    def _faults_of_store(self) -> list[str]:
+        """Say what keeps `encode.store` from being a place of stores."""
+        if self.encode.store is None:
+            return ["encode.store_options is set, but encode.store is not"] if self.encode.store_options else []
+        try:
+            if self.encode.store.startswith(TRACKED):
+                Place.of(self.encode.store)
+            else:
+                check_place(self.encode.store, self.encode.store_options)
+        except ConfigError as error:
+            return [f"encode.store: {error}"]
+        return []
 
     def _faults_of_views(self) -> list[str]:
         """Say how the settings of views contradict each other across sections."""
@@ -231,3 +291,9 @@ class Project:
         if not any(self.towers.of(role).trains for role in ROLES):
             faults.append("towers: none trains; set trains: true for one")
         return faults
+
+
+@cache
+def _scratch(root: Path, budget: int) -> Scratch:
+    """The one scratch of a folder: what all readers of the process bring counts in its budget."""
+    return Scratch(root, budget)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.carried import is_lacking
 from pipeline.config import Section
 from pipeline.data import SampleTable, Stamp
 from pipeline.errors import StoreError
@@ -33,7 +34,10 @@ from pipeline.store import Store
 
 FILE = "proved.json"
 IRRELEVANT: Mapping[str, frozenset[str]] = {
-    "encode": frozenset({"batch_size", "segment_samples", "workers", "executor", "device", "channels_last", "max_bad"}),
+    "encode": frozenset(
+        {"store", "store_options", "batch_size", "segment_samples", "workers", "executor", "device", "channels_last"}
+        | {"max_bad"}
+    ),
     "train": frozenset(SECTIONS["train"].model_fields),
     "data": frozenset(SECTIONS["data"].model_fields),
     "towers": frozenset(SECTIONS["towers"].model_fields),
@@ -76,8 +80,10 @@ def stores(project: Project, circumstances: str | None, keys: Sequence[np.ndarra
     found = []
     for view, wanted in zip(project.views, keys, strict=True):
         try:
-            of_view = [Store.open(project.store_path(cut, view)) for cut in project.encode.cuts]
+            of_view = [project.open_store(cut, view) for cut in project.encode.cuts]
             if any(one.recipe.digest != recipes.get(_name(one)) or one.missing(wanted).any() for one in of_view):
+                return None
+            if view is None and project.encode.suffix and any(is_lacking(one, project.model) for one in of_view):
                 return None
         except StoreError:
             return None

@@ -15,6 +15,8 @@ from pipeline.tasks.config import LOWER_IS_BETTER
 
 SEED = "train.seed"
 """The setting in which runs of one row may differ."""
+STORE = "encode.store"
+"""The setting that says where states lie, and decides nothing about a run."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def summarise(runs: Sequence[Run], costs: Mapping[str, Cost]) -> list[Row]:
 
 def settings(run: Run) -> str:
     """Return the settings of a run that differ from params.yaml, but for its seed, in one line."""
-    return ", ".join(f"{name}={value}" for name, value in sorted(run.overrides.items()) if name != SEED)
+    return ", ".join(f"{name}={value}" for name, value in sorted(run.overrides.items()) if name not in (SEED, STORE))
 
 
 def _seconds(group: Sequence[Run]) -> float:

@@ -17,12 +17,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pipeline.data import SampleTable
-from pipeline.errors import DataError, StoreError
+from pipeline.errors import AbsentError, DataError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, digest, first_difference
 from pipeline.project import CutName, Project
-from pipeline.report import Run
-from pipeline.store import Store
+from pipeline.report import STORE, Run
 from pipeline.tasks import open_task
 from pipeline.towers import Tower, load_weights, open_tower
 
@@ -33,15 +32,17 @@ WEIGHTS = "model.safetensors"
 
 
 def run_name(project: Project, cut: CutName) -> str:
-    """Return what a run is called where it is not said: the cut and the values that replace those of params.yaml."""
-    return "-".join(map(str, [cut, *project.overrides.values()]))
+    """Return what a run is called where it is not said: the cut and the values that replace those of params.yaml.
+
+    Where the states lie changes nothing about a run.
+    """
+    values = [value for setting, value in project.overrides.items() if setting != STORE]
+    return "-".join(map(str, [cut, *values]))
 
 
 def identity(project: Project, cut: CutName) -> str:
     """Return the digest of everything that decides a run: settings, samples, and the recipes of the stores."""
-    stores = [
-        Store.open(part.store_path(part.at(cut), view)).recipe.digest for part in project.parts for view in part.views
-    ]
+    stores = [part.open_store(part.at(cut), view).recipe.digest for part in project.parts for view in part.views]
     sections = (project.model, project.task, project.train, *([project.towers] if project.towers.is_set else []))
     settings: list[JSON] = [section.model_dump(mode="json", exclude={"residency"}) for section in sections]
     return digest([*stores, sha256(project.samples), project.data.fraction, project.data.seed, *settings])
@@ -101,6 +102,7 @@ def open_run(project: Project, name: str, tower: str | None = None) -> FinishedR
     """Open the finished run `name`, or one tower of it; neither raw data nor another recipe's store is read.
 
     Raises:
+        AbsentError: the weights that params.yaml names are not on this machine.
         ConfigError: its cut was never encoded, or it has no such tower.
         DataError: the run does not exist, or does not fit today's settings and sample table.
         StaleStoreError: the store was encoded under another recipe; the message names the first field that differs.
@@ -114,7 +116,13 @@ def open_run(project: Project, name: str, tower: str | None = None) -> FinishedR
             f"run {name} was trained with {setting} = {then!r}, {project.params} gives {now!r}; set it back, or train "
             "again"
         )
-    opened = open_tower(project.part(tower), project.cut(str(run.cut)), table)
+    try:
+        opened = open_tower(project.part(tower), project.cut(str(run.cut)), table)
+    except AbsentError as absent:
+        raise AbsentError(
+            f"run {name}: {absent}; what a store carries is enough to train, an export and predictions take the layers "
+            "before the cut too"
+        ) from absent
     weights = project.run_path(name) / WEIGHTS
     try:
         load_weights(opened, weights)

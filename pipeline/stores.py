@@ -13,10 +13,10 @@ import numpy as np
 
 from pipeline import quarantine
 from pipeline.data import SampleTable
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StoreError
 from pipeline.keys import KEY_BYTES
 from pipeline.project import UNPACKED, Project
-from pipeline.store import KeySet, find_stores
+from pipeline.store import KeySet, Store, find_stores
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,50 @@ class Used:
     written: float
 
 
+def open_stores(project: Project, named: Sequence[Path | str]) -> list[Store]:
+    """Open the stores in some folders and at some URLs; without any, those of all cuts, views and towers.
+
+    Raises:
+        ConfigError: none are named, and params.yaml has none yet.
+        StoreError: one cannot be opened.
+    """
+    found = []
+    for place in named or stores_of(project):
+        if isinstance(place, str):
+            remote = project.remote_at(place)
+            found.append(Store.open(remote.mirror, remote=remote))
+        else:
+            found.append(Store.open(place, remote=None if named else project.remote))
+    return found
+
+
+def local_stores(project: Project, named: Sequence[Path | str], verb: str) -> list[Path]:
+    """Return the folders of the stores that `verb` is to change: those named, or those of all cuts, views and towers.
+
+    Raises:
+        ConfigError: there is none yet.
+        StoreError: one of them lies elsewhere.
+    """
+    elsewhere = [place for place in named if isinstance(place, str)]
+    if elsewhere or (project.remote is not None and not named):
+        raise StoreError(
+            f"{elsewhere[0] if elsewhere else project.encode.store}: recycle store {verb} changes stores on this "
+            "machine's disk alone; recycle store info and verify also read those that lie elsewhere"
+        )
+    return [Path(place) for place in named or stores_of(project)]
+
+
 def stores_of(project: Project) -> list[Path]:
-    """Return the folders of the stores of all cuts, views and towers of params.yaml.
+    """Return the folders of the stores of all cuts, views and towers of params.yaml, in a mirror if they lie elsewhere.
 
     Raises:
         ConfigError: there is none yet.
     """
-    found = [path for path in _named(project) if path in find_stores(path)]
+    remote = project.remote
+    found = [path for path in _named(project) if (remote.find(path) if remote else path in find_stores(path))]
     if not found:
-        raise ConfigError(f"{project.activations} holds no store of encode.cuts; encode first, or name a folder")
+        place = project.encode.store or project.activations
+        raise ConfigError(f"{place} holds no store of encode.cuts; encode first, or name a folder")
     return found
 
 

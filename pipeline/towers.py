@@ -7,6 +7,7 @@ embeddings come one tower after the other, as the targets do.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from pipeline.split import Prefix, State, Suffix
 from pipeline.tasks import read_tensor
 from pipeline.views import Views
 from pipeline.workbench import Workbench
+
+log = logging.getLogger("recycle")
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,14 @@ class Tower:
         return self.bench.project.tower
 
 
-def open_tower(project: Project, cut: CutName, table: SampleTable) -> Tower:
+def open_tower(project: Project, cut: CutName, table: SampleTable, *, to_train: bool = False) -> Tower:
     """Open the encoder of one of a project's `parts` for runs of `cut`, on its samples among those of `table`.
 
-    Neither raw data nor another recipe's store is read.
+    Neither raw data nor another recipe's store is read. `to_train` does without the weights before the cut where those
+    of params.yaml are not on this machine: its store carries the others.
 
     Raises:
+        AbsentError: the weights are not on this machine.
         ConfigError: its cut was never encoded.
         DataError: the samples have no roles.
         StaleStoreError: its store was encoded under another recipe; the message names the first field that differs.
@@ -64,8 +69,15 @@ def open_tower(project: Project, cut: CutName, table: SampleTable) -> Tower:
             raise DataError(f"the samples have {', '.join(table.targets)}; towers need roles: those of pairs")
         rows = np.flatnonzero(table.targets["role"] == project.tower)
         table = table.of(rows)
-    bench = Workbench.open(project, table)
-    return Tower(bench, table, rows, *bench.open_store(project.at(cut), table))
+    bench = Workbench.open(project, table, carrier=project.at(cut) if to_train else None)
+    views, prefix, suffix = bench.open_store(project.at(cut), table)
+    if to_train and views.plain.is_linked:
+        log.warning(
+            "%s: its files are links to a cache; DVC copies the whole store before each encode then: dvc config "
+            "cache.type reflink,copy (docs/sharing.md)",
+            views.path,
+        )
+    return Tower(bench, table, rows, views, prefix, suffix)
 
 
 def to_train(tower: Tower) -> Suffix:
@@ -171,7 +183,18 @@ class Abreast:
                 inputs={f"{name}.{own}": tensor for name, batch in of.items() for own, tensor in batch.inputs.items()},
                 targets={name: torch.cat([batch.targets[name] for batch in batches]) for name in batches[0].targets},
                 rows=torch.cat([self._rows[name][batch.rows] for name, batch in of.items()]),
+                places=_joined_places([batch.places for batch in batches]),
             )
+
+
+def _joined_places(by_tower: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Return where each process's samples are in a whole batch that is joined tower by tower."""
+    counts = [int(np.concatenate(places).max()) + 1 for places in by_tower]
+    begins = np.cumsum([0, *counts[:-1]])
+    return [
+        np.concatenate([own + begin for own, begin in zip(of, begins, strict=True)])
+        for of in zip(*by_tower, strict=True)
+    ]
 
 
 def _of(name: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 `fit` takes iterables of batches, not a store: the loop knows nothing of where states come from. `accelerate` drives
 device, precision and checkpoints; a killed run goes on from its last whole epoch and ends with the weights it would
-have had.
+have had. Of several processes each runs it, and the main one writes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from dvclive.live import Live
 from pydantic import Field
 from scmrepo.exceptions import SCMError
@@ -25,12 +27,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
+from pipeline import processes
 from pipeline.adapter import AdapterSetting
 from pipeline.checkpoint import resume, save
 from pipeline.config import Section
-from pipeline.errors import TrainError
+from pipeline.errors import ConfigError, TrainError
 from pipeline.loader import Batch, Residency
+from pipeline.objective import Objective, evaluate
 from pipeline.order import ViewOrder
+from pipeline.parallel import prepare
 from pipeline.tasks import Task
 
 
@@ -40,7 +45,7 @@ class TrainConfig(Section):
     epochs: int = Field(default=3, ge=1)
     """Passes over the training samples."""
     batch_size: int = Field(default=64, ge=1)
-    """Units per step: samples, or pairs where the task learns from pairs."""
+    """Units per step: samples, or pairs where the task learns from pairs. Several processes share them out."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate of AdamW."""
     head_lr: float | None = Field(default=None, gt=0)
@@ -54,7 +59,7 @@ class TrainConfig(Section):
     max_grad_norm: float | None = Field(default=None, gt=0)
     """Gradients are scaled down to this norm; None leaves them."""
     gradient_accumulation: int = Field(default=1, ge=1)
-    """Batches per optimiser step."""
+    """Batches per optimiser step; the last step of an epoch takes those that are left."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision, by accelerate."""
     channels_last: bool = False
@@ -74,7 +79,8 @@ class TrainConfig(Section):
     check: bool = True
     """Prove every sample's bytes against their checksum when the run reads them for the first time."""
     scratch_gb: float = Field(default=64, gt=0)
-    """Disk, in 10^9 bytes, that unpacked segments (`encode.codec: zstd`) may take below .recycle/unpacked."""
+    """Disk, in 10^9 bytes, for segments below .recycle/unpacked that are compressed (`encode.codec: zstd`) or lie
+    elsewhere (`encode.store`). A store that needs more is drawn from in windows of segments (`shuffle`)."""
     residency: Residency = "auto"
     """Where states lie while training: "device" copies them all to the accelerator, "host" reads them from the disk's
     cache. "auto" copies them where they fit in half of the device's free memory."""
@@ -111,19 +117,26 @@ class Batches(Iterable[Batch], Sized, Protocol):
         """Choose the epoch of the next iteration."""
 
 
-class Objective(nn.Module):
-    """Batch -> loss: the one module that is trained, with the loss's own parameters where it has any."""
+def open_accelerator(config: TrainConfig) -> Accelerator:
+    """Return what drives device, precision and processes.
 
-    def __init__(self, suffix: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.suffix = suffix
-        self.task = task
-        self.loss = task.loss_module
+    A batch is shared out among processes (`split_batches`), so that a schedule has as many steps as of one.
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the mean loss of `batch`, a scalar."""
-        loss: Tensor = self.task.loss(self.suffix(batch.state, **batch.inputs), batch.targets)
-        return loss
+    Raises:
+        ConfigError: there are more processes than units in a step.
+    """
+    accelerator = Accelerator(
+        cpu=processes.state().device.type == "cpu",
+        mixed_precision=config.precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+    if config.batch_size < accelerator.num_processes:
+        raise ConfigError(
+            f"train.batch_size is {config.batch_size}, and {accelerator.num_processes} processes share it out; raise "
+            "it, or start fewer"
+        )
+    return accelerator
 
 
 def fit(
@@ -144,30 +157,32 @@ def fit(
     A run that was killed is continued from `checkpoint`, the folder of this run and no other; it is removed at the end.
     `fresh` names the suffix's parameters that were not pretrained; `weights` returns what is kept of a suffix.
     """
+    writes = accelerator.is_main_process
     objective = Objective(suffix, task)
     optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))
-    scheduler = schedule(optimizer, config, steps=config.epochs * len(training))
-    objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
+    scheduler = schedule(optimizer, config, steps=config.epochs * -(-len(training) // config.gradient_accumulation))
+    model = prepare(objective, training, accelerator)
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     progress = resume(accelerator, checkpoint)
     if progress.initial is None:
         progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
-    out.mkdir(parents=True, exist_ok=True)
-    with _open_live(out) as live:
+    with _open_live(out) if writes else nullcontext() as live:
         for row in progress.history:
             _log(live, row)
         while not progress.exhausted(config.epochs, config.patience):
             training.set_epoch(progress.epoch)
             start = time.perf_counter()
-            loss = train_epoch(objective, training, optimizer, scheduler, accelerator, config, progress.epoch)
+            loss = train_epoch(model, training, optimizer, scheduler, accelerator, config, progress.epoch)
             seconds = time.perf_counter() - start
             metrics = evaluate(suffix, task, validation, accelerator)
             row = {"train/loss": loss, "train/seconds": seconds} | {f"validation/{k}": v for k, v in metrics.items()}
             better = progress.take(row, metrics[task.monitor], higher=task.higher_is_better)
             _log(live, row)
-            save(accelerator, weights(suffix), checkpoint, progress, better=better)
+            save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
     best = config.keep == "best"
-    shutil.copyfile(checkpoint / ("best.safetensors" if best else "last.safetensors"), out / "model.safetensors")
-    shutil.rmtree(checkpoint)
+    if writes:
+        shutil.copyfile(checkpoint / ("best.safetensors" if best else "last.safetensors"), out / "model.safetensors")
+        shutil.rmtree(checkpoint)
     epoch = progress.best_epoch if best else progress.epoch
     return Summary(
         metric=task.monitor,
@@ -177,18 +192,6 @@ def fit(
         train_seconds_per_epoch=statistics.median(row["train/seconds"] for row in progress.history),
         history=progress.history,
     )
-
-
-def evaluate(suffix: nn.Module, task: Task, batches: Batches, accelerator: Accelerator) -> dict[str, float]:
-    """Return the task's metrics over `batches`, in eval mode and without gradients."""
-    suffix.eval()
-    metrics = task.metrics()
-    with torch.no_grad():
-        for batch in batches:
-            with accelerator.autocast():
-                output = suffix(batch.state, **batch.inputs)
-            metrics.update(output, batch.targets)
-    return metrics.compute()
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig, fresh: frozenset[str]) -> list[dict[str, Any]]:
@@ -229,7 +232,11 @@ def train_epoch(
     objective.train()
     total, count = torch.zeros((), device=accelerator.device), 0
     label = f"epoch {epoch + 1}/{config.epochs}"
-    for batch in tqdm(batches, desc=label, unit="batch", disable=None, leave=False):
+    hidden = None if accelerator.is_main_process else True
+    for batch in tqdm(batches, desc=label, unit="batch", disable=hidden, leave=False):
+        count += 1
+        if count == len(batches):  # the epoch ends with a step: what a killed run goes on from has no gradients
+            accelerator.step = config.gradient_accumulation - 1
         with accelerator.accumulate(objective):
             with accelerator.autocast():
                 loss = objective(batch)
@@ -240,7 +247,6 @@ def train_epoch(
             scheduler.step()
             optimizer.zero_grad()
         total += loss.detach()
-        count += 1
     mean = float(total) / count
     if not math.isfinite(mean):
         raise TrainError(
@@ -251,8 +257,7 @@ def train_epoch(
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
-    """Return the learning rate's course over so many batches."""
-    steps = max(1, steps // config.gradient_accumulation)
+    """Return the learning rate's course over so many steps."""
     warmup = round(config.warmup * steps)
     rest = max(1, steps - warmup)
     after: LRScheduler
@@ -268,13 +273,16 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
 
 
 def _open_live(out: Path) -> Live:
+    out.mkdir(parents=True, exist_ok=True)
     try:
         return Live(str(out), save_dvc_exp=False, dvcyaml=None, report=None)
     except SCMError as error:
         raise TrainError(f"DVCLive cannot read this git repository ({error}); commit something first") from error
 
 
-def _log(live: Live, row: dict[str, float]) -> None:
+def _log(live: Live | None, row: dict[str, float]) -> None:
+    if live is None:
+        return
     for name, value in row.items():
         live.log_metric(name, value)
     live.next_step()  # type: ignore[no-untyped-call]

@@ -49,18 +49,21 @@ class Unit:
         return [Part(self.rows, self.keys, view, tuple(cut for _, cut in at)) for view, at in by_view]
 
 
-def plan(keys: np.ndarray, wanted: Sequence[np.ndarray], stores: Sequence[Sequence[Store]], size: int) -> list[Unit]:
+def plan(
+    keys: np.ndarray, wanted: Sequence[Sequence[np.ndarray]], stores: Sequence[Sequence[Store]], size: int
+) -> list[Unit]:
     """Return the units that bring the rows `wanted[view]` into `stores[view][cut]`, in the order of the data set.
 
-    Of identical samples the first stands for all; `keys` (N, 16) uint8 are those of all rows. What a store lacks is cut
+    These are one array or several, of which each has units of its own, so that what is read together lies together. Of
+    identical samples the first stands for all; `keys` (N, 16) uint8 are those of all rows. What a store lacks is cut
     into units of `size`. Whole units missing from the middle leave the others where they were, so an interrupted run is
     continued with the very same units. Samples that were found bad in a committed unit come again in units of their
     own: they may have been bad for a passing reason.
     """
     lacked: dict[bytes, tuple[np.ndarray, list[tuple[int, int]]]] = {}
-    for view, (rows, of_view) in enumerate(zip(wanted, stores, strict=True)):
-        distinct = rows[first_rows(keys[rows])]
-        for cut, store in enumerate(of_view):
+    for view, (apart, of_view) in enumerate(zip(wanted, stores, strict=True)):
+        for rows, (cut, store) in itertools.product(apart, enumerate(of_view)):
+            distinct = rows[first_rows(keys[rows])]
             lacking = lacking_rows(keys, distinct, store)
             again = KeySet(store.set_aside()).contains(keys[lacking])
             for waiting in (lacking[~again], lacking[again]):

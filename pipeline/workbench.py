@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from pipeline.adapter import adapt
+from pipeline.carried import Carried, Needed, carry
 from pipeline.data import SampleTable, Source
 from pipeline.encoder import Encoder
-from pipeline.errors import ConfigError, CorruptStoreError
+from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, StoreError
 from pipeline.keys import Recipe
 from pipeline.loader import Batch, Loader
 from pipeline.models import Backbone, Preprocess, load, network_inputs
@@ -21,9 +23,11 @@ from pipeline.project import CutName, Project
 from pipeline.ragged import Sample, pad_batch
 from pipeline.recipe import recipe_of
 from pipeline.split import Prefix, Suffix, split
-from pipeline.store import SHAPE_PREFIX, Store
+from pipeline.store import SHAPE_PREFIX, Store, remove_suffix
 from pipeline.tasks import Head, Task, open_task
 from pipeline.views import Views, view_name
+
+log = logging.getLogger("recycle")
 
 MAX_VALUES = 1 << 28
 """Values of one input of one sample that are drawn because a store says it had so many."""
@@ -38,12 +42,21 @@ class Workbench:
     head: Head
     """What the task asked for on the samples."""
     backbone: Backbone
+    carried: Carried | None = None
+    """What took the place of the weights that params.yaml names: then the layers before the cut have none."""
 
     @classmethod
-    def open(cls, project: Project, table: SampleTable) -> Workbench:
-        """Build the model that `project` describes; the head is drawn from `model.seed`."""
+    def open(cls, project: Project, table: SampleTable, *, carrier: CutName | None = None) -> Workbench:
+        """Build the model that `project` describes; the head is drawn from `model.seed`.
+
+        Where its weights are not on this machine, and the cut `carrier` is given, the suffix alone has weights: those
+        that the store of this cut carries. It can be trained, and nothing else.
+
+        Raises:
+            AbsentError: the weights are not on this machine, and no store carries what stands in for them.
+        """
         task = open_task(project.task)
-        return cls._build(project, task, task.head(table))
+        return cls._build(project, task, task.head(table), carrier)
 
     @classmethod
     def with_head(cls, project: Project, head: Head) -> Workbench:
@@ -51,10 +64,22 @@ class Workbench:
         return cls._build(project, open_task(project.task), head)
 
     @classmethod
-    def _build(cls, project: Project, task: Task, head: Head) -> Workbench:
-        backbone = load(project.model, project.preprocess, head)
+    def _build(cls, project: Project, task: Task, head: Head, carrier: CutName | None = None) -> Workbench:
+        carried = None
+        try:
+            backbone = load(project.model, project.preprocess, head)
+        except AbsentError as absent:
+            if carrier is None:
+                raise
+            try:
+                store = project.open_store(carrier)
+                carried = Carried.of(store, project.model, head)
+            except (AbsentError, StoreError) as reason:
+                raise type(reason)(f"{absent}; {reason}") from absent
+            log.warning("%s; training goes on from the pretrained weights that %s carries", absent, store.where)
+            backbone = carried.load(project.model, project.preprocess, head)
         task.width = backbone.width
-        return cls(project, task, head, backbone)
+        return cls(project, task, head, backbone, carried)
 
     def to_device(self) -> torch.device:
         """Move the model to where prefixes run, and return that device."""
@@ -66,15 +91,31 @@ class Workbench:
 
     def split(self, cut: CutName, example: dict[str, Tensor]) -> tuple[Prefix, Suffix]:
         """Split the model at `cut`, proved on `example`."""
-        return split(self.backbone.model, at=cut, example=example)
+        prefix, suffix = split(self.backbone.model, at=cut, example=example)
+        if self.carried:
+            self.carried.complete(suffix)
+        return prefix, suffix
 
-    def freeze(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]]]:
-        """Return the prefix of every cut of the project, proved on two `samples`, and `recipes[view][cut]`."""
+    def carry(self, store: Store, needed: Needed) -> None:
+        """Let the plain `store` of a cut carry what its suffix needs, where `encode.suffix` asks for it."""
+        if self.project.encode.suffix:
+            carry(store, self.backbone, self.project.model, self.head, needed)
+        else:
+            remove_suffix(store)
+
+    def freeze(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[Needed]]:
+        """Return the prefix of every cut of the project, proved on two `samples`, `recipes[view][cut]`, and what the
+        suffix of every cut needs.
+        """
         device = next(self.backbone.model.parameters()).device
         batch = network_inputs(pad_batch(samples, self.backbone.preprocess.pad))
         example = {name: tensor.to(device) for name, tensor in batch.items()}
-        prefixes = [self.split(cut, example)[0] for cut in self.project.encode.cuts]
-        return prefixes, [list(of_view) for of_view in zip(*map(self.recipes, prefixes), strict=True)]
+        prefixes, needed = list[Prefix](), list[Needed]()
+        for cut in self.project.encode.cuts:
+            prefix, suffix = self.split(cut, example)
+            prefixes.append(prefix)
+            needed.append(Needed.of(suffix))
+        return prefixes, [list(of_view) for of_view in zip(*map(self.recipes, prefixes), strict=True)], needed
 
     def encoder(
         self, source: Source, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]], probes: np.ndarray
@@ -99,7 +140,7 @@ class Workbench:
         views = Views.of(plain, augmented, table)
         prefix, suffix = self.split(cut, self._example(views, table))
         for store, recipe in zip(views.stores, self.recipes(prefix), strict=True):
-            Store.open(store.path, recipe)
+            Store.open(store.path, recipe, store.remote)
         return views, prefix, suffix
 
     def adapt(self, store: Views, table: SampleTable, prefix: Prefix, suffix: Suffix) -> Suffix:
@@ -118,7 +159,8 @@ class Workbench:
     def stored_batch(self, store: Views, table: SampleTable, rows: np.ndarray) -> Batch:
         """Return the states and inputs of some rows of the table as one batch on the CPU, without targets."""
         pad = self.backbone.preprocess.pad
-        return next(iter(Loader(store, table.keys, {}, [rows], pad=pad, device=torch.device("cpu"))))
+        source = self.project.reader(store.path)
+        return next(iter(Loader(store, table.keys, {}, [rows], pad=pad, device=torch.device("cpu"), source=source)))
 
     def stored_inputs(self, store: Views, table: SampleTable, rows: np.ndarray) -> dict[str, Tensor]:
         """Return the model's inputs of some rows, on the CPU: ids and masks as stored.
@@ -144,6 +186,8 @@ class Workbench:
         plain = recipe_of(
             prefix, self.backbone.preprocess.recipe(), storage=project.storage, compute_dtype=project.encode.precision
         )
+        if self.carried:
+            plain = self.carried.prove(plain)
         return [self._of_view(plain, view) for view in project.views]
 
     def _example(self, store: Views, table: SampleTable) -> dict[str, Tensor]:
@@ -152,12 +196,13 @@ class Workbench:
     def _open(self, cut: CutName, view: int | None) -> Store:
         """Open a store; refuse one whose settings differ before the model is run on inputs of their shape."""
         path = self.project.store_path(cut, view)
-        if not path.exists():
+        if self.project.remote is None and not path.exists():
             raise ConfigError(f"cut {cut}: there is no store at {path}; encode it (dvc repro encode)")
+        recipe = self.project.open_store(cut, view).recipe
         settings = dataclasses.replace(
-            Store.open(path).recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
+            recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
         )
-        return Store.open(path, self._of_view(settings, view))
+        return self.project.open_store(cut, view, self._of_view(settings, view))
 
     def _of_view(self, recipe: Recipe, view: int | None) -> Recipe:
         name = None if view is None else view_name(view)

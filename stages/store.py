@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 from tqdm import tqdm
@@ -32,12 +32,32 @@ from pipeline.store import (
     tell,
     verify,
 )
-from pipeline.stores import find_samples, forget, rewrite, stores_of, unnamed_stores, used_by, wanted_keys, without
+from pipeline.stores import (
+    find_samples,
+    forget,
+    local_stores,
+    open_stores,
+    rewrite,
+    stores_of,
+    unnamed_stores,
+    used_by,
+    wanted_keys,
+    without,
+)
 from stages.options import params_option
 
 Item = TypeVar("Item")
 
-stores_argument = click.argument("stores", nargs=-1, type=click.Path(path_type=Path, exists=True, file_okay=False))
+
+class StorePlace(click.Path):
+    """A folder that exists, as a Path; or a URL, as a string."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return what was given, checked."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+stores_argument = click.argument("stores", nargs=-1, type=StorePlace(path_type=Path, exists=True, file_okay=False))
 yes_option = click.option("--yes", is_flag=True, help="Do it without asking.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 keep_option = click.option(
@@ -52,8 +72,8 @@ keep_option = click.option(
 def command() -> None:
     """Look after stores: what they hold, whether it is sound, what can go.
 
-    STORES are folders of stores; without any, all stores of the cuts in the settings' file are meant. Commands that
-    remove something say first what, and ask.
+    STORES are folders of stores, for info and verify also URLs (s3://BUCKET/PREFIX/CUT); without any, all stores of the
+    cuts in the settings' file are meant. Commands that remove something say first what, and ask.
     """
 
 
@@ -61,23 +81,26 @@ def command() -> None:
 @stores_argument
 @params_option
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
-def info(stores: tuple[Path, ...], params: Path, as_json: bool) -> None:
+def info(stores: tuple[Path | str, ...], params: Path, as_json: bool) -> None:
     """Say what stores hold, what their data set lacks in them, and whether compact or gc would help."""
     project = Project.load(params)
-    opened = [Store.open(path) for path in stores or stores_of(project)]
+    opened = open_stores(project, stores)
     if as_json:
         click.echo(json.dumps([describe(store).json() for store in opened], indent=2))
         return
     for store in opened:
         for line in tell(describe(store)):
             click.echo(line)
-        compact = plan_compact(store.path, store.recipe, project.encode.segment_samples)
-        if compact.changes:
-            click.echo(f"  compact: {_becoming(compact)}")
+        if store.remote is None:
+            compact = plan_compact(store.path, store.recipe, project.encode.segment_samples)
+            if compact.changes:
+                click.echo(f"  compact: {_becoming(compact)}")
         if not project.samples.exists():
             continue
         lacking = store.missing(wanted_keys(project, store.path))
         click.echo(f"  of {project.samples} it has {(~lacking).sum():,} of {len(lacking):,} samples")
+        if store.remote is not None:
+            continue
         used = used_by(project.samples, [])
         garbage = plan_gc(store.path, used.keys, used.written, rewrite=True)
         if garbage.changes:
@@ -87,15 +110,17 @@ def info(stores: tuple[Path, ...], params: Path, as_json: bool) -> None:
 @command.command("verify")
 @stores_argument
 @params_option
-def verify_command(stores: tuple[Path, ...], params: Path) -> None:
+def verify_command(stores: tuple[Path | str, ...], params: Path) -> None:
     """Read every byte of stores and compare it with what was written: every checksum, every key.
 
     Exits with 1 if there are faults, one line for each.
     """
     faults = []
-    for path in stores or stores_of(Project.load(params)):
+    project = Project.load(params)
+    for place in stores or stores_of(project):
         try:
-            faults += verify(Store.open(path), _progress(f"verify {path}", "segment"))
+            (store,) = open_stores(project, [place]) if stores else [Store.open(Path(place), remote=project.remote)]
+            faults += verify(store, _progress(f"verify {store.where}", "segment"))
         except StoreError as error:
             faults.append(str(error))
     for fault in faults:
@@ -114,7 +139,7 @@ def verify_command(stores: tuple[Path, ...], params: Path) -> None:
 @yes_option
 @dry_run_option
 def gc(
-    stores: tuple[Path, ...],
+    stores: tuple[Path | str, ...],
     params: Path,
     keep: tuple[Path, ...],
     rewrites: bool,
@@ -128,13 +153,14 @@ def gc(
     was stopped and will go on.
     """
     project = Project.load(params)
+    paths = local_stores(project, stores, "gc")
     used = used_by(project.samples, keep)
     removed = unnamed_stores(project) if cuts else []
     if cuts and not dry_run:
         for folder in {project.activations, *(path.parent for path in removed)}:
             sweep(folder)
     _carry_out(
-        stores or stores_of(project),
+        paths,
         lambda store: plan_gc(store.path, used.keys, used.written, rewrite=rewrites),
         yes=yes,
         dry_run=dry_run,
@@ -148,12 +174,12 @@ def gc(
 @click.option("--target-samples", type=click.IntRange(min=2), help="Default: encode.segment_samples.")
 @yes_option
 @dry_run_option
-def compact(stores: tuple[Path, ...], params: Path, target_samples: int | None, yes: bool, dry_run: bool) -> None:
+def compact(stores: tuple[Path | str, ...], params: Path, target_samples: int | None, yes: bool, dry_run: bool) -> None:
     """Merge small segments, below half the target, into larger ones; no stored bit changes."""
     project = Project.load(params)
     target = target_samples or project.encode.segment_samples
     _carry_out(
-        stores or stores_of(project),
+        local_stores(project, stores, "compact"),
         lambda store: plan_compact(store.path, store.recipe, target),
         yes=yes,
         dry_run=dry_run,
@@ -181,6 +207,7 @@ def rm_samples(
     touched.
     """
     project = Project.load(params)
+    local_stores(project, [], "rm-samples")
     table = SampleTable.read(project.samples)
     unwanted = find_samples(table, [*keys, *(line.strip() for line in listed or () if line.strip())], sources)
     smaller = without(table, unwanted)

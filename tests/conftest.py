@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-pytest_plugins = ["services.dask", "services.slurm"]
+pytest_plugins = ["services.s3", "services.faulty", "services.dask", "services.slurm", "services.ssh"]
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "good", "bad"]
 

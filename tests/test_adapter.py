@@ -34,9 +34,10 @@ from pipeline.epochs import open_loaders
 from pipeline.errors import ConfigError, TrainError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
+from pipeline.objective import evaluate
 from pipeline.project import Project
 from pipeline.split import merge, split
-from pipeline.train import TrainConfig, evaluate
+from pipeline.train import TrainConfig
 from pipeline.workbench import Workbench
 
 IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0], [9, 4, 3, 2, 0]])

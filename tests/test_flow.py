@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +225,17 @@ def test_patience_stops_training(folder: Path) -> None:
     encode_project(project(folder))
     settings = project(folder, train={"epochs": 30, "batch_size": 16, "lr": 1e-12, "patience": 2})
     assert len(train_project(settings, "0.5").history) == 3
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_store_of_links_is_warned_of(
+    folder: Path, caplog: pytest.LogCaptureFixture, link: Callable[[Path, Path], None]
+) -> None:
+    encode_project(project(folder, encode={"cuts": [1.0]}))
+    store = folder / "data/activations/1.0"
+    copied = shutil.copytree(store, folder / "cache")
+    for file in [path for path in store.rglob("*") if path.is_file()]:
+        file.unlink()
+        link(copied / file.relative_to(store), file)
+    train_project(project(folder, encode={"cuts": [1.0]}), "1.0")
+    assert "DVC copies the whole store before each encode" in caplog.text

@@ -33,8 +33,14 @@ ASKED = {"task": {"kind": "answers"}, "data": {"source": "squad", "path": "asked
 
 @pytest.fixture
 def folder(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In the current directory sentences in which "good" is an entity, and "bad" goes on with it; questions for it."""
+    """The current directory, with words and a network."""
     monkeypatch.chdir(tmp_path)
+    write_words(tmp_path)
+    return tmp_path
+
+
+def write_words(folder: Path) -> None:
+    """Write sentences in which "good" is an entity, and "bad" goes on with it; questions for it."""
     draw = np.random.default_rng(0)
 
     def drawn(words: tuple[str, ...], least: int, most: int) -> list[str]:
@@ -43,7 +49,7 @@ def folder(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     tags = {"good": "B-X", "bad": "I-X"}
     sentences = [drawn((*OTHERS, "good", "good bad"), 1, 9) for _ in range(80)]
     lines = [[f"{word}\t{tags.get(word, 'O')}" for word in " ".join(words).split()] for words in sentences]
-    (tmp_path / "words.conll").write_text("".join("\n".join(one) + "\n\n" for one in lines))
+    (folder / "words.conll").write_text("".join("\n".join(one) + "\n\n" for one in lines))
 
     def asked(name: str) -> dict[str, object]:
         before, after = drawn(OTHERS, 0, 9), drawn(OTHERS, 0, 4)
@@ -52,8 +58,7 @@ def folder(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         return {"context": context, "qas": [{"id": name, "question": "two", "answers": answers}]}
 
     articles = [{"title": f"t{a}", "paragraphs": [asked(f"q{a}-{p}") for p in range(2)]} for a in range(30)]
-    (tmp_path / "asked.json").write_text(json.dumps({"version": "1.1", "data": articles}))
-    return tmp_path
+    (folder / "asked.json").write_text(json.dumps({"version": "1.1", "data": articles}))
 
 
 def project(folder: Path, given: dict[str, dict[str, object]], **changes: dict[str, object]) -> Project:

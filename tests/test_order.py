@@ -1,4 +1,4 @@
-"""The order of an epoch: a permutation, pure, the same number of steps for every rank."""
+"""The order of an epoch: a permutation, pure; how several processes share out a batch."""
 
 from __future__ import annotations
 
@@ -7,35 +7,43 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.order import Window, batches, views
+from pipeline.order import Window, batches, shares, views
 
-SIZES = [(n, size, world) for n in (0, 1, 2, 7, 16, 33) for size in (1, 3, 8) for world in (1, 2, 5)]
-
-
-def every_rank(units, size, world, **options):
-    return [batches(units, size, rank=rank, world=world, **options) for rank in range(world)]
+SIZES = [(n, size) for n in (0, 1, 2, 7, 16, 33) for size in (1, 3, 8)]
 
 
-@pytest.mark.parametrize(("n", "size", "world"), SIZES)
+@pytest.mark.parametrize(("n", "size"), SIZES)
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_each_unit_comes_once_and_ranks_step_together(n, size, world, shuffle):
-    ranks = every_rank(np.arange(n), size, world, seed=3, epoch=1, shuffle=shuffle)
-    assert len({len(mine) for mine in ranks}) == 1
-    assert all(0 < len(batch) <= size for mine in ranks for batch in mine)
-    rows = np.concatenate([batch for mine in ranks for batch in mine] or [np.array([], int)])
-    assert set(rows) == set(range(n))
-    assert len(rows) - n < world
-    if n % (size * world) >= world:
-        assert len(rows) == n
+def test_each_unit_comes_once(n, size, shuffle):
+    found = batches(np.arange(n), size, seed=3, epoch=1, shuffle=shuffle)
+    assert all(0 < len(batch) <= size for batch in found)
+    assert sorted(np.concatenate(found or [np.array([], int)])) == list(range(n))
 
 
-@pytest.mark.parametrize(("n", "size", "world"), SIZES)
-def test_drop_last_gives_full_batches_alone(n, size, world):
-    ranks = every_rank(np.arange(n), size, world, seed=0, epoch=0, shuffle=True, drop_last=True)
-    assert {len(batch) for mine in ranks for batch in mine} <= {size}
-    assert sum(len(mine) for mine in ranks) == n // (size * world) * world
-    rows = [row for mine in ranks for batch in mine for row in batch]
+@pytest.mark.parametrize(("n", "size"), SIZES)
+def test_drop_last_gives_full_batches_alone(n, size):
+    found = batches(np.arange(n), size, seed=0, epoch=0, shuffle=True, drop_last=True)
+    assert {len(batch) for batch in found} <= {size}
+    assert len(found) == n // size
+    rows = [row for batch in found for row in batch]
     assert len(rows) == len(set(rows))
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 33])
+def test_processes_share_a_batch_evenly_and_none_is_without(count, world):
+    found = shares(count, world)
+    assert len(found) == world
+    sizes = [len(own) for own in found]
+    assert 1 <= min(sizes) <= max(sizes) <= min(sizes) + 1
+    if count >= world:
+        assert np.concatenate(found).tolist() == list(range(count))
+    else:
+        assert set(np.concatenate(found)) == set(range(count))
+
+
+def test_of_an_empty_batch_there_is_nothing_to_share():
+    assert [own.tolist() for own in shares(0, 2)] == [[], []]
 
 
 def test_order_is_a_pure_function_of_seed_and_epoch():
@@ -96,8 +104,6 @@ def test_window_keeps_reads_within_its_segments(size):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"epoch": -1}, "epoch is -1"),
-        ({"world": 0}, "world is 0"),
-        ({"rank": 2, "world": 2}, "rank is 2"),
         ({"window": Window(np.zeros(5), 0)}, "window.size is 0"),
         ({"window": Window(np.zeros(4), 1)}, "window.groups has 4 entries"),
     ],
@@ -132,22 +138,21 @@ def test_views_out_of_range_are_named(fault, how):
         views(3, **{"count": 2, "seed": 0, "epoch": 0} | fault, how=how)
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_units_of_similar_length_share_a_step(world):
+def test_units_of_similar_length_share_a_batch():
     lengths = np.random.default_rng(0).integers(1, 500, 1000)
 
-    def waste(ranks):
-        padded = sum(len(batch) * lengths[batch].max() for mine in ranks for batch in mine)
+    def waste(found):
+        padded = sum(len(batch) * lengths[batch].max() for batch in found)
         return 1 - lengths.sum() / padded
 
     options = {"seed": 0, "epoch": 0, "shuffle": True}
-    bucketed = every_rank(np.arange(1000), 8, world, lengths=lengths, **options)
-    assert waste(bucketed) < 0.1 < 0.4 < waste(every_rank(np.arange(1000), 8, world, **options))
-    assert sorted(np.concatenate([batch for mine in bucketed for batch in mine])) == list(range(1000))
-    means = [lengths[batch].mean() for batch in bucketed[0]]
+    bucketed = batches(np.arange(1000), 8, lengths=lengths, **options)
+    assert waste(bucketed) < 0.1 < 0.4 < waste(batches(np.arange(1000), 8, **options))
+    assert sorted(np.concatenate(bucketed)) == list(range(1000))
+    means = [lengths[batch].mean() for batch in bucketed]
     assert np.corrcoef(means, np.arange(len(means)))[0, 1] < 0.5
-    again = every_rank(np.arange(1000), 8, world, lengths=lengths, **options)
-    assert all(np.array_equal(a, b) for a, b in zip(bucketed[0], again[0], strict=True))
+    again = batches(np.arange(1000), 8, lengths=lengths, **options)
+    assert all(np.array_equal(a, b) for a, b in zip(bucketed, again, strict=True))
 
 
 def test_lengths_need_one_entry_per_unit():

@@ -129,10 +129,13 @@ class Job(BaseModel):
             )
         bench = Workbench.with_head(project, self.head)
         bench.to_device()
-        prefixes, recipes = bench.freeze(decode_samples(source, bench.backbone.preprocess, np.asarray(self.example)))
+        prefixes, recipes, _ = bench.freeze(decode_samples(source, bench.backbone.preprocess, np.asarray(self.example)))
         self._prove(recipes)
         stores = [
-            [Store.create(project.store_path(cut, view), own) for cut, own in zip(project.encode.cuts, of, strict=True)]
+            [
+                Store.create(project.store_path(cut, view), own, project.remote)
+                for cut, own in zip(project.encode.cuts, of, strict=True)
+            ]
             for view, of in zip(project.views, recipes, strict=True)
         ]
         return bench.encoder(source, prefixes, stores, np.asarray(self.probes))

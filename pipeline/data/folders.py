@@ -23,6 +23,7 @@ class ClassFolder(Source):
 
     def __init__(self, root: Path, *, labelled: bool = True) -> None:
         self.root = root
+        self._below_root = os.path.join(root, "")  # a join for every stamp would cost as much as the stamp
         self._files: list[tuple[str, str | None, dict[str, Target]]] = (
             [
                 (file, split, {"label": label})
@@ -48,7 +49,7 @@ class ClassFolder(Source):
         return read_file(self.root / self._files[i][0])
 
     def stamp(self, i: int) -> Stamp | None:
-        return stamp_file(os.path.join(self.root, self._files[i][0]))
+        return stamp_file(self._below_root + self._files[i][0])
 
     def _below(self, folder: Path) -> list[str]:
         """Return the files below `folder`, relative to the root, in an order that is the same on every file system."""

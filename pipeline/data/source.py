@@ -6,9 +6,8 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -26,8 +25,7 @@ SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"}
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What is known of a sample without reading it."""
 
     source: str
@@ -43,8 +41,7 @@ SETTLED_NS = 2_000_000_000
 """The coarsest clock of a file system (FAT): a file younger than that may change once more and look the same."""
 
 
-@dataclass(frozen=True)
-class Stamp:
+class Stamp(NamedTuple):
     """What tells, without reading a file, that it is the one that was read before."""
 
     path: str

@@ -6,6 +6,10 @@ Each library has its own module, imported when a backbone of it is asked for: th
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.backbone import Backbone, Embedder
@@ -21,6 +25,8 @@ __all__ = [
     "ModelConfig",
     "Preprocess",
     "PreprocessConfig",
+    "as_described",
+    "describe",
     "load",
     "network_inputs",
 ]
@@ -28,16 +34,22 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
+def load(
+    model: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
+) -> Backbone:
     """Return the backbone that `model` names, ending in `head`, in fp32 on the CPU, with its preprocessing.
 
+    `state` takes the place of the weights that `model` names. A tensor of it that is on the meta device has no values:
+    the network keeps those it was built with, drawn from `model.seed`.
+
     Raises:
+        AbsentError: the weights, or what describes the network, are not on this machine and cannot be fetched.
         ConfigError: a setting is wrong, or names nothing that exists.
         ModelError: the network cannot be built, or its weights do not fit.
     """
     if model.weights is None:
         log.warning("model.weights is null: %s gets random weights (model.seed %d)", model.backbone, model.seed)
-    backbone = _load(model, preprocess, head)
+    backbone = _load(model, preprocess, head, state)
     kind = backbone.preprocess.recipe().get("kind")
     if unused := [name for name in ("rate", "seconds") if getattr(preprocess, name) is not None and kind != "audio"]:
         raise ConfigError(f"preprocess.{unused[0]} is for audio; {model.backbone} takes {kind}; remove it")
@@ -46,17 +58,46 @@ def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbo
     return backbone
 
 
-def _load(model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
+def _load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None) -> Backbone:
     if model.library == "hf":
         from pipeline.models.hf import load_hf  # noqa: PLC0415
 
-        return load_hf(model, preprocess, head)
+        return load_hf(model, preprocess, head, state)
     if model.library == "function":
         from pipeline.models.own import load_own  # noqa: PLC0415
 
-        return load_own(model, preprocess, head)
+        return load_own(model, preprocess, head, state)
     if head.kind in ("tokens", "span"):
         raise ModelError(f"{model.backbone} takes images; the task needs a network of texts: hf: or module:function")
     from pipeline.models.vision import LIBRARIES, load_vision  # noqa: PLC0415
 
-    return load_vision(LIBRARIES[model.library](model.name, model.options), model, preprocess, head)
+    return load_vision(LIBRARIES[model.library](model.name, model.options), model, preprocess, head, state)
+
+
+def describe(model: ModelConfig, backbone: Backbone, folder: Path) -> None:
+    """Write to the existing `folder` what `as_described` reads: all that builds the network but its weights.
+
+    A network of Hugging Face is built from its configuration; of others the name says all.
+    """
+    backbone.preprocess.save(folder)
+    if model.library == "hf":
+        from pipeline.models.hf import describe_hf  # noqa: PLC0415
+
+        describe_hf(model, backbone, folder)
+
+
+def as_described(
+    model: ModelConfig, preprocess: PreprocessConfig, folder: Path
+) -> tuple[ModelConfig, PreprocessConfig]:
+    """Return the settings under which `load` builds the network of `model` from what `describe` wrote to `folder`.
+
+    Raises:
+        ModelError: the network is made by code that its repository brings.
+    """
+    if model.trust_remote_code:
+        raise ModelError(f"{model.backbone} is made by code of its own repository, which is not carried; fetch that")
+    if model.library == "hf":
+        model = model.model_copy(update={"backbone": f"hf:{folder}", "revision": None})
+    if preprocess.tokenizer is not None:
+        preprocess = preprocess.model_copy(update={"tokenizer": str(folder)})
+    return model, preprocess

@@ -37,6 +37,15 @@ class Backbone:
         """Size of the embeddings; None of logits, and of the user's own network."""
         return self.model.width if isinstance(self.model, Embedder) else None
 
+    def pretrained(self, library: str) -> tuple[nn.Module, frozenset[str]]:
+        """Return the network that a file of weights is for, and the names of those of its tensors that are pretrained.
+
+        `library` is the one that made it: what a user's own function returns is for a file as it is.
+        """
+        embedded = isinstance(self.model, Embedder) and library != "function"
+        network: Any = self.model.backbone if embedded else self.model
+        return network, frozenset(network.state_dict()) - (frozenset() if embedded else self.fresh)
+
     def save(self, folder: Path) -> None:
         """Write the network to the existing `folder`, in the form its library reads.
 

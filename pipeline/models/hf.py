@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel
 from transformers.utils import logging as transformers_log
 
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import AbsentError, ConfigError, ModelError, RecyclingError
 from pipeline.files import PACKAGE, check_sha256, locate
 from pipeline.models.audio import AudioPreprocess, make_audio_preprocess
-from pipeline.models.backbone import Backbone, embed, projection_names
+from pipeline.models.backbone import Backbone, Embedder, embed, projection_names
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
 from pipeline.models.preprocess import Preprocess
@@ -60,7 +60,7 @@ class Origin:
         if name.startswith(PACKAGE) or Path(name).expanduser().is_dir():
             name = str(locate(name, "model.backbone"))
         elif name.startswith((".", "/", "~")):
-            raise ConfigError(f"model.backbone is {config.backbone!r}; there is no such directory")
+            raise AbsentError(f"model.backbone is {config.backbone!r}; there is no such directory")
         return cls(name, config.revision, config.trust_remote_code)
 
     @property
@@ -78,10 +78,13 @@ class Origin:
         }
 
 
-def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
-    """Build the network with the head, and fill in its weights.
+def load_hf(
+    config: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
+) -> Backbone:
+    """Build the network with the head, and fill in its weights; `state` as `load` has it.
 
     Raises:
+        AbsentError: there is no such directory, or the hub cannot be reached.
         ConfigError: a setting is wrong.
         ModelError: the network cannot be built, or the weights do not fit.
     """
@@ -95,11 +98,28 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Ba
         extra = _without_pooler(blueprint) if head.kind == "embedding" and pooling != "pooled" else {}
         made = _make_preprocess(origin, preprocess, settings, blueprint, head)
         with seeded(config.seed):
-            model, fresh = _load(auto, settings, origin, config, extra)
+            if state is None and config.has_file:
+                state = read_weights(config)
+            if config.weights is None:
+                model, fresh = _build(auto, settings, config, extra), frozenset[str]()
+            elif state is None:
+                _check_digest(origin, config)
+                model, fresh = _fill(auto, origin, config, {"config": settings, **origin.arguments, **extra})
+            else:
+                whole = _completed(state, auto, settings, config, extra)
+                model, fresh = _fill(type(blueprint), None, config, {"config": settings, "state_dict": whole, **extra})
             if head.kind == "embedding":
                 model = embed(model, head, pooling, made(_example(made)))
                 fresh = projection_names(model)
         return Backbone(model, made, config.backbone, fresh)
+
+
+def describe_hf(config: ModelConfig, backbone: Backbone, folder: Path) -> None:
+    """Write the network's configuration, and that of its image processor if it has one, to the existing `folder`."""
+    network: Any = backbone.model.backbone if isinstance(backbone.model, Embedder) else backbone.model
+    network.config.save_pretrained(folder)
+    if isinstance(backbone.preprocess, ImagePreprocess) and (processor := _image_processor(Origin.of(config))):
+        processor.save_pretrained(folder)
 
 
 def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
@@ -111,7 +131,7 @@ def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
             origin.source, return_unused_kwargs=True, **origin.arguments, **options
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.backbone {config.backbone!r} cannot be loaded: {_first_line(error)}") from error
+        raise _cannot(f"model.backbone {config.backbone!r} cannot be loaded", error, origin) from error
     if unknown := sorted(set(unused) & set(config.options)):
         raise ConfigError(f"model.options has {', '.join(unknown)}, which {type(settings).__name__} does not have")
     if getattr(settings, "use_cache", False):
@@ -153,24 +173,34 @@ def _without_pooler(blueprint: nn.Module) -> dict[str, Any]:
     return {"add_pooling_layer": False} if accepts else {}
 
 
-def _load(
-    auto: Any, settings: Any, origin: Origin, config: ModelConfig, extra: Mapping[str, Any]
+def _fill(
+    auto: Any, origin: Origin | None, config: ModelConfig, arguments: Mapping[str, Any]
 ) -> tuple[nn.Module, frozenset[str]]:
-    """Return the network with its weights, and the names of those that no file gave."""
-    if config.weights is None:
-        return _build(auto, settings, config, extra), frozenset()
-    asked = {"config": settings, "dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    """Return the network with its weights, and the names of those that nothing gave."""
+    asked = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        if config.has_file:
-            architecture: Any = type(_build(auto, settings, config, extra))
-            model, info = architecture.from_pretrained(None, state_dict=read_weights(config), **asked, **extra)
-        else:
-            _check_digest(origin, config)
-            model, info = auto.from_pretrained(origin.source, **origin.arguments, **asked, **extra)
+        model, info = auto.from_pretrained(origin and origin.source, **asked, **arguments)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"weights of {config.backbone!r} cannot be loaded: {_first_line(error)}") from error
+        raise _cannot(f"weights of {config.backbone!r} cannot be loaded", error, origin) from error
     fresh = _check_fit(model, info, config)
     return model.train(), fresh  # in training mode, as other libraries give their networks
+
+
+def _completed(
+    state: Mapping[str, Tensor], auto: Any, settings: Any, config: ModelConfig, extra: Mapping[str, Any]
+) -> Mapping[str, Tensor]:
+    """Return `state` with the initial values of the network for tensors that are on the meta device."""
+    if not any(tensor.is_meta for tensor in state.values()):
+        return state
+    with seeded(config.seed):
+        initial = _build(auto, settings, config, extra).state_dict()
+    return {name: initial.get(name, tensor) if tensor.is_meta else tensor for name, tensor in state.items()}
+
+
+def _cannot(what: str, error: Exception, origin: Origin | None) -> RecyclingError:
+    """What a hub does not give may lie in another machine's cache."""
+    elsewhere = isinstance(error, OSError) and origin is not None and origin.folder is None
+    return (AbsentError if elsewhere else ModelError)(f"{what}: {_first_line(error)}")
 
 
 def _check_digest(origin: Origin, config: ModelConfig) -> None:
@@ -240,12 +270,8 @@ def _load_extractor(origin: Origin) -> Any:
 
 def _image_defaults(origin: Origin, settings: Any) -> ImageDefaults:
     """Read the image processor's settings; a directory without one gets the usual values."""
-    usual = ImageDefaults()
-    try:
-        load: Any = AutoImageProcessor.from_pretrained
-        processor = load(origin.source, **origin.arguments).to_dict()
-    except (OSError, ValueError, ImportError):
-        processor = {}
+    usual, found = ImageDefaults(), _image_processor(origin)
+    processor = {} if found is None else found.to_dict()
     size = getattr(settings, "image_size", None) or (processor.get("size") or {}).get("height") or usual.image_size
     normalises = processor.get("do_normalize", True)
     return ImageDefaults(
@@ -254,6 +280,14 @@ def _image_defaults(origin: Origin, settings: Any) -> ImageDefaults:
         tuple(processor.get("image_mean") or usual.mean) if normalises else (0.0, 0.0, 0.0),
         tuple(processor.get("image_std") or usual.std) if normalises else (1.0, 1.0, 1.0),
     )
+
+
+def _image_processor(origin: Origin) -> Any | None:
+    load: Any = AutoImageProcessor.from_pretrained
+    try:
+        return load(origin.source, **origin.arguments)
+    except (OSError, ValueError, ImportError):
+        return None
 
 
 def _example(preprocess: Preprocess) -> object:

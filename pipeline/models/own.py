@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import load_function
@@ -18,8 +19,10 @@ from pipeline.models.weights import Layout, fit_weights, read_weights, seeded
 from pipeline.tasks.base import Head
 
 
-def load_own(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
-    """Call the user's function with the head; what it returns already ends in that head.
+def load_own(
+    config: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
+) -> Backbone:
+    """Call the user's function with the head; what it returns already ends in that head. `state` as `load` has it.
 
     Raises:
         ConfigError: the function is missing, or preprocessing is not described.
@@ -32,11 +35,13 @@ def load_own(config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> B
     if not isinstance(model, nn.Module):
         raise ModelError(f"{config.backbone} returned {type(made).__name__}; expected an nn.Module or a Backbone")
     fresh: frozenset[str] = frozenset()
-    if config.has_file:
+    if state is None and config.has_file:
+        state = read_weights(config)
+    if state is not None:
         layout = Layout({name: tensor.shape for name, tensor in model.state_dict().items()}, frozenset())
         if head.size is not None:
             layout = Layout.of(lambda classes: _network(function(replace(head, size=classes))))
-        fresh = fit_weights(model, read_weights(config), layout, f"model.weights {config.weights}")
+        fresh = fit_weights(model, state, layout, f"model.weights {config.weights}")
     if isinstance(made, Backbone):
         return replace(made, fresh=made.fresh | fresh)
     return Backbone(model, _make_preprocess(model, preprocess, config, head), config.backbone, fresh)

@@ -11,7 +11,7 @@ import numpy as np
 import torchvision
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import AbsentError, ConfigError, ModelError
 from pipeline.models.backbone import Backbone, embed, first_input, projection_names
 from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
@@ -102,10 +102,17 @@ class Timm(Library):
         return ImageDefaults(data["input_size"][-1], data["interpolation"], _triple(data["mean"]), _triple(data["std"]))
 
 
-def load_vision(library: Library, config: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
-    """Build the network with the head, and fill in its weights.
+def load_vision(
+    library: Library,
+    config: ModelConfig,
+    preprocess: PreprocessConfig,
+    head: Head,
+    state: Mapping[str, Tensor] | None = None,
+) -> Backbone:
+    """Build the network with the head, and fill in its weights; `state` as `load` has it.
 
     Raises:
+        AbsentError: the weights are not on this machine.
         ConfigError: a setting is wrong.
         ModelError: the network cannot be built, or the weights do not fit.
     """
@@ -118,8 +125,9 @@ def load_vision(library: Library, config: ModelConfig, preprocess: PreprocessCon
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{config.backbone} cannot be built with model.options {config.options}: {error}") from error
     fresh: frozenset[str] = frozenset()
-    if config.weights is not None:
+    if state is None and config.weights is not None:
         state = _pretrained(library, config) if config.weights == PRETRAINED else read_weights(config)
+    if state is not None:
         fresh = fit_weights(model, state, Layout.of(library.build), f"model.weights {config.weights}")
     made = ImagePreprocess(preprocess, library.defaults(model), first_input(model))
     return finish(model, made, config, head, fresh)
@@ -129,7 +137,7 @@ def _pretrained(library: Library, config: ModelConfig) -> Mapping[str, Tensor]:
     try:
         return library.pretrained()
     except Exception as error:  # a download fails in as many ways as there are libraries
-        raise ModelError(
+        raise AbsentError(
             f"the pretrained weights of {config.backbone} cannot be had ({type(error).__name__}: {error}); "
             "connect to the network, or set model.weights to a file, or to null for random weights"
         ) from error

@@ -54,7 +54,8 @@ def read_weights(config: ModelConfig) -> dict[str, Tensor]:
     """Return the tensors of the file that `config.weights` names; its digest is checked first. Nothing is unpickled.
 
     Raises:
-        ConfigError: the file is missing, of unknown kind, or has another digest.
+        AbsentError: the file is missing.
+        ConfigError: it is of unknown kind, or has another digest.
         ModelError: it holds no state dict.
     """
     path = locate(str(config.weights), "model.weights")
@@ -99,7 +100,8 @@ def _read_torch(path: Path) -> Mapping[str, object]:
 def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Layout, where: str) -> frozenset[str]:
     """Copy `state` into `model`; return the names of the classifier's tensors of which `state` has none of their size.
 
-    Those keep their fresh weights. `model` may lack the classifier of `layout`.
+    Those keep their fresh weights, and so do tensors of `state` that are on the meta device. `model` may lack the
+    classifier of `layout`.
 
     Raises:
         ModelError: any other tensor is missing, unexpected or of another shape.
@@ -116,7 +118,7 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Layout, w
     fresh = [name for name in own if name not in fitting and name in layout.head]
     if fresh:
         log.info("%s: the classifier is new (%s)", where, ", ".join(fresh))
-    model.load_state_dict(own | fitting)
+    model.load_state_dict(own | {name: tensor for name, tensor in fitting.items() if not tensor.is_meta})
     return frozenset(fresh)
 
 

@@ -95,6 +95,25 @@ class Suffix(nn.Module):
             values[slot.source] = value.clone() if slot.source in self.written and shares(value, stored) else value
         return values
 
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """The values that cross the cut and belong to no sample, by where the model has them.
+
+        They are what the weights before the cut gave; a suffix that was split off a model without these weights is
+        given them.
+
+        Raises:
+            SplitError: what is given are not the constants of this suffix.
+        """
+        return {str(source): value for source, value in self._constants.items()}
+
+    @constants.setter
+    def constants(self, values: Mapping[str, Tensor]) -> None:
+        own = self.constants
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in values.items()}:
+            raise SplitError(f"the suffix at {self.cut} has the constants {sorted(own)}, not {sorted(values)}")
+        self._constants = {source: values[str(source)].to(value) for source, value in self._constants.items()}
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(
         self, state: State, args: Args, inputs: Kwargs

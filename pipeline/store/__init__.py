@@ -1,5 +1,6 @@
 """States on disk: written once in immutable zarr v3 segments, read through memory maps."""
 
+from pipeline.store.ahead import Ahead
 from pipeline.store.codecs import CODECS
 from pipeline.store.describe import describe, readable, tell
 from pipeline.store.format import (
@@ -11,21 +12,31 @@ from pipeline.store.format import (
     find_stores,
     segment_id,
 )
-from pipeline.store.format import segment_nbytes as folder_nbytes
 from pipeline.store.index import Rows
 from pipeline.store.keyset import KeySet, first_rows
+from pipeline.store.listing import Listed
+from pipeline.store.listing import segment_nbytes as folder_nbytes
 from pipeline.store.materialise import Scratch
+from pipeline.store.objects import Bucket, Objects, Patience, check_place
 from pipeline.store.reader import Reader
+from pipeline.store.remote import Remote
 from pipeline.store.resident import Resident
-from pipeline.store.scratch import discard, sweep
+from pipeline.store.scratch import claim, discard, sweep
 from pipeline.store.scratch import scratch as temporary_folder
 from pipeline.store.store import Store, alone, own_entries, remove
+from pipeline.store.suffix import carries_suffix, read_suffix, remove_suffix, write_suffix
 from pipeline.store.trial import through
 from pipeline.store.upkeep import Upkeep, plan_compact, plan_gc, plan_removal
 from pipeline.store.verify import verify
 from pipeline.store.writer import SegmentInfo
 
 __all__ = [
+    "Bucket",
+    "Objects",
+    "Patience",
+    "Remote",
+    "check_place",
+    "Ahead",
     "CODECS",
     "EXTRA_PREFIX",
     "FORMAT",
@@ -33,6 +44,7 @@ __all__ = [
     "SHAPE_PREFIX",
     "STATE_PREFIX",
     "KeySet",
+    "Listed",
     "Reader",
     "Resident",
     "Rows",
@@ -41,6 +53,8 @@ __all__ = [
     "Store",
     "Upkeep",
     "alone",
+    "carries_suffix",
+    "claim",
     "describe",
     "discard",
     "find_stores",
@@ -50,12 +64,15 @@ __all__ = [
     "plan_compact",
     "plan_gc",
     "plan_removal",
+    "read_suffix",
     "readable",
     "remove",
+    "remove_suffix",
     "segment_id",
     "sweep",
     "tell",
     "temporary_folder",
     "through",
     "verify",
+    "write_suffix",
 ]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.keys import Recipe
-from pipeline.store.format import OFFSETS, SCALES, ArraySpec, segment_nbytes
+from pipeline.store.format import OFFSETS, SCALES, ArraySpec
 from pipeline.store.keyset import first_rows
+from pipeline.store.listing import segment_nbytes
 from pipeline.store.metadata import read_array_spec, read_segment_spec
 from pipeline.store.scratch import leftovers
 from pipeline.store.store import Store
@@ -44,7 +45,7 @@ class Facts:
         leftovers: temporary folders of dead writers.
     """
 
-    path: Path
+    path: str
     recipe: Recipe
     samples: int
     copies: int
@@ -58,7 +59,7 @@ class Facts:
         """Return the figures in JSON's own types."""
         raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {name: dataclasses.asdict(facts) for name, facts in self.tensors.items()}
-        return raw | {"path": str(self.path), "recipe": json.loads(self.recipe.to_json()), "tensors": tensors}
+        return raw | {"recipe": json.loads(self.recipe.to_json()), "tensors": tensors}
 
 
 def describe(store: Store) -> Facts:
@@ -80,7 +81,7 @@ def describe(store: Store) -> Facts:
     distinct, bad = len(first_rows(keys)), bad[first_rows(bad)]
     waiting = int(store.missing(bad).sum())
     return Facts(
-        store.path,
+        store.where,
         store.recipe,
         distinct,
         len(keys) - distinct,

@@ -1,6 +1,7 @@
 """The layout of a store on disk: names, arrays, and what metadata says of them.
 
     <store>/recipe.json
+    <store>/suffix/                             what trains, as it was pretrained; may be absent
     <store>/<segment id>/zarr.json              zarr v3 group; with it the segment exists, without it it does not
     <store>/<segment id>/<array>/zarr.json      keys | sums | state.<name> | input.<name> | shape.<name>
                                                 | extra.<name> | <tensor>.offsets (ragged) | <tensor>.scales (int8)
@@ -29,6 +30,7 @@ from pipeline.keys import content_key, digest
 
 FORMAT = 2
 RECIPE_FILE = "recipe.json"
+SUFFIX = "suffix"
 METADATA_FILE = "zarr.json"
 KEYS = "keys"
 SUMS = "sums"
@@ -51,6 +53,8 @@ MAX_EMPTY_BYTES = 1 << 31
 """Size that an array without values may claim, its axes of length 0 counted as 1; no file bears such a claim out."""
 SPARSE_ABOVE = 1 << 30
 """Larger chunk files must be on disk, not holes for the most part: reading those takes long and comes to nothing."""
+MAX_RATIO = 1 << 14
+"""A chunk holds at most so many times the bytes of its file; the compressor reaches a quarter of it, on zeros."""
 MAX_AXES = 32
 
 CLEVEL = 3
@@ -239,11 +243,6 @@ def find_stores(root: Path) -> list[Path]:
         if not SEGMENT_ID.fullmatch(folder.name) and not folder.name.startswith("."):
             found += find_stores(folder)
     return found
-
-
-def segment_nbytes(segment: Path) -> int:
-    """Return the size of a segment's files in bytes."""
-    return sum(path.stat().st_size for path in segment.rglob("*") if path.is_file())
 
 
 def check_tensor_name(name: str) -> None:

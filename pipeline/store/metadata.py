@@ -7,8 +7,10 @@ be memory-mapped, and what it claims must be confirmed by its seal and by the si
 from __future__ import annotations
 
 import math
+import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,6 +21,7 @@ from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe, parse_json
 from pipeline.store.format import (
     CHECKSUM_BYTES,
+    CHUNK_SEPARATOR,
     FORMAT,
     GROUP_FIELDS,
     KEYS,
@@ -28,6 +31,7 @@ from pipeline.store.format import (
     MAX_CHUNK_BYTES,
     MAX_EMPTY_BYTES,
     MAX_METADATA_BYTES,
+    MAX_RATIO,
     METADATA_FILE,
     OFFSETS,
     RECIPE_FILE,
@@ -94,15 +98,17 @@ def read_segment_spec(segment: Path) -> SegmentSpec:
 def read_arrays(segment: Path, spec: SegmentSpec) -> dict[str, ArraySpec]:
     """Return the metadata of all arrays of a segment by name, once its seal proves that it is what was written.
 
+    What it claims is not confirmed by the chunk files: see `check_chunks`.
+
     Raises:
-        CorruptStoreError: metadata or chunk files are missing, are not what this package writes, or do not fit.
+        CorruptStoreError: metadata is missing, is not what this package writes, or does not fit.
     """
     raw: dict[str, dict[str, Any]] = {}
     arrays: dict[str, ArraySpec] = {}
 
     def read(name: str) -> ArraySpec:
         where, raw[name] = _read_json(segment / name)
-        arrays[name] = _array_spec(where, raw[name])
+        arrays[name] = _parse_array(where, raw[name])
         return arrays[name]
 
     for name in (KEYS, SUMS):
@@ -123,34 +129,56 @@ def read_arrays(segment: Path, spec: SegmentSpec) -> dict[str, ArraySpec]:
 
 
 def read_array_spec(array: Path) -> ArraySpec:
-    """Return the metadata of an array, once its chunk files are known to have the sizes the metadata demands.
+    """Return the metadata of an array, which its chunk files need not confirm: see `check_chunks`.
 
     Raises:
-        CorruptStoreError: metadata or chunk files are missing, are not what this package writes, or do not fit.
+        CorruptStoreError: it is missing, or is not what this package writes.
     """
-    return _array_spec(*_read_json(array))
+    return _parse_array(*_read_json(array))
 
 
-def _array_spec(where: Path, raw: dict[str, Any]) -> ArraySpec:
-    if raw.get("zarr_format") != 3 or raw.get("node_type") != "array":
-        raise corrupt(where, "is no zarr v3 array")
-    array, spec = where.parent, _parse_array(where, raw)
-    if spec.layout == "zstd":
-        _check_count(array, spec)
+def check_chunks(array: Path, spec: ArraySpec, sizes: Mapping[str, int]) -> None:
+    """Prove by the sizes of an array's chunk files, in bytes by name, that it can hold what its metadata claims.
+
+    To be called before memory or disk is taken for an array.
+
+    Raises:
+        CorruptStoreError: some are missing, or have other sizes than the metadata demands.
+    """
+    if spec.layout == "zstd" and len(sizes) != spec.chunks:  # a shape may claim anything: count before naming each
+        raise corrupt(array, f"has {len(sizes)} chunk files, shape {spec.shape} of {spec.stored} needs {spec.chunks}")
     for name in spec.chunk_files:
-        try:
-            found = (array / name).stat()
-        except OSError as error:
-            raise _unreadable(array / name, error) from error
-        size = found.st_size
-        if not stat.S_ISREG(found.st_mode):
-            raise corrupt(array / name, "is no file")
-        if size > SPARSE_ABOVE and found.st_blocks * 512 < size // 64:
-            raise corrupt(array / name, f"has {size} bytes, of which {found.st_blocks * 512} are on disk")
-        if spec.layout == "raw" and size != spec.nbytes + CHECKSUM_BYTES:
-            needed = spec.nbytes + CHECKSUM_BYTES
-            raise corrupt(array / name, f"has {size} bytes, shape {spec.shape} of {spec.stored} needs {needed}")
-    return spec
+        if name not in sizes:
+            raise corrupt(array / name, "is not there")
+        needed = spec.nbytes + CHECKSUM_BYTES
+        if spec.layout == "raw" and sizes[name] != needed:
+            raise corrupt(array / name, f"has {sizes[name]} bytes, shape {spec.shape} of {spec.stored} needs {needed}")
+        if spec.chunk_nbytes > MAX_RATIO * sizes[name]:
+            raise corrupt(
+                array / name, f"has {sizes[name]} bytes for {spec.chunk_nbytes}, beyond what compresses so well"
+            )
+
+
+def chunk_sizes(array: Path) -> dict[str, int]:
+    """Return the sizes of the chunk files that lie in the folder of an array, in bytes, by name.
+
+    Raises:
+        CorruptStoreError: one is no file, or holes for the most part, or cannot be looked at.
+    """
+    sizes = {}
+    try:
+        for entry in os.scandir(array):
+            if not entry.name.startswith(f"c{CHUNK_SEPARATOR}"):
+                continue
+            where, found = array / entry.name, entry.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise corrupt(where, "is no file")
+            if found.st_size > SPARSE_ABOVE and found.st_blocks * 512 < found.st_size // 64:
+                raise corrupt(where, f"has {found.st_size} bytes, of which {found.st_blocks * 512} are on disk")
+            sizes[entry.name] = found.st_size
+    except OSError as error:
+        raise _unreadable(array, error) from error
+    return sizes
 
 
 def read_small(array: Path, spec: ArraySpec) -> np.ndarray:
@@ -187,6 +215,8 @@ def read_keys(segment: Path) -> np.ndarray:
 
 
 def _parse_array(where: Path, raw: dict[str, Any]) -> ArraySpec:
+    if raw.get("zarr_format") != 3 or raw.get("node_type") != "array":
+        raise corrupt(where, "is no zarr v3 array")
     shape, stored, attributes = raw.get("shape"), raw.get("data_type"), raw.get("attributes")
     if not isinstance(shape, list) or not 1 <= len(shape) <= MAX_AXES or not all(_is_size(length) for length in shape):
         raise corrupt(where, f"has shape {shape!r}")
@@ -214,13 +244,6 @@ def _parse_array(where: Path, raw: dict[str, Any]) -> ArraySpec:
     if compressed and spec.chunk_nbytes > MAX_CHUNK_BYTES:
         raise corrupt(where, f"has chunks of {spec.chunk_nbytes} bytes, at most {MAX_CHUNK_BYTES} can be compressed")
     return spec
-
-
-def _check_count(array: Path, spec: ArraySpec) -> None:
-    """A shape may claim anything: look for as many chunks before naming them one by one."""
-    there = sum(1 for _ in array.iterdir()) - 1
-    if there != spec.chunks:
-        raise corrupt(array, f"has {there} chunk files, shape {spec.shape} of {spec.stored} needs {spec.chunks}")
 
 
 def read_metadata(node: Path) -> dict[str, Any]:
@@ -269,7 +292,7 @@ def _unreadable(where: Path, error: OSError) -> CorruptStoreError:
 REMEDY = "remove the segment's folder and encode again"
 
 
-def corrupt(where: Path, fault: str) -> CorruptStoreError:
+def corrupt(where: Path | str, fault: str) -> CorruptStoreError:
     """Return the error for a file or folder `where` that is not what was written."""
     return CorruptStoreError(f"{where} {fault}; {REMEDY}")
 

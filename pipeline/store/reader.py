@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,9 +22,12 @@ from pipeline.store.format import CHUNK_SEPARATOR
 from pipeline.store.index import Rows
 from pipeline.store.materialise import Scratch
 from pipeline.store.metadata import read_recipe
-from pipeline.store.segment import Segment, StoredTensor, as_numpy, open_segment
+from pipeline.store.remote import Remote
+from pipeline.store.segment import Segment, StoredTensor, as_numpy, bring, map_segment, outline_segment
 
 READ_AHEAD_BYTES = 8 << 20
+STREAMS = 4
+"""Segments that are fetched at a time from elsewhere."""
 SHARED_ABOVE = 1 << 20
 """Bytes of a batch beyond which several threads fill it."""
 COPIERS = 4
@@ -34,28 +37,74 @@ COPIERS = 4
 class Reader:
     """Gathers batches from a store; segments are opened when first needed."""
 
-    def __init__(self, root: Path, *, scratch: Scratch | None = None, check: bool = True) -> None:
+    def __init__(
+        self, root: Path, *, scratch: Scratch | None = None, check: bool = True, remote: Remote | None = None
+    ) -> None:
         """Read the segments under the folder `root`.
 
         Args:
             root: the store.
-            scratch: where compressed arrays are unpacked; None unpacks each into memory, for small stores.
+            scratch: where arrays are brought that are compressed or lie elsewhere; None unpacks compressed ones into
+                memory, for small stores.
             check: prove the bytes of every sample against their checksum when they are read for the first time.
+            remote: where the segments lie, if `root` is a folder of its mirror.
         """
-        self._root, self._scratch, self._check = root, scratch, check
+        self._root, self._scratch, self._check, self._remote = root, scratch, check, remote
         self._segments: dict[str, Segment] = {}
+        self._outlines: dict[str, Segment] = {}
         self._recipes: dict[Path, str] = {}
 
+    @property
+    def streams(self) -> int:
+        """How many segments should be brought at a time: a disk likes to read one, a network sends several."""
+        return 1 if self._remote is None else STREAMS
+
     def segment(self, segment: str) -> Segment:
-        """Return a segment, opened once and kept.
+        """Return a segment, opened once and kept for as long as scratch holds what it has there.
 
         Raises:
             CorruptStoreError: metadata and chunk files are not those that were written.
         """
         opened = self._segments.get(segment)
         if opened is None:
-            opened = self._segments[segment] = self._open(self._root / segment)
+            opened, given_up = map_segment(self.outline(segment), self._scratch, self._remote)
+            self._give_up(given_up)
+            self._segments[segment] = opened
+        elif opened.brought and self._scratch is not None:
+            self._scratch.use(opened.place)
         return opened
+
+    def outline(self, segment: str) -> Segment:
+        """Return a segment without its values: nothing is brought to scratch for it; raises as `segment`."""
+        outline = self._outlines.get(segment)
+        if outline is None:
+            outline = self._outlines[segment] = outline_segment(*self._of(segment), self._remote)
+        return outline
+
+    def bring(self, segment: str) -> None:
+        """Have a segment at hand before it is needed: in scratch if it must be there, else in the page cache.
+
+        A whole file is read at the speed of the disk.
+
+        Raises:
+            StoreError: it cannot be brought; CorruptStoreError as `segment`.
+        """
+        outline = self.outline(segment)
+        if outline.brought and self._scratch is not None:
+            self._give_up(bring(outline, self._scratch, self._remote)[1])
+            return
+        buffer = bytearray(READ_AHEAD_BYTES)
+        for file in (file for name in outline.arrays for file in (outline.path / name).glob(f"c{CHUNK_SEPARATOR}*")):
+            with file.open("rb", buffering=0) as chunk:
+                while chunk.readinto(buffer):
+                    pass
+
+    def release(self, segment: str) -> None:
+        """Note that a segment is not needed for long: what was brought for it is the first to make room."""
+        outline = self.outline(segment)
+        if outline.brought and self._scratch is not None:
+            self._segments.pop(segment, None)  # a mapped file keeps its space on disk, whoever gives it up
+            self._scratch.release(outline.place)
 
     def gather(self, rows: Rows, pad: Mapping[str, float] | None = None, *, pin: bool = False) -> dict[str, Tensor]:
         """Return the tensors of `rows` by name, each (B, ...), in memory of its own.
@@ -85,24 +134,15 @@ class Reader:
         }
 
     def sizes(self, rows: Rows) -> np.ndarray:
-        """Return the bytes of each sample as stored, (n,) int64; opens the segments, reads no values.
+        """Return the bytes of each sample as stored, (n,) int64; reads no values.
 
         Inputs count beside the state: at cut 0 of a text network they are all that there is.
         """
         sizes = np.zeros(len(rows), np.int64)
         for name, within, begin in runs(rows):
-            for tensor in self.segment(name).tensors.values():
+            for tensor in self.outline(name).tensors.values():
                 sizes[begin : begin + len(within)] += tensor.sizes(within)
         return sizes
-
-    def read_ahead(self, segment: str) -> None:
-        """Bring a segment into the page cache, at the speed at which the disk reads a whole file."""
-        buffer = bytearray(READ_AHEAD_BYTES)
-        for name in self.segment(segment).tensors:
-            for file in (self._root / segment / name).glob(f"c{CHUNK_SEPARATOR}*"):
-                with file.open("rb", buffering=0) as chunk:
-                    while chunk.readinto(buffer):
-                        pass
 
     def check(self, segment: str, rows: np.ndarray) -> None:
         """Prove the bytes of some rows of a segment against their checksums, where checks are on.
@@ -114,19 +154,23 @@ class Reader:
         if self._check:
             opened.check(rows)
 
-    def _open(self, path: Path) -> Segment:
-        store = path.parent
+    def _of(self, segment: str) -> tuple[Path, str]:
+        """Return the folder of a segment, and the digest of its store's recipe."""
+        path = self._root / segment
         if not path.is_dir():
             raise StoreError(
                 f"{path}: this segment was there when the store was opened, and is gone; recycle store compact, gc or "
                 "rm-samples has run since: start again"
             )
-        if store not in self._recipes:
-            self._recipes[store] = read_recipe(store).digest
-        opened, given_up = open_segment(path, self._recipes[store], self._scratch)
-        for folder in given_up:  # a mapped file keeps its space on disk
-            self._segments = {name: one for name, one in self._segments.items() if Path(name).name != folder.name}
-        return opened
+        if path.parent not in self._recipes:
+            self._recipes[path.parent] = read_recipe(path.parent).digest
+        return path, self._recipes[path.parent]
+
+    def _give_up(self, places: Sequence[Path]) -> None:
+        """Let go of the segments that scratch has given up: a mapped file keeps its space on disk."""
+        gone = [name for name, one in list(self._segments.items()) if one.place in places] if places else []
+        for name in gone:
+            self._segments.pop(name, None)
 
 
 def runs(rows: Rows) -> Iterator[tuple[str, np.ndarray, int]]:

@@ -75,12 +75,18 @@ class Resident:
         self._segments = rows.segments
         self._codes, first = np.unique(rows.codes, return_index=True)
         self._blocks: dict[str, Block] = {}
-        for segment, within, _ in runs(rows[first]):
-            reader.check(segment, within)
         for name, parts in _parts(reader, rows[first]).items():
             # Shapes of inputs are needed on the host, to make batches of their shape.
             home = torch.device("cpu") if name.startswith(SHAPE_PREFIX) else device
-            self._blocks[name] = _load(_plan(name, parts), parts, home)
+            self._blocks[name] = _empty(_plan(name, parts), home)
+        filled = dict.fromkeys(self._blocks, 0)
+        for segment, within, _ in runs(rows[first]):
+            reader.check(segment, within)
+            tensors = reader.segment(segment).tensors
+            for name, block in self._blocks.items():
+                for piece in _pieces(tensors[name], within, block.plan.axis):
+                    block.values[filled[name] : filled[name] + len(piece)].copy_(piece)
+                    filled[name] += len(piece)
 
     @staticmethod
     def nbytes(reader: Reader, rows: Rows) -> int:
@@ -103,7 +109,7 @@ class Resident:
 
 
 def _parts(reader: Reader, rows: Rows) -> dict[str, Parts]:
-    opened = [(reader.segment(segment), within) for segment, within, _ in runs(rows)]
+    opened = [(reader.outline(segment), within) for segment, within, _ in runs(rows)]
     names = list(opened[0][0].tensors) if opened else []
     return {name: [(segment.tensors[name], within) for segment, within in opened] for name in names}
 
@@ -121,17 +127,13 @@ def _plan(name: str, parts: Parts) -> Plan:
         raise StoreError(f"{name} is ragged in axes {sorted(axes)}; set residency to host, which pads any axis")
     axis = axes.pop()
     lengths = np.concatenate([_lengths(tensor, within, axis) for tensor, within in parts])
-    rest = next(_end_to_end(tensor, within[:1], axis).shape[1:] for tensor, within in parts)
+    first = tensors[0].values.shape[1:]
+    rest = first if tensors[0].offsets is not None else first[:axis] + first[axis + 1 :]
     return Plan(dtype, (int(lengths.sum()), *rest), axis, lengths)
 
 
-def _load(plan: Plan, parts: Parts, device: torch.device) -> Block:
+def _empty(plan: Plan, device: torch.device) -> Block:
     values = torch.empty(plan.shape, dtype=plan.dtype, device=device)
-    begin = 0
-    for tensor, within in parts:
-        for piece in _pieces(tensor, within, plan.axis):
-            values[begin : begin + len(piece)].copy_(piece)
-            begin += len(piece)
     if plan.lengths is None:
         return Block(plan, values, None)
     return Block(plan, values, torch.from_numpy(np.cumsum(plan.lengths) - plan.lengths).to(device))

@@ -102,6 +102,12 @@ def publish(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> N
     A `final` that is there without being whole, as a broken copy leaves it, is replaced.
     """
     sync_tree(temporary)
+    if settle(temporary, final, is_whole):
+        sync(final.parent)
+
+
+def settle(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> bool:
+    """Do as `publish` without waiting for the disk, and return whether `final` is what `temporary` was."""
     while not is_whole(final):
         try:
             temporary.rename(final)
@@ -110,8 +116,8 @@ def publish(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> N
                 raise
             _set_aside(final, is_whole)
         else:
-            sync(final.parent)
-            return
+            return True
+    return False
 
 
 def publish_file(temporary: Path, final: Path) -> None:

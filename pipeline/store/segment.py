@@ -1,16 +1,17 @@
 """One segment, mapped: its tensors, sample by sample, and the proof of their bytes.
 
 A raw chunk file is the array, so that its memory map is the tensor: no file descriptor is held, and no memory but the
-page cache's. Compressed arrays are unpacked to scratch first.
+page cache's. What is compressed or lies elsewhere is brought to scratch first.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,8 +20,17 @@ from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import KEY_BYTES
 from pipeline.store.codecs import dequantise
 from pipeline.store.format import KEYS, OFFSETS, RECIPE_FILE, SCALES, SUMS, ArraySpec, SegmentSpec, sample_sum
-from pipeline.store.materialise import Scratch, check_packed, unpack_array
-from pipeline.store.metadata import corrupt, read_arrays, read_segment_spec, read_small
+from pipeline.store.materialise import Scratch, unpack_array
+from pipeline.store.metadata import (
+    check_chunks,
+    chunk_sizes,
+    corrupt,
+    read_arrays,
+    read_chunk,
+    read_segment_spec,
+    read_small,
+)
+from pipeline.store.remote import Remote
 
 BESIDE = (OFFSETS, SCALES)
 IN_MEMORY_BYTES = 4 << 30
@@ -111,14 +121,27 @@ class Segment:
     """The tensors of one segment by name, and what is known of its samples.
 
     Attributes:
+        path: its folder; of one that lies elsewhere, the mirror's.
+        tensors: mapped; of an outline, on torch's meta device: shapes without values.
+        arrays: how they are stored.
+        brought: those that are mapped from scratch, because they are compressed or lie elsewhere.
+        place: where in a scratch they lie; bytes that differ have places that differ.
         checked: which samples were checked, (n,) bool.
         left: how many were not.
     """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
+    arrays: Mapping[str, ArraySpec] = field(repr=False)
+    brought: Mapping[str, ArraySpec] = field(repr=False)
+    place: Path
     checked: np.ndarray = field(repr=False)
     left: int
+
+    @property
+    def nbytes(self) -> int:
+        """What its tensors take in memory maps, in bytes: all of them or none are brought."""
+        return sum(spec.nbytes for spec in self.arrays.values())
 
     def check(self, rows: np.ndarray) -> None:
         """Raise CorruptStoreError unless `rows` hold the bytes that were written; each row is looked at once."""
@@ -132,25 +155,26 @@ class Segment:
         self.left = int((~self.checked).sum())
 
 
-def open_segment(path: Path, recipe: str, scratch: Scratch | None = None) -> tuple[Segment, list[Path]]:
-    """Map the tensors of a segment of the recipe with the digest `recipe`; also return what scratch gave up for it.
+def outline_segment(path: Path, recipe: str, remote: Remote | None = None) -> Segment:
+    """Return a segment of the recipe with the digest `recipe`, all but the values of its tensors.
+
+    With `remote`, `path` is the mirror of one that lies there.
 
     Raises:
         CorruptStoreError: metadata and chunk files are not those that were written, or belong to another recipe.
-        StoreError: what is compressed cannot be unpacked, for want of room.
     """
     spec = read_segment_spec(path)
     if spec.recipe != recipe:
         raise corrupt(path, f"was written under recipe {spec.recipe}, its store's {RECIPE_FILE} is {recipe}")
     arrays = read_arrays(path, spec)
-    beside = _read_beside(path, spec, arrays)
-    packed = {name: one for name, one in arrays.items() if one.layout == "zstd" and one.nbytes}
-    files, given_up = _unpack(path, recipe, packed, scratch)
-    tensors = {}
+    for name, one in arrays.items():
+        elsewhere = remote is not None and name in spec.tensors
+        check_chunks(path / name, one, remote.sizes(path / name) if remote and elsewhere else chunk_sizes(path / name))
+    beside, tensors = _read_beside(path, spec, arrays), {}
     for column, name in enumerate(spec.tensors):
         one, scale = arrays[name], beside.get(f"{name}{SCALES}")
         tensors[name] = StoredTensor(
-            _map(path / name, one, files.get(name)),
+            typed(torch.empty(one.shape, dtype=_stored_dtype(one), device="meta"), one),
             one.torch_dtype,
             beside.get(f"{name}{OFFSETS}"),
             one.axis or 0,
@@ -158,7 +182,61 @@ def open_segment(path: Path, recipe: str, scratch: Scratch | None = None) -> tup
             beside[SUMS][:, column],
         )
         _check_shapes(path / name, tensors[name], spec.samples)
-    return Segment(path, tensors, np.zeros(spec.samples, np.bool_), spec.samples), given_up
+    own = {name: arrays[name] for name in spec.tensors}
+    brought = {name: one for name, one in own.items() if one.nbytes and (remote is not None or one.layout == "zstd")}
+    place = Path(recipe, f"{path.name}-{google_crc32c.value(np.ascontiguousarray(beside[SUMS])):08x}")
+    return Segment(path, tensors, own, brought, place, np.zeros(spec.samples, np.bool_), spec.samples)
+
+
+def open_segment(
+    path: Path, recipe: str, scratch: Scratch | None = None, remote: Remote | None = None
+) -> tuple[Segment, list[Path]]:
+    """Return what `map_segment` makes of `outline_segment`; raises as these do."""
+    return map_segment(outline_segment(path, recipe, remote), scratch, remote)
+
+
+def map_segment(
+    outline: Segment, scratch: Scratch | None = None, remote: Remote | None = None
+) -> tuple[Segment, list[Path]]:
+    """Return a segment with its tensors mapped, none of its samples checked, and what scratch gave up for it.
+
+    Raises:
+        StoreError: what is compressed or lies elsewhere cannot be brought here, for want of room or of a server.
+    """
+    files, given_up = bring(outline, scratch, remote)
+    try:
+        values = {name: _map(outline.path / name, spec, files.get(name)) for name, spec in outline.arrays.items()}
+    except StoreError:
+        if all(file.exists() for file in files.values()):
+            raise
+        return map_segment(outline, scratch, remote)  # another process gave them up in between
+    tensors = {name: replace(tensor, values=values[name]) for name, tensor in outline.tensors.items()}
+    unchecked = np.zeros_like(outline.checked)
+    return replace(outline, tensors=tensors, checked=unchecked, left=len(unchecked)), given_up
+
+
+def bring(segment: Segment, scratch: Scratch | None, remote: Remote | None) -> tuple[dict[str, Path], list[Path]]:
+    """Return the files in scratch of what a segment has `brought` there, and what scratch gave up; none without one.
+
+    Raises:
+        StoreError: as `map_segment`.
+    """
+
+    def fill(name: str, out: np.ndarray) -> None:
+        array, spec = segment.path / name, segment.arrays[name]
+        if spec.layout == "zstd":
+            unpack_array(array, spec, out, read_chunk if remote is None else remote.read)
+        elif remote is not None:
+            remote.copy(array / spec.chunk_files[0], out.reshape(-1).view(np.uint8))
+
+    if segment.brought and scratch is not None:
+        return scratch.bring(segment.place, segment.brought, fill)
+    if segment.brought and (segment.nbytes > IN_MEMORY_BYTES or remote is not None):
+        raise StoreError(
+            f"{segment.path} takes {segment.nbytes} bytes, at most {IN_MEMORY_BYTES} of a local store without "
+            "a scratch; give one"
+        )
+    return {}, []
 
 
 def _read_beside(path: Path, spec: SegmentSpec, arrays: Mapping[str, ArraySpec]) -> dict[str, np.ndarray]:
@@ -174,19 +252,6 @@ def _read_beside(path: Path, spec: SegmentSpec, arrays: Mapping[str, ArraySpec])
     if arrays[KEYS] != ArraySpec((spec.samples, KEY_BYTES), "uint8", "uint8"):
         raise corrupt(path / KEYS, f"is {arrays[KEYS]}, expected raw uint8 of shape {(spec.samples, KEY_BYTES)}")
     return read
-
-
-def _unpack(
-    path: Path, recipe: str, packed: Mapping[str, ArraySpec], scratch: Scratch | None
-) -> tuple[dict[str, Path], list[Path]]:
-    for name, spec in packed.items():
-        check_packed(path / name, spec)
-    if packed and scratch is not None:
-        return scratch.unpack(path, recipe, packed)
-    needed = sum(spec.nbytes for spec in packed.values())
-    if needed > IN_MEMORY_BYTES:
-        raise StoreError(f"{path} unpacks to {needed} bytes, at most {IN_MEMORY_BYTES} without a scratch; give one")
-    return {}, []
 
 
 def _check_shapes(array: Path, tensor: StoredTensor, samples: int) -> None:
@@ -206,7 +271,7 @@ def _check_shapes(array: Path, tensor: StoredTensor, samples: int) -> None:
 
 
 def _map(array: Path, spec: ArraySpec, unpacked: Path | None) -> Tensor:
-    dtype = torch.uint16 if spec.stored == "uint16" else getattr(torch, spec.stored)
+    dtype = _stored_dtype(spec)
     if not spec.nbytes:
         values = torch.empty(spec.shape, dtype=dtype)
     elif spec.layout == "raw" or unpacked is not None:
@@ -222,9 +287,13 @@ def _map(array: Path, spec: ArraySpec, unpacked: Path | None) -> Tensor:
             plain = np.empty(spec.shape, spec.stored)
         except MemoryError as error:
             raise StoreError(f"{array} unpacks to {spec.nbytes} bytes; give a scratch on disk") from error
-        unpack_array(array, spec, plain)
+        unpack_array(array, spec, plain, read_chunk)
         values = torch.from_numpy(plain)
     return typed(values, spec)
+
+
+def _stored_dtype(spec: ArraySpec) -> torch.dtype:
+    return torch.uint16 if spec.stored == "uint16" else getattr(torch, spec.stored)
 
 
 def typed(values: Tensor, spec: ArraySpec) -> Tensor:

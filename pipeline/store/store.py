@@ -20,10 +20,11 @@ from pipeline.store.format import (
     find_stores,
     is_committed,
     segment_id,
-    segment_nbytes,
 )
 from pipeline.store.index import KeyIndex, Rows
+from pipeline.store.listing import segment_nbytes
 from pipeline.store.metadata import read_recipe, read_segment_spec
+from pipeline.store.remote import Remote
 from pipeline.store.rewrite import Change, Progress, apply
 from pipeline.store.scratch import claim, discard, hold, publish_file, scratch, sweep
 from pipeline.store.writer import SegmentInfo, write_segment
@@ -36,15 +37,19 @@ class Store:
     nobody writes; a store that `create` gave counts as writing for as long as it exists.
     """
 
-    def __init__(self, path: Path, recipe: Recipe) -> None:
+    def __init__(self, path: Path, recipe: Recipe, remote: Remote | None = None) -> None:
         """Use `Store.create` or `Store.open`, which prove that `path` holds states of `recipe`."""
         self.path = path
         self.recipe = recipe
+        self.remote = remote
+        self._is_mirrored = False
         self._index: KeyIndex | None = None
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe) -> Store:
+    def create(cls, path: Path, recipe: Recipe, remote: Remote | None = None) -> Store:
         """Open the store at `path` for writing, and make it if nothing is there; leftovers of killed writers go.
+
+        With `remote`, the store lies there, and `path` is a folder of its mirror.
 
         Raises:
             StaleStoreError: a store of another recipe is there.
@@ -56,11 +61,13 @@ class Store:
         try:
             path.mkdir(parents=True, exist_ok=True)
             sweep(path)
-            if not (path / RECIPE_FILE).exists():
+            if remote is not None:
+                remote.create(path, recipe.to_json())
+            elif not (path / RECIPE_FILE).exists():
                 _write_recipe(path, recipe)
         except OSError as error:
             raise StoreError(f"{path}: no store can be made here ({error.strerror}); choose another folder") from error
-        store = cls.open(path, recipe)
+        store = cls.open(path, recipe, remote)
         try:
             held = hold(path)
         except BlockingIOError as error:
@@ -70,26 +77,45 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, path: Path, expected: Recipe | None = None) -> Store:
+    def open(cls, path: Path, expected: Recipe | None = None, remote: Remote | None = None) -> Store:
         """Open the store at `path`, of the recipe `expected` if one is given.
+
+        With `remote`, the store lies there, and `path` is a folder of its mirror.
 
         Raises:
             StoreError: no store is there, or one of a format that this version does not read.
             StaleStoreError: the recipe differs; the message names the first field that does, and both values.
             CorruptStoreError: `recipe.json` is no recipe.
         """
+        if remote is not None:
+            remote.open(path)
         recipe = read_recipe(path)
         difference = None if expected is None else recipe.first_difference(expected)
         if difference is not None:
             field, stored, wanted = difference
+            where = path if remote is None else remote.where(path)
             raise StaleStoreError(
-                f"{path} was encoded with {field} = {stored!r}, expected {wanted!r}; "
+                f"{where} was encoded with {field} = {stored!r}, expected {wanted!r}; "
                 "set it back, or encode into a new folder"
             )
-        return cls(path, recipe)
+        return cls(path, recipe, remote)
+
+    @property
+    def where(self) -> str:
+        """What messages call the store: its folder, or where else it lies."""
+        return str(self.path) if self.remote is None else self.remote.where(self.path)
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether its files on this disk have other names too, as DVC's links to its cache do."""
+        recipe = self.path / RECIPE_FILE
+        return recipe.is_symlink() or recipe.stat().st_nlink > 1
 
     def segments(self) -> list[str]:
         """Return the ids of all committed segments, sorted."""
+        if self.remote is not None and not self._is_mirrored:
+            self.remote.refresh(self.path)
+            self._is_mirrored = True
         return committed_segments(self.path)
 
     def keys(self) -> np.ndarray:
@@ -102,7 +128,8 @@ class Store:
 
     def holds(self, unit_keys: np.ndarray) -> bool:
         """Say whether just the samples `unit_keys` (n, 16) uint8, in this order, are a committed segment."""
-        return is_committed(self.path / segment_id(unit_keys))
+        segment = self.path / segment_id(unit_keys)
+        return is_committed(segment) or (self.remote is not None and self.remote.adopt(segment))
 
     def rows(self, keys: np.ndarray) -> Rows:
         """Return where the samples `keys` (n, 16) uint8 lie, in their order.
@@ -125,7 +152,7 @@ class Store:
 
     def refresh(self) -> None:
         """Look again for segments; places that `rows` gave before stay valid."""
-        self._index = None
+        self._index, self._is_mirrored = None, False
 
     def write_segment(
         self, unit_keys: np.ndarray, tensors: Mapping[str, Values], set_aside: np.ndarray | None = None
@@ -142,8 +169,8 @@ class Store:
         Raises:
             StoreError: keys, names, shapes or dtypes cannot be stored, or the disk refuses; nothing is committed then.
         """
-        info = write_segment(self.path, unit_keys, tensors, self.recipe, set_aside)
-        self.refresh()
+        info = write_segment(self.path, unit_keys, tensors, self.recipe, set_aside, self.remote)
+        self._index = None
         return info
 
     def apply(self, changes: Sequence[Change], progress: Progress = iter) -> list[str]:
@@ -153,8 +180,13 @@ class Store:
         were written; they are left as they are.
 
         Raises:
-            StoreError: the disk refuses; what was not changed yet is as it was.
+            StoreError: the disk refuses; what was not changed yet is as it was. Or the store lies elsewhere.
         """
+        if self.remote is not None:
+            raise StoreError(
+                f"{self.where}: segments of a store that lies elsewhere are not removed or merged; "
+                "do it on a copy on disk, and put that there"
+            )
         faults = apply(self.path, self.recipe, changes, progress)
         sweep(self.path)
         self.refresh()

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.keys import KEY_BYTES, Recipe
-from pipeline.store.format import METADATA_FILE, committed_segments, segment_nbytes
+from pipeline.store.format import METADATA_FILE, committed_segments
 from pipeline.store.keyset import KeySet
+from pipeline.store.listing import segment_nbytes
 from pipeline.store.metadata import read_array_spec, read_keys, read_segment_spec
 from pipeline.store.rewrite import Change
 from pipeline.store.scratch import leftovers

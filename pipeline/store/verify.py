@@ -2,63 +2,81 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.store.format import CHECKSUM_BYTES, METADATA_FILE, RECIPE_FILE, ArraySpec, find_stores
+from pipeline.store.format import CHECKSUM_BYTES, METADATA_FILE, RECIPE_FILE, SUFFIX, ArraySpec, find_stores
+from pipeline.store.listing import file_sizes
+from pipeline.store.materialise import Scratch
 from pipeline.store.metadata import corrupt, read_arrays, read_keys, read_recipe, read_segment_spec
-from pipeline.store.scratch import PREFIX
+from pipeline.store.scratch import PREFIX, scratch
 from pipeline.store.segment import Segment, open_segment
 from pipeline.store.store import Store
+from pipeline.store.suffix import read_suffix
 
 
 def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = iter) -> list[str]:
     """Read every segment whole and return its faults, one line each; an empty list means that the store is sound.
 
     Checked are the recipe, all metadata against the segments' seals, the sizes of all files, the crc32c of every chunk
-    and of every sample, the offsets of ragged tensors, the digest of each segment's keys against its name, and that
-    nothing else lies in the store. Memory: one array at a time.
+    and of every sample, the offsets of ragged tensors, the digest of each segment's keys against its name, the files
+    of the suffix that the store carries, and that nothing else lies in the store. Memory: one array at a time.
     """
     try:
-        recipe = read_recipe(store.path)
+        read_recipe(store.path)
         there = _entries(store.path)  # before the segments, of which a writer may commit more meanwhile
         segments = store.segments()
     except StoreError as error:
         return [str(error)]
-    faults = [fault for segment in progress(segments) for fault in _faults(store.path / segment, recipe.digest)]
+    faults = [fault for segment in progress(segments) for fault in _faults(store, segment)]
+    faults += _faults_of_suffix(store)
     inside = {path.relative_to(store.path).parts[0] for path in find_stores(store.path) if path != store.path}
-    return faults + list(_strays(store.path, there, {RECIPE_FILE, *segments, *inside}, "of the store"))
+    strays = sorted(there - {RECIPE_FILE, SUFFIX, *segments, *inside})
+    return faults + [f"{store.path / stray} is no part of the store; remove it" for stray in strays]
 
 
-def _faults(path: Path, recipe: str) -> Iterator[str]:
+def _faults(store: Store, name: str) -> Iterator[str]:
+    path = store.path / name
+    with ExitStack() as folders:
+        # What lies elsewhere is brought for this alone: what training has in its scratch says nothing of it.
+        room = None if store.remote is None else Scratch(folders.enter_context(scratch(store.path)), sys.maxsize)
+        try:
+            segment, _ = open_segment(path, store.recipe.digest, room, store.remote)
+            arrays = read_arrays(path, read_segment_spec(path))
+            read_keys(path)
+        except StoreError as error:
+            yield str(error)
+            return
+        sound = []
+        for array, spec in arrays.items():
+            try:
+                if array not in segment.brought:  # else it was proved on its way here
+                    _check_raw(path / array, spec)
+                sound.append(array)
+            except (CorruptStoreError, OSError) as error:
+                yield str(error)
+        yield from _wrong_samples(segment, sound)
+    expected = {f"{array}/{file}" for array, spec in arrays.items() for file in (METADATA_FILE, *spec.chunk_files)}
+    for stray in sorted(file_sizes(path).keys() - expected - {METADATA_FILE}):
+        yield f"{path / stray} is no part of the segment; remove it"
+
+
+def _faults_of_suffix(store: Store) -> Iterator[str]:
     try:
-        segment, _ = open_segment(path, recipe)
-        arrays = read_arrays(path, read_segment_spec(path))
-        read_keys(path)
+        read_suffix(store)
     except StoreError as error:
         yield str(error)
-        return
-    sound = []
-    for name, spec in arrays.items():
-        try:
-            _check_raw(path / name, spec)
-            sound.append(name)
-        except (CorruptStoreError, OSError) as error:
-            yield str(error)
-    yield from _wrong_samples(segment, sound)
-    yield from _strays(path, _entries(path), {METADATA_FILE, *arrays}, "of the segment")
-    for name, spec in arrays.items():
-        expected = {METADATA_FILE, *spec.chunk_files}
-        yield from _strays(path / name, _entries(path / name), expected, "of the array")
 
 
 def _check_raw(array: Path, spec: ArraySpec) -> None:
-    """Raise CorruptStoreError unless a raw chunk matches its checksum; the others were proved as they were unpacked."""
-    for name in spec.chunk_files if spec.layout == "raw" else ():
+    """Raise CorruptStoreError unless a chunk matches its checksum."""
+    for name in spec.chunk_files:
         values = np.memmap(array / name, np.uint8, "r", shape=spec.nbytes)
         with (array / name).open("rb") as file:
             file.seek(spec.nbytes)
@@ -77,8 +95,3 @@ def _wrong_samples(segment: Segment, names: Sequence[str]) -> Iterator[str]:
 def _entries(folder: Path) -> set[str]:
     """Names in a folder, but for what writers have in hand."""
     return {entry.name for entry in folder.iterdir() if not entry.name.startswith(PREFIX)}
-
-
-def _strays(folder: Path, there: set[str], expected: set[str], what: str) -> Iterator[str]:
-    for stray in sorted(there - expected):
-        yield f"{folder / stray} is no part {what}; remove it"

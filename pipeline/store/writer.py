@@ -34,9 +34,10 @@ from pipeline.store.format import (
     is_committed,
     sample_sums,
     segment_id,
-    segment_nbytes,
 )
-from pipeline.store.metadata import read_array_spec, read_metadata, read_segment_spec
+from pipeline.store.listing import segment_nbytes
+from pipeline.store.metadata import check_chunks, chunk_sizes, read_array_spec, read_metadata, read_segment_spec
+from pipeline.store.remote import Remote
 from pipeline.store.scratch import publish, scratch
 
 
@@ -56,11 +57,16 @@ class SegmentInfo:
 
 
 def write_segment(
-    root: Path, keys: np.ndarray, tensors: Mapping[str, Values], recipe: Recipe, set_aside: np.ndarray | None = None
+    root: Path,
+    keys: np.ndarray,
+    tensors: Mapping[str, Values],
+    recipe: Recipe,
+    set_aside: np.ndarray | None = None,
+    remote: Remote | None = None,
 ) -> SegmentInfo:
     """Commit the samples `keys` (n, 16) uint8 with their tensors; a segment that is there already is left alone.
 
-    `set_aside` (m, 16) are the keys of bad samples of the same unit.
+    `set_aside` (m, 16) are the keys of bad samples of the same unit. With `remote`, `root` is a folder of its mirror.
 
     Raises:
         StoreError: keys, names, shapes or dtypes cannot be stored, or the disk refuses; nothing is committed then.
@@ -74,22 +80,32 @@ def write_segment(
     names = tuple(sorted(tensors))
     bad = () if set_aside is None else tuple(key.tobytes().hex() for key in set_aside)
     encoded = (encode(name, tensors[name], len(keys), recipe.storage) for name in names)
-    return commit(root, keys, SegmentSpec(recipe.digest, len(keys), names, bad), encoded, recipe.storage)
+    return commit(root, keys, SegmentSpec(recipe.digest, len(keys), names, bad), encoded, recipe.storage, remote)
 
 
-def commit(root: Path, keys: np.ndarray, spec: SegmentSpec, tensors: Iterable[Encoded], storage: str) -> SegmentInfo:
+def commit(
+    root: Path,
+    keys: np.ndarray,
+    spec: SegmentSpec,
+    tensors: Iterable[Encoded],
+    storage: str,
+    remote: Remote | None = None,
+) -> SegmentInfo:
     """Commit the samples `keys` with their `tensors`, in the order that `spec` names them, one at a time in memory.
 
     Raises:
-        StoreError: the disk refuses; nothing is committed then.
+        StoreError: the disk or the place refuses; nothing is committed then.
     """
     final = root / segment_id(keys)
     try:
-        if not is_committed(final):
+        if not is_committed(final) and not (remote and remote.adopt(final)):
             with scratch(root) as temporary:
                 arrays = _write_group(temporary, keys, spec, tensors)
                 _check_whole(root, temporary, arrays)
-                publish(temporary, final, is_committed)
+                if remote is None:
+                    publish(temporary, final, is_committed)
+                else:
+                    remote.commit(temporary, final)
         return _describe(final, storage)
     except OSError as error:
         raise StoreError(
@@ -125,7 +141,7 @@ def _check_whole(root: Path, group: Path, arrays: Sequence[str]) -> None:
     """
     try:
         for name in arrays:
-            read_array_spec(group / name)
+            check_chunks(group / name, read_array_spec(group / name), chunk_sizes(group / name))
     except CorruptStoreError as error:
         raise StoreError(f"a segment cannot be committed: {error}") from error
     if not (root / RECIPE_FILE).is_file():

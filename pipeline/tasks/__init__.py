@@ -8,6 +8,7 @@ from __future__ import annotations
 from pipeline.errors import ConfigError
 from pipeline.files import load_function
 from pipeline.tasks.base import (
+    IGNORED,
     Asked,
     Column,
     Head,
@@ -22,6 +23,7 @@ from pipeline.tasks.base import (
 from pipeline.tasks.config import Layers, Pooling, TaskConfig
 
 __all__ = [
+    "IGNORED",
     "Asked",
     "Column",
     "Head",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.text import SQuAD
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import ALONE, Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
 from pipeline.tasks.config import SCORES, TaskConfig
 
 # B batch, T token, A tokens of an answer
@@ -117,7 +117,7 @@ class AnswerScores:
             is_none = self._may_be_none and margin <= 0
             found.append({"id": question, "prediction_text": "" if is_none else text})
             right.append({"id": question, "answers": {"text": list(self.windows.answers[row]) or [""]}})
-        squad = SQuAD()
+        squad = SQuAD(**ALONE)
         squad.update(found, right)
         return {name: float(score) / 100 for name, score in squad.compute().items()}
 

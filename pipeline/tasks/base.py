@@ -36,6 +36,9 @@ class Asked:
     """What their source says of each; labels may be missing."""
 
 
+ALONE: Mapping[str, Any] = {"sync_on_compute": False}
+"""For the scores of torchmetrics: one process has the outputs of all, and asks no other."""
+
 IGNORED = -100
 """A target that counts for nothing; the losses of torch know it."""
 
@@ -104,7 +107,10 @@ class Table(Protocol):
 
 
 class Metrics(Protocol):
-    """A running score over batches; on the CPU, whatever device the outputs are on."""
+    """A running score over batches; on the CPU, whatever device the outputs are on.
+
+    Of several processes the main one alone scores, with the outputs of all of them.
+    """
 
     def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
         """Take in one batch: the model's output, and the prepared targets of its rows."""

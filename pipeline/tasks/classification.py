@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import ALONE, Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
 from pipeline.tasks.config import SCORES, TaskConfig
 
 NAMED = 5
@@ -106,8 +106,8 @@ class ClassificationScores:
         if not self._scores:
             classes = logits_BC.shape[1]
             self._scores = {
-                "accuracy": MulticlassAccuracy(classes, average="micro"),
-                "macro_f1": MulticlassF1Score(classes, average="macro"),
+                "accuracy": MulticlassAccuracy(classes, average="micro", **ALONE),
+                "macro_f1": MulticlassF1Score(classes, average="macro", **ALONE),
             }
         for score in self._scores.values():
             score.update(logits_BC, targets["label"].cpu())

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score, MultilabelStatScores
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Asked, Column, Kind, Metrics, Table, column, read_tensor, without_advice
+from pipeline.tasks.base import ALONE, Asked, Column, Kind, Metrics, Table, column, read_tensor, without_advice
 from pipeline.tasks.classification import OfClasses, refuse_unseen
 from pipeline.tasks.config import SCORES
 
@@ -95,10 +95,10 @@ class MultiLabelScores:
         if not self._scores:
             classes = logits_BC.shape[1]
             self._scores = {
-                "precision": MultilabelAveragePrecision(classes, average="none"),
-                "micro": MultilabelF1Score(classes, average="micro"),
-                "each": MultilabelF1Score(classes, average="none"),
-                "counts": MultilabelStatScores(classes, average="none"),
+                "precision": MultilabelAveragePrecision(classes, average="none", **ALONE),
+                "micro": MultilabelF1Score(classes, average="micro", **ALONE),
+                "each": MultilabelF1Score(classes, average="none", **ALONE),
+                "counts": MultilabelStatScores(classes, average="none", **ALONE),
             }
         for score in self._scores.values():
             score.update(logits_BC.sigmoid(), hot_BC)

@@ -11,7 +11,19 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor, without_advice
+from pipeline.tasks.base import (
+    ALONE,
+    Asked,
+    Column,
+    Head,
+    Kind,
+    Metrics,
+    Table,
+    Task,
+    column,
+    read_tensor,
+    without_advice,
+)
 from pipeline.tasks.config import REGRESSION_LOSSES, SCORES, TaskConfig
 
 # N row of the table, B batch, K number to regress
@@ -138,11 +150,11 @@ class RegressionScores:
         self._samples = 0
         with without_advice():  # on memory: two numbers per validation sample
             self._scores: dict[str, Any] = {
-                "rmse": MeanSquaredError(squared=False, num_outputs=count),
-                "mae": MeanAbsoluteError(num_outputs=count),
-                "r2": R2Score(),
-                "pearson": PearsonCorrCoef(num_outputs=count),
-                "spearman": SpearmanCorrCoef(num_outputs=count),
+                "rmse": MeanSquaredError(squared=False, num_outputs=count, **ALONE),
+                "mae": MeanAbsoluteError(num_outputs=count, **ALONE),
+                "r2": R2Score(**ALONE),
+                "pearson": PearsonCorrCoef(num_outputs=count, **ALONE),
+                "spearman": SpearmanCorrCoef(num_outputs=count, **ALONE),
             }
 
 

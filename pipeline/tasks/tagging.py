@@ -13,7 +13,20 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import IGNORED, Asked, Column, Head, Kind, Metrics, Ragged, Table, Task, column, read_tensor
+from pipeline.tasks.base import (
+    ALONE,
+    IGNORED,
+    Asked,
+    Column,
+    Head,
+    Kind,
+    Metrics,
+    Ragged,
+    Table,
+    Task,
+    column,
+    read_tensor,
+)
 from pipeline.tasks.config import SCORES, TaskConfig
 
 # B batch, T token, W word, C tag
@@ -125,7 +138,7 @@ class TaggingScores:
     def reset(self) -> None:
         self._right: list[list[str]] = []
         self._found: list[list[str]] = []
-        self._accuracy = MulticlassAccuracy(len(self.tags), average="micro", ignore_index=IGNORED)
+        self._accuracy = MulticlassAccuracy(len(self.tags), average="micro", ignore_index=IGNORED, **ALONE)
 
 
 def at_words(values_BT: Tensor, word_BT: Tensor, words: int, absent: int) -> Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForQuestionAnswering, BertModel, ViTConfig, ViTForImageClassification
 
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import AbsentError, ConfigError, ModelError
 from pipeline.files import sha256
 from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load, network_inputs
 from pipeline.models.preprocess import ArrayPreprocess
@@ -359,7 +359,7 @@ def test_pretrained_without_a_network_says_what_to_do(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-    with pytest.raises(ModelError, match=r"no route to host.*set model\.weights to a file, or to null"):
+    with pytest.raises(AbsentError, match=r"no route to host.*set model\.weights to a file, or to null"):
         load(ModelConfig(backbone="torchvision:resnet18"), PreprocessConfig(), CLASSES)
 
 

@@ -117,7 +117,7 @@ def test_scratch_keeps_to_its_budget(tmp_path, recipe, make_keys):
     again = Scratch(tmp_path / "scratch", budget=2500)  # what another run left counts too
     Reader(store.path, scratch=again).gather(store.rows(keys)[:1])
     assert sum(path.stat().st_size for path in room.root.rglob("*") if path.is_file()) <= 2500
-    with pytest.raises(StoreError, match="unpacks to 2000 bytes, scratch may hold 1000"):
+    with pytest.raises(StoreError, match="takes 2000 bytes of scratch, which may hold 1000"):
         Reader(store.path, scratch=Scratch(tmp_path / "small", budget=1000)).gather(store.rows(keys)[:1])
 
 

