@@ -148,6 +148,7 @@ class EncoderPlugin(WorkerPlugin):  # type: ignore[misc]
         own: dict[str, JSON] = {}
         if self.divides:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C: the coordinator ends the workers
+            logging.getLogger("pipeline").setLevel(logging.ERROR)  # it has warned of the model's settings, too
             if torch.accelerator.device_count() > 1 and self.job.sections["encode"].get("device", "auto") == "auto":
                 kind = torch.accelerator.current_accelerator()
                 own["device"] = f"{kind}:{worker.name % torch.accelerator.device_count()}"
