@@ -33,7 +33,7 @@ from pipeline.unit import Unit
 try:
     import dask
     import distributed
-    from distributed import Client, LocalCluster, WorkerPlugin, get_worker
+    from distributed import CancelledError, Client, LocalCluster, WorkerPlugin, get_worker
     from distributed.scheduler import KilledWorker
 except ImportError as missing:
     raise ClusterError(
@@ -74,6 +74,8 @@ class DaskWorkers:
         """Run `units`; yield what became of each of their parts once committed."""
         if not units:
             return
+        for logger in ("distributed", "distributed.client"):
+            logging.getLogger(logger).setLevel(logging.ERROR)  # what becomes of workers is told here
         with self.job.at_home(), _scheduler(self.config, self.job) as scheduler, _client(scheduler) as client:
             name, address = f"recycle-{self.job.home.name}", client.scheduler.address
             _register(client, EncoderPlugin(self.job, divides=self.config.kind == "local"), name)
@@ -98,12 +100,14 @@ class DaskWorkers:
                 running.add(future)
             future = next(running)
             task = tasks.pop(future)
-            if future.status in ("cancelled", "lost"):
-                raise _lost(workers.address)
-            if isinstance(future.exception(), KilledWorker):
+            try:
+                told = future.result()  # it lies with a worker that may die yet: then the task runs again meanwhile
+            except CancelledError as error:
+                raise _lost(workers.address) from error
+            except KilledWorker:
                 waiting.append(task.again(self.job))
                 continue
-            for report in map(REPORT.validate_json, future.result()):
+            for report in map(REPORT.validate_json, told):
                 part = units[report.unit].parts[report.part]
                 rates.add(report, len(part.rows))
                 yield report.outcome(part)
@@ -253,7 +257,6 @@ def _scheduler(config: ExecutorConfig, job: Job) -> Iterator[Any]:
             )
         yield address
         return
-    logging.getLogger("distributed").setLevel(logging.ERROR)  # what happens to workers is told by the run
     settings = {"distributed.worker.daemon": False, "distributed.scheduler.worker-saturation": 1.0}
     with dask.config.set(settings), _jobqueue(config, job) if config.jobqueue else _processes(config) as cluster:
         yield cluster
