@@ -293,7 +293,7 @@ def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
     resources = " ".join(f"{name}={amount}" for name, amount in config.resources.items())
     options["worker_extra_args"] = [
         *(options.get("worker_extra_args", [])),
-        *("--nthreads", "1"),
+        *("--nthreads", "1", "--memory-limit", "0"),  # the batch system has one; dask would pause a worker below it
         *(["--resources", f"'{resources}'"] if resources else []),
     ]
     prologue = ["export DASK_DISTRIBUTED__WORKER__DAEMON=False"]
