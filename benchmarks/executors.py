@@ -11,6 +11,7 @@ longer, and is shown beside it.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import tempfile
 import time
@@ -90,6 +91,9 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     torch.set_num_threads(1)
+    logging.basicConfig(format="    %(message)s")
+    logging.getLogger("recycle").setLevel(logging.INFO)  # tells the rate of each worker
+    logging.getLogger("pipeline").setLevel(logging.ERROR)
     expected: dict[str, bytes] | None = None
     for text in options.executor or EXECUTORS:
         rate, whole, files = measure(options.samples, yaml.safe_load(text))

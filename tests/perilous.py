@@ -41,7 +41,7 @@ class Perilous(Source):
 def settings(rows: int, **executor: object) -> dict[str, dict[str, object]]:
     """Changes to the sections of `tiny.write_params`: units of four rows, at two cuts."""
     return {
-        "data": {"source": f"{__name__}:Perilous", "path": None, "options": {"rows": rows}},
+        "data": {"source": f"{__name__}:Perilous", "path": None, "options": {"rows": rows}, "validation": 0.0},
         "preprocess": {"kind": "array", "image_size": None},
         "encode": {"cuts": [0.5, 1.0], "batch_size": 2, "segment_samples": 4, "executor": executor},
     }

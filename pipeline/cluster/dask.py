@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from pipeline.unit import Unit
 try:
     import dask
     import distributed
-    from distributed import Client, LocalCluster, WorkerPlugin, get_worker
+    from distributed import CancelledError, Client, LocalCluster, WorkerPlugin, get_worker
     from distributed.scheduler import KilledWorker
 except ImportError as missing:
     raise ClusterError(
@@ -73,6 +74,8 @@ class DaskWorkers:
         """Run `units`; yield what became of each of their parts once committed."""
         if not units:
             return
+        for logger in ("distributed", "distributed.client"):
+            logging.getLogger(logger).setLevel(logging.ERROR)  # what becomes of workers is told here
         with self.job.at_home(), _scheduler(self.config, self.job) as scheduler, _client(scheduler) as client:
             name, address = f"recycle-{self.job.home.name}", client.scheduler.address
             _register(client, EncoderPlugin(self.job, divides=self.config.kind == "local"), name)
@@ -97,12 +100,14 @@ class DaskWorkers:
                 running.add(future)
             future = next(running)
             task = tasks.pop(future)
-            if future.status in ("cancelled", "lost"):
-                raise _lost(workers.address)
-            if isinstance(future.exception(), KilledWorker):
+            try:
+                told = future.result()  # it lies with a worker that may die yet: then the task runs again meanwhile
+            except CancelledError as error:
+                raise _lost(workers.address) from error
+            except KilledWorker:
                 waiting.append(task.again(self.job))
                 continue
-            for report in map(REPORT.validate_json, future.result()):
+            for report in map(REPORT.validate_json, told):
                 part = units[report.unit].parts[report.part]
                 rates.add(report, len(part.rows))
                 yield report.outcome(part)
@@ -147,6 +152,7 @@ class EncoderPlugin(WorkerPlugin):  # type: ignore[misc]
         own: dict[str, JSON] = {}
         if self.divides:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C: the coordinator ends the workers
+            logging.getLogger("pipeline").setLevel(logging.ERROR)  # it has warned of the model's settings, too
             if torch.accelerator.device_count() > 1 and self.job.sections["encode"].get("device", "auto") == "auto":
                 kind = torch.accelerator.current_accelerator()
                 own["device"] = f"{kind}:{worker.name % torch.accelerator.device_count()}"
@@ -251,7 +257,6 @@ def _scheduler(config: ExecutorConfig, job: Job) -> Iterator[Any]:
             )
         yield address
         return
-    logging.getLogger("distributed").setLevel(logging.ERROR)  # what happens to workers is told by the run
     settings = {"distributed.worker.daemon": False, "distributed.scheduler.worker-saturation": 1.0}
     with dask.config.set(settings), _jobqueue(config, job) if config.jobqueue else _processes(config) as cluster:
         yield cluster
@@ -288,14 +293,21 @@ def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
     resources = " ".join(f"{name}={amount}" for name, amount in config.resources.items())
     options["worker_extra_args"] = [
         *(options.get("worker_extra_args", [])),
-        *("--nthreads", "1"),
+        *("--nthreads", "1", "--memory-limit", "0"),  # the batch system has one; dask would pause a worker below it
         *(["--resources", f"'{resources}'"] if resources else []),
     ]
     prologue = ["export DASK_DISTRIBUTED__WORKER__DAEMON=False"]
     options["job_script_prologue"] = [*prologue, *options.get("job_script_prologue", [])]
-    try:
-        cluster = kind(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"encode.executor.options: {' '.join(str(error).split())}") from error
+    cluster = _made(kind, options)
     cluster.scale(jobs=config.jobs or 1)
     return cluster
+
+
+def _made(kind: Any, options: Mapping[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of what was begun of one that cannot be made
+        try:
+            return kind(**options)
+        except (TypeError, ValueError) as error:
+            said = " ".join(str(error).split())
+    raise ConfigError(f"encode.executor.options: {said}")

@@ -133,10 +133,10 @@ class Job(BaseModel):
         self._prove(recipes)
         stores = [
             [
-                Store.create(project.store_path(cut, view), own, project.remote)
-                for cut, own in zip(project.encode.cuts, of, strict=True)
+                Store.create(project.store_path(cut, view), recipe, project.remote)
+                for cut, recipe in zip(project.encode.cuts, of_view, strict=True)
             ]
-            for view, of in zip(project.views, recipes, strict=True)
+            for view, of_view in zip(project.views, recipes, strict=True)
         ]
         return bench.encoder(source, prefixes, stores, np.asarray(self.probes))
 
