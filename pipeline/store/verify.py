@@ -29,25 +29,25 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
     of the suffix that the store carries, and that nothing else lies in the store. Memory: one array at a time.
     """
     try:
-        read_recipe(store.path)
+        recipe = read_recipe(store.path).digest  # as it lies there now
         there = _entries(store.path)  # before the segments, of which a writer may commit more meanwhile
         segments = store.segments()
     except StoreError as error:
         return [str(error)]
-    faults = [fault for segment in progress(segments) for fault in _faults(store, segment)]
+    faults = [fault for segment in progress(segments) for fault in _faults(store, recipe, segment)]
     faults += _faults_of_suffix(store)
     inside = {path.relative_to(store.path).parts[0] for path in find_stores(store.path) if path != store.path}
     strays = sorted(there - {RECIPE_FILE, SUFFIX, *segments, *inside})
     return faults + [f"{store.path / stray} is no part of the store; remove it" for stray in strays]
 
 
-def _faults(store: Store, name: str) -> Iterator[str]:
+def _faults(store: Store, recipe: str, name: str) -> Iterator[str]:
     path = store.path / name
     with ExitStack() as folders:
         # What lies elsewhere is brought for this alone: what training has in its scratch says nothing of it.
         room = None if store.remote is None else Scratch(folders.enter_context(scratch(store.path)), sys.maxsize)
         try:
-            segment, _ = open_segment(path, store.recipe.digest, room, store.remote)
+            segment, _ = open_segment(path, recipe, room, store.remote)
             arrays = read_arrays(path, read_segment_spec(path))
             read_keys(path)
         except StoreError as error:
