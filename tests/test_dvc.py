@@ -107,7 +107,7 @@ def test_ten_more_images_encode_ten(project: Path) -> None:
     after = tiny.files(project / "data/activations")
     assert before.items() < after.items()
     new = {Path(name).parts[:2] for name in after.keys() - before.keys()}
-    assert len(new) == 2, "one new segment for each cut"
+    assert len(new) == 4, "one new segment for each cut and split"
     data = run(project, "dvc", "diff", "HEAD", "--targets", "data/activations")
     assert "Deleted" not in data
 

@@ -274,6 +274,7 @@ def _processes(config: ExecutorConfig) -> LocalCluster:
 
 def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
     """Start a scheduler and submit jobs; the arguments that the user did not set are those that encode needs."""
+    interrupted = signal.getsignal(signal.SIGINT)
     try:
         import dask_jobqueue  # noqa: PLC0415  (an extra that only this needs)
     except ImportError as error:
@@ -281,6 +282,7 @@ def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
             f"encode.executor.jobqueue is {config.jobqueue!r}, but dask-jobqueue is not installed; "
             "pip install 'layer-recycling[cluster]'"
         ) from error
+    signal.signal(signal.SIGINT, interrupted)  # its import takes Ctrl-C for itself
     kind = getattr(dask_jobqueue, QUEUES[str(config.jobqueue)])
     command = kind.job_cls.submit_command.split()[0]
     if shutil.which(command) is None:

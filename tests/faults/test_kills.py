@@ -110,7 +110,7 @@ def test_a_killed_encode_is_finished_by_the_next(
         if kept == expected:
             shutil.rmtree(tmp_path / "data")
             kept = {}
-    assert landed > kills // 4, "the kills hardly ever landed in an encode"
+    assert landed >= kills // 4, "the kills hardly ever landed in an encode"
     encode(server, tmp_path, wait=True)
     assert tiny.files(tmp_path / "data/activations") == expected
     samples = Path("data/samples.parquet")
