@@ -25,6 +25,7 @@ import yaml
 from pipeline.data import DataConfig, Row, Source
 from pipeline.encoded import Encoded, Outcome
 from pipeline.flow import encode_project
+from pipeline.memory import keep_freed_memory
 from pipeline.project import Project
 
 HERE = Path(__file__).parent
@@ -91,6 +92,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `recycle` does
     logging.basicConfig(format="    %(message)s")
     logging.getLogger("recycle").setLevel(logging.INFO)  # tells the rate of each worker
     logging.getLogger("pipeline").setLevel(logging.ERROR)

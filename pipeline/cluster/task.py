@@ -22,7 +22,6 @@ from pipeline.cluster.job import FILE, Job
 from pipeline.cluster.worker import Report, Worker
 from pipeline.errors import RecyclingError
 from pipeline.files import whole
-from pipeline.memory import keep_freed_memory
 from pipeline.unit import Unit
 
 UNITS = ".npz"
@@ -88,7 +87,6 @@ def main(folder: Path, task: int) -> int:
     """Run the units of `task`; return the exit code: 1 where it gave up."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # taken back, or out of time: no crash
-    keep_freed_memory()
     job = Job.model_validate_json((folder.parent / FILE).read_text(encoding="utf-8"))
     with (folder / f"{task}{TOLD}").open("a", encoding="utf-8") as told:
         try:

@@ -26,6 +26,7 @@ from pipeline.encoder import Encoder
 from pipeline.errors import ClusterError, RecyclingError
 from pipeline.feed import dead_workers_told
 from pipeline.keys import JSON
+from pipeline.memory import keep_freed_memory
 from pipeline.quarantine import ENDS_THE_RUN, BadSample, name_of
 from pipeline.unit import Part, Unit
 
@@ -124,6 +125,7 @@ class Worker:
 
     def _build(self) -> Encoder:
         if self._encoder is None:
+            keep_freed_memory()  # as `recycle` does; dask starts its workers without it
             self._encoder = self.job.build(self.own)
         if self.job.threads is not None:
             torch.set_num_threads(self.job.threads)  # for this thread: each has a number of its own
