@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,15 @@ def test_a_job_array_of_which_a_task_is_killed(
     assert not list((folder / ".recycle/jobs").iterdir())
 
 
-def test_ctrl_c_cancels_the_array(folder: Path, slurm: None) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Have SIGINT raise KeyboardInterrupt; what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_cancels_the_array(folder: Path, slurm: None, interruptible: None) -> None:
     (folder / perilous.SLOW).touch()
     interrupting = once_begun(folder, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
