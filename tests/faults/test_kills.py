@@ -96,7 +96,8 @@ def test_a_killed_encode_is_finished_by_the_next(
     draw = random.Random(encoders)
     kills = landed = 0
     kept: dict[str, bytes] = {}
-    while kills < (MORE_KILLS if long else KILLS):
+    enough = MORE_KILLS if long else KILLS
+    while kills < enough or (landed <= kills // 4 and kills < 3 * enough):  # a busy machine has them miss
         running = [encode(server, tmp_path) for _ in range(encoders)]
         draw.shuffle(running)
         for child in running:
@@ -110,7 +111,7 @@ def test_a_killed_encode_is_finished_by_the_next(
         if kept == expected:
             shutil.rmtree(tmp_path / "data")
             kept = {}
-    assert landed >= kills // 4, "the kills hardly ever landed in an encode"
+    assert landed > kills // 4, "the kills hardly ever landed in an encode"
     encode(server, tmp_path, wait=True)
     assert tiny.files(tmp_path / "data/activations") == expected
     samples = Path("data/samples.parquet")
