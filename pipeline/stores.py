@@ -32,21 +32,17 @@ class Used:
     written: float
 
 
-def open_stores(project: Project, named: Sequence[Path | str]) -> list[Store]:
-    """Open the stores in some folders and at some URLs; without any, those of all cuts, views and towers.
+def open_store(project: Project, place: Path | str, *, named: bool) -> Store:
+    """Open the store at a folder or a URL that the user `named`, or in a folder that `stores_of` gave.
 
     Raises:
-        ConfigError: none are named, and params.yaml has none yet.
-        StoreError: one cannot be opened.
+        ConfigError: the URL cannot be used.
+        StoreError: it cannot be opened.
     """
-    found = []
-    for place in named or stores_of(project):
-        if isinstance(place, str):
-            remote = project.remote_at(place)
-            found.append(Store.open(remote.mirror, remote=remote))
-        else:
-            found.append(Store.open(place, remote=None if named else project.remote))
-    return found
+    if isinstance(place, str):
+        remote = project.remote_at(place)
+        return Store.open(remote.mirror, remote=remote)
+    return Store.open(place, remote=None if named else project.remote)
 
 
 def local_stores(project: Project, named: Sequence[Path | str], verb: str) -> list[Path]:

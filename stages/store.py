@@ -36,7 +36,7 @@ from pipeline.stores import (
     find_samples,
     forget,
     local_stores,
-    open_stores,
+    open_store,
     rewrite,
     stores_of,
     unnamed_stores,
@@ -84,7 +84,7 @@ def command() -> None:
 def info(stores: tuple[Path | str, ...], params: Path, as_json: bool) -> None:
     """Say what stores hold, what their data set lacks in them, and whether compact or gc would help."""
     project = Project.load(params)
-    opened = open_stores(project, stores)
+    opened = [open_store(project, place, named=bool(stores)) for place in stores or stores_of(project)]
     if as_json:
         click.echo(json.dumps([describe(store).json() for store in opened], indent=2))
         return
@@ -119,7 +119,7 @@ def verify_command(stores: tuple[Path | str, ...], params: Path) -> None:
     project = Project.load(params)
     for place in stores or stores_of(project):
         try:
-            (store,) = open_stores(project, [place]) if stores else [Store.open(Path(place), remote=project.remote)]
+            store = open_store(project, place, named=bool(stores))
             faults += verify(store, _progress(f"verify {store.where}", "segment"))
         except StoreError as error:
             faults.append(str(error))

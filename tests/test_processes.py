@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,16 +36,7 @@ ROUNDING = ("key.bias", "qa_outputs.bias")
 
 def torchrun(folder: Path, *args: str, processes: int = 2) -> subprocess.Popen[str]:
     """Start as many processes of a Python program, in a session of their own."""
-    environment = os.environ | {"PYTHONPATH": tiny.IMPORTS, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *args],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return tiny.python(folder, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *args)
 
 
 def images(folder: Path, **changes: dict[str, Any]) -> dict[str, dict[str, Any]]:

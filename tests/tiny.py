@@ -160,9 +160,14 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def recycle(folder: Path, *args: str) -> subprocess.Popen[str]:
     """Start the command line in `folder`, in a process that can be killed."""
+    return python(folder, "-m", "stages.cli", *args)
+
+
+def python(folder: Path, *args: str) -> subprocess.Popen[str]:
+    """Start Python in `folder`, in a session of its own."""
     environment = os.environ | {"PYTHONPATH": IMPORTS, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "stages.cli", *args],
+        [sys.executable, *args],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
