@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from services.loopback import free_ports, start, wait_for
+
 ACCESS_KEY, SECRET_KEY = "recycler", "a-secret-of-the-tests"
-START_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -71,23 +70,15 @@ def running_server(folder: Path) -> Iterator[Server]:
     """A server with its data in the new folder `folder`, which is removed at the end."""
     folder.mkdir()
     names = ["master", "volume", "filer", "s3"]
-    ports = dict(zip([*names, *(f"{name}.grpc" for name in names)], _free_ports(8), strict=True))
-    log = (folder / "log").open("wb")
-    process = subprocess.Popen(
-        [str(_binary()), "-logtostderr=true", "server", *_options(folder, ports)],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        cwd=folder,
-    )
-    try:
-        server = Server(f"http://127.0.0.1:{ports['s3']}", f"http://127.0.0.1:{ports['filer']}")
-        _wait(server, process, folder / "log")
+    ports = dict(zip([*names, *(f"{name}.grpc" for name in names)], free_ports(8), strict=True))
+    server = Server(f"http://127.0.0.1:{ports['s3']}", f"http://127.0.0.1:{ports['filer']}")
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        command = [str(_binary()), "-logtostderr=true", "server", *_options(folder, ports)]
+        process = start(stack, folder, command)
+        stack.callback(process.kill)  # it has nothing to bring to an end
+        wait_for(partial(_answers, server), process, folder / "weed.out")
         yield server
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -134,31 +125,14 @@ def _options(folder: Path, ports: dict[str, int]) -> list[str]:
     ]
 
 
-def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until the filer takes a file and the S3 server answers."""
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            _request(f"{server.filer}/ready/file", "PUT", b"ready")
-            _request(f"{server.endpoint}/status", "GET")
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise RuntimeError(f"SeaweedFS did not start:\n{log.read_text(errors='replace')[-2000:]}")
+def _answers(server: Server) -> bool:
+    """Whether the filer takes a file and the S3 server answers."""
+    _request(f"{server.filer}/ready/file", "PUT", b"ready")
+    _request(f"{server.endpoint}/status", "GET")
+    return True
 
 
 def _request(url: str, method: str, body: bytes | None = None) -> None:
     request = urllib.request.Request(url, data=body, method=method)
     with urllib.request.urlopen(request, timeout=5) as response:
         response.read()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from services.loopback import free_port, start
+from services.loopback import START_SECONDS, free_ports, start
 
 CORES = 2
-START_SECONDS = 60
 CONF = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -92,8 +91,7 @@ def _configure(folder: Path) -> None:
         "host": socket.gethostname().partition(".")[0],
         "folder": folder,
         "cores": CORES,
-        "ctld_port": free_port(),
-        "slurmd_port": free_port(),
+        **dict(zip(("ctld_port", "slurmd_port"), free_ports(2), strict=True)),
     }
     (folder / "slurm.conf").write_text(CONF.format(**values))
 

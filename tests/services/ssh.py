@@ -7,16 +7,16 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from services.loopback import end, free_port
+from services.loopback import free_port, start, wait_for
 
-START_SECONDS = 30
 SEPARATION = Path("/run/sshd")
 """An empty folder that a server started by root insists on."""
 
@@ -48,13 +48,10 @@ def ssh_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     shutil.copy(folder / "user.pub", folder / "authorized")
     port = free_port()
     (folder / "config").write_text("\n".join(_settings(folder, port)) + "\n")
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([server, "-D", "-e", "-f", folder / "config"], stdout=log, stderr=log)
-        try:
-            _wait(port, process, folder / "log")
-            yield Host(port, getpass.getuser(), folder / "user")
-        finally:
-            end(process)
+    with ExitStack() as stack:
+        process = start(stack, folder, [server, "-D", "-e", "-f", str(folder / "config")])
+        wait_for(partial(_answers, port), process, folder / "sshd.out")
+        yield Host(port, getpass.getuser(), folder / "user")
 
 
 def _settings(folder: Path, port: int) -> list[str]:
@@ -71,13 +68,6 @@ def _settings(folder: Path, port: int) -> list[str]:
     ]
 
 
-def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-                if connection.recv(4) == b"SSH-":
-                    return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError(f"sshd did not start:\n{log.read_text(errors='replace')[-2000:]}")
+def _answers(port: int) -> bool:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        return connection.recv(4) == b"SSH-"
