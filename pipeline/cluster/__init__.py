@@ -1,9 +1,10 @@
 """Executors of encode beyond this process: the same units, run by workers that have an encoder each.
 
-job.py     what a worker must know; it builds its encoder from that, and proves that it is the coordinator's
-worker.py  runs units, skips those that are there, and sets aside one that keeps killing its process
-dask.py    processes of this machine, a dask scheduler's workers, or those of a batch system
-slurm.py   a job array
+job.py         what a worker must know; it builds its encoder from that, and proves that it is the coordinator's
+worker.py      runs units, skips those that are there, and sets aside one that keeps killing its process
+dask.py        processes of this machine, a dask scheduler's workers, or those of a batch system
+schedulers.py  the scheduler of these: found, or started with its workers
+slurm.py       a job array
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from pipeline.cluster.job import Job
 from pipeline.encode import Executor
 from pipeline.encoding import ExecutorConfig
+from pipeline.errors import ClusterError
 
 __all__ = ["Job", "open_executor"]
 
@@ -25,6 +27,11 @@ def open_executor(job: Job, config: ExecutorConfig) -> Executor:
         from pipeline.cluster.slurm import SlurmArray  # noqa: PLC0415
 
         return SlurmArray(job, config)
-    from pipeline.cluster.dask import DaskWorkers  # noqa: PLC0415  (an extra, and slow to import)
+    try:
+        from pipeline.cluster.dask import DaskWorkers  # noqa: PLC0415  (an extra, and slow to import)
+    except ImportError as missing:
+        raise ClusterError(
+            f"encode.executor needs a package that is not installed ({missing}); pip install 'layer-recycling[cluster]'"
+        ) from missing
 
     return DaskWorkers(job, config)

@@ -9,36 +9,28 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import distributed
 import torch
+from distributed import CancelledError, Client, WorkerPlugin, get_worker
+from distributed.scheduler import KilledWorker
 
 from pipeline.cluster.job import Job
 from pipeline.cluster.rates import Rates
+from pipeline.cluster.schedulers import connected, scheduler_of
 from pipeline.cluster.worker import REPORT, Worker, deaths
 from pipeline.encoded import Outcome
 from pipeline.encoding import ExecutorConfig
-from pipeline.errors import ClusterError, ConfigError
+from pipeline.errors import ClusterError
 from pipeline.keys import JSON
 from pipeline.unit import Unit
-
-try:
-    import dask
-    import distributed
-    from distributed import CancelledError, Client, LocalCluster, WorkerPlugin, get_worker
-    from distributed.scheduler import KilledWorker
-except ImportError as missing:
-    raise ClusterError(
-        f"encode.executor needs a package that is not installed ({missing}); pip install 'layer-recycling[cluster]'"
-    ) from missing
 
 log = logging.getLogger("recycle")
 
@@ -47,18 +39,8 @@ TASKS_PER_WORKER = 2
 """Tasks that are given out for each worker: enough that none is idle, and few enough for the scheduler's memory."""
 ONE_AT_A_TIME = threading.Lock()
 """A process has one working folder, and one accelerator: of all runs that share a worker, one is at it."""
-CONNECT_SECONDS = 15
 WAIT_SECONDS = 10
 """How long no worker may be there before it is said."""
-QUEUES = {
-    "slurm": "SLURMCluster",
-    "pbs": "PBSCluster",
-    "lsf": "LSFCluster",
-    "sge": "SGECluster",
-    "oar": "OARCluster",
-    "moab": "MoabCluster",
-    "htcondor": "HTCondorCluster",
-}
 
 
 class DaskWorkers:
@@ -76,7 +58,7 @@ class DaskWorkers:
             return
         for logger in ("distributed", "distributed.client"):
             logging.getLogger(logger).setLevel(logging.ERROR)  # what becomes of workers is told here
-        with self.job.at_home(), _scheduler(self.config, self.job) as scheduler, _client(scheduler) as client:
+        with self.job.at_home(), scheduler_of(self.config, self.job) as scheduler, connected(scheduler) as client:
             name, address = f"recycle-{self.job.home.name}", client.scheduler.address
             _register(client, EncoderPlugin(self.job, divides=self.config.kind == "local"), name)
             try:
@@ -230,86 +212,3 @@ def _shares(units: int, workers: int) -> Iterator[range]:
     """Divide units into tasks: small enough that all workers have some until the end."""
     size = max(1, min(UNITS_PER_TASK, units // (TASKS_PER_WORKER * 2 * max(1, workers))))
     return (range(begin, min(begin + size, units)) for begin in range(0, units, size))
-
-
-@contextmanager
-def _client(scheduler: Any) -> Iterator[Client]:
-    try:
-        client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"no dask scheduler answers at {scheduler} ({' '.join(str(error).split())}); start one (dask scheduler), "
-            "or set encode.executor.address or DASK_SCHEDULER_ADDRESS to one that runs"
-        ) from error
-    with client:
-        yield client
-
-
-@contextmanager
-def _scheduler(config: ExecutorConfig, job: Job) -> Iterator[Any]:
-    """Give the address of a scheduler, or start one with workers that ends with this."""
-    if config.kind == "dask" and not config.jobqueue:
-        address = config.address or os.environ.get("DASK_SCHEDULER_ADDRESS")
-        if not address:
-            raise ConfigError(
-                "encode.executor.kind is dask, but there is no scheduler; set encode.executor.address, or "
-                "DASK_SCHEDULER_ADDRESS, or encode.executor.jobqueue to have one started"
-            )
-        yield address
-        return
-    settings = {"distributed.worker.daemon": False, "distributed.scheduler.worker-saturation": 1.0}
-    with dask.config.set(settings), _jobqueue(config, job) if config.jobqueue else _processes(config) as cluster:
-        yield cluster
-
-
-def _processes(config: ExecutorConfig) -> LocalCluster:
-    return LocalCluster(
-        n_workers=config.processes,
-        threads_per_worker=1,
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-        memory_limit=0,
-    )
-
-
-def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
-    """Start a scheduler and submit jobs; the arguments that the user did not set are those that encode needs."""
-    interrupted = signal.getsignal(signal.SIGINT)
-    try:
-        import dask_jobqueue  # noqa: PLC0415  (an extra that only this needs)
-    except ImportError as error:
-        raise ClusterError(
-            f"encode.executor.jobqueue is {config.jobqueue!r}, but dask-jobqueue is not installed; "
-            "pip install 'layer-recycling[cluster]'"
-        ) from error
-    signal.signal(signal.SIGINT, interrupted)  # its import takes Ctrl-C for itself
-    kind = getattr(dask_jobqueue, QUEUES[str(config.jobqueue)])
-    command = kind.job_cls.submit_command.split()[0]
-    if shutil.which(command) is None:
-        raise ClusterError(
-            f"encode.executor.jobqueue is {config.jobqueue!r}, but {command} is not found; run on a machine that "
-            "submits jobs, or set PATH"
-        )
-    options: dict[str, Any] = {"processes": 1, "log_directory": str(job.home / "logs"), **config.options}
-    options["scheduler_options"] = {"dashboard_address": ":0", **options.get("scheduler_options", {})}
-    resources = " ".join(f"{name}={amount}" for name, amount in config.resources.items())
-    options["worker_extra_args"] = [
-        *(options.get("worker_extra_args", [])),
-        *("--nthreads", "1", "--memory-limit", "0"),  # the batch system has one; dask would pause a worker below it
-        *(["--resources", f"'{resources}'"] if resources else []),
-    ]
-    prologue = ["export DASK_DISTRIBUTED__WORKER__DAEMON=False"]
-    options["job_script_prologue"] = [*prologue, *options.get("job_script_prologue", [])]
-    cluster = _made(kind, options)
-    cluster.scale(jobs=config.jobs or 1)
-    return cluster
-
-
-def _made(kind: Any, options: Mapping[str, Any]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # of what was begun of one that cannot be made
-        try:
-            return kind(**options)
-        except (TypeError, ValueError) as error:
-            said = " ".join(str(error).split())
-    raise ConfigError(f"encode.executor.options: {said}")
