@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,10 +14,18 @@ from pipeline.project import Project
 from pipeline.report import Cost
 from pipeline.store import Store, first_rows
 
-Made: TypeAlias = tuple[Project, Sequence[Sequence[Store]], Encoded]
-"""An encoder (one of a project's `parts`), its stores, `stores[view][cut]`, and what was done to fill them."""
-
 FILE = "encode.json"
+
+
+class Made(NamedTuple):
+    """What became of one encoder's samples."""
+
+    project: Project
+    """The encoder: one of a project's `parts`."""
+    stores: Sequence[Sequence[Store]]
+    """Its stores, `stores[view][cut]`."""
+    done: Encoded
+    """What was done to fill them."""
 
 
 def write_costs(project: Project, made: Sequence[Made]) -> None:
@@ -31,7 +39,7 @@ def write_costs(project: Project, made: Sequence[Made]) -> None:
     for one in made:
         cuts |= _of_encoder(one, before)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"bad": len(made[-1][2].keyed.bad), "cuts": cuts}, indent=2) + "\n")
+    path.write_text(json.dumps({"bad": len(made[-1].done.keyed.bad), "cuts": cuts}, indent=2) + "\n")
 
 
 def read_costs(project: Project) -> dict[str, Cost]:

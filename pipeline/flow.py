@@ -9,41 +9,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from pipeline import processes, proved, quarantine, runs
+from pipeline import processes, quarantine, runs
 from pipeline.checkpoint import alone
-from pipeline.cluster import Job, open_executor
 from pipeline.costs import read_costs, write_costs
-from pipeline.data import SampleTable, Source, build, rows_in_role
-from pipeline.encode import Executor, encode
-from pipeline.encoded import Encoded
+from pipeline.data import SampleTable, rows_in_role
 from pipeline.epochs import open_joint_loaders, open_loaders
-from pipeline.errors import DataError, StaleStoreError
-from pipeline.feed import Chunk, Keyed, decode_rows, decode_samples
-from pipeline.files import write_whole
-from pipeline.keys import Recipe, digest
-from pipeline.project import CutName, Project
+from pipeline.fill import fill, leave_word, sample_table, tell
+from pipeline.project import Project
 from pipeline.quarantine import BadSample
-from pipeline.ragged import Sample
 from pipeline.report import Row, Run, curves, plot, summarise
-from pipeline.store import Remote, Store, first_rows, remove
 from pipeline.timing import seconds_per_sample
 from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
 from pipeline.train import Batches, Summary, fit, open_accelerator
-from pipeline.views import by_split, rows_by_view
-from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
-
-ELSEWHERE = "elsewhere.json"
-"""File below data/activations that stands for a store which lies elsewhere."""
-EXAMPLE = 2
-"""Samples on which a split is proved; where there is one alone, it is taken twice."""
 
 
 def encode_project(project: Project, *, rehash: bool = False) -> bool:
@@ -56,64 +40,21 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
     keyed = project.keys_of(source, trust=not rehash)
     if not len(keyed.good):
         quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # the table will say that nothing is left
-    table, bad, made = _table(source, keyed, project), keyed.bad, []
+    table, bad, made = sample_table(project, source, keyed), keyed.bad, []
     for part in project.parts:
         rows = None if part.tower is None else rows_in_role(source, keyed.good, part.tower)
-        stores, done = _encode_part(part, source, replace(keyed, bad=bad, rows=rows), table, rehash=rehash)
-        made.append((part, stores, done))
-        bad = done.keyed.bad
+        made.append(fill(part, source, replace(keyed, bad=bad, rows=rows), table, rehash=rehash))
+        bad = made[-1].done.keyed.bad
     if len(bad) > len(keyed.bad):
-        table = _table(source, replace(keyed, bad=bad), project)
+        table = sample_table(project, source, replace(keyed, bad=bad))
     table.write(project.samples)
     quarantine.write(project.quarantine, bad, keyed.keys)
     write_costs(project, made)
-    for part, stores, _ in made:
-        _leave_word(part, [store for of_view in stores for store in of_view])
-    for part, stores, done in made:
-        _tell(part, stores, done)
+    for one in made:
+        leave_word(one)
+    for one in made:
+        tell(one)
     return _tell_of_bad(project, bad, len(keyed.keys))
-
-
-def _encode_part(
-    project: Project, source: Source, keyed: Keyed, table: SampleTable, *, rehash: bool
-) -> tuple[list[list[Store]], Encoded]:
-    """Bring the samples of one encoder into its stores, `stores[view][cut]`; without a model where nothing is to do."""
-    circumstances = proved.circumstances(project, table)
-    wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
-    stores = None if rehash else proved.stores(project, circumstances, wanted)
-    if stores is not None:
-        _tell_of_one_place_twice(project.encode.cuts, stores[0])
-        return stores, Encoded.begun(keyed, len(project.encode.cuts))
-    stores, done = _encode_what_is_missing(project, source, keyed, table)
-    if proved.circumstances(project, table) == circumstances:
-        proved.remember(project, circumstances, stores)
-    return stores, done
-
-
-def _encode_what_is_missing(
-    project: Project, source: Source, keyed: Keyed, table: SampleTable
-) -> tuple[list[list[Store]], Encoded]:
-    """Build the model, split it at every cut, and encode what the stores of their recipes lack; `stores[view][cut]`."""
-    bench = Workbench.open(project, table)
-    if project.encode.executor.is_here:
-        bench.to_device()
-    example, samples = _example_of_source(bench, source, keyed)
-    prefixes, recipes, needed = bench.freeze(samples)
-    stores = [
-        [
-            _open_or_replace(project.store_path(cut, view), recipe, project.remote)
-            for cut, recipe in zip(project.encode.cuts, of_view, strict=True)
-        ]
-        for view, of_view in zip(project.views, recipes, strict=True)
-    ]
-    for store, own in zip(stores[0], needed, strict=True):
-        bench.carry(store, own)
-    _tell_of_one_place_twice(project.encode.cuts, stores[0])
-    if project.encode.executor.is_here:
-        executor: Executor = bench.encoder(source, prefixes, stores, keyed.probes)
-    else:
-        executor = open_executor(Job.of(bench, source, example, keyed.probes, recipes), project.encode.executor)
-    return stores, _encode_views(executor, project, source, keyed, table, stores)
 
 
 def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
@@ -197,91 +138,6 @@ def report_project(project: Project) -> list[Row]:
     return rows
 
 
-def _example_of_source(bench: Workbench, source: Source, keyed: Keyed) -> tuple[list[int], list[Sample]]:
-    """The shortest and the longest sample that can be decoded, with their rows: on these a split is proved."""
-    preprocess = bench.backbone.preprocess
-    rows: list[int] = []
-    samples: list[Sample] = []
-    for row in keyed.outside_in().tolist():
-        found = decode_samples(source, preprocess, np.asarray([row]))
-        rows, samples = rows + [row] * len(found), samples + found
-        if len(samples) == EXAMPLE:
-            return rows, samples
-    if samples:
-        return rows * EXAMPLE, samples * EXAMPLE
-    bad = decode_rows(source, Chunk(keyed.good, [preprocess]))[0].bad
-    quarantine.write(bench.project.quarantine, [*keyed.bad, *bad], keyed.keys)
-    raise DataError(
-        f"none of the {len(bad)} samples can be decoded: {quarantine.summary(bad)}; see {bench.project.quarantine}, "
-        "and what data.path and data.source say"
-    )
-
-
-def _tell_of_one_place_twice(names: Sequence[CutName], stores: Sequence[Store]) -> None:
-    """Warn: in a shallow network several shares may fall on one block boundary. Each has its store all the same."""
-    known: dict[str, CutName] = {}
-    for name, store in zip(names, stores, strict=True):
-        place = store.recipe.cut
-        if place in known:
-            log.warning("encode.cuts has %r and %r, which name one place: %s; keep one", known[place], name, place)
-        known[place] = name
-
-
-def _encode_views(
-    executor: Executor,
-    project: Project,
-    source: Source,
-    keyed: Keyed,
-    table: SampleTable,
-    stores: Sequence[Sequence[Store]],
-) -> Encoded:
-    """Fill the stores, `stores[view][cut]`; return what was done.
-
-    Where there are augmented views, a sample that turns out bad can move others to another split (the rest of its
-    group, say): then what these lack where they are now is encoded too.
-    """
-    done, size = Encoded.begun(keyed, len(project.encode.cuts)), project.encode.segment_samples
-    while True:
-        found = len(done.keyed.bad)
-        wanted = [by_split(rows, keyed.keys, table) for rows in _rows_by_view(project, done.keyed, table)]
-        encode(executor, source, stores, size, wanted, done)
-        if len(project.views) == 1 or len(done.keyed.bad) == found:
-            return done
-        table = _table(source, replace(done.keyed, rows=None), project)
-
-
-def _rows_by_view(project: Project, keyed: Keyed, table: SampleTable) -> list[np.ndarray]:
-    """Return the rows that are wanted in each view: all in the plain one where there is no other."""
-    if len(project.views) == 1:
-        return [keyed.good]
-    plain, augmented = map(keyed.meant, rows_by_view(keyed.keys, table))
-    return [plain, *[augmented] * (len(project.views) - 1)]
-
-
-def _table(source: Source, keyed: Keyed, project: Project) -> SampleTable:
-    """Return the sample table of the rows that are good."""
-    good = keyed.good
-    return build(source, keyed.keys[good], project.data, rows=good)
-
-
-def _open_or_replace(path: Path, recipe: Recipe, remote: Remote | None) -> Store:
-    """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings.
-
-    Raises:
-        StaleStoreError: one of another recipe lies elsewhere, where others may be using it.
-    """
-    if remote is None:
-        (path / ELSEWHERE).unlink(missing_ok=True)  # from here on it lies here
-    try:
-        return Store.create(path, recipe, remote)
-    except StaleStoreError as stale:
-        if remote is not None:
-            raise StaleStoreError(f"{stale}; others may use that store, so it stays: change encode.store") from None
-        log.warning("%s; encoding anew", stale)
-        remove(path)
-        return Store.create(path, recipe)
-
-
 def _open_loaders(towers: Sequence[Tower], table: SampleTable, device: torch.device) -> tuple[Batches, Batches]:
     if len(towers) > 1:
         return open_joint_loaders(towers, table, device)
@@ -299,36 +155,6 @@ def _frozen_cost(towers: Sequence[Tower], device: torch.device) -> float:
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             total += seconds_per_sample(tower.prefix, inputs) * len(rows)
     return total / sum(len(tower.table.rows("train")) for tower in towers)
-
-
-def _leave_word(project: Project, stores: Sequence[Store]) -> None:
-    """Write what identifies stores that lie elsewhere where they would lie here: by it DVC sees changes."""
-    if project.remote is None:
-        return
-    for store in stores:
-        segments = store.segments()
-        word = {"recipe": store.recipe.digest, "segments": len(segments), "digest": digest(segments)}
-        place = project.activations / store.path.relative_to(project.remote.mirror) / ELSEWHERE
-        write_whole(place, json.dumps(word, indent=2) + "\n")
-
-
-def _tell(project: Project, stores: Sequence[Sequence[Store]], done: Encoded) -> None:
-    """Say what was encoded and cut off."""
-    keys = done.keyed.keys[done.keyed.good]
-    keys = keys[first_rows(keys)]
-    for cut, new, promoted, *by_view in zip(project.encode.cuts, done.new, done.promoted, *stores, strict=True):
-        there = sum(int((~store.missing(keys)).sum()) for store in by_view) - new
-        name = project.store_name(cut)
-        log.info("cut %s: %d samples encoded, %d were there", name, new, there)
-        if promoted:
-            log.info("cut %s: beyond float16, stored in a wider type: %s", name, ", ".join(sorted(promoted)))
-    if done.cut_off:
-        longest = stores[0][0].recipe.preprocessing.get("max_length")
-        log.warning(
-            "%d of the texts encoded now are longer than preprocess.max_length, %s tokens, and were cut off at the end "
-            "(the longest by %d); raise it as far as the backbone allows, or divide them",
-            *(len(done.cut_off), longest, max(done.cut_off)),
-        )
 
 
 def _tell_of_bad(project: Project, bad: Sequence[BadSample], total: int) -> bool:

@@ -16,6 +16,7 @@ FLOORS = [
     {"stages.options"},
     {"pipeline.deviation", "pipeline.flow", "pipeline.export", "pipeline.stores", "pipeline.subject"}
     | {"pipeline.predict"},
+    {"pipeline.fill"},
     {"pipeline.cluster", "pipeline.costs", "pipeline.epochs", "pipeline.proved", "pipeline.runs"},
     {"pipeline.towers"},
     {"pipeline.workbench"},
