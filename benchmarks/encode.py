@@ -24,13 +24,13 @@ from common import digits
 from PIL import Image
 
 from pipeline.data import Row, Source
-from pipeline.encode import encode
-from pipeline.encoded import Encoded
-from pipeline.encoder import Encoder
-from pipeline.encoding import EncodeConfig
-from pipeline.feed import Chunk, decode, key_contents
+from pipeline.encode.config import EncodeConfig
+from pipeline.encode.encoded import Encoded
+from pipeline.encode.encoder import Encoder
+from pipeline.encode.feed import Chunk, decode, key_contents
+from pipeline.encode.flow import encode
 from pipeline.models import ModelConfig, PreprocessConfig, load
-from pipeline.recipe import recipe_of
+from pipeline.project.recipe import recipe_of
 from pipeline.split import split
 from pipeline.store import Store
 from pipeline.tasks import Head

@@ -27,11 +27,12 @@ from accelerate import Accelerator
 
 from pipeline.data import SampleTable
 from pipeline.epochs import open_loaders
-from pipeline.loader import Batch, Loader
-from pipeline.objective import Objective
 from pipeline.project import CutName, Project
-from pipeline.towers import open_tower, to_train
-from pipeline.train import parameter_groups, schedule, train_epoch
+from pipeline.project.towers import open_tower, to_train
+from pipeline.train.flow import train_epoch
+from pipeline.train.loader import Batch, Loader
+from pipeline.train.objective import Objective
+from pipeline.train.optimizer import parameter_groups, schedule
 
 
 class FirstBatches:

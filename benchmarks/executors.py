@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from pipeline.data import DataConfig, Row, Source
-from pipeline.encoded import Encoded, Outcome
+from pipeline.encode.encoded import Encoded, Outcome
 from pipeline.flow import encode_project
 from pipeline.memory import keep_freed_memory
 from pipeline.project import Project

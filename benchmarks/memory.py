@@ -17,9 +17,9 @@ import torch
 from measuring import apart, new_store, status
 from torch import nn
 
-from pipeline.loader import Loader
-from pipeline.order import batches
 from pipeline.store import Store
+from pipeline.train.loader import Loader
+from pipeline.train.order import batches
 
 SHAPE = (256, 14, 14)
 SEGMENT = 512

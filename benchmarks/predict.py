@@ -27,12 +27,12 @@ import yaml
 from common import digits
 from PIL import Image
 
-from pipeline import predict
 from pipeline.data import SampleTable, open_source
 from pipeline.flow import encode_project, train_project
-from pipeline.loader import Batch, Loader
+from pipeline.predict import flow as predict
 from pipeline.project import Project
-from pipeline.runs import FinishedRun, open_run
+from pipeline.report.runs import FinishedRun, open_run
+from pipeline.train.loader import Batch, Loader
 
 SETTINGS = {
     "data": {"source": "images", "path": "digits"},

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from services.s3 import running_server
 
 from pipeline.keys import Recipe
-from pipeline.loader import Loader
-from pipeline.order import Window, batches
 from pipeline.store import FORMAT, Bucket, Reader, Remote, Scratch, Store
+from pipeline.train.loader import Loader
+from pipeline.train.order import Window, batches
 
 SEGMENT = 256
 SHAPE = (64, 14, 14)

@@ -20,11 +20,11 @@ import google_crc32c
 import numpy as np
 from measuring import apart, new_store, status
 
-from pipeline.loader import Loader
+from pipeline.encode.unit import plan
 from pipeline.memory import keep_freed_memory
-from pipeline.order import batches
 from pipeline.store import Store, segment_id
-from pipeline.unit import plan
+from pipeline.train.loader import Loader
+from pipeline.train.order import batches
 
 SEGMENT = 500
 BATCH = 64

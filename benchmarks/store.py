@@ -24,10 +24,10 @@ import torch
 from measuring import new_store
 from numcodecs import blosc
 
-from pipeline.loader import Loader
 from pipeline.memory import keep_freed_memory
-from pipeline.order import Window, batches
 from pipeline.store import Reader, Scratch, Store
+from pipeline.train.loader import Loader
+from pipeline.train.order import Window, batches
 
 SHAPE = (256, 14, 14)
 WIDTH, LONGEST = 384, 256

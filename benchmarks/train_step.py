@@ -20,20 +20,20 @@ import torch
 from common import DIGITS, digits
 from torch.utils.data import default_collate
 
-from pipeline import order
 from pipeline.data import build
-from pipeline.encode import encode
-from pipeline.encoded import Encoded
-from pipeline.encoder import Encoder
-from pipeline.encoding import EncodeConfig
-from pipeline.feed import decode_samples, key_contents
-from pipeline.loader import Batch, Loader
+from pipeline.encode.config import EncodeConfig
+from pipeline.encode.encoded import Encoded
+from pipeline.encode.encoder import Encoder
+from pipeline.encode.feed import decode_samples, key_contents
+from pipeline.encode.flow import encode
 from pipeline.models import ModelConfig, PreprocessConfig, load
-from pipeline.objective import Objective
-from pipeline.recipe import recipe_of
+from pipeline.project.recipe import recipe_of
 from pipeline.split import split
 from pipeline.store import Store
 from pipeline.tasks import TaskConfig, open_task
+from pipeline.train import order
+from pipeline.train.loader import Batch, Loader
+from pipeline.train.objective import Objective
 
 STEPS = 20
 

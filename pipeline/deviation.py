@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from pipeline.data import SampleTable
+from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import DataError
-from pipeline.loader import Loader
 from pipeline.project import Project
-from pipeline.ragged import Sample, pad_batch
-from pipeline.runs import WEIGHTS
+from pipeline.project.towers import Tower, load_weights, open_tower
+from pipeline.project.workbench import Workbench, pick_device
+from pipeline.report.runs import WEIGHTS
 from pipeline.split import Suffix
 from pipeline.store import CODECS, STATE_PREFIX, Reader, Rows, readable, through
 from pipeline.tasks import read_tensor
-from pipeline.towers import Tower, load_weights, open_tower
+from pipeline.train.loader import Loader
 from pipeline.views import Views
-from pipeline.workbench import Workbench, pick_device
 
 DTYPES = ("float16", "bfloat16", "float32")
 

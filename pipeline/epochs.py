@@ -14,16 +14,16 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from pipeline import order, processes
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError
-from pipeline.loader import Loader, Source, place
 from pipeline.memory import memory_bytes
+from pipeline.project.towers import Abreast, Tower
+from pipeline.project.workbench import Workbench
 from pipeline.store import Reader, Rows
 from pipeline.tasks import Prepared
-from pipeline.towers import Abreast, Tower
+from pipeline.train import order, processes
+from pipeline.train.loader import Loader, Source, place
 from pipeline.views import Views
-from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import runs
 from pipeline.data import SampleTable
+from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import DataError, RecyclingError
 from pipeline.models import network_inputs
 from pipeline.project import Project
-from pipeline.ragged import Sample, pad_batch
+from pipeline.project.workbench import Workbench
+from pipeline.report import runs
 from pipeline.split import Prefix, Suffix, merge
 from pipeline.tasks import read_tensor
 from pipeline.views import Views
-from pipeline.workbench import Workbench
 
 PROVED_ON = 32
 MERGED_TOLERANCE = 1e-5

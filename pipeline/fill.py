@@ -11,21 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import proved, quarantine
 from pipeline.cluster import Job, open_executor
-from pipeline.costs import Made
 from pipeline.data import SampleTable, Source, build
-from pipeline.encode import Executor, encode
-from pipeline.encoded import Encoded
+from pipeline.encode import quarantine
+from pipeline.encode.encoded import Encoded
+from pipeline.encode.feed import Chunk, Keyed, decode_rows, decode_samples
+from pipeline.encode.flow import Executor, encode
+from pipeline.encode.ragged import Sample
 from pipeline.errors import DataError, StaleStoreError
-from pipeline.feed import Chunk, Keyed, decode_rows, decode_samples
 from pipeline.files import write_whole
 from pipeline.keys import Recipe, digest
-from pipeline.project import CutName, Project
-from pipeline.ragged import Sample
+from pipeline.project import CutName, Project, proved
+from pipeline.project.workbench import Workbench
+from pipeline.report.costs import Made
 from pipeline.store import Remote, Store, first_rows, remove
 from pipeline.views import by_split, rows_by_view
-from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 

@@ -14,18 +14,20 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from pipeline import processes, quarantine, runs
-from pipeline.checkpoint import alone
-from pipeline.costs import read_costs, write_costs
 from pipeline.data import SampleTable, rows_in_role
+from pipeline.encode import quarantine
+from pipeline.encode.quarantine import BadSample
 from pipeline.epochs import open_joint_loaders, open_loaders
 from pipeline.fill import fill, leave_word, sample_table, tell
 from pipeline.project import Project
-from pipeline.quarantine import BadSample
-from pipeline.report import Row, Run, curves, plot, summarise
+from pipeline.project.towers import Tower, fresh, joined, open_tower, plain_weights
+from pipeline.report import runs
+from pipeline.report.costs import read_costs, write_costs
+from pipeline.report.summary import Row, Run, curves, plot, summarise
 from pipeline.timing import seconds_per_sample
-from pipeline.towers import Tower, fresh, joined, open_tower, plain_weights
-from pipeline.train import Batches, Summary, fit, open_accelerator
+from pipeline.train import processes
+from pipeline.train.checkpoint import alone
+from pipeline.train.flow import Batches, Summary, fit, open_accelerator
 
 log = logging.getLogger("recycle")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import quarantine
 from pipeline.data import SampleTable
+from pipeline.encode import quarantine
 from pipeline.errors import ConfigError, DataError, StoreError
 from pipeline.keys import KEY_BYTES
 from pipeline.project import UNPACKED, Project

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from pipeline.config import check_sections
 from pipeline.data import build, open_source
+from pipeline.encode.feed import decode_samples
+from pipeline.encode.ragged import pad_batch
 from pipeline.errors import ConfigError, DataError
-from pipeline.feed import decode_samples
 from pipeline.keys import KEY_BYTES
 from pipeline.models import ModelConfig, Preprocess, PreprocessConfig, load, network_inputs
 from pipeline.project import Project
-from pipeline.ragged import pad_batch
+from pipeline.project.workbench import Workbench
 from pipeline.tasks import Head
-from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.predict import predict_project
+from pipeline.predict.flow import predict_project
 from pipeline.project import Project
 from stages.options import TOO_MANY_BAD, params_option
 

@@ -8,7 +8,7 @@ import click
 
 from pipeline.flow import report_project
 from pipeline.project import Project
-from pipeline.report import table
+from pipeline.report.summary import table
 from stages.options import params_option
 
 

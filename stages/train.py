@@ -9,9 +9,9 @@ import click
 
 from pipeline.config import parse_override
 from pipeline.flow import train_project
-from pipeline.processes import together
 from pipeline.project import Project
-from pipeline.report import STORE
+from pipeline.report.summary import STORE
+from pipeline.train.processes import together
 from stages.options import params_option
 
 

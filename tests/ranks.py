@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.flow import train_project
-from pipeline.processes import together
 from pipeline.project import Project
 from pipeline.tasks import Head
+from pipeline.train.processes import together
 
 NAME = "shared"
 

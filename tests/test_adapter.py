@@ -27,18 +27,18 @@ from transformers import (
     ViTForImageClassification,
 )
 
-import pipeline.train
-from pipeline.adapter import AdapterConfig, adapt, merged
+import pipeline.train.flow
 from pipeline.data import SampleTable
 from pipeline.epochs import open_loaders
 from pipeline.errors import ConfigError, TrainError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
-from pipeline.objective import evaluate
 from pipeline.project import Project
+from pipeline.project.workbench import Workbench
 from pipeline.split import merge, split
-from pipeline.train import TrainConfig
-from pipeline.workbench import Workbench
+from pipeline.train.adapter import AdapterConfig, adapt, merged
+from pipeline.train.config import TrainConfig
+from pipeline.train.objective import evaluate
 
 IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0], [9, 4, 3, 2, 0]])
 TEXT = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
@@ -343,7 +343,7 @@ class Killed(BaseException):
 def saves(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Count the epochs that runs commit, and let one die right after its `last`."""
     counter = SimpleNamespace(done=0, last=None)
-    save = pipeline.train.save
+    save = pipeline.train.flow.save
 
     def counting(*args: object, **kwargs: object) -> None:
         save(*args, **kwargs)  # type: ignore[arg-type]
@@ -351,7 +351,7 @@ def saves(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if counter.done == counter.last:
             raise Killed
 
-    monkeypatch.setattr(pipeline.train, "save", counting)
+    monkeypatch.setattr(pipeline.train.flow, "save", counting)
     return counter
 
 

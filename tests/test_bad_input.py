@@ -23,9 +23,9 @@ from torch.utils.data import get_worker_info
 
 from pipeline.data import DataConfig, Row, SampleTable, Source
 from pipeline.data.folders import ImageFolder
+from pipeline.encode.quarantine import BadSample, summary
 from pipeline.errors import BadSampleError
 from pipeline.keys import content_key
-from pipeline.quarantine import BadSample, summary
 from pipeline.store import Store
 from stages import cli
 

@@ -16,13 +16,13 @@ from test_flow_texts import pairs
 from test_flow_texts import project as text_project
 from torchvision.models import squeezenet1_1
 
-from pipeline.carried import Carried
 from pipeline.errors import AbsentError, CorruptStoreError, StaleStoreError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.report import Run
-from pipeline.runs import open_run
+from pipeline.project.carried import Carried
+from pipeline.report.runs import open_run
+from pipeline.report.summary import Run
 from pipeline.store import Store, find_stores, verify
 from pipeline.tasks import Head
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import Progress, resume, save
+from pipeline.train.checkpoint import Progress, resume, save
 
 NAN = math.nan
 

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, StaleStoreError, StoreError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.runs import open_run
+from pipeline.report.runs import open_run
 from pipeline.store import Bucket as Objects
 from stages.cli import recycle
 

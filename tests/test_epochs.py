@@ -16,7 +16,7 @@ from pipeline.errors import CorruptStoreError
 from pipeline.flow import encode_project, train_project
 from pipeline.memory import memory_bytes
 from pipeline.project import Project
-from pipeline.workbench import Workbench
+from pipeline.project.workbench import Workbench
 
 CPU = torch.device("cpu")
 

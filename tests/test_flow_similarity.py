@@ -13,14 +13,14 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-import pipeline.train
+import pipeline.train.flow
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, TrainError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
+from pipeline.project.workbench import Workbench
 from pipeline.tasks.heads import build_head
-from pipeline.workbench import Workbench
 
 WORDS = ("one", "two", "three", "good", "bad")
 
@@ -90,7 +90,7 @@ STATEFUL: list[dict[str, Any]] = [
 def test_a_killed_run_goes_on_with_the_losses_own_state(
     folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    weights, save, committed = Path("results/runs/0.5/model.safetensors"), pipeline.train.save, []
+    weights, save, committed = Path("results/runs/0.5/model.safetensors"), pipeline.train.flow.save, []
     encode_project(project(folder, **settings))
     undisturbed = train_project(project(folder, **settings), "0.5")
     expected = weights.read_bytes()
@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_with_the_losses_own_state(
         if len(committed) == 2:
             raise Killed
 
-    monkeypatch.setattr(pipeline.train, "save", dying)
+    monkeypatch.setattr(pipeline.train.flow, "save", dying)
     with pytest.raises(Killed):
         train_project(project(folder, **settings), "0.5")
     resumed = train_project(project(folder, **settings), "0.5")

@@ -11,12 +11,12 @@ import tiny
 import torch
 
 from pipeline.data import SampleTable, open_source
+from pipeline.encode.ragged import pad_batch
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.ragged import pad_batch
+from pipeline.project.workbench import Workbench
 from pipeline.store import Reader
-from pipeline.workbench import Workbench
 
 WORDS = ("one", "two", "three", "good", "bad")
 

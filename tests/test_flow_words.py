@@ -14,17 +14,17 @@ from torch import Tensor
 
 from pipeline.data import SampleTable, open_source
 from pipeline.deviation import measure
+from pipeline.encode.ragged import pad_batch
 from pipeline.errors import StaleStoreError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
-from pipeline.loader import Loader
-from pipeline.predict import predict_project
+from pipeline.predict.flow import predict_project
 from pipeline.project import Project
-from pipeline.ragged import pad_batch
+from pipeline.project.workbench import Workbench
 from pipeline.store import Reader
 from pipeline.subject import from_project
 from pipeline.tasks import read_tensor
-from pipeline.workbench import Workbench
+from pipeline.train.loader import Loader
 
 OTHERS = ("one", "two", "three")
 TAGGED = {"task": {"kind": "tagging"}, "data": {"source": "conll", "path": "words.conll"}}

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from pipeline.data import DataConfig, Row, SampleTable, Source
-from pipeline.encoder import Encoder
+from pipeline.encode.encoder import Encoder
 from pipeline.flow import encode_project
 from pipeline.project import Project
 from pipeline.tasks import Head

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import order
 from pipeline.errors import MissingKeysError, TrainError
 from pipeline.keys import Recipe
-from pipeline.loader import Loader, place
 from pipeline.store import FORMAT, Reader, Resident, Store
 from pipeline.tasks import Ragged
+from pipeline.train import order
+from pipeline.train.loader import Loader, place
 
 N = 50
 SEGMENT = 8
@@ -196,14 +196,14 @@ def test_targets_that_do_not_fit_are_named(store, target, message):
 )
 def test_samples_live_on_the_device_when_they_fit(store, monkeypatch, residency, free, expected):
     # The meta device stands for an accelerator: copies to it go through, and keep nothing.
-    monkeypatch.setattr("pipeline.loader._free_memory", lambda device: free)
+    monkeypatch.setattr("pipeline.train.loader._free_memory", lambda device: free)
     _, keys, _ = table()
     assert type(place(store, keys, torch.device("meta"), residency)) is expected
     assert type(place(store, keys, torch.device("cpu"), residency)) is Reader
 
 
 def test_a_device_that_is_too_small_is_named_with_both_sizes(store, monkeypatch):
-    monkeypatch.setattr("pipeline.loader._free_memory", lambda device: 10)
+    monkeypatch.setattr("pipeline.train.loader._free_memory", lambda device: 10)
     _, keys, _ = table()
     with pytest.raises(TrainError, match=r"the samples need .* GB and meta has .* GB free; set it to auto"):
         place(store, keys, torch.device("meta"), "device")

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.order import Window, batches, shares, views
+from pipeline.train.order import Window, batches, shares, views
 
 SIZES = [(n, size) for n in (0, 1, 2, 7, 16, 33) for size in (1, 3, 8)]
 

@@ -14,12 +14,12 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from pipeline import predict
 from pipeline.data import open_source
 from pipeline.errors import ConfigError, DataError, StaleStoreError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
-from pipeline.predict import predict_project
+from pipeline.predict import flow as predict
+from pipeline.predict.flow import predict_project
 from pipeline.project import Project
 from pipeline.store import Store
 from stages import cli

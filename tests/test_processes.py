@@ -20,11 +20,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_flow_words import ASKED, TAGGED, write_words
 
-from pipeline.checkpoint import alone
 from pipeline.errors import ConfigError, TrainError
 from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.runs import identity
+from pipeline.report.runs import identity
+from pipeline.train.checkpoint import alone
 
 WORDS = ("one", "two", "three", "good", "bad")
 WEIGHTS, RUN = "results/runs/shared/model.safetensors", "results/runs/shared/run.json"

@@ -14,13 +14,12 @@ import pytest
 import tiny
 from click.testing import CliRunner
 
-from pipeline import proved
 from pipeline.data import SampleTable, build, open_source
 from pipeline.data.folders import ImageFolder
-from pipeline.feed import key_contents
+from pipeline.encode.feed import key_contents
 from pipeline.flow import encode_project
-from pipeline.project import Project
-from pipeline.workbench import Workbench
+from pipeline.project import Project, proved
+from pipeline.project.workbench import Workbench
 from stages import cli
 
 TEXTS = ["one", "two three", "good good good", "bad", "one two", "three bad", "good one", "two two two two"]
@@ -210,8 +209,8 @@ def test_libraries_and_the_package_itself_are_in_the_digest(folder: Path, monkey
         patch.setattr(proved, "version", lambda name: "99" if name == "torch" else "1")
         assert circumstances(project(folder)) != known
     package = folder / "copy"
-    shutil.copytree(Path(proved.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(proved, "__file__", str(package / "proved.py"))
+    shutil.copytree(Path(proved.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(proved, "__file__", str(package / "project/proved.py"))
     assert circumstances(project(folder)) == known
     with (package / "split/cut.py").open("a") as file:
         file.write("# changed\n")

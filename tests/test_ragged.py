@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.ragged import Trimming, find_trimming, pad_batch
+from pipeline.encode.ragged import Trimming, find_trimming, pad_batch
 
 PAD = {"ids": 7, "mask": 0}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report import Cost, Run, curves, plot, summarise, table
+from pipeline.report.summary import Cost, Run, curves, plot, summarise, table
 
 FULL = Run(
     name="0",

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import tiny
 
-from pipeline import runs
 from pipeline.config import parse_override
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, DataError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, report_project, train_project
 from pipeline.project import Project
-from pipeline.report import table
+from pipeline.report import runs
+from pipeline.report.summary import table
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import stat_cache
 from pipeline.data import DataConfig, Stamp, open_source
 from pipeline.data.folders import ImageFolder
-from pipeline.feed import Keyed, key_contents
-from pipeline.stat_cache import StatCache
+from pipeline.encode import stat_cache
+from pipeline.encode.feed import Keyed, key_contents
+from pipeline.encode.stat_cache import StatCache
 
 OLD = 1_600_000_000
 FILES = 12

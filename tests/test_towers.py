@@ -20,19 +20,19 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 import pipeline.epochs
-import pipeline.train
+import pipeline.train.flow
 from pipeline.data import Content, DataConfig, Row, SampleTable, Source
 from pipeline.epochs import open_joint_loaders
 from pipeline.errors import ConfigError, DataError, StaleStoreError, StoreError, TrainError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, report_project, train_project
-from pipeline.predict import predict_project
+from pipeline.predict.flow import predict_project
 from pipeline.project import Project
+from pipeline.project.towers import Towers, fresh, joined, open_tower
 from pipeline.store import Store
 from pipeline.stores import stores_of, unnamed_stores
 from pipeline.tasks import Head
 from pipeline.tasks.heads import build_head
-from pipeline.towers import Towers, fresh, joined, open_tower
 from stages.cli import recycle
 
 WORDS = ("one", "two", "three", "good", "bad")
@@ -215,16 +215,16 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch, tow
     settings = project(folder, towers, train={"epochs": 3, "adapter": "lora"})
     encode_project(settings)
     train_project(settings, "0.5")
-    expected, save = weights(), pipeline.train.save
+    expected, save = weights(), pipeline.train.flow.save
 
     def dying(*args: Any, **kwargs: Any) -> None:
         save(*args, **kwargs)
         raise Killed
 
-    monkeypatch.setattr(pipeline.train, "save", dying)
+    monkeypatch.setattr(pipeline.train.flow, "save", dying)
     with pytest.raises(Killed):
         train_project(settings, "0.5")
-    monkeypatch.setattr(pipeline.train, "save", save)
+    monkeypatch.setattr(pipeline.train.flow, "save", save)
     assert len(train_project(settings, "0.5").history) == 3
     assert not any("lora" in name for name in expected)
     assert all(torch.equal(one, expected[name]) for name, one in weights().items())

@@ -14,18 +14,18 @@ import pytest
 import tiny
 import torch
 
-from pipeline import order
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, MissingKeysError, StaleStoreError
 from pipeline.export import export_run
 from pipeline.flow import encode_project, report_project, train_project
 from pipeline.keys import Recipe
-from pipeline.loader import Loader, place
 from pipeline.models.images import decode
 from pipeline.project import Project
+from pipeline.project.workbench import Workbench
 from pipeline.store import FORMAT, Reader, Resident, Store
+from pipeline.train import order
+from pipeline.train.loader import Loader, place
 from pipeline.views import Views, rows_by_view
-from pipeline.workbench import Workbench
 
 AUGMENT = [{"RandomResizedCrop": {"size": 16, "scale": [0.5, 1.0]}}, "RandomHorizontalFlip"]
 STORE = Path("data/activations/0.5")
@@ -301,7 +301,7 @@ def test_residence_counts_all_views(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     needed = 4 * (10 + 20 * COUNT)
     assert Resident.nbytes(Reader(views.path), views.rows(keys)) == needed
     for free, expected in ((2 * needed, Resident), (2 * needed - 1, Reader)):
-        monkeypatch.setattr("pipeline.loader._free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("pipeline.train.loader._free_memory", lambda device, free=free: free)
         assert type(place(views, keys, torch.device("meta"))) is expected
 
 

@@ -10,8 +10,8 @@ slurm.py       a job array
 from __future__ import annotations
 
 from pipeline.cluster.job import Job
-from pipeline.encode import Executor
-from pipeline.encoding import ExecutorConfig
+from pipeline.encode.config import ExecutorConfig
+from pipeline.encode.flow import Executor
 from pipeline.errors import ClusterError
 
 __all__ = ["Job", "open_executor"]

@@ -26,11 +26,11 @@ from pipeline.cluster.job import Job
 from pipeline.cluster.rates import Rates
 from pipeline.cluster.schedulers import connected, scheduler_of
 from pipeline.cluster.worker import REPORT, Worker, deaths
-from pipeline.encoded import Outcome
-from pipeline.encoding import ExecutorConfig
+from pipeline.encode.config import ExecutorConfig
+from pipeline.encode.encoded import Outcome
+from pipeline.encode.unit import Unit
 from pipeline.errors import ClusterError
 from pipeline.keys import JSON
-from pipeline.unit import Unit
 
 log = logging.getLogger("recycle")
 

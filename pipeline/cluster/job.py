@@ -24,16 +24,16 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import check_sections
 from pipeline.data import Source
-from pipeline.encoder import Encoder
-from pipeline.encoding import ExecutorConfig
+from pipeline.encode.config import ExecutorConfig
+from pipeline.encode.encoder import Encoder
+from pipeline.encode.feed import decode_samples
 from pipeline.errors import ClusterError
-from pipeline.feed import decode_samples
 from pipeline.files import write_whole
 from pipeline.keys import JSON, Recipe
 from pipeline.project import SECTIONS, Project
+from pipeline.project.workbench import Workbench
 from pipeline.store import Store
 from pipeline.tasks import Head
-from pipeline.workbench import Workbench
 
 FILE = "job.json"
 KEPT_SECONDS = 7 * 24 * 3600

@@ -14,7 +14,7 @@ import dask
 from distributed import Client, LocalCluster
 
 from pipeline.cluster.job import Job
-from pipeline.encoding import ExecutorConfig
+from pipeline.encode.config import ExecutorConfig
 from pipeline.errors import ClusterError, ConfigError
 
 CONNECT_SECONDS = 15

@@ -25,10 +25,10 @@ from pipeline.cluster.job import Job
 from pipeline.cluster.rates import Rates
 from pipeline.cluster.task import Failure, Lines, save_units
 from pipeline.cluster.worker import Report, deaths
-from pipeline.encoded import Outcome
-from pipeline.encoding import ExecutorConfig
+from pipeline.encode.config import ExecutorConfig
+from pipeline.encode.encoded import Outcome
+from pipeline.encode.unit import Unit
 from pipeline.errors import ClusterError, ConfigError
-from pipeline.unit import Unit
 
 log = logging.getLogger("recycle")
 

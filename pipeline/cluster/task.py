@@ -20,9 +20,9 @@ from pydantic import TypeAdapter
 from pipeline import errors
 from pipeline.cluster.job import FILE, Job
 from pipeline.cluster.worker import Report, Worker
+from pipeline.encode.unit import Unit
 from pipeline.errors import RecyclingError
 from pipeline.files import whole
-from pipeline.unit import Unit
 
 UNITS = ".npz"
 ARRAYS = ("rows", "keys", "stores")

@@ -21,14 +21,14 @@ import torch
 from pydantic import TypeAdapter
 
 from pipeline.cluster.job import Job
-from pipeline.encoded import Costs, Outcome
-from pipeline.encoder import Encoder
+from pipeline.encode.encoded import Costs, Outcome
+from pipeline.encode.encoder import Encoder
+from pipeline.encode.feed import dead_workers_told
+from pipeline.encode.quarantine import ENDS_THE_RUN, BadSample, name_of
+from pipeline.encode.unit import Part, Unit
 from pipeline.errors import ClusterError, RecyclingError
-from pipeline.feed import dead_workers_told
 from pipeline.keys import JSON
 from pipeline.memory import keep_freed_memory
-from pipeline.quarantine import ENDS_THE_RUN, BadSample, name_of
-from pipeline.unit import Part, Unit
 
 log = logging.getLogger("recycle")
 

@@ -21,13 +21,13 @@ import yaml
 from pipeline.cluster import Job
 from pipeline.cluster.task import Lines, load_units, main, save_units
 from pipeline.cluster.worker import MARKS, REPORT, Worker
-from pipeline.encoded import Outcome
-from pipeline.encoding import ExecutorConfig
+from pipeline.encode.config import ExecutorConfig
+from pipeline.encode.encoded import Outcome
+from pipeline.encode.unit import Unit
 from pipeline.errors import ClusterError, StoreError
 from pipeline.flow import encode_project
 from pipeline.project import Project
 from pipeline.store import Store
-from pipeline.unit import Unit
 
 HERE: dict[str, Any] = {}
 ELSEWHERE = {"kind": "local", "processes": 2}
@@ -235,7 +235,7 @@ def test_an_error_that_nobody_expected_names_worker_and_kind(
     def out_of_memory(*_: Any) -> None:
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr("pipeline.encoder.Encoder._forward", out_of_memory)
+    monkeypatch.setattr("pipeline.encode.encoder.Encoder._forward", out_of_memory)
     with pytest.raises(ClusterError, match=r"^worker \S+:0: RuntimeError: CUDA out of memory. Tried to allocate; its"):
         encode_project(project(arrays(), ELSEWHERE))
 

@@ -13,12 +13,12 @@ import tiny
 from PIL import Image
 
 from pipeline.data import Content, DataConfig, in_role, open_source
+from pipeline.encode.feed import key_contents
+from pipeline.encode.stat_cache import StatCache
 from pipeline.errors import ConfigError, DataError
-from pipeline.feed import key_contents
 from pipeline.flow import encode_project
 from pipeline.keys import content_key
 from pipeline.project import Project
-from pipeline.stat_cache import StatCache
 from pipeline.store import Store
 
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from pipeline.data import DataConfig, Row, Source, open_source
 from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
-from pipeline.order import batches
-from pipeline.predict import predict_project
-from pipeline.predictions import Predictions
+from pipeline.predict.flow import predict_project
+from pipeline.predict.predictions import Predictions
 from pipeline.project import Project
 from pipeline.tasks import Asked, Head, Task, TaskConfig, open_task
 from pipeline.tasks.config import LOWER_IS_BETTER
 from pipeline.tasks.heads import last_width
+from pipeline.train.order import batches
 
 CUT = 0.5
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.order import batches
 from pipeline.tasks import TaskConfig, open_task
 from pipeline.tasks.losses import CenterLoss, Memory, SoftmaxLoss, make_loss
 from pipeline.tasks.similarity import Similarity
+from pipeline.train.order import batches
 
 LABELS, EACH, FEATURES, WIDTH = 6, 8, 24, 8
 OF_PAIRS = (

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.encode.ragged import Sample, find_trimming, pad_batch
 from pipeline.errors import SplitError
-from pipeline.ragged import Sample, find_trimming, pad_batch
 from pipeline.split import Prefix, Suffix, merge, split
 from pipeline.split.layout import difference
 from pipeline.split.tree import as_call, map_tensors, tensors

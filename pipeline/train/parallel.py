@@ -15,8 +15,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.loader import Batch
-from pipeline.objective import Objective
+from pipeline.train.loader import Batch
+from pipeline.train.objective import Objective
 
 log = logging.getLogger("recycle")
 

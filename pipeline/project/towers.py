@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.adapter import merged
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.loader import Batch, Loader
-from pipeline.project import CutName, Project
+from pipeline.project.settings import CutName, Project
+from pipeline.project.workbench import Workbench
 from pipeline.split import Prefix, State, Suffix
 from pipeline.tasks import read_tensor
+from pipeline.train.adapter import merged
+from pipeline.train.loader import Batch, Loader
 from pipeline.views import Views
-from pipeline.workbench import Workbench
 
 log = logging.getLogger("recycle")
 

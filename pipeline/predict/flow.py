@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline import quarantine
 from pipeline.data import Source
-from pipeline.encode import encode_units
-from pipeline.encoded import Encoded
-from pipeline.encoder import Encoder, autocast
-from pipeline.feed import Keyed
+from pipeline.encode import quarantine
+from pipeline.encode.encoded import Encoded
+from pipeline.encode.encoder import Encoder, autocast
+from pipeline.encode.feed import Keyed
+from pipeline.encode.flow import encode_units
+from pipeline.encode.quarantine import BadSample
+from pipeline.encode.unit import plan
 from pipeline.keys import KEY_BYTES
-from pipeline.loader import Batch, Loader
-from pipeline.predictions import DESCRIBED, Predictions, check_format, described, joined, open_output
+from pipeline.predict.predictions import DESCRIBED, Predictions, check_format, described, joined, open_output
 from pipeline.project import Project
-from pipeline.quarantine import BadSample
-from pipeline.runs import FinishedRun, open_run
+from pipeline.report.runs import FinishedRun, open_run
 from pipeline.store import KeySet, Reader, Store, discard, sweep, temporary_folder
 from pipeline.tasks import Asked, Column, Kind
-from pipeline.unit import plan
+from pipeline.train.loader import Batch, Loader
 
 log = logging.getLogger("recycle")
 

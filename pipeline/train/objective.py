@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from pipeline import processes
-from pipeline.loader import Batch
 from pipeline.tasks import Task
+from pipeline.train import processes
+from pipeline.train.loader import Batch
 
 
 class Objective(nn.Module):

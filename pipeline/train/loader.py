@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import TrainError
-from pipeline.order import shares
 from pipeline.split import State
 from pipeline.store import EXTRA_PREFIX, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Ahead, Reader, Resident, Rows
 from pipeline.tasks import IGNORED, Prepared, Ragged
+from pipeline.train.order import shares
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ class Loader:
             store: holds the samples.
             keys: (N, 16) uint8, the key of every row of the sample table.
             targets: numeric, each (N, ...) or ragged, one entry for every row of the table.
-            batches: rows of the table for every batch; see `pipeline.order`.
+            batches: rows of the table for every batch; see `pipeline.train.order`.
             view: which view of each row an epoch takes, of those that `store` has; by default the first one.
             pad: what ragged inputs and extras are padded with, by name; 0 where not given.
             floats: floating-point inputs of which the suffix needs shape (without batch axis) and dtype alone; those

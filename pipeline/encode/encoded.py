@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.feed import Keyed
-from pipeline.quarantine import BadSample
-from pipeline.unit import Part
+from pipeline.encode.feed import Keyed
+from pipeline.encode.quarantine import BadSample
+from pipeline.encode.unit import Part
 
 
 @dataclass

@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline import processes
 from pipeline.errors import TrainError
 from pipeline.store import claim
+from pipeline.train import processes
 
 
 @dataclass

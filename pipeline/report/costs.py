@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.encoded import Encoded
+from pipeline.encode.encoded import Encoded
 from pipeline.errors import DataError
 from pipeline.project import Project
-from pipeline.report import Cost
+from pipeline.report.summary import Cost
 from pipeline.store import Store, first_rows
 
 FILE = "encode.json"

@@ -16,12 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.data.source import Source
-from pipeline.encoded import Encoded, Outcome
+from pipeline.encode.encoded import Encoded, Outcome
+from pipeline.encode.feed import Keyed, dead_workers_told
+from pipeline.encode.quarantine import BadSample, name_of
+from pipeline.encode.unit import Unit, lacking_rows, plan
 from pipeline.errors import MissingKeysError
-from pipeline.feed import Keyed, dead_workers_told
-from pipeline.quarantine import BadSample, name_of
 from pipeline.store import Store
-from pipeline.unit import Unit, lacking_rows, plan
 
 PATIENCE_SECONDS = 60
 """How long a network file system may take to show what another machine wrote."""

@@ -21,9 +21,9 @@ from pipeline.errors import AbsentError, DataError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, digest, first_difference
 from pipeline.project import CutName, Project
-from pipeline.report import STORE, Run
+from pipeline.project.towers import Tower, load_weights, open_tower
+from pipeline.report.summary import STORE, Run
 from pipeline.tasks import open_task
-from pipeline.towers import Tower, load_weights, open_tower
 
 log = logging.getLogger("recycle")
 

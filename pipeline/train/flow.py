@@ -15,81 +15,26 @@ from collections.abc import Callable, Iterable, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from dvclive.live import Live
-from pydantic import Field
 from scmrepo.exceptions import SCMError
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from pipeline import processes
-from pipeline.adapter import AdapterSetting
-from pipeline.checkpoint import resume, save
-from pipeline.config import Section
 from pipeline.errors import ConfigError, TrainError
-from pipeline.loader import Batch, Residency
-from pipeline.objective import Objective, evaluate
-from pipeline.order import ViewOrder
-from pipeline.parallel import prepare
 from pipeline.tasks import Task
-
-
-class TrainConfig(Section):
-    """How the suffix is trained. None of these settings concerns the store."""
-
-    epochs: int = Field(default=3, ge=1)
-    """Passes over the training samples."""
-    batch_size: int = Field(default=64, ge=1)
-    """Units per step: samples, or pairs where the task learns from pairs. Several processes share them out."""
-    lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of AdamW."""
-    head_lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the parameters that were not pretrained (the head); `lr` where not given."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's decoupled weight decay; biases and normalisation weights have none."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or down to zero at the last step."""
-    warmup: float = Field(default=0.0, ge=0, lt=1)
-    """Share of all steps over which the learning rate rises from zero."""
-    max_grad_norm: float | None = Field(default=None, gt=0)
-    """Gradients are scaled down to this norm; None leaves them."""
-    gradient_accumulation: int = Field(default=1, ge=1)
-    """Batches per optimiser step; the last step of an epoch takes those that are left."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision, by accelerate."""
-    channels_last: bool = False
-    """Train image backbones in channels-last memory format: faster on most accelerators and CPUs."""
-    adapter: AdapterSetting | None = None
-    """Adapters train in place of the pretrained weights, which stay as they are: `lora`, or a section as
-    `AdapterConfig` documents it. The run keeps plain weights, the adapters merged into them."""
-    patience: int | None = Field(default=None, ge=1)
-    """Epochs without a better validation metric after which training stops; None trains them all."""
-    keep: Literal["best", "last"] = "best"
-    """Which epoch's weights the run ends with: the best by the task's validation metric, or the last."""
-    shuffle: Literal["auto", "exact", "window"] = "auto"
-    """"exact" draws each epoch's order from all orders. "window" draws batches from some segments at a time and reads
-    the next ones ahead, whole, as a disk likes it. "auto" is exact while the store fits in half of the memory."""
-    group_by_length: bool = False
-    """Put samples of similar length in a batch, picked among 50 batches in a row: less padding to compute on."""
-    check: bool = True
-    """Prove every sample's bytes against their checksum when the run reads them for the first time."""
-    scratch_gb: float = Field(default=64, gt=0)
-    """Disk, in 10^9 bytes, for segments below .recycle/unpacked that are compressed (`encode.codec: zstd`) or lie
-    elsewhere (`encode.store`). A store that needs more is drawn from in windows of segments (`shuffle`)."""
-    residency: Residency = "auto"
-    """Where states lie while training: "device" copies them all to the accelerator, "host" reads them from the disk's
-    cache. "auto" copies them where they fit in half of the device's free memory."""
-    views: ViewOrder = "cycle"
-    """Which of the `encode.views` stored views of a sample an epoch trains on: "cycle" takes view `epoch mod views` of
-    all samples, "random" draws one for each sample."""
-    seed: int = 0
-    """Seed of the order of batches, of views drawn, of dropout and of adapters' initial weights; the head's are drawn
-    from `model.seed`."""
+from pipeline.train import processes
+from pipeline.train.checkpoint import resume, save
+from pipeline.train.config import TrainConfig
+from pipeline.train.loader import Batch
+from pipeline.train.objective import Objective, evaluate
+from pipeline.train.optimizer import parameter_groups, schedule
+from pipeline.train.parallel import prepare
 
 
 @dataclass
@@ -194,27 +139,6 @@ def fit(
     )
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig, fresh: frozenset[str]) -> list[dict[str, Any]]:
-    """Return AdamW's groups: pretrained and fresh parameters, each with and without weight decay."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_fresh = name.removeprefix("suffix.") in fresh or name.startswith("loss.")
-            groups.setdefault((is_fresh, parameter.dim() > 1), []).append(parameter)
-    if not groups:
-        raise TrainError(
-            "nothing trains after this cut: no parameter is left; choose a cut below 1.0 or a head with parameters"
-        )
-    return [
-        {
-            "params": parameters,
-            "lr": (config.head_lr or config.lr) if is_fresh else config.lr,
-            "weight_decay": config.weight_decay if decays else 0.0,
-        }
-        for (is_fresh, decays), parameters in groups.items()
-    ]
-
-
 def train_epoch(
     objective: nn.Module,
     batches: Batches,
@@ -254,22 +178,6 @@ def train_epoch(
             "or set train.max_grad_norm"
         )
     return mean
-
-
-def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
-    """Return the learning rate's course over so many steps."""
-    warmup = round(config.warmup * steps)
-    rest = max(1, steps - warmup)
-    after: LRScheduler
-    if config.schedule == "cosine":
-        after = CosineAnnealingLR(optimizer, rest)
-    elif config.schedule == "linear":
-        after = LinearLR(optimizer, 1.0, 0.0, rest)
-    else:
-        after = ConstantLR(optimizer, 1.0)
-    if not warmup:
-        return after
-    return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup), after], milestones=[warmup])
 
 
 def _open_live(out: Path) -> Live:

@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.adapter import adapt
-from pipeline.carried import Carried, Needed, carry
 from pipeline.data import SampleTable, Source
-from pipeline.encoder import Encoder
+from pipeline.encode.encoder import Encoder
+from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, StoreError
 from pipeline.keys import Recipe
-from pipeline.loader import Batch, Loader
 from pipeline.models import Backbone, Preprocess, load, network_inputs
-from pipeline.project import CutName, Project
-from pipeline.ragged import Sample, pad_batch
-from pipeline.recipe import recipe_of
+from pipeline.project.carried import Carried, Needed, carry
+from pipeline.project.recipe import recipe_of
+from pipeline.project.settings import CutName, Project
 from pipeline.split import Prefix, Suffix, split
 from pipeline.store import SHAPE_PREFIX, Store, remove_suffix
 from pipeline.tasks import Head, Task, open_task
+from pipeline.train.adapter import adapt
+from pipeline.train.loader import Batch, Loader
 from pipeline.views import Views, view_name
 
 log = logging.getLogger("recycle")

@@ -12,19 +12,19 @@ from typing import Any
 
 from pipeline.config import Section, load_sections
 from pipeline.data import ROLES, DataConfig, Source, in_role, open_source, with_keys
-from pipeline.encoding import EncodeConfig
+from pipeline.encode.config import EncodeConfig
+from pipeline.encode.feed import Keyed, key_contents
+from pipeline.encode.stat_cache import StatCache
 from pipeline.errors import ConfigError
-from pipeline.feed import Keyed, key_contents
 from pipeline.files import is_function
 from pipeline.keys import JSON, Recipe
 from pipeline.models import ModelConfig, PreprocessConfig
-from pipeline.roles import TowersConfig
-from pipeline.stat_cache import StatCache
+from pipeline.project.roles import TowersConfig
 from pipeline.store import Bucket, Reader, Remote, Scratch, Store, check_place
 from pipeline.tasks import TaskConfig
 from pipeline.tracked import SCHEME as TRACKED
 from pipeline.tracked import Place, open_tracked
-from pipeline.train import TrainConfig
+from pipeline.train.config import TrainConfig
 from pipeline.views import view_name
 
 CutName = float | int | str

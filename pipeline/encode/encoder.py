@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from pipeline.data.source import Source
-from pipeline.encoded import Costs, Outcome
-from pipeline.encoding import EncodeConfig
-from pipeline.feed import Chunk, Decoded, decode, decode_samples
+from pipeline.encode.config import EncodeConfig
+from pipeline.encode.encoded import Costs, Outcome
+from pipeline.encode.feed import Chunk, Decoded, decode, decode_samples
+from pipeline.encode.quarantine import BadSample, name_of
+from pipeline.encode.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
+from pipeline.encode.unit import Unit, UnitBuffer
 from pipeline.models import EXTRA, Preprocess, network_inputs
-from pipeline.quarantine import BadSample, name_of
-from pipeline.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
 from pipeline.split import Capture, Prefix, capture
 from pipeline.store import Store
-from pipeline.unit import Unit, UnitBuffer
 
 Buffers: TypeAlias = dict[int, UnitBuffer]
 """What one part gives at each of its cuts, by the number of the cut."""

@@ -7,11 +7,11 @@ from typing import Self
 from pydantic import ConfigDict, field_validator, model_validator
 
 from pipeline.config import Section
-from pipeline.encoding import check_cut
+from pipeline.encode.config import check_cut
 from pipeline.files import is_function
-from pipeline.loader import Residency
 from pipeline.models import ModelConfig, PreprocessConfig
 from pipeline.tasks import Layers, Pooling
+from pipeline.train.loader import Residency
 
 
 class TowerConfig(Section):

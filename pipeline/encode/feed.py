@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from pipeline.data.source import Row, Source, Stamp
+from pipeline.encode.quarantine import ENDS_THE_RUN, BadSample, set_aside
+from pipeline.encode.ragged import Sample, shapes
+from pipeline.encode.stat_cache import StatCache
 from pipeline.errors import BadSampleError, DataError
 from pipeline.keys import KEY_BYTES
 from pipeline.models import Preprocess
-from pipeline.quarantine import ENDS_THE_RUN, BadSample, set_aside
-from pipeline.ragged import Sample, shapes
-from pipeline.stat_cache import StatCache
 
 KEYED_AT_ONCE = 256
 PROBES = 1 << 10

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.carried import is_lacking
 from pipeline.config import Section
 from pipeline.data import SampleTable, Stamp
 from pipeline.errors import StoreError
 from pipeline.files import PACKAGE, is_function, locate, write_whole
 from pipeline.keys import JSON, content_key, digest
 from pipeline.models import PRETRAINED, ModelConfig
-from pipeline.project import SECTIONS, Project
+from pipeline.project.carried import is_lacking
+from pipeline.project.settings import SECTIONS, Project
 from pipeline.store import Store
 
 FILE = "proved.json"
@@ -167,6 +167,6 @@ def _version(library: str) -> str | None:
 
 
 def _package() -> str:
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     files = sorted(root.rglob("*.py"))
     return content_key([[file.relative_to(root).as_posix(), file.read_bytes()] for file in files]).hex()
