@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -84,6 +85,28 @@ def test_a_run_of_other_settings_is_left_out(project: Project, caplog: pytest.Lo
     train_project(changed, "0.5")
     assert [row.settings for row in report_project(changed)] == [""]
     assert "run 0.5-0.1 was made of other settings" in caplog.text
+
+
+def test_a_run_is_not_overwritten_by_one_of_other_settings_with_its_values(project: Project) -> None:
+    first = train_project(project.overridden({"train.seed": 1}), "0.5")
+    with pytest.raises(
+        ConfigError, match=r"called 0\.5-1, .* sets train\.seed where this one sets data\.seed; .*--name"
+    ):
+        train_project(project.overridden({"data.seed": 1}), "0.5")
+    assert runs.read(project, "0.5-1") == first
+    assert train_project(project.overridden({"data.seed": 1}), "0.5", "other").name == "other"
+    assert train_project(project.overridden({"train.seed": 1}), "0.5").identity == first.identity
+
+
+def test_what_another_version_wrote_is_left_out(project: Project, caplog: pytest.LogCaptureFixture) -> None:
+    train_project(project, "0.5")
+    train_project(project.overridden({"train.lr": 0.1}), "0.5")
+    old = Path("results/runs/0.5-0.1/run.json")
+    old.write_text(json.dumps({"name": "0.5-0.1", "loss": 1.0}))
+    assert [row.settings for row in report_project(project)] == [""]
+    assert f"{old} cannot be read" in caplog.text
+    assert "train the run again; it is left out" in caplog.text
+    assert train_project(project.overridden({"train.lr": 0.1}), "0.5").name == "0.5-0.1"
 
 
 def test_a_run_of_other_samples_is_left_out(project: Project) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pipeline.data import SampleTable
-from pipeline.errors import AbsentError, DataError, StoreError
+from pipeline.errors import AbsentError, ConfigError, DataError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, digest, first_difference
 from pipeline.project import CutName, Project
@@ -35,9 +35,23 @@ def run_name(project: Project, cut: CutName) -> str:
     """Return what a run is called where it is not said: the cut and the values that replace those of params.yaml.
 
     Where the states lie changes nothing about a run.
+
+    Raises:
+        ConfigError: a run is called so already that gave these values to other settings.
     """
-    values = [value for setting, value in project.overrides.items() if setting != STORE]
-    return "-".join(map(str, [cut, *values]))
+    own = _replaced(project.overrides)
+    name = "-".join(map(str, [cut, *own.values()]))
+    try:
+        others = _replaced(read(project, name).overrides)
+    except DataError:  # there is none, or nothing reads it any more
+        return name
+    if own.keys() != others.keys():
+        here, there = (", ".join(settings) or "nothing" for settings in (own, others))
+        raise ConfigError(
+            f"this run would be called {name}, as is one that sets {there} where this one sets {here}; give it another "
+            "name (--name)"
+        )
+    return name
 
 
 def identity(project: Project, cut: CutName) -> str:
@@ -141,8 +155,7 @@ def current(project: Project) -> list[Run]:
     Raises:
         DataError: a cut of `encode.cuts` has none.
     """
-    runs = [read(project, file.parent.name) for file in sorted(_files(project))]
-    kept = [run for run in runs if _holds(project, run)]
+    kept = [run for run in _readable(project) if _holds(project, run)]
     for cut in map(str, project.encode.cuts):
         if cut not in {str(run.cut) for run in kept}:
             raise DataError(f"cut {cut}: {project.results / 'runs'} has no run of it; train it (dvc repro train)")
@@ -151,6 +164,19 @@ def current(project: Project) -> list[Run]:
 
 def _files(project: Project) -> list[Path]:
     return list((project.results / "runs").glob(f"*/{FILE}"))
+
+
+def _readable(project: Project) -> Iterator[Run]:
+    for file in sorted(_files(project)):
+        try:
+            yield read(project, file.parent.name)
+        except DataError as error:
+            log.warning("%s; it is left out", error)
+
+
+def _replaced(overrides: Mapping[str, JSON]) -> dict[str, JSON]:
+    """Return the overrides that make a run another one."""
+    return {setting: value for setting, value in overrides.items() if setting != STORE}
 
 
 def _holds(project: Project, run: Run) -> bool:
