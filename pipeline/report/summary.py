@@ -222,6 +222,7 @@ def plot(runs: Sequence[Run], costs: Mapping[str, Cost], path: Path) -> None:
     scores.set_xscale("symlog")
     scores.legend(fontsize="small")
     losses.set_xlabel("epoch")
+    losses.xaxis.get_major_locator().set_params(integer=True)
     losses.set_ylabel("training loss")
     for axes in (scores, losses):
         axes.grid(alpha=0.3)

@@ -119,7 +119,8 @@ def _options(folder: Path, ports: dict[str, int]) -> list[str]:
         "-s3.port.lance=0",
         "-master.telemetry=false",
         "-master.volumeSizeLimitMB=64",
-        "-volume.max=0",
+        "-volume.max=10000",  # seven for each bucket: what the disk has free allowed too few
+        "-volume.minFreeSpace=64MiB",
         "-volume.preStopSeconds=0",
         *numbered,
     ]
