@@ -1,12 +1,13 @@
 """Prediction over inputs in the store against the suffix's own rate.
 
-EfficientNet-Lite0 on digits as PNG files, 96 px, batches of 64. Suffix: its forward pass in eval mode, without
-gradients, on the very batches in RAM. Predict: `recycle predict` over the known files from their keys, which are looked
-up by their stamps, to the finished Parquet file; building the model is not counted on either side, nor is the first
-batch, for which a suffix is prepared. Both alternate in one process; shown are medians of samples per second. Beside
-them: how many samples the prefix ran on.
+Finished runs of a project over its own data set, or EfficientNet-Lite0 on digits as PNG files, 96 px, batches of 64.
+Suffix: its forward pass in eval mode, without gradients, on the very batches in RAM. Predict: `recycle predict` over
+the known inputs from their keys, those of files looked up by their stamps, to the finished Parquet file. Building the
+model is not counted on either side, nor is the first round, for which a suffix is prepared. Both alternate in one
+process; shown are medians of samples per second. Beside them: how many samples the prefix ran on.
 
     python benchmarks/predict.py
+    python benchmarks/predict.py examples/scicite 0.5-null-0 0.67-null-0
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +29,11 @@ import yaml
 from common import digits
 from PIL import Image
 
-from pipeline.data import SampleTable, open_source
+from pipeline.data.chosen import Chosen
 from pipeline.flow import encode_project, train_project
 from pipeline.predict import flow as predict
 from pipeline.project import Project
-from pipeline.report.runs import FinishedRun, open_run
-from pipeline.train.loader import Batch, Loader
+from pipeline.report.runs import open_run
 
 SETTINGS = {
     "data": {"source": "images", "path": "digits"},
@@ -48,22 +49,35 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
+    if options.project is not None:
+        os.chdir(options.project)
+        show(Project.load(Path("params.yaml")), options.runs, options)
+        return
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         write_digits(options.samples)
         Path("params.yaml").write_text(yaml.safe_dump(SETTINGS))
         project = Project.load(Path("params.yaml"))
         encode_project(project)
-        print(f"{options.samples} samples, {options.threads} torch threads, medians of {options.rounds} rounds")
-        print(f"{'cut':>5} {'suffix, 1/s':>12} {'predict, 1/s':>13} {'ratio':>7} {'prefix ran on':>14}")
-        for cut in project.encode.cuts:
-            train_project(project, str(cut))
-            suffix, predicted, ran = measure(project, str(cut), options.rounds)
-            print(f"{cut:5} {suffix:12.0f} {predicted:13.0f} {predicted / suffix:7.3f} {ran:14}", flush=True)
+        names = [str(cut) for cut in project.encode.cuts]
+        for name in names:
+            train_project(project, name)
+        show(project, names, options)
+
+
+def show(project: Project, names: Sequence[str], options: argparse.Namespace) -> None:
+    """Print a line per run."""
+    print(f"{options.threads} torch threads, medians of {options.rounds} rounds")
+    print(f"{'run':>12} {'samples':>8} {'suffix, 1/s':>12} {'predict, 1/s':>13} {'ratio':>7} {'prefix ran on':>14}")
+    for name in names:
+        samples, suffix, predicted, ran = measure(project, name, options.rounds)
+        print(f"{name:>12} {samples:8} {suffix:12.1f} {predicted:13.1f} {predicted / suffix:7.3f} {ran:14}", flush=True)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("project", type=Path, nargs="?", help="folder of a params.yaml with finished runs")
+    parser.add_argument("runs", nargs="*", help="their names")
+    parser.add_argument("--samples", type=int, default=2048, help="digits, where no project is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     return parser.parse_args()
@@ -81,32 +95,29 @@ def write_digits(count: int) -> None:
         os.utime(path, (before, before))
 
 
-def measure(project: Project, name: str, rounds: int) -> tuple[float, float, int]:
-    """Return samples per second of the suffix alone and of a prediction, and how many samples the prefix ran on."""
-    run, source = open_run(project, name), open_source(project.data)
-    batches = in_ram(run)
-    count = len(run.table)
-    states = predict.SharedStates({"": run}, source, project.keys_of(source), Path(f"new-{name}"))
+def measure(project: Project, name: str, rounds: int) -> tuple[int, float, float, int]:
+    """Return how many samples are known, how many a second the suffix alone and a prediction do, and on how many the
+    prefix ran."""
+    run, source = open_run(project, name), project.part(None).source(None)
     rates: dict[str, list[float]] = {"suffix": [], "predict": []}
-    for round_ in range(rounds + 1):
-        start = time.perf_counter()
-        with torch.no_grad():
-            for batch in batches:
-                run.suffix(batch.state, **batch.inputs)
-        middle = time.perf_counter()
-        states.reader = project.reader(run.store.path)  # one that has proved no sample's bytes yet
-        predict.predict_spans(source, project.keys_of(source), [states], Path("out.parquet"))
-        end = time.perf_counter()
-        if round_:
-            rates["suffix"].append(count / (middle - start))
-            rates["predict"].append(count / (end - middle))
-    return statistics.median(rates["suffix"]), statistics.median(rates["predict"]), states.done.new[0]
-
-
-def in_ram(run: FinishedRun) -> list[Batch]:
-    table: SampleTable = run.table
-    rows = np.array_split(np.arange(len(table)), range(64, len(table), 64))
-    return list(Loader(run.store, table.keys, {}, rows))
+    with tempfile.TemporaryDirectory() as folder:
+        known = np.flatnonzero(~run.store.plain.missing(project.keys_of(source).keys))
+        source = Chosen(source, known, {})
+        states = predict.SharedStates({"": run}, source, project.keys_of(source), Path(folder))
+        batches = list(states.batches(states.known, states.reader, np.arange(len(known))))
+        for round_ in range(rounds + 1):
+            start = time.perf_counter()
+            with torch.no_grad():
+                for batch in batches:
+                    run.suffix(batch.state, **batch.inputs)
+            middle = time.perf_counter()
+            states.reader = project.reader(run.store.path)  # one that has proved no sample's bytes yet
+            predict.predict_spans(source, project.keys_of(source), [states], Path(folder, "out.parquet"))
+            end = time.perf_counter()
+            if round_:
+                rates["suffix"].append(len(known) / (middle - start))
+                rates["predict"].append(len(known) / (end - middle))
+    return len(known), statistics.median(rates["suffix"]), statistics.median(rates["predict"]), states.done.new[0]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pipeline.export import export_run
 from pipeline.flow import encode_project, train_project
 from pipeline.predict import flow as predict
 from pipeline.predict.flow import predict_project
+from pipeline.predict.predictions import Predictions
 from pipeline.project import Project
 from pipeline.store import Store
 from stages import cli
@@ -182,6 +183,28 @@ def test_runs_on_one_store_share_its_prefix(project: Project, encoded: list[int]
     encoded.clear()
     rows_of(project, "new", "0.5", "1.0", "second")
     assert sum(encoded) == 60
+
+
+def test_rows_keep_their_predictions_whatever_their_lengths() -> None:
+    predictions = Predictions({"embedding": [float], "score": float})
+
+    def add(rows: list[int], width: int) -> None:
+        values = np.asarray(rows, np.float32)
+        predictions.add(np.asarray(rows), {"embedding": np.tile(values[:, None], width), "score": values})
+
+    add([3, 1], 2)
+    add([2], 2)
+    assert predictions.take(np.array([1, 0, 3])).to_pylist() == [
+        {"embedding": [1, 1], "score": 1},
+        {"embedding": None, "score": None},
+        {"embedding": [3, 3], "score": 3},
+    ]
+    predictions.keep(np.array([0, 3]))
+    add([5], 1)
+    add([4], 3)
+    taken = predictions.take(np.array([4, 3, 2, 5]))
+    assert taken.schema == predictions.schema
+    assert taken.column("embedding").to_pylist() == [[4, 4, 4], [3, 3], None, [5]]
 
 
 def test_json_lines_say_the_same(project: Project) -> None:

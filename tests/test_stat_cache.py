@@ -62,6 +62,20 @@ def test_unchanged_files_are_not_read_and_have_the_same_keys(reads: list[str]) -
     assert second.bad == []
 
 
+def test_a_known_file_whose_row_is_bad_has_no_key(reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    keyed()
+    row = ImageFolder.row
+    monkeypatch.setattr(
+        ImageFolder, "row", lambda source, i: row(source, i)._replace(source="\udcff" if not i else "x")
+    )
+    found = keyed()
+    assert len(reads) == FILES
+    assert [sample.row for sample in found.bad] == [0]
+    assert not found.keys[0].any()
+    assert found.keys[1].any()
+    assert (found.sizes[0], found.sizes[1] > 0) == (0, True)
+
+
 def test_a_changed_file_is_read(reads: list[str]) -> None:
     first = keyed()
     reads.clear()

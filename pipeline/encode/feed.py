@@ -104,18 +104,21 @@ def key_contents(source: Source, *, workers: int, cache: StatCache | None = None
     if not any(stamps):
         cache = None
     known = cache.find(stamps) if cache and trust else {}
+    keys[list(known)] = np.frombuffer(b"".join(known.values()), np.uint8).reshape(-1, KEY_BYTES)
+    sizes[list(known)] = [stamp.size for row in known if (stamp := stamps[row])]
 
     def key_some(begin: int) -> list[BadSample]:
         bad = []
         for row in range(begin, min(begin + KEYED_AT_ONCE, count)):
             try:
                 _check_name(source.row(row))
-                stamp, key = stamps[row], known.get(row)
-                key, size = (key, stamp.size) if key and stamp else _read_key(source, row)
-                keys[row], sizes[row] = np.frombuffer(key, np.uint8), size
+                if row not in known:
+                    key, sizes[row] = _read_key(source, row)
+                    keys[row] = np.frombuffer(key, np.uint8)
             except ENDS_THE_RUN:
                 raise
             except BaseException as error:
+                keys[row], sizes[row] = 0, 0
                 bad.append(set_aside(source, row, error))
         return bad
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,9 +137,9 @@ class SharedStates:
             self.fresh.refresh()
 
     def _predict(self, store: Store, reader: Reader, rows: np.ndarray) -> None:
-        for batch in self._batches(store, reader, rows):
+        for batch in self.batches(store, reader, rows):
             numbers = rows[batch.rows.numpy()]
-            asked = Asked(batch.targets, [self.encoder.source.row(row).targets for row in numbers.tolist()])
+            asked = Asked(batch.targets, partial(self._targets, numbers))
             columns: dict[str, Column] = {}
             for beginning, run in self.runs.items():
                 precision = PRECISIONS[run.bench.project.train.precision]
@@ -147,7 +149,10 @@ class SharedStates:
                 columns |= {beginning + name: values for name, values in said.items()}
             self.predictions.add(numbers, columns)
 
-    def _batches(self, store: Store, reader: Reader, rows: np.ndarray) -> Iterator[Batch]:
+    def _targets(self, rows: np.ndarray) -> list[Mapping[str, Any]]:
+        return [self.encoder.source.row(row).targets for row in rows.tolist()]
+
+    def batches(self, store: Store, reader: Reader, rows: np.ndarray) -> Iterator[Batch]:
         """Yield `rows` in batches of states of similar size, and within these as they lie in the store."""
         keys = self.keys[rows]
         places = store.rows(keys)

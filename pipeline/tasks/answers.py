@@ -78,9 +78,10 @@ class Answers(Task):
         A question's answer is the one with the largest margin among its windows.
         """
         found = best_answers(output, asked.extras["chars"], self.max_answer)
-        windows = [str(row["window"]) for row in asked.rows]
+        rows = asked.look_up()
+        windows = [str(row["window"]) for row in rows]
         return {
-            "question": [str(row["question"]) for row in asked.rows],
+            "question": [str(row["question"]) for row in rows],
             "answer": [text[begin:end] for text, begin, end, _ in zip(windows, *found, strict=True)],
             "start": found[0],
             "end": found[1],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypeAlias
@@ -32,8 +32,8 @@ class Asked:
 
     extras: Mapping[str, Tensor]
     """What is stored of them beside the state and the inputs, each (B, ...)."""
-    rows: Sequence[Mapping[str, Any]]
-    """What their source says of each; labels may be missing."""
+    look_up: Callable[[], Sequence[Mapping[str, Any]]]
+    """Returns what their source says of each, which takes time; labels may be missing."""
 
 
 ALONE: Mapping[str, Any] = {"sync_on_compute": False}

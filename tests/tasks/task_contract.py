@@ -195,7 +195,7 @@ class TaskContract:
         targets = self.batch(task, rows)
         legend = json.loads(json.dumps(task.legend(self.table)))  # as a run keeps it
         sources = [{name: values[row] for name, values in self.table.targets.items()} for row in rows.tolist()]
-        said = task.predictions(self.wrapped(self.right(targets).float()), Asked(targets, sources), legend)
+        said = task.predictions(self.wrapped(self.right(targets).float()), Asked(targets, lambda: sources), legend)
         assert said.keys() == task.columns(legend).keys()
         assert all(len(values) == len(rows) for values in said.values())
         predictions = Predictions(task.columns(legend))
