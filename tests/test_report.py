@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.report.summary import Cost, Run, curves, plot, summarise, table
 
@@ -72,5 +73,14 @@ def test_curves_start_after_the_encode(tmp_path: Path) -> None:
     frame = curves([HALF], COSTS)
     assert frame["seconds"].tolist() == [52.0, 92.0]
     assert frame["value"].tolist() == [0.8, 0.9]
-    plot([FULL, HALF], COSTS, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_has_a_row_for_each_group_of_settings(tmp_path: Path) -> None:
+    seed, share = (dataclasses.replace(HALF, overrides={name: 1}) for name in ("train.seed", "data.fraction"))
+    heights = []
+    for runs in ([HALF], [FULL, HALF, seed], [FULL, HALF, share]):
+        plot(runs, COSTS, tmp_path / "plot.png")
+        with Image.open(tmp_path / "plot.png") as image:
+            heights.append(image.height)
+    assert heights[0] == heights[1]
+    assert heights[2] > 1.5 * heights[0]

@@ -17,6 +17,8 @@ SEED = "train.seed"
 """The setting in which runs of one row may differ."""
 STORE = "encode.store"
 """The setting that says where states lie, and decides nothing about a run."""
+MAX_INCHES = 100.0
+"""Height of a plot, whatever the number of its rows."""
 
 
 @dataclass(frozen=True)
@@ -199,33 +201,44 @@ def curves(runs: Sequence[Run], costs: Mapping[str, Cost]) -> pd.DataFrame:
 def plot(runs: Sequence[Run], costs: Mapping[str, Cost], path: Path) -> None:
     """Draw the metric against the seconds spent, encode included, and the training loss, a line per run, as a PNG.
 
-    Runs that differ in their seed alone share a colour.
+    Cuts have colours; runs of other settings have a row of their own.
     """
     import matplotlib  # noqa: PLC0415  (slow to import, and no other stage draws)
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
-    figure, (scores, losses) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=150)
-    colours: dict[str, Any] = {}
-    for run in sorted(runs, key=lambda run: (run.recycled, settings(run))):
-        line = curves([run], costs)
-        label = f"cut {run.cut} ({run.recycled:.0%} recycled) {settings(run)}".strip()
-        known = label in colours
-        (drawn,) = scores.plot(
-            line["seconds"], line["value"], marker=".", color=colours.get(label), label=None if known else label
-        )
-        colours[label] = drawn.get_color()
-        losses.plot(line["epoch"], line["loss"], marker=".", color=colours[label])
+    rows = sorted({settings(run) for run in runs})
+    recycled = {str(run.cut): run.recycled for run in sorted(runs, key=lambda run: run.recycled)}
+    figure, panels = plt.subplots(
+        len(rows),
+        2,
+        figsize=(11, min(0.8 + 3.4 * len(rows), MAX_INCHES)),
+        dpi=150,
+        sharex="col",
+        sharey="col",
+        squeeze=False,
+        layout="constrained",
+    )
+    drawn = {}
+    for run in runs:
+        scores, losses = panels[rows.index(settings(run))]
+        line, colour = curves([run], costs), f"C{list(recycled).index(str(run.cut))}"
+        (drawn[str(run.cut)],) = scores.plot(line["seconds"], line["value"], marker=".", color=colour)
+        losses.plot(line["epoch"], line["loss"], marker=".", color=colour)
+    for title, (scores, losses) in zip(rows, panels, strict=True):
+        scores.set_title(title, loc="left", fontsize="medium")
+        scores.set_ylabel(f"validation {runs[0].metric.replace('_', ' ')}")
+        losses.set_ylabel("training loss")
+        scores.grid(alpha=0.3)
+        losses.grid(alpha=0.3)
+    scores, losses = panels[-1]
+    scores.set_xscale("log")
     scores.set_xlabel("seconds: encode, then training")
-    scores.set_ylabel(f"validation {runs[0].metric.replace('_', ' ')}")
-    scores.set_xscale("symlog")
-    scores.legend(fontsize="small")
     losses.set_xlabel("epoch")
     losses.xaxis.get_major_locator().set_params(integer=True)
-    losses.set_ylabel("training loss")
-    for axes in (scores, losses):
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
+    labels = [f"{cut} ({share:.0%})" for cut, share in recycled.items()]
+    lines = [drawn[cut] for cut in recycled]
+    figure.legend(lines, labels, title="cut (recycled)", loc="outside upper center", ncols=6, fontsize="small")
     figure.savefig(path)
     plt.close(figure)
