@@ -45,7 +45,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Print both rates and their ratio for each cut."""
+    """Print both rates and their ratio for each run."""
     options = parse()
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)

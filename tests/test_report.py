@@ -73,6 +73,8 @@ def test_curves_start_after_the_encode(tmp_path: Path) -> None:
     frame = curves([HALF], COSTS)
     assert frame["seconds"].tolist() == [52.0, 92.0]
     assert frame["value"].tolist() == [0.8, 0.9]
+    plot([FULL, HALF], COSTS, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_plot_has_a_row_for_each_group_of_settings(tmp_path: Path) -> None:

@@ -101,8 +101,6 @@ def key_contents(source: Source, *, workers: int, cache: StatCache | None = None
     count, now = len(source), time.time_ns()
     keys, sizes = np.zeros((count, KEY_BYTES), np.uint8), np.zeros(count, np.int64)
     stamps = [_stamp(source, row) for row in range(count)]
-    if not any(stamps):
-        cache = None
     known = cache.find(stamps) if cache and trust else {}
     keys[list(known)] = np.frombuffer(b"".join(known.values()), np.uint8).reshape(-1, KEY_BYTES)
     sizes[list(known)] = [stamp.size for row in known if (stamp := stamps[row])]
