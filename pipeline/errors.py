@@ -58,7 +58,15 @@ class StoreError(RecyclingError):
 
 
 class StaleStoreError(StoreError):
-    """The store was encoded under another recipe; the message names the first field that differs."""
+    """The store was encoded under another recipe; the message names the first field that differs.
+
+    Attributes:
+        difference: the message without its remedy.
+    """
+
+    def __init__(self, difference: str, remedy: str = "") -> None:
+        super().__init__(f"{difference}; {remedy}" if remedy else difference)
+        self.difference = difference
 
 
 class MissingKeysError(StoreError):

@@ -18,12 +18,14 @@ from pipeline.encode.encoded import Encoded
 from pipeline.encode.feed import Chunk, Keyed, decode_rows, decode_samples
 from pipeline.encode.flow import Executor, encode
 from pipeline.encode.ragged import Sample
-from pipeline.errors import DataError, StaleStoreError
+from pipeline.errors import DataError, StaleStoreError, StoreError
 from pipeline.files import write_whole
 from pipeline.keys import Recipe, digest
 from pipeline.project import CutName, Project, proved
+from pipeline.project.probe import keep_or_check_probes
 from pipeline.project.workbench import Workbench
 from pipeline.report.costs import Made
+from pipeline.split import Prefix
 from pipeline.store import Remote, Store, first_rows, remove
 from pipeline.views import by_split, rows_by_view
 
@@ -35,10 +37,16 @@ EXAMPLE = 2
 """Samples on which a split is proved; where there is one alone, it is taken twice."""
 
 
-def fill(project: Project, source: Source, keyed: Keyed, table: SampleTable, *, rehash: bool) -> Made:
+def fill(
+    project: Project, source: Source, keyed: Keyed, table: SampleTable, *, rehash: bool, replace_stores: bool
+) -> Made:
     """Bring the samples `keyed` of one encoder into its stores; without a model where nothing is to do.
 
     `project` is the encoder's part of one. `rehash` distrusts what an earlier run proved of the stores.
+    `replace_stores` removes those of another recipe.
+
+    Raises:
+        StaleStoreError: there is a store of another recipe, and it is not to be replaced; nothing was changed.
     """
     circumstances = proved.circumstances(project, table)
     wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
@@ -46,14 +54,14 @@ def fill(project: Project, source: Source, keyed: Keyed, table: SampleTable, *, 
     if stores is not None:
         _tell_of_one_place_twice(project.encode.cuts, stores[0])
         return Made(project, stores, Encoded.begun(keyed, len(project.encode.cuts)))
-    stores, done = _encode_what_is_missing(project, source, keyed, table)
+    stores, done = _encode_what_is_missing(project, source, keyed, table, replace_stores=replace_stores)
     if proved.circumstances(project, table) == circumstances:
         proved.remember(project, circumstances, stores)
     return Made(project, stores, done)
 
 
 def _encode_what_is_missing(
-    project: Project, source: Source, keyed: Keyed, table: SampleTable
+    project: Project, source: Source, keyed: Keyed, table: SampleTable, *, replace_stores: bool
 ) -> tuple[list[list[Store]], Encoded]:
     """Build the model, split it at every cut, and encode what the stores of their recipes lack; `stores[view][cut]`."""
     bench = Workbench.open(project, table)
@@ -61,13 +69,10 @@ def _encode_what_is_missing(
         bench.to_device()
     example, samples = _example_of_source(bench, source, keyed)
     prefixes, recipes, needed = bench.freeze(samples)
-    stores = [
-        [
-            _open_or_replace(project.store_path(cut, view), recipe, project.remote)
-            for cut, recipe in zip(project.encode.cuts, of_view, strict=True)
-        ]
-        for view, of_view in zip(project.views, recipes, strict=True)
-    ]
+    wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
+    stores = open_stores(bench, prefixes, recipes, wanted, replace_stores=replace_stores)
+    for view, of_view in zip(project.views, stores, strict=True):
+        keep_or_check_probes(of_view, prefixes, bench.preprocess(view), samples, project.encode)
     for store, own in zip(stores[0], needed, strict=True):
         bench.carry(store, own)
     _tell_of_one_place_twice(project.encode.cuts, stores[0])
@@ -84,22 +89,71 @@ def sample_table(project: Project, source: Source, keyed: Keyed) -> SampleTable:
     return build(source, keyed.keys[good], project.data, rows=good)
 
 
-def _open_or_replace(path: Path, recipe: Recipe, remote: Remote | None) -> Store:
-    """Open the store at `path`; one of another recipe is made anew, for its states are of no use to these settings.
+def open_stores(
+    bench: Workbench,
+    prefixes: Sequence[Prefix],
+    recipes: Sequence[Sequence[Recipe]],
+    wanted: Sequence[np.ndarray],
+    *,
+    replace_stores: bool,
+) -> list[list[Store]]:
+    """Open the stores of `recipes[view][cut]` for writing, `stores[view][cut]`; those that are not there are made.
+
+    A store of another recipe is of no use to these settings, but may have taken hours: one that has samples is removed
+    only if `replace_stores`, and before any is, all are looked at. One of version 0.1.0 that has the keys `wanted[view]`
+    (n, 16) uint8 is opened as it is.
 
     Raises:
-        StaleStoreError: one of another recipe lies elsewhere, where others may be using it.
+        StaleStoreError: there are stores of another recipe; the message names them, and the ways out.
     """
+    project, stale, former = bench.project, dict[Path, str](), dict[Path, Store]()
+    for view, of_view, keys in zip(project.views, recipes, wanted, strict=True):
+        for cut, prefix, recipe in zip(project.encode.cuts, prefixes, of_view, strict=True):
+            path = project.store_path(cut, view)
+            try:
+                project.open_store(cut, view, recipe)
+            except StaleStoreError as error:
+                store = project.open_store(cut, view)
+                if bench.is_former(store, prefix, recipe, view) and not store.missing(keys).any():
+                    former[path] = store
+                elif not len(store.keys()) and project.remote is None:
+                    remove(path)
+                else:
+                    stale[path] = f"{error.difference} ({store.nbytes() / 1e6:.1f} MB)"
+            except StoreError:
+                continue  # there is none, or a broken one: `create` tells
+    if stale and (project.remote is not None or not replace_stores):
+        raise StaleStoreError(_refusal(project, list(stale.values())))
+    for path, told in stale.items():
+        log.warning("%s; it is replaced", told)
+        remove(path)
+    return [
+        [
+            former.get(path) or _create(path, recipe, project.remote)
+            for cut, recipe in zip(project.encode.cuts, of_view, strict=True)
+            for path in [project.store_path(cut, view)]
+        ]
+        for view, of_view in zip(project.views, recipes, strict=True)
+    ]
+
+
+def _refusal(project: Project, stale: Sequence[str]) -> str:
+    if project.remote is not None:
+        return "; ".join([*stale, "others may use that store, so it stays: change encode.store"])
+    return "\n  ".join(
+        [
+            "these settings make other states than the stores hold; nothing was changed:",
+            *stale,
+            "set it back; or replace these stores (recycle encode --replace, encode.replace: true for dvc repro); or "
+            "keep them and encode elsewhere (encode.store: file:///FOLDER)",
+        ]
+    )
+
+
+def _create(path: Path, recipe: Recipe, remote: Remote | None) -> Store:
     if remote is None:
         (path / ELSEWHERE).unlink(missing_ok=True)  # from here on it lies here
-    try:
-        return Store.create(path, recipe, remote)
-    except StaleStoreError as stale:
-        if remote is not None:
-            raise StaleStoreError(f"{stale}; others may use that store, so it stays: change encode.store") from None
-        log.warning("%s; encoding anew", stale)
-        remove(path)
-        return Store.create(path, recipe)
+    return Store.create(path, recipe, remote)
 
 
 def _tell_of_one_place_twice(names: Sequence[CutName], stores: Sequence[Store]) -> None:

@@ -32,12 +32,17 @@ from pipeline.train.flow import Batches, Summary, fit, open_accelerator
 log = logging.getLogger("recycle")
 
 
-def encode_project(project: Project, *, rehash: bool = False) -> bool:
+def encode_project(project: Project, *, rehash: bool = False, replace_stores: bool = False) -> bool:
     """Bring every sample into the store of every cut; write the sample table, the samples set aside and the costs.
 
     Files that did not change are not read, and where nothing is to do no model is built; `rehash` distrusts what was
     known of both. Returns whether the bad samples stay within `encode.max_bad`.
+
+    Raises:
+        StaleStoreError: there are stores of another recipe, and neither `replace_stores` nor `encode.replace` allows to
+            remove them.
     """
+    replace_stores = replace_stores or project.encode.replace
     source = project.source()
     keyed = project.keys_of(source, trust=not rehash)
     if not len(keyed.good):
@@ -45,7 +50,8 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
     table, bad, made = sample_table(project, source, keyed), keyed.bad, []
     for part in project.parts:
         rows = None if part.tower is None else rows_in_role(source, keyed.good, part.tower)
-        made.append(fill(part, source, replace(keyed, bad=bad, rows=rows), table, rehash=rehash))
+        own = replace(keyed, bad=bad, rows=rows)
+        made.append(fill(part, source, own, table, rehash=rehash, replace_stores=replace_stores))
         bad = made[-1].done.keyed.bad
     if len(bad) > len(keyed.bad):
         table = sample_table(project, source, replace(keyed, bad=bad))

@@ -155,9 +155,38 @@ def test_a_store_of_other_settings_is_never_trained_on(folder: Path, caplog: pyt
         train_project(project(folder, model={"backbone": "tiny:conv_net", "seed": 1}), "0.5")
     caplog.set_level("INFO", logger="recycle")
     caplog.clear()
-    encode_project(project(folder, preprocess=other))
+    encode_project(project(folder, preprocess=other), replace_stores=True)
     assert encoded(caplog) == [60, 60, 60]
     train_project(project(folder, preprocess=other), "0.5")
+
+
+def test_no_store_is_replaced_unasked(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encode_project(project(folder))
+    before = tiny.files(folder / "data"), tiny.files(folder / "results")
+    other = {"kind": "image", "image_size": 20}
+    with pytest.raises(StaleStoreError) as refused:
+        encode_project(project(folder, preprocess=other))
+    told = str(refused.value)
+    for cut in ("0", "0.5", "1.0"):
+        assert f"data/activations/{cut} was encoded with preprocessing.image_size = 16, expected 20 (0." in told
+    assert "recycle encode --replace" in told
+    assert (tiny.files(folder / "data"), tiny.files(folder / "results")) == before
+    encode_project(project(folder))
+    assert (tiny.files(folder / "data"), tiny.files(folder / "results")) == before
+    made = project(folder, preprocess=other, encode={"replace": True})
+    encode_project(made)
+    assert "image_size = 16, expected 20 (0.1 MB); it is replaced" in caplog.text
+    encode_project(made)
+
+
+def test_a_store_without_samples_is_nobodys_loss(folder: Path) -> None:
+    made = project(folder)
+    encode_project(made)
+    for cut in made.encode.cuts:
+        store = Store.open(made.store_path(cut))
+        for segment in store.segments():
+            shutil.rmtree(store.path / segment)
+    encode_project(project(folder, preprocess={"kind": "image", "image_size": 20}))
 
 
 def test_a_cut_without_a_store_names_the_remedy(folder: Path) -> None:

@@ -28,7 +28,7 @@ FLOORS = [
     {"pipeline.encode", "pipeline.timing", "pipeline.tracked", "pipeline.train", "pipeline.views"},
     {"pipeline.models", "pipeline.store"},
     {"pipeline.data", "pipeline.tasks"},
-    {"pipeline.split"},
+    {"pipeline.fingerprint", "pipeline.split"},
     {"pipeline.keys", "pipeline.files"},
     {"pipeline.config", "pipeline.memory"},
     {"pipeline.errors"},

@@ -21,7 +21,7 @@ from test_dvc import ROOT, commit, run, set_param, stages
 from pipeline.errors import ConfigError, StoreError
 from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.store import Reader, Store, read_suffix, write_suffix
+from pipeline.store import SUFFIX, Reader, Store, read_attachment, write_attachment
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # of a library of DVC
 SHARED = ("data/activations", "data/samples.parquet")
@@ -148,12 +148,12 @@ def test_states_are_read_from_the_remote_where_they_are(
     expected = Reader(own.path).gather(own.rows(keys))
     assert read.keys() == expected.keys()
     assert all(torch.equal(read[name], expected[name]) for name in read)
-    folder, _ = read_suffix(store) or (Path(), {})
+    folder, _ = read_attachment(store, SUFFIX) or (Path(), {})
     assert tiny.files(folder).items() >= tiny.files(own.path / "suffix").items()
     assert not project.activations.exists()
     assert not Path(".dvc/cache").exists(), "nothing is kept twice"
     with pytest.raises(StoreError, match="what DVC tracks is read only; encode into a folder, then dvc push"):
-        write_suffix(store, {}, lambda folder: None)
+        write_attachment(store, SUFFIX, {}, lambda folder: None)
 
 
 @pytest.mark.parametrize("remote", ["local"], indirect=True)

@@ -112,6 +112,9 @@ class EncodeConfig(Section):
     suffix: bool = True
     """Keep the pretrained weights after each cut beside its store (`<cut>/suffix`): who has the store alone, and not
     the weights of `model`, can train from it. They take as much room as those weights do."""
+    replace: bool = False
+    """Remove the stores of other settings that lie where this encode is to write. Without it, or `recycle encode
+    --replace`, such an encode is refused, and nothing is lost."""
     max_bad: int | float = Field(default=0, ge=0)
     """Bad samples tolerated before the run ends with exit code 3: a count, or below 1 a fraction of the data set."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import BadSampleError, ConfigError
+from pipeline.fingerprint import Irrelevant, fingerprint
 from pipeline.keys import JSON, digest
 from pipeline.models.backbone import first_input
 from pipeline.models.config import PreprocessConfig
@@ -24,6 +25,7 @@ MAX_VALUES = 1 << 28
 SHORTEST = 0.025
 """Seconds that networks take for one frame; of less there is nothing to hear."""
 MASK = "attention_mask"
+IRRELEVANT: Irrelevant = {"transformers.FeatureExtractionMixin": frozenset({"name_or_path", "_processor_class"})}
 
 
 class AudioPreprocess(Preprocess):
@@ -35,6 +37,7 @@ class AudioPreprocess(Preprocess):
     def __init__(self, rate: int, seconds: float | None, inputs: tuple[str, ...], extractor: Any = None) -> None:
         """Prepare sounds at `rate` per second; `extractor` is Hugging Face's, None hands on the waveform (T,)."""
         self.rate, self.seconds, self.inputs, self.extractor = rate, seconds, inputs, extractor
+        self._digest = fingerprint(extractor, IRRELEVANT)
 
     def __call__(self, content: object) -> dict[str, Tensor]:
         wave_T = self._sized(self._wave(content))
@@ -72,8 +75,19 @@ class AudioPreprocess(Preprocess):
             "inputs": list(self.inputs),
             "rate": self.rate,
             "seconds": self.seconds,
-            "extractor": None if self.extractor is None else digest(self.extractor.to_dict()),
+            "extractor": None if self.extractor is None else self._digest,
         }
+
+    def former_recipe(self) -> Mapping[str, JSON]:
+        if self.extractor is None:
+            return self.recipe()
+        return {**self.recipe(), "extractor": digest(self.extractor.to_dict())}
+
+    def probe_contents(self) -> Sequence[object]:
+        """Return two waveforms of different lengths."""
+        times = np.arange(self.rate) / self.rate
+        wave = (0.5 * np.sin(2 * np.pi * 440 * times * (1 + times))).astype(np.float32)
+        return wave, wave[: self.rate // 2]
 
     def save(self, folder: Path) -> None:
         """Write the feature extractor's settings, where there is one."""

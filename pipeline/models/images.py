@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -115,6 +115,12 @@ class ImagePreprocess(Preprocess):
             "mean": list(self.mean),
             "std": list(self.std),
         }
+
+    def probe_contents(self) -> Sequence[object]:
+        """Return a wide and a tall image of smooth colours."""
+        y, x = np.mgrid[:61, :97]
+        wide = np.stack([2 * x, 4 * y, (x * y) % 256], axis=-1).astype(np.uint8)
+        return wide, np.ascontiguousarray(wide.transpose(1, 0, 2))
 
 
 def decode(content: bytes) -> Tensor:

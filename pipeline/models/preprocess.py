@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,14 @@ class Preprocess(ABC):
     @abstractmethod
     def recipe(self) -> Mapping[str, JSON]:
         """Return everything that decides the values of the inputs."""
+
+    def former_recipe(self) -> Mapping[str, JSON]:
+        """Return `recipe` as version 0.1.0 gave it, by which stores of that version are known."""
+        return self.recipe()
+
+    def probe_contents(self) -> Sequence[object]:
+        """Return fixed contents whose inputs show whether the preprocessing is still the same; none where unknown."""
+        return ()
 
     def save(self, folder: Path) -> None:
         """Write what a network's own library reads of the preprocessing (a tokenizer) to the existing `folder`."""

@@ -19,11 +19,20 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.files import PACKAGE, locate
+from pipeline.fingerprint import fingerprint
 from pipeline.keys import JSON, digest
 from pipeline.models.config import PreprocessConfig
 from pipeline.models.preprocess import EXTRA, Preprocess
 from pipeline.tasks.base import Head
 
+PROBE_TEXTS = (
+    "The quick brown fox jumps over the lazy dog",
+    "a b c d e f g h i j A B C naïve Œuvre ÄÖÜ ß é É e\u0301",
+    "  two  spaces,\ta tab\nand a line; don't! 1,234.56% #tag @name https://example.org/?q=1",
+    "[CLS] one [SEP] <s> two </s> [MASK] <pad> <|endoftext|> <unk>",
+    "Привет мир 你好世界 こんにちは 안녕하세요 مرحبا שלום नमस्ते 🙂👍🏽",
+)
+"""Case, accents, spaces, digits, special tokens, scripts: what tokenizers treat differently."""
 UNBOUNDED = 1_000_000
 """A tokenizer that states no longest input gives a number far above this."""
 
@@ -33,7 +42,7 @@ class TextPreprocess(Preprocess):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, inputs: tuple[str, ...]) -> None:
         self.tokenizer, self.max_length, self.inputs = tokenizer, max_length, inputs
-        self._digest = tokenizer_digest(tokenizer)
+        self._digest, self._former_digest = tokenizer_digest(tokenizer), _former_digest(tokenizer)
 
     def __call__(self, content: object) -> dict[str, Tensor]:
         return self._inputs(self._tokenize(self.texts(content)))
@@ -78,6 +87,13 @@ class TextPreprocess(Preprocess):
             "tokenizer": self._digest,
         }
 
+    def former_recipe(self) -> Mapping[str, JSON]:
+        return {**self.recipe(), "tokenizer": self._former_digest}
+
+    def probe_contents(self) -> Sequence[object]:
+        """Return texts in which tokenizers differ, and one that is too long."""
+        return *PROBE_TEXTS, " ".join(map(str, range(self.max_length + 1)))
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
@@ -109,6 +125,10 @@ class WordPreprocess(TextPreprocess):
     def recipe(self) -> Mapping[str, JSON]:
         return {**super().recipe(), "extra": "word"}
 
+    def probe_contents(self) -> Sequence[object]:
+        """Return the words of the texts."""
+        return [str(text).split() for text in super().probe_contents()]
+
 
 class SpanPreprocess(TextPreprocess):
     """A question and a text -> their inputs, the text alone cut off at the end, and the extra `chars` (T, 2).
@@ -137,6 +157,10 @@ class SpanPreprocess(TextPreprocess):
 
     def recipe(self) -> Mapping[str, JSON]:
         return {**super().recipe(), "extra": "chars"}
+
+    def probe_contents(self) -> Sequence[object]:
+        """Return each text with a question."""
+        return [("Who is it?", text) for text in super().probe_contents()]
 
 
 def _words(content: object) -> list[str]:
@@ -230,13 +254,29 @@ def longest_input(asked: int | None, tokenizer: PreTrainedTokenizerBase, positio
     return int(length)
 
 
+IRRELEVANT = frozenset(
+    {"name_or_path", "vocab_file", "merges_file", "init_inputs", "init_kwargs", "files_loaded"}  # whence it was loaded
+    | {"model_max_length", "_processor_class", "verbose", "deprecation_warnings", "_in_target_context_manager"}
+)
+"""Attributes of a tokenizer that decide no ids: paths and names, and the longest input, which a recipe says itself."""
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest of all that decides the ids of a text, but for the longest input."""
+    own = {name: value for name, value in vars(tokenizer).items() if name not in IRRELEVANT and name != "_tokenizer"}
+    return fingerprint([type(tokenizer), own, _backend(tokenizer) if tokenizer.is_fast else None])
+
+
+def _former_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.is_fast:
         return digest({"class": type(tokenizer).__name__, "vocabulary": dict(tokenizer.get_vocab())})
-    # Truncation and padding are settings of the last call, not of the tokenizer.
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    return digest(state)
+    return digest(_backend(tokenizer))
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the state of a fast tokenizer, without truncation and padding: these are settings of its last call."""
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return state | {"truncation": None, "padding": None}
 
 
 def _first_line(error: Exception) -> str:

@@ -25,7 +25,7 @@ from pipeline.errors import AbsentError, CorruptStoreError
 from pipeline.keys import JSON, Recipe, first_difference
 from pipeline.models import Backbone, ModelConfig, PreprocessConfig, as_described, describe, load
 from pipeline.split import Suffix
-from pipeline.store import Store, carries_suffix, read_suffix, remove_suffix, write_suffix
+from pipeline.store import SUFFIX, Store, has_attachment, read_attachment, remove_attachment, write_attachment
 from pipeline.tasks import Head
 
 log = logging.getLogger("recycle")
@@ -59,7 +59,7 @@ def carry(store: Store, backbone: Backbone, model: ModelConfig, head: Head, need
         StoreError: the disk refuses.
     """
     if not _can_be_missed(model):
-        remove_suffix(store)
+        remove_attachment(store, SUFFIX)
         return
     network, names = backbone.pretrained(model.library)
     whole = backbone.model.named_parameters(remove_duplicate=False)
@@ -84,13 +84,13 @@ def carry(store: Store, backbone: Backbone, model: ModelConfig, head: Head, need
         "head": _described(head),
         "left_out": left_out,
     }
-    if written := write_suffix(store, about, fill):
+    if written := write_attachment(store, SUFFIX, about, fill):
         log.info("%s carries the pretrained weights after the cut (%.1f MB)", store.where, written / 1e6)
 
 
 def is_lacking(store: Store, model: ModelConfig) -> bool:
     """Say whether `store` carries nothing, although it could."""
-    return _can_be_missed(model) and not carries_suffix(store)
+    return _can_be_missed(model) and not has_attachment(store, SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Carried:
             AbsentError: it carries nothing, or the weights of other settings; the message says which.
             CorruptStoreError: it is not what was written.
         """
-        recipe, found = store.recipe, read_suffix(store)
+        recipe, found = store.recipe, read_attachment(store, SUFFIX)
         if found is None:
             raise AbsentError(f"{store.where} carries no weights to train from (encode.suffix)")
         folder, about = found

@@ -36,7 +36,7 @@ FILE = "proved.json"
 IRRELEVANT: Mapping[str, frozenset[str]] = {
     "encode": frozenset(
         {"store", "store_options", "batch_size", "segment_samples", "workers", "executor", "device", "channels_last"}
-        | {"max_bad"}
+        | {"replace", "max_bad"}
     ),
     "train": frozenset(SECTIONS["train"].model_fields),
     "data": frozenset(SECTIONS["data"].model_fields),

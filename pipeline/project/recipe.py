@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from pipeline.fingerprint import Irrelevant, module_fingerprints
 from pipeline.keys import JSON, Recipe, digest, tensors_digest
 from pipeline.split import Prefix
 from pipeline.store import FORMAT
 
-NOT_COMPUTED = frozenset({"training", "name_or_path"})
-"""Attributes that decide no value: the mode, which is always eval, and the folder a network was loaded from."""
+IRRELEVANT: Irrelevant = {
+    "transformers.PreTrainedConfig": frozenset(
+        {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map"}  # names
+        | {"id2label", "label2id", "num_labels", "problem_type"}  # of the head
+        | {"dtype", "torch_dtype"}  # of the file; networks are built in float32
+    ),
+    "transformers.PreTrainedModel": frozenset({"name_or_path", "num_labels", "warnings_issued"}),
+    "timm": frozenset({"num_classes"}),
+    "torchvision": frozenset({"num_classes"}),
+    "pipeline.Embedder": frozenset({"layers", "features"}),  # what follows pooling
+}
+"""Attributes, by base class or package, that decide no state: names, paths, versions, and the size of the head."""
 
 
-def recipe_of(prefix: Prefix, preprocessing: Mapping[str, JSON], *, storage: str, compute_dtype: str) -> Recipe:
+def recipe_of(
+    prefix: Prefix,
+    preprocessing: Mapping[str, JSON],
+    *,
+    storage: str,
+    compute_dtype: str,
+    modules: Mapping[str, str] | None = None,
+) -> Recipe:
     """Return the recipe of the states that `prefix` makes.
 
     Batch size, workers and device are not in it; neither is anything after the cut: heads and tasks share a store.
+    `modules` are the digests of the network's modules, taken before it first ran (`module_fingerprints`).
     """
+    if modules is None:
+        modules = module_fingerprints(prefix.model, IRRELEVANT)
     return Recipe(
         format=FORMAT,
         weights=tensors_digest(prefix.weights()),
-        architecture=architecture_digest(prefix.modules()),
+        architecture=digest([[path, modules[path]] for path in _involved(prefix)]),
         cut=str(prefix.cut),
         preprocessing=preprocessing,
         view=None,
@@ -32,20 +55,43 @@ def recipe_of(prefix: Prefix, preprocessing: Mapping[str, JSON], *, storage: str
     )
 
 
-def architecture_digest(modules: Iterable[tuple[str, nn.Module]]) -> str:
-    """Return a digest of what modules compute besides their weights: class, `extra_repr` and plain attributes.
+def _involved(prefix: Prefix) -> Iterator[str]:
+    """Yield the paths of the modules that decide the state.
 
-    The plain attributes matter: two attention modules may differ in their number of heads alone.
+    These are the modules that are called before the cut, in the order of their first call; then those that hold a
+    weight that is read there, and all that contain any of them.
     """
+    called = [path for path, _ in prefix.modules()]
+    holders = {name.rpartition(".")[0] for name in prefix.weights()}
+    around = {outer for path in (*called, *holders) for outer in _and_outer(path)}
+    yield from called
+    yield from sorted(around - set(called))
+
+
+def _and_outer(path: str) -> Iterator[str]:
+    yield ""
+    yield from itertools.accumulate(path.split(".") if path else [], "{}.{}".format)
+
+
+def former_recipe(recipe: Recipe, prefix: Prefix, preprocessing: Mapping[str, JSON]) -> Recipe:
+    """Return `recipe` as version 0.1.0 wrote it; `preprocessing` is what that version's recipe would say.
+
+    Of a module it covered the class's name, `extra_repr` and those public attributes that are numbers, texts or
+    booleans: not what a network reads from its configuration, nor lists, functions and tensors among its attributes.
+    """
+    return replace(recipe, architecture=_former_architecture(prefix.modules()), preprocessing=preprocessing)
+
+
+def _former_architecture(modules: Iterable[tuple[str, nn.Module]]) -> str:
+    def settings(module: nn.Module) -> dict[str, Any]:
+        return {
+            name: repr(value)
+            for name, value in vars(module).items()
+            if not name.startswith("_")
+            and name not in ("training", "name_or_path")
+            and isinstance(value, bool | int | float | str)
+        }
+
     return digest(
-        [[name, type(module).__qualname__, module.extra_repr(), _settings(module)] for name, module in modules]
+        [[name, type(module).__qualname__, module.extra_repr(), settings(module)] for name, module in modules]
     )
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    plain = (bool, int, float, str)
-    return {
-        name: repr(value)
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name not in NOT_COMPUTED and isinstance(value, plain)
-    }

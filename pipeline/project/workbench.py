@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +15,14 @@ from pipeline.data import SampleTable, Source
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, StoreError
-from pipeline.keys import Recipe
+from pipeline.fingerprint import fingerprint, is_installed, module_fingerprints
+from pipeline.keys import JSON, Recipe
 from pipeline.models import Backbone, Preprocess, load, network_inputs
 from pipeline.project.carried import Carried, Needed, carry
-from pipeline.project.recipe import recipe_of
+from pipeline.project.recipe import IRRELEVANT, former_recipe, recipe_of
 from pipeline.project.settings import CutName, Project
 from pipeline.split import Prefix, Suffix, split
-from pipeline.store import SHAPE_PREFIX, Store, remove_suffix
+from pipeline.store import SHAPE_PREFIX, SUFFIX, Store, remove_attachment
 from pipeline.tasks import Head, Task, open_task
 from pipeline.train.adapter import adapt
 from pipeline.train.loader import Batch, Loader
@@ -42,6 +43,10 @@ class Workbench:
     head: Head
     """What the task asked for on the samples."""
     backbone: Backbone
+    modules: Mapping[str, str]
+    """Digests of the network's modules, by path, taken before it first ran."""
+    code: str | None
+    """Digest of the preprocessing's own code and attributes, where it is of the user's own."""
     carried: Carried | None = None
     """What took the place of the weights that params.yaml names: then the layers before the cut have none."""
 
@@ -79,7 +84,9 @@ class Workbench:
             log.warning("%s; training goes on from the pretrained weights that %s carries", absent, store.where)
             backbone = carried.load(project.model, project.preprocess, head)
         task.width = backbone.width
-        return cls(project, task, head, backbone, carried)
+        own = not is_installed(type(backbone.preprocess).__module__)
+        code = fingerprint(backbone.preprocess) if own else None
+        return cls(project, task, head, backbone, module_fingerprints(backbone.model, IRRELEVANT), code, carried)
 
     def to_device(self) -> torch.device:
         """Move the model to where prefixes run, and return that device."""
@@ -101,7 +108,7 @@ class Workbench:
         if self.project.encode.suffix:
             carry(store, self.backbone, self.project.model, self.head, needed)
         else:
-            remove_suffix(store)
+            remove_attachment(store, SUFFIX)
 
     def freeze(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[Needed]]:
         """Return the prefix of every cut of the project, proved on two `samples`, `recipes[view][cut]`, and what the
@@ -139,9 +146,24 @@ class Workbench:
         plain, *augmented = (self._open(cut, view) for view in self.project.views)
         views = Views.of(plain, augmented, table)
         prefix, suffix = self.split(cut, self._example(views, table))
-        for store, recipe in zip(views.stores, self.recipes(prefix), strict=True):
-            Store.open(store.path, recipe, store.remote)
+        recipes = zip(self.project.views, self.recipes(prefix), strict=True)
+        for store, (view, recipe) in zip([plain, *augmented], recipes, strict=True):
+            if not self.is_former(store, prefix, recipe, view):
+                Store.open(store.path, recipe, store.remote)
         return views, prefix, suffix
+
+    def is_former(self, store: Store, prefix: Prefix, recipe: Recipe, view: int | None) -> bool:
+        """Say whether `store` is one of version 0.1.0, of what that version's `recipe` covered, and warn if so."""
+        made = self.preprocess(view).former_recipe()
+        if store.recipe == recipe or store.recipe != former_recipe(recipe, prefix, made):
+            return False
+        log.warning(
+            "%s was made by version 0.1.0, whose recipe covers less: that the network's configuration, attributes that "
+            "are lists or functions, and the settings of a slow tokenizer are those of then cannot be vouched for. It "
+            "is read; nothing is added to it (recycle encode --replace makes it anew)",
+            store.where,
+        )
+        return True
 
     def adapt(self, store: Views, table: SampleTable, prefix: Prefix, suffix: Suffix) -> Suffix:
         """Return the suffix that trains: with adapters in it where `train.adapter` asks for them.
@@ -184,7 +206,11 @@ class Workbench:
         """Return the recipes of what `prefix` makes under this project's settings, one for each view."""
         project = self.project
         plain = recipe_of(
-            prefix, self.backbone.preprocess.recipe(), storage=project.storage, compute_dtype=project.encode.precision
+            prefix,
+            self._preprocessing(None),
+            storage=project.storage,
+            compute_dtype=project.encode.precision,
+            modules=self.modules,
         )
         if self.carried:
             plain = self.carried.prove(plain)
@@ -198,15 +224,22 @@ class Workbench:
         path = self.project.store_path(cut, view)
         if self.project.remote is None and not path.exists():
             raise ConfigError(f"cut {cut}: there is no store at {path}; encode it (dvc repro encode)")
-        recipe = self.project.open_store(cut, view).recipe
+        store = self.project.open_store(cut, view)
         settings = dataclasses.replace(
-            recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
+            store.recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
         )
+        if store.recipe == dataclasses.replace(settings, preprocessing=self.preprocess(view).former_recipe()):
+            return store  # of version 0.1.0, perhaps: `open_store` finds out
         return self.project.open_store(cut, view, self._of_view(settings, view))
 
     def _of_view(self, recipe: Recipe, view: int | None) -> Recipe:
         name = None if view is None else view_name(view)
-        return dataclasses.replace(recipe, preprocessing=self.preprocess(view).recipe(), view=name)
+        return dataclasses.replace(recipe, preprocessing=self._preprocessing(view), view=name)
+
+    def _preprocessing(self, view: int | None) -> dict[str, JSON]:
+        """Return what the recipe says of the inputs of a view."""
+        code: dict[str, JSON] = {} if self.code is None else {"code": self.code}
+        return {**self.preprocess(view).recipe(), **code}
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,14 +1,17 @@
 """States on disk: written once in immutable zarr v3 segments, read through memory maps."""
 
 from pipeline.store.ahead import Ahead
+from pipeline.store.attachments import has_attachment, read_attachment, remove_attachment, write_attachment
 from pipeline.store.codecs import CODECS
 from pipeline.store.describe import describe, readable, tell
 from pipeline.store.format import (
     EXTRA_PREFIX,
     FORMAT,
     INPUT_PREFIX,
+    PROBE,
     SHAPE_PREFIX,
     STATE_PREFIX,
+    SUFFIX,
     find_stores,
     segment_id,
 )
@@ -24,7 +27,6 @@ from pipeline.store.resident import Resident
 from pipeline.store.scratch import claim, discard, sweep
 from pipeline.store.scratch import scratch as temporary_folder
 from pipeline.store.store import Store, alone, own_entries, remove
-from pipeline.store.suffix import carries_suffix, read_suffix, remove_suffix, write_suffix
 from pipeline.store.trial import through
 from pipeline.store.upkeep import Upkeep, plan_compact, plan_gc, plan_removal
 from pipeline.store.verify import verify
@@ -41,8 +43,10 @@ __all__ = [
     "EXTRA_PREFIX",
     "FORMAT",
     "INPUT_PREFIX",
+    "PROBE",
     "SHAPE_PREFIX",
     "STATE_PREFIX",
+    "SUFFIX",
     "KeySet",
     "Listed",
     "Reader",
@@ -53,26 +57,26 @@ __all__ = [
     "Store",
     "Upkeep",
     "alone",
-    "carries_suffix",
     "claim",
     "describe",
     "discard",
     "find_stores",
     "folder_nbytes",
     "first_rows",
+    "has_attachment",
     "own_entries",
     "plan_compact",
     "plan_gc",
     "plan_removal",
-    "read_suffix",
+    "read_attachment",
     "readable",
     "remove",
-    "remove_suffix",
+    "remove_attachment",
     "segment_id",
     "sweep",
     "tell",
     "temporary_folder",
     "through",
     "verify",
-    "write_suffix",
+    "write_attachment",
 ]

@@ -2,6 +2,7 @@
 
     <store>/recipe.json
     <store>/suffix/                             what trains, as it was pretrained; may be absent
+    <store>/probe/                              what the prefix gives for fixed inputs; may be absent
     <store>/<segment id>/zarr.json              zarr v3 group; with it the segment exists, without it it does not
     <store>/<segment id>/<array>/zarr.json      keys | sums | state.<name> | input.<name> | shape.<name>
                                                 | extra.<name> | <tensor>.offsets (ragged) | <tensor>.scales (int8)
@@ -30,7 +31,9 @@ from pipeline.keys import content_key, digest
 
 FORMAT = 2
 RECIPE_FILE = "recipe.json"
-SUFFIX = "suffix"
+SUFFIX, PROBE = "suffix", "probe"
+ATTACHMENTS = (SUFFIX, PROBE)
+"""Folders of a store that hold no states."""
 METADATA_FILE = "zarr.json"
 KEYS = "keys"
 SUMS = "sums"

@@ -95,8 +95,8 @@ class Store:
             field, stored, wanted = difference
             where = path if remote is None else remote.where(path)
             raise StaleStoreError(
-                f"{where} was encoded with {field} = {stored!r}, expected {wanted!r}; "
-                "set it back, or encode into a new folder"
+                f"{where} was encoded with {field} = {stored!r}, expected {wanted!r}",
+                "set it back, or encode anew (recycle encode --replace)",
             )
         return cls(path, recipe, remote)
 

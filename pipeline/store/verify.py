@@ -11,14 +11,14 @@ import google_crc32c
 import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.store.format import CHECKSUM_BYTES, METADATA_FILE, RECIPE_FILE, SUFFIX, ArraySpec, find_stores
+from pipeline.store.attachments import read_attachment
+from pipeline.store.format import ATTACHMENTS, CHECKSUM_BYTES, METADATA_FILE, RECIPE_FILE, ArraySpec, find_stores
 from pipeline.store.listing import file_sizes
 from pipeline.store.materialise import Scratch
 from pipeline.store.metadata import corrupt, read_arrays, read_keys, read_recipe, read_segment_spec
 from pipeline.store.scratch import PREFIX, scratch
 from pipeline.store.segment import Segment, open_segment
 from pipeline.store.store import Store
-from pipeline.store.suffix import read_suffix
 
 
 def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = iter) -> list[str]:
@@ -26,7 +26,7 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
 
     Checked are the recipe, all metadata against the segments' seals, the sizes of all files, the crc32c of every chunk
     and of every sample, the offsets of ragged tensors, the digest of each segment's keys against its name, the files
-    of the suffix that the store carries, and that nothing else lies in the store. Memory: one array at a time.
+    of the store's attachments, and that nothing else lies in the store. Memory: one array at a time.
     """
     try:
         recipe = read_recipe(store.path).digest  # as it lies there now
@@ -35,9 +35,9 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
     except StoreError as error:
         return [str(error)]
     faults = [fault for segment in progress(segments) for fault in _faults(store, recipe, segment)]
-    faults += _faults_of_suffix(store)
+    faults += [fault for name in ATTACHMENTS for fault in _faults_of_attachment(store, name)]
     inside = {path.relative_to(store.path).parts[0] for path in find_stores(store.path) if path != store.path}
-    strays = sorted(there - {RECIPE_FILE, SUFFIX, *segments, *inside})
+    strays = sorted(there - {RECIPE_FILE, *ATTACHMENTS, *segments, *inside})
     return faults + [f"{store.path / stray} is no part of the store; remove it" for stray in strays]
 
 
@@ -67,9 +67,9 @@ def _faults(store: Store, recipe: str, name: str) -> Iterator[str]:
         yield f"{path / stray} is no part of the segment; remove it"
 
 
-def _faults_of_suffix(store: Store) -> Iterator[str]:
+def _faults_of_attachment(store: Store, name: str) -> Iterator[str]:
     try:
-        read_suffix(store)
+        read_attachment(store, name)
     except StoreError as error:
         yield str(error)
 

@@ -1,0 +1,197 @@
+"""The probe of a store: what preprocessing and prefix gave for fixed contents when the store was made.
+
+The recipe names what decides a state by digests; the probe shows the states themselves. Whoever is about to run a
+prefix for a store compares first: ids exactly, numbers within the rounding of another machine. What no digest covers
+(the code of a library, a value that is read at run time) is thus found before states of two networks meet in a store.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.encode.config import EncodeConfig
+from pipeline.encode.encoder import autocast, in_format, model_device
+from pipeline.encode.ragged import Sample
+from pipeline.errors import BadSampleError, StaleStoreError
+from pipeline.keys import JSON
+from pipeline.models import Preprocess, network_inputs
+from pipeline.split import Prefix, capture
+from pipeline.store import PROBE, Store, read_attachment, write_attachment
+
+FILE = "probe.safetensors"
+RUN_ON = 2
+"""Contents whose states are kept; of the others the inputs alone, which cost no forward pass."""
+INPUT_TOLERANCE = 0.02
+"""Largest difference of an input in floating point, over the largest value: libraries of other versions resize so."""
+STATE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+"""The same of a state, by the type that the prefix computes in."""
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed contents as a network takes them: n samples, without a batch axis."""
+
+    inputs: Sequence[Sample]
+    is_drawn: bool
+    """Whether they were drawn, because nothing is known of the contents that the preprocessing takes."""
+
+    @classmethod
+    def of(cls, preprocess: Preprocess, like: Sequence[Sample]) -> Probe:
+        """Preprocess the fixed contents, or draw inputs of the shapes, types and ranges of those of samples `like`."""
+        made = []
+        for content in preprocess.probe_contents():
+            with suppress(BadSampleError):  # a text that has no token here
+                made.append(preprocess(content))
+        return cls(made or [_drawn(sample) for sample in like], not made)
+
+
+def write_probe(store: Store, probe: Probe, states: Sequence[Tensors]) -> None:
+    """Put the `probe` into `store`, with the states that its prefix gives for the first samples of it."""
+    tensors = {f"{i}.input.{name}": tensor for i, sample in enumerate(probe.inputs) for name, tensor in sample.items()}
+    tensors |= {f"{i}.state.{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()}
+    about: dict[str, JSON] = {"recipe": store.recipe.digest, "samples": len(probe.inputs), "drawn": probe.is_drawn}
+    kept = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_attachment(store, PROBE, about, lambda folder: save_file(kept, folder / FILE))
+
+
+def read_probe(store: Store) -> tuple[Probe, list[Tensors]] | None:
+    """Return the probe of a store with its states; None where it has none.
+
+    Raises:
+        CorruptStoreError: it is not what was written.
+    """
+    found = read_attachment(store, PROBE)
+    if found is None or found[1].get("recipe") != store.recipe.digest:
+        return None
+    folder, about = found
+    tensors = load_file(folder / FILE)
+    numbers = range(int(about["samples"]))
+    states = [_of(tensors, f"{i}.state.") for i in numbers]
+    return Probe([_of(tensors, f"{i}.input.") for i in numbers], bool(about["drawn"])), [one for one in states if one]
+
+
+def run_probe(prefixes: Sequence[Prefix], probe: Probe, config: EncodeConfig) -> list[list[Tensors]]:
+    """Return the states of the first samples of `probe` at each cut: `states[cut][sample]`, with a batch axis of 1.
+
+    Inputs that were drawn may be none that a network takes: then there are no states.
+    """
+    run, device = capture(prefixes), model_device(prefixes)
+    found: list[list[Tensors]] = [[] for _ in prefixes]
+    for sample in probe.inputs[:RUN_ON]:
+        batch = {name: tensor.unsqueeze(0).to(device) for name, tensor in network_inputs(sample).items()}
+        try:
+            with autocast(config.precision, device):
+                states = run(**in_format(batch, config))
+        except Exception:  # the network's own code: it refuses in as many ways as there are networks
+            if probe.is_drawn:
+                return [[] for _ in prefixes]
+            raise
+        for of_cut, state in zip(found, states, strict=True):
+            of_cut.append(
+                {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+            )
+    return found
+
+
+def keep_or_check_probes(
+    stores: Sequence[Store],
+    prefixes: Sequence[Prefix],
+    preprocess: Preprocess,
+    like: Sequence[Sample],
+    config: EncodeConfig,
+) -> None:
+    """Compare the stores of one view, one for each cut, with their probes; give those a probe that have none.
+
+    Raises:
+        StaleStoreError: today's preprocessing or prefix gives something else; the message says what.
+    """
+    new: list[tuple[Store, Prefix]] = []
+    for store, prefix in zip(stores, prefixes, strict=True):
+        known = read_probe(store)
+        if known is None:
+            new.append((store, prefix))
+        else:
+            check_probe(store, prefix, preprocess, config, known)
+    if new:
+        probe = Probe.of(preprocess, like)
+        for (store, _), states in zip(new, run_probe([prefix for _, prefix in new], probe, config), strict=True):
+            write_probe(store, probe, states)
+
+
+def check_probe(
+    store: Store,
+    prefix: Prefix,
+    preprocess: Preprocess,
+    config: EncodeConfig,
+    known: tuple[Probe, list[Tensors]] | None = None,
+) -> None:
+    """Compare what `preprocess` and `prefix` give today with the probe of `store`, if it has one.
+
+    Raises:
+        StaleStoreError: it is something else; the message says what.
+    """
+    known = known or read_probe(store)
+    if known is None:
+        return
+    probe, states = known
+    if not probe.is_drawn:
+        today = Probe.of(preprocess, []).inputs
+        for sample, again in itertools.zip_longest(probe.inputs, today, fillvalue=Tensors()):
+            _compare(store, "the preprocessing", sample, again, INPUT_TOLERANCE)
+    (found,) = run_probe([prefix], probe, config)
+    for state, again in zip(states, found, strict=False):
+        _compare(store, "the network before the cut", state, again, STATE_TOLERANCE[config.precision])
+
+
+def _compare(store: Store, what: str, then: Mapping[str, Tensor], now: Mapping[str, Tensor], tolerance: float) -> None:
+    fault = _first_difference(then, now, tolerance)
+    if fault is not None:
+        raise StaleStoreError(
+            f"{store.where}: for the same fixed input {what} gives something else than when the store was made "
+            f"({fault}), though the recipe is the same: the code of a library or of your own has changed in a way that "
+            "the recipe does not cover. Go back to the version of then, or encode anew (recycle encode --replace)"
+        )
+
+
+def _first_difference(then: Mapping[str, Tensor], now: Mapping[str, Tensor], tolerance: float) -> str | None:
+    for name in sorted({*then, *now}):
+        if name not in then or name not in now or then[name].shape != now[name].shape:
+            shapes = [tuple(of[name].shape) if name in of else "absent" for of in (then, now)]
+            return f"{name} was {shapes[0]}, is {shapes[1]}"
+        before, today = then[name], now[name].cpu()
+        if not before.is_floating_point():
+            if not torch.equal(before, today):
+                place = torch.nonzero(before != today)[0].tolist()
+                return f"{name}{place} was {before[*place].item()}, is {today[*place].item()}"
+            continue
+        before, today = before.float().nan_to_num(), today.float().nan_to_num()
+        gap = float((before - today).abs().max() / before.abs().max().clamp(min=1e-12)) if before.numel() else 0.0
+        if gap > tolerance:
+            return f"{name} differs by {gap:.1e} of its largest value; other machines differ by at most {tolerance}"
+    return None
+
+
+def _of(tensors: Mapping[str, Tensor], start: str) -> Tensors:
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _drawn(like: Sample) -> Sample:
+    """Draw a sample of the shapes and types of another one, its whole numbers from the range of that one's."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = {}
+    for name, tensor in like.items():
+        if tensor.is_floating_point():
+            drawn[name] = torch.randn(tensor.shape, generator=draw).to(tensor.dtype)
+        else:
+            low, high = (int(tensor.min()), int(tensor.max())) if tensor.numel() else (0, 0)
+            drawn[name] = torch.randint(low, high + 1, tensor.shape, generator=draw).to(tensor.dtype)
+    return drawn
