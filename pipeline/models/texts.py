@@ -42,7 +42,7 @@ class TextPreprocess(Preprocess):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, inputs: tuple[str, ...]) -> None:
         self.tokenizer, self.max_length, self.inputs = tokenizer, max_length, inputs
-        self._digest, self._former_digest = tokenizer_digest(tokenizer), _former_digest(tokenizer)
+        self._digest = tokenizer_digest(tokenizer)
 
     def __call__(self, content: object) -> dict[str, Tensor]:
         return self._inputs(self._tokenize(self.texts(content)))
@@ -88,7 +88,7 @@ class TextPreprocess(Preprocess):
         }
 
     def former_recipe(self) -> Mapping[str, JSON]:
-        return {**self.recipe(), "tokenizer": self._former_digest}
+        return {**self.recipe(), "tokenizer": _former_digest(self.tokenizer)}
 
     def probe_contents(self) -> Sequence[object]:
         """Return texts in which tokenizers differ, and one that is too long."""

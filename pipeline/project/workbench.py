@@ -154,8 +154,9 @@ class Workbench:
 
     def is_former(self, store: Store, prefix: Prefix, recipe: Recipe, view: int | None) -> bool:
         """Say whether `store` is one of version 0.1.0, of what that version's `recipe` covered, and warn if so."""
-        made = self.preprocess(view).former_recipe()
-        if store.recipe == recipe or store.recipe != former_recipe(recipe, prefix, made):
+        if store.recipe == recipe:
+            return False
+        if store.recipe != former_recipe(recipe, prefix, self.preprocess(view).former_recipe()):
             return False
         log.warning(
             "%s was made by version 0.1.0, whose recipe covers less: that the network's configuration, attributes that "
@@ -228,9 +229,12 @@ class Workbench:
         settings = dataclasses.replace(
             store.recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
         )
-        if store.recipe == dataclasses.replace(settings, preprocessing=self.preprocess(view).former_recipe()):
+        expected = self._of_view(settings, view)
+        if store.recipe != expected and store.recipe == dataclasses.replace(
+            settings, preprocessing=self.preprocess(view).former_recipe()
+        ):
             return store  # of version 0.1.0, perhaps: `open_store` finds out
-        return self.project.open_store(cut, view, self._of_view(settings, view))
+        return self.project.open_store(cut, view, expected)
 
     def _of_view(self, recipe: Recipe, view: int | None) -> Recipe:
         name = None if view is None else view_name(view)
