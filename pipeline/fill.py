@@ -100,8 +100,8 @@ def open_stores(
     """Open the stores of `recipes[view][cut]` for writing, `stores[view][cut]`; those that are not there are made.
 
     A store of another recipe is of no use to these settings, but may have taken hours: one that has samples is removed
-    only if `replace_stores`, and before any is, all are looked at. One of version 0.1.0 that has the keys `wanted[view]`
-    (n, 16) uint8 is opened as it is.
+    only if `replace_stores`, and before any is, all are looked at. One of version 0.1.0 that has all keys
+    `wanted[view]` (n, 16) uint8 is opened as it is.
 
     Raises:
         StaleStoreError: there are stores of another recipe; the message names them, and the ways out.

@@ -79,7 +79,8 @@ def describe(model: ModelConfig, backbone: Backbone, folder: Path) -> None:
 
     A network of Hugging Face is built from its configuration; of others the name says all.
     """
-    backbone.preprocess.save(folder)
+    if backbone.preprocess.recipe().get("kind") != "image":
+        backbone.preprocess.save(folder)
     if model.library == "hf":
         from pipeline.models.hf import describe_hf  # noqa: PLC0415
 

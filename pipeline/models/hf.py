@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_log
 
 from pipeline.errors import AbsentError, ConfigError, ModelError, RecyclingError
@@ -22,13 +24,14 @@ from pipeline.files import PACKAGE, check_sha256, locate
 from pipeline.models.audio import AudioPreprocess, make_audio_preprocess
 from pipeline.models.backbone import Backbone, Embedder, embed, projection_names
 from pipeline.models.config import ModelConfig, PreprocessConfig
-from pipeline.models.images import ImageDefaults, ImagePreprocess
+from pipeline.models.hf_images import image_defaults, load_image_processor
+from pipeline.models.images import ImagePreprocess
 from pipeline.models.preprocess import Preprocess
 from pipeline.models.texts import load_tokenizer, make_text_preprocess
-from pipeline.models.weights import first, read_weights, seeded
+from pipeline.models.weights import Layout, first, read_weights, seeded
 from pipeline.tasks.base import Head
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("recycle")
 
 HEADS = {
     "classes": {
@@ -42,8 +45,8 @@ HEADS = {
 """Kind of the head -> the library's classes that have it, each with its mapping from the configurations it is for."""
 KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}
 """What a network takes, by the name of its main input; texts have several."""
-INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-"""PIL's numbers, in which image processors say how they resize."""
+GENERIC = re.compile(r"LABEL_\d+")
+"""What Hugging Face calls outputs that nobody has named."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def load_hf(
             else:
                 whole = _completed(state, auto, settings, config, extra)
                 model, fresh = _fill(type(blueprint), None, config, {"config": settings, "state_dict": whole, **extra})
+            if state is None and config.weights is not None and not fresh:
+                fresh = _arrange_head(model, origin, config, head, lambda own: _build(auto, own, config, extra))
             if head.kind == "embedding":
                 model = embed(model, head, pooling, made(_example(made)))
                 fresh = projection_names(model)
@@ -118,14 +123,15 @@ def describe_hf(config: ModelConfig, backbone: Backbone, folder: Path) -> None:
     """Write the network's configuration, and that of its image processor if it has one, to the existing `folder`."""
     network: Any = backbone.model.backbone if isinstance(backbone.model, Embedder) else backbone.model
     network.config.save_pretrained(folder)
-    if isinstance(backbone.preprocess, ImagePreprocess) and (processor := _image_processor(Origin.of(config))):
+    origin = Origin.of(config)
+    if isinstance(backbone.preprocess, ImagePreprocess) and (
+        processor := load_image_processor(origin.source, origin.arguments)
+    ):
         processor.save_pretrained(folder)
 
 
 def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
-    options = dict(config.options)
-    if head.kind != "embedding":
-        options["num_labels"] = 2 if head.kind == "span" else head.size  # a span is where it starts and where it ends
+    options = {**_labels(head), **config.options}
     try:
         settings, unused = AutoConfig.from_pretrained(
             origin.source, return_unused_kwargs=True, **origin.arguments, **options
@@ -137,6 +143,17 @@ def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
     if getattr(settings, "use_cache", False):
         settings.use_cache = False  # keys and values for the next token: of no use here, and would cross the cut
     return settings
+
+
+def _labels(head: Head) -> dict[str, Any]:
+    """Return the settings that say how many outputs there are, and what they are called."""
+    if head.kind == "embedding":
+        return {}
+    problem = {} if head.problem is None else {"problem_type": head.problem}
+    if not head.labels:
+        return problem | {"num_labels": 2 if head.kind == "span" else head.size}  # a span: where it starts, and ends
+    numbers = {label: number for number, label in enumerate(head.labels)}
+    return problem | {"id2label": {number: label for label, number in numbers.items()}, "label2id": numbers}
 
 
 def _auto_class(settings: Any, config: ModelConfig, head: Head) -> Any:
@@ -203,6 +220,38 @@ def _cannot(what: str, error: Exception, origin: Origin | None) -> RecyclingErro
     return (AbsentError if elsewhere else ModelError)(f"{what}: {_first_line(error)}")
 
 
+def _arrange_head(
+    model: nn.Module, origin: Origin, config: ModelConfig, head: Head, build: Callable[[Any], nn.Module]
+) -> frozenset[str]:
+    """Put the outputs of a checkpoint's own head in the order of the task's labels, by their names.
+
+    A head of as many other labels is drawn anew. Returns the names of the tensors that were. One whose outputs have no
+    names is left as it is.
+    """
+    stored = PreTrainedConfig.get_config_dict(origin.source, **origin.arguments)[0].get("id2label") or {}
+    names = [str(stored[number]) for number in sorted(stored, key=int)]
+    if not head.labels or len(names) != len(head.labels) or all(GENERIC.fullmatch(name) for name in names):
+        return frozenset()
+    if tuple(names) == head.labels:
+        return frozenset()
+    sizes = Layout.of(lambda size: build(_sized(model.config, size))).sizes
+    places = {name: number for number, name in enumerate(names)}
+    tensors, known = model.state_dict(), places.keys() == set(head.labels)
+    drawn = {} if known else build(copy.deepcopy(model.config)).state_dict()
+    for name, axis in sizes.items():
+        order = torch.tensor([places.get(label, 0) for label in head.labels])
+        tensors[name].copy_(tensors[name].index_select(axis, order) if known else drawn[name])
+    told = f"{config.backbone}: its head is for {first(names)}, in this order; the labels are {first(head.labels)}"
+    log.warning("%s: %s", told, "its outputs were put in their order" if known else "so the head is new")
+    return frozenset() if known else frozenset(sizes)
+
+
+def _sized(settings: Any, size: int) -> Any:
+    sized = copy.deepcopy(settings)
+    sized.num_labels = size
+    return sized
+
+
 def _check_digest(origin: Origin, config: ModelConfig) -> None:
     if config.sha256 is None:
         return
@@ -249,7 +298,9 @@ def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, bl
     if kind == "audio":
         return make_audio_preprocess(config, blueprint, _load_extractor(origin))
     if kind == "image":
-        return ImagePreprocess(config, _image_defaults(origin, settings), blueprint.main_input_name)
+        return ImagePreprocess(
+            config, image_defaults(origin.source, settings, origin.arguments), blueprint.main_input_name
+        )
     tokenizer = (
         load_tokenizer(config.tokenizer) if config.tokenizer else load_tokenizer(origin.source, **origin.arguments)
     )
@@ -257,7 +308,16 @@ def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, bl
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked; a classifier of a decoder must know its id
     if getattr(settings, "pad_token_id", None) is None:
         settings.pad_token_id = tokenizer.pad_token_id
-    return make_text_preprocess(config, blueprint, head, tokenizer, getattr(settings, "max_position_embeddings", None))
+    return make_text_preprocess(config, blueprint, head, tokenizer, _positions(blueprint, settings))
+
+
+def _positions(blueprint: nn.Module, settings: Any) -> int | None:
+    """Return how many tokens a network can number; RoBERTa and its kin count from the one after the padding token."""
+    stated: int | None = getattr(settings, "max_position_embeddings", None)
+    for path, module in blueprint.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in path and module.num_embeddings == stated:
+            return stated - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return stated
 
 
 def _load_extractor(origin: Origin) -> Any:
@@ -266,28 +326,6 @@ def _load_extractor(origin: Origin) -> Any:
         return load(origin.source, **origin.arguments)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"no feature extractor can be loaded from {origin.source} ({_first_line(error)})") from error
-
-
-def _image_defaults(origin: Origin, settings: Any) -> ImageDefaults:
-    """Read the image processor's settings; a directory without one gets the usual values."""
-    usual, found = ImageDefaults(), _image_processor(origin)
-    processor: dict[str, Any] = {} if found is None else found.to_dict()
-    size = getattr(settings, "image_size", None) or (processor.get("size") or {}).get("height") or usual.image_size
-    normalises = processor.get("do_normalize", True)
-    return ImageDefaults(
-        size if isinstance(size, int) else size[0],
-        INTERPOLATIONS.get(processor.get("resample", -1), usual.interpolation),
-        tuple(processor.get("image_mean") or usual.mean) if normalises else (0.0, 0.0, 0.0),
-        tuple(processor.get("image_std") or usual.std) if normalises else (1.0, 1.0, 1.0),
-    )
-
-
-def _image_processor(origin: Origin) -> Any | None:
-    load: Any = AutoImageProcessor.from_pretrained
-    try:
-        return load(origin.source, **origin.arguments)
-    except (OSError, ValueError, ImportError):
-        return None
 
 
 def _example(preprocess: Preprocess) -> object:

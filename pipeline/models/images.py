@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -23,6 +25,8 @@ from pipeline.models.preprocess import Preprocess
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded. PIL knows more, some of which start other programs (EPS)."""
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""PIL's numbers, in which Hugging Face's image processors say how they resize."""
 Opened: TypeAlias = tuple[Tensor, bytes]
 """An image (3, H, W), uint8 or float32 in 0..1, and the key of its content where there are views to draw."""
 
@@ -115,6 +119,22 @@ class ImagePreprocess(Preprocess):
             "mean": list(self.mean),
             "std": list(self.std),
         }
+
+    def save(self, folder: Path) -> None:
+        """Write the settings of an image processor of Hugging Face that does the same."""
+        side = {"height": self.size, "width": self.size}
+        shape: dict[str, JSON] = {"image_processor_type": "ViTImageProcessor", "size": side}
+        if self.resize == "crop":
+            shape = {
+                "image_processor_type": "CLIPImageProcessor",
+                "size": {"shortest_edge": round(self.size / self.crop)},
+                "do_center_crop": True,
+                "crop_size": side,
+            }
+        pixels: dict[str, JSON] = {"do_convert_rgb": True, "do_resize": True, "resample": RESAMPLE[self.interpolation]}
+        pixels |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+        pixels |= {"image_mean": list(self.mean), "image_std": list(self.std)}
+        (folder / "preprocessor_config.json").write_text(json.dumps(shape | pixels, indent=2) + "\n", encoding="utf-8")
 
     def probe_contents(self) -> Sequence[object]:
         """Return a wide and a tall image of smooth colours."""

@@ -5,6 +5,7 @@ Where a task asks about words or characters, the extras say which of them each t
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import json
@@ -95,8 +96,10 @@ class TextPreprocess(Preprocess):
         return *PROBE_TEXTS, " ".join(map(str, range(self.max_length + 1)))
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files."""
-        self.tokenizer.save_pretrained(folder)
+        """Write the tokenizer's files; the longest input it states is this one's."""
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.model_max_length = self.max_length
+        tokenizer.save_pretrained(folder)
 
 
 class WordPreprocess(TextPreprocess):

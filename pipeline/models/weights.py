@@ -49,6 +49,11 @@ class Layout:
             others = {name: tensor.shape for name, tensor in build(3).state_dict().items()}
         return cls(shapes, frozenset(name for name in shapes if shapes[name] != others.get(name)))
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return the axis that counts the classes of each of the classifier's tensors that `of` found."""
+        return {name: self.shapes[name].index(2) for name in self.head}
+
 
 def read_weights(config: ModelConfig) -> dict[str, Tensor]:
     """Return the tensors of the file that `config.weights` names; its digest is checked first. Nothing is unpickled.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -153,4 +153,4 @@ def _can_be_missed(model: ModelConfig) -> bool:
 
 def _described(head: Head) -> dict[str, JSON]:
     """What decides which pretrained weights a network with this head has."""
-    return {name: value for name, value in asdict(head).items() if name != "layers"}
+    return {name: getattr(head, name) for name in ("kind", "size", "pooling")}

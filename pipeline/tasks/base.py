@@ -59,6 +59,10 @@ class Head:
     """
     layers: tuple[Layer, ...] = ()
     """embedding: the layers after pooling, for `build_head`; without, D is the backbone's."""
+    labels: tuple[str, ...] = ()
+    """classes, tokens: what each output stands for, in their order; none where they are numbers to regress."""
+    problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+    """classes: how the outputs are read, in the words of Hugging Face's configurations."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ NAMED = 5
 class OfClasses(Task):
     """A task whose outputs are a logit for each class; classes are the labels of the training split, sorted."""
 
+    problem: ClassVar[Literal["single_label_classification", "multi_label_classification"]]
+
     def __init__(self, config: TaskConfig) -> None:
         self.label_smoothing = config.label_smoothing
         self.balanced = config.class_weights == "balanced"
@@ -29,7 +31,8 @@ class OfClasses(Task):
         self._weights: Tensor | None = None
 
     def head(self, table: Table) -> Head:
-        return Head("classes", size=len(self.classes(table)))
+        labels = tuple(map(str, self.classes(table)))
+        return Head("classes", size=len(labels), labels=labels, problem=self.problem)
 
     @abstractmethod
     def classes(self, table: Table) -> list[Any]:
@@ -47,6 +50,7 @@ class Classification(OfClasses):
     """Single-label classification."""
 
     name = "classification"
+    problem = "single_label_classification"
 
     def classes(self, table: Table) -> list[Any]:
         labels = column(table, "label", self.name)

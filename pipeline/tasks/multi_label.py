@@ -26,6 +26,7 @@ class MultiLabel(OfClasses):
     """Any number of labels for each sample, or none."""
 
     name = "multi-label"
+    problem = "multi_label_classification"
 
     def classes(self, table: Table) -> list[Any]:
         training = self._lists(table)[table.split == "train"].tolist()

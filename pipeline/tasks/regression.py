@@ -51,7 +51,7 @@ class Regression(Task):
         self._scale: np.ndarray | None = None
 
     def head(self, table: Table) -> Head:
-        return Head("classes", size=self._numbers(table).shape[1])
+        return Head("classes", size=self._numbers(table).shape[1], problem="regression")
 
     def units_of(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation of the training split, (K,) float64 each.

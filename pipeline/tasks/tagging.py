@@ -50,7 +50,8 @@ class Tagging(Task):
         self._tags: list[str] = []
 
     def head(self, table: Table) -> Head:
-        return Head("tokens", size=len(self.tags(table)))
+        tags = self.tags(table)
+        return Head("tokens", size=len(tags), labels=tuple(tags))
 
     def tags(self, table: Table) -> list[str]:
         """Return the tags in the order of the logits.

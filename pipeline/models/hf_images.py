@@ -1,0 +1,80 @@
+"""Image processors of Hugging Face: what size and scale of images a network wants."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from pipeline.models.images import RESAMPLE, ImageDefaults
+
+log = logging.getLogger("recycle")
+
+INTERPOLATIONS = {number: name for name, number in RESAMPLE.items()}
+
+
+def image_defaults(source: str, settings: Any, arguments: Mapping[str, Any]) -> ImageDefaults:
+    """Read the image processor's settings; a directory without one gets the usual values."""
+    usual, found = ImageDefaults(), load_image_processor(source, arguments)
+    processor: dict[str, Any] = {} if found is None else found.to_dict()
+    size = _made_size(found) or (processor.get("size") or {}).get("height") or getattr(settings, "image_size", None)
+    size = size or usual.image_size
+    normalises = processor.get("do_normalize", True)
+    # what the network is given for an intensity of 0..1 is scaled first; where that gives 0..1, nothing changes
+    whole = 255 * (processor.get("rescale_factor") or 1 / 255) if processor.get("do_rescale", True) else 255.0
+    defaults = ImageDefaults(
+        size if isinstance(size, int) else size[0],
+        INTERPOLATIONS.get(processor.get("resample", -1), usual.interpolation),
+        _triple(processor.get("image_mean") or usual.mean, whole) if normalises else (0.0, 0.0, 0.0),
+        _triple(processor.get("image_std") or usual.std, whole) if normalises else _triple((1.0, 1.0, 1.0), whole),
+    )
+    if found is not None:
+        _compare_colours(found, defaults, source)
+    return defaults
+
+
+def _triple(values: Any, whole: float) -> tuple[float, float, float]:
+    red, green, blue = values if isinstance(values, list | tuple) else [values] * 3
+    return float(red) / whole, float(green) / whole, float(blue) / whole
+
+
+def _made_size(processor: Any) -> int | None:
+    """Return the side of the square that an image processor makes of images, wide and tall; None if it makes others."""
+    made = {_process(processor, np.zeros((*shape, 3), np.uint8)).shape[1:] for shape in ((40, 60), (60, 40))}
+    height, width = made.pop() if len(made) == 1 and len(min(made)) == 2 else (0, 1)
+    return int(height) if height == width else None
+
+
+def _compare_colours(processor: Any, defaults: ImageDefaults, source: str) -> None:
+    """Warn where the processor makes other values of a colour than scaling and normalising gives."""
+    colour = np.array([200, 100, 50], np.uint8)
+    made = _process(processor, np.broadcast_to(colour, (64, 64, 3)))
+    expected = (colour / 255 - np.array(defaults.mean)) / np.array(defaults.std)
+    if made.ndim == 3 and len(made) == 3 and not np.allclose(made.mean((1, 2)), expected, rtol=0.02, atol=0.02):
+        log.warning(
+            "%s: its image processor makes %s of the colour %s, preprocess gives %s; set preprocess.mean and std, or "
+            "wrap the network in a module:function of your own",
+            *(source, made.mean((1, 2)).round(2).tolist(), colour.tolist(), expected.round(2).tolist()),
+        )
+
+
+def _process(processor: Any, image: np.ndarray) -> np.ndarray:
+    """Return what an image processor makes of an image, (C, H, W); nothing where it cannot."""
+    try:
+        made = processor(Image.fromarray(np.ascontiguousarray(image)), return_tensors="np")
+        return np.asarray(made["pixel_values"][0])
+    except Exception:  # processors of other kinds want masks, texts, several images
+        return np.empty(0)
+
+
+def load_image_processor(source: str, arguments: Mapping[str, Any]) -> Any | None:
+    """Return the image processor of a directory or hub repository, None where it has none."""
+    load: Any = AutoImageProcessor.from_pretrained
+    try:
+        return load(source, **arguments)
+    except (OSError, ValueError, ImportError):
+        return None
