@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig
 from transformers.utils import logging as transformers_log
 
 from pipeline.errors import AbsentError, ConfigError, ModelError, RecyclingError
@@ -24,29 +22,18 @@ from pipeline.files import PACKAGE, check_sha256, locate
 from pipeline.models.audio import AudioPreprocess, make_audio_preprocess
 from pipeline.models.backbone import Backbone, Embedder, embed, projection_names
 from pipeline.models.config import ModelConfig, PreprocessConfig
+from pipeline.models.hf_heads import arrange_head, auto_class, label_settings
 from pipeline.models.hf_images import image_defaults, load_image_processor
 from pipeline.models.images import ImagePreprocess
 from pipeline.models.preprocess import Preprocess
 from pipeline.models.texts import load_tokenizer, make_text_preprocess
-from pipeline.models.weights import Layout, first, read_weights, seeded
+from pipeline.models.weights import first, read_weights, seeded
 from pipeline.tasks.base import Head
 
 log = logging.getLogger("recycle")
 
-HEADS = {
-    "classes": {
-        "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-        "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
-        "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
-    },
-    "tokens": {"AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"},
-    "span": {"AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING"},
-}
-"""Kind of the head -> the library's classes that have it, each with its mapping from the configurations it is for."""
 KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}
 """What a network takes, by the name of its main input; texts have several."""
-GENERIC = re.compile(r"LABEL_\d+")
-"""What Hugging Face calls outputs that nobody has named."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +81,7 @@ def load_hf(
     origin = Origin.of(config)
     with _quiet():
         settings = _read_config(origin, config, head)
-        auto = _auto_class(settings, config, head)
+        auto = auto_class(settings, config, head)
         with torch.device("meta"):
             blueprint = _build(auto, settings, config, {})
         pooling = head.pooling or _usual_pooling(blueprint)
@@ -108,11 +95,13 @@ def load_hf(
             elif state is None:
                 _check_digest(origin, config)
                 model, fresh = _fill(auto, origin, config, {"config": settings, **origin.arguments, **extra})
+                build = partial(_build, auto, config=config, extra=extra)
+                fresh, told = arrange_head(model, _stored_labels(origin), head, build, fresh)
+                if told is not None:
+                    log.warning("%s: %s", config.backbone, told)
             else:
                 whole = _completed(state, auto, settings, config, extra)
                 model, fresh = _fill(type(blueprint), None, config, {"config": settings, "state_dict": whole, **extra})
-            if state is None and config.weights is not None and not fresh:
-                fresh = _arrange_head(model, origin, config, head, lambda own: _build(auto, own, config, extra))
             if head.kind == "embedding":
                 model = embed(model, head, pooling, made(_example(made)))
                 fresh = projection_names(model)
@@ -131,7 +120,7 @@ def describe_hf(config: ModelConfig, backbone: Backbone, folder: Path) -> None:
 
 
 def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
-    options = {**_labels(head), **config.options}
+    options = {**label_settings(head), **config.options}
     try:
         settings, unused = AutoConfig.from_pretrained(
             origin.source, return_unused_kwargs=True, **origin.arguments, **options
@@ -145,28 +134,10 @@ def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
     return settings
 
 
-def _labels(head: Head) -> dict[str, Any]:
-    """Return the settings that say how many outputs there are, and what they are called."""
-    if head.kind == "embedding":
-        return {}
-    problem = {} if head.problem is None else {"problem_type": head.problem}
-    if not head.labels:
-        return problem | {"num_labels": 2 if head.kind == "span" else head.size}  # a span: where it starts, and ends
-    numbers = {label: number for number, label in enumerate(head.labels)}
-    return problem | {"id2label": {number: label for label, number in numbers.items()}, "label2id": numbers}
-
-
-def _auto_class(settings: Any, config: ModelConfig, head: Head) -> Any:
-    if head.kind == "embedding":
-        return AutoModel
-    brought = getattr(settings, "auto_map", None) or {}  # classes of the repository's own code
-    for name, mapping in HEADS[head.kind].items():
-        if type(settings) in getattr(transformers, mapping) or name in brought:
-            return getattr(transformers, name)
-    raise ModelError(
-        f"{config.backbone}: the library has no {' or '.join(HEADS[head.kind])} of {settings.model_type}, which the "
-        "task needs; choose another backbone or another task"
-    )
+def _stored_labels(origin: Origin) -> list[str]:
+    """Return what the checkpoint calls its head's outputs, in their order."""
+    stored = PreTrainedConfig.get_config_dict(origin.source, **origin.arguments)[0].get("id2label") or {}
+    return [str(stored[number]) for number in sorted(stored, key=int)]
 
 
 def _build(auto: Any, settings: Any, config: ModelConfig, extra: Mapping[str, Any]) -> nn.Module:
@@ -218,38 +189,6 @@ def _cannot(what: str, error: Exception, origin: Origin | None) -> RecyclingErro
     """What a hub does not give may lie in another machine's cache."""
     elsewhere = isinstance(error, OSError) and origin is not None and origin.folder is None
     return (AbsentError if elsewhere else ModelError)(f"{what}: {_first_line(error)}")
-
-
-def _arrange_head(
-    model: nn.Module, origin: Origin, config: ModelConfig, head: Head, build: Callable[[Any], nn.Module]
-) -> frozenset[str]:
-    """Put the outputs of a checkpoint's own head in the order of the task's labels, by their names.
-
-    A head of as many other labels is drawn anew. Returns the names of the tensors that were. One whose outputs have no
-    names is left as it is.
-    """
-    stored = PreTrainedConfig.get_config_dict(origin.source, **origin.arguments)[0].get("id2label") or {}
-    names = [str(stored[number]) for number in sorted(stored, key=int)]
-    if not head.labels or len(names) != len(head.labels) or all(GENERIC.fullmatch(name) for name in names):
-        return frozenset()
-    if tuple(names) == head.labels:
-        return frozenset()
-    sizes = Layout.of(lambda size: build(_sized(model.config, size))).sizes
-    places = {name: number for number, name in enumerate(names)}
-    tensors, known = model.state_dict(), places.keys() == set(head.labels)
-    drawn = {} if known else build(copy.deepcopy(model.config)).state_dict()
-    for name, axis in sizes.items():
-        order = torch.tensor([places.get(label, 0) for label in head.labels])
-        tensors[name].copy_(tensors[name].index_select(axis, order) if known else drawn[name])
-    told = f"{config.backbone}: its head is for {first(names)}, in this order; the labels are {first(head.labels)}"
-    log.warning("%s: %s", told, "its outputs were put in their order" if known else "so the head is new")
-    return frozenset() if known else frozenset(sizes)
-
-
-def _sized(settings: Any, size: int) -> Any:
-    sized = copy.deepcopy(settings)
-    sized.num_labels = size
-    return sized
 
 
 def _check_digest(origin: Origin, config: ModelConfig) -> None:
