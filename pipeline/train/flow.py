@@ -104,9 +104,9 @@ def fit(
     """
     writes = accelerator.is_main_process
     objective = Objective(suffix, task)
-    optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))
-    scheduler = schedule(optimizer, config, steps=config.epochs * -(-len(training) // config.gradient_accumulation))
     model = prepare(objective, training, accelerator)
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))  # of the parameters that moving left
+    scheduler = schedule(optimizer, config, steps=config.epochs * -(-len(training) // config.gradient_accumulation))
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     progress = resume(accelerator, checkpoint)
     if progress.initial is None:
