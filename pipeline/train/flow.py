@@ -20,8 +20,6 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
-from dvclive.live import Live
-from scmrepo.exceptions import SCMError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
@@ -31,6 +29,7 @@ from pipeline.tasks import Task
 from pipeline.train import processes
 from pipeline.train.checkpoint import resume, save
 from pipeline.train.config import TrainConfig
+from pipeline.train.live import RunLog
 from pipeline.train.loader import Batch
 from pipeline.train.objective import Objective, evaluate
 from pipeline.train.optimizer import parameter_groups, schedule
@@ -111,9 +110,10 @@ def fit(
     progress = resume(accelerator, checkpoint)
     if progress.initial is None:
         progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
-    with _open_live(out) if writes else nullcontext() as live:
-        for row in progress.history:
-            _log(live, row)
+    with RunLog(out) if writes else nullcontext() as live:
+        if live:
+            for row in progress.history:
+                live.log_epoch(row)
         while not progress.exhausted(config.epochs, config.patience):
             training.set_epoch(progress.epoch)
             start = time.perf_counter()
@@ -122,7 +122,8 @@ def fit(
             metrics = evaluate(suffix, task, validation, accelerator)
             row = {"train/loss": loss, "train/seconds": seconds} | {f"validation/{k}": v for k, v in metrics.items()}
             better = progress.take(row, metrics[task.monitor], higher=task.higher_is_better)
-            _log(live, row)
+            if live:
+                live.log_epoch(row)
             save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
     best = config.keep == "best"
     if writes:
@@ -178,19 +179,3 @@ def train_epoch(
             "or set train.max_grad_norm"
         )
     return mean
-
-
-def _open_live(out: Path) -> Live:
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        return Live(str(out), save_dvc_exp=False, dvcyaml=None, report=None)
-    except SCMError as error:
-        raise TrainError(f"DVCLive cannot read this git repository ({error}); commit something first") from error
-
-
-def _log(live: Live | None, row: dict[str, float]) -> None:
-    if live is None:
-        return
-    for name, value in row.items():
-        live.log_metric(name, value)
-    live.next_step()  # type: ignore[no-untyped-call]
