@@ -20,6 +20,7 @@ from pipeline.encode.quarantine import BadSample
 from pipeline.epochs import open_joint_loaders, open_loaders
 from pipeline.fill import fill, leave_word, sample_table, tell
 from pipeline.project import Project
+from pipeline.project.smallest import least_units
 from pipeline.project.towers import Tower, fresh, joined, open_tower, plain_weights
 from pipeline.report import runs
 from pipeline.report.costs import read_costs, write_costs
@@ -109,7 +110,8 @@ def _train(
     suffix = joined(towers)
     if project.train.channels_last:
         suffix.to(memory_format=torch.channels_last)
-    training, validation = _open_loaders(towers, table, accelerator.device)
+    least = least_units(towers, suffix, table, accelerator.device)
+    training, validation = _open_loaders(towers, table, accelerator.device, least)
     if accelerator.is_main_process:
         shutil.rmtree(out, ignore_errors=True)
     else:
@@ -143,10 +145,12 @@ def report_project(project: Project) -> list[Row]:
     return rows
 
 
-def _open_loaders(towers: Sequence[Tower], table: SampleTable, device: torch.device) -> tuple[Batches, Batches]:
+def _open_loaders(
+    towers: Sequence[Tower], table: SampleTable, device: torch.device, least: int
+) -> tuple[Batches, Batches]:
     if len(towers) > 1:
-        return open_joint_loaders(towers, table, device)
-    return open_loaders(towers[0].bench, table, towers[0].store, device)
+        return open_joint_loaders(towers, table, device, least=least)
+    return open_loaders(towers[0].bench, table, towers[0].store, device, least=least)
 
 
 def _tell_of_bad(project: Project, bad: Sequence[BadSample], total: int) -> bool:
