@@ -84,6 +84,7 @@ def test_from_images_to_a_table(folder: Path) -> None:
     assert flops["0"] == (0, total)
     assert flops["0.5"] == (first + second, total - first - second)
     assert flops["1.0"] == (total - 2 * 12 * 3, 2 * 12 * 3)
+    assert (rows[0].speedup_over_frozen, rows[0].break_even_epoch) == (1.0, None)
     timed = costs["0.5"]["measured"]["seconds_per_sample"]["forward"] * 45
     if "speedup_over_frozen" not in rows[1].bounded:
         assert rows[1].speedup_over_frozen == pytest.approx(1 + timed / rows[1].train_seconds_per_epoch)

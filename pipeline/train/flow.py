@@ -7,6 +7,7 @@ have had. Of several processes each runs it, and the main one writes.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import statistics
@@ -34,6 +35,8 @@ from pipeline.train.loader import Batch
 from pipeline.train.objective import Objective, evaluate
 from pipeline.train.optimizer import parameter_groups, schedule
 from pipeline.train.parallel import prepare
+
+log = logging.getLogger("recycle")
 
 
 @dataclass
@@ -67,8 +70,10 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     A batch is shared out among processes (`split_batches`), so that a schedule has as many steps as of one.
 
     Raises:
-        ConfigError: there are more processes than units in a step.
+        ConfigError: there are more processes than units in a step, or the CPU cannot compute in `config.precision`.
     """
+    if config.precision == "fp16" and processes.state().device.type == "cpu":
+        raise ConfigError("train.precision is fp16, which the CPU does not train in; set bf16 or no")
     accelerator = Accelerator(
         cpu=processes.state().device.type == "cpu",
         mixed_precision=config.precision,
@@ -108,6 +113,8 @@ def fit(
     scheduler = schedule(optimizer, config, steps=config.epochs * -(-len(training) // config.gradient_accumulation))
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     progress = resume(accelerator, checkpoint)
+    if progress.epoch:
+        log.info("goes on from epoch %d of %d, checkpoint %s", progress.epoch + 1, config.epochs, checkpoint)
     if progress.initial is None:
         progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
     with RunLog(out) if writes else nullcontext() as live:
