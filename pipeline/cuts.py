@@ -77,17 +77,17 @@ def choose(model: nn.Module, example: Mapping[str, Tensor]) -> list[Choice]:
     return choices
 
 
-def speed_ups(flops: int, flops_after: int) -> tuple[float | None, float | None]:
+def speed_ups(flops: float, flops_after: float, *, backward: int = BACKWARD) -> tuple[float | None, float | None]:
     """Return the expected speed-up of a training step over full fine-tuning, and over frozen layers run every time.
 
-    A step is taken to be bound by computation, and backward to cost twice forward. With `flops` operations before the
-    cut and `flops_after` after it, recycling then costs 3 x after, frozen layers cost before + 3 x after, and full
-    fine-tuning costs 3 x (before + after). None where no operation comes after the cut.
+    A step is taken to be bound by computation, and backward to cost `backward` times forward. With 2 of these, `flops`
+    operations before the cut and `flops_after` after it, recycling costs 3 x after, frozen layers cost
+    before + 3 x after, and full fine-tuning costs 3 x (before + after). None where no operation comes after the cut.
     """
     if not flops_after:
         return None, None
-    step = (1 + BACKWARD) * flops_after
-    return (1 + BACKWARD) * (flops + flops_after) / step, (flops + step) / step
+    step = (1 + backward) * flops_after
+    return (1 + backward) * (flops + flops_after) / step, (flops + step) / step
 
 
 def find_sensible(places: Sequence[Candidate], parameters: int) -> list[Candidate]:

@@ -36,22 +36,30 @@ ROOM_SHARE = 0.5
 
 
 def open_loaders(
-    bench: Workbench, table: SampleTable, views: Views, device: torch.device, memory: int | None = None
+    bench: Workbench,
+    table: SampleTable,
+    views: Views,
+    device: torch.device,
+    memory: int | None = None,
+    *,
+    least: int = 1,
 ) -> tuple[Loader, Loader]:
-    """Return the loaders of the training and of the validation samples; `memory` in bytes is this machine's if None.
+    """Return the loaders of the training and of the validation samples.
+
+    `memory` in bytes is this machine's if None; a training batch has at least so many units.
 
     Raises:
         MissingKeysError: some samples of the table were never encoded; the message names up to five.
         CorruptStoreError: the store is not what was written.
     """
     fed = Fed.of(bench, table, np.arange(len(table)), views, device)
-    draws = Draws.of(bench, table, [fed], memory)
+    draws = Draws.of(bench, table, [fed], memory, least)
     targets = bench.task.prepare(table)
     return fed.loader(draws, "train", targets), fed.loader(draws, "validation", targets)
 
 
 def open_joint_loaders(
-    towers: Sequence[Tower], table: SampleTable, device: torch.device, memory: int | None = None
+    towers: Sequence[Tower], table: SampleTable, device: torch.device, memory: int | None = None, *, least: int = 1
 ) -> tuple[Abreast, Abreast]:
     """Return the same of several towers, whose samples together are those of `table`; raises the same errors.
 
@@ -60,7 +68,7 @@ def open_joint_loaders(
     """
     feds = {str(tower.name): Fed.of(tower.bench, tower.table, tower.rows, tower.store, device) for tower in towers}
     bench, rows = towers[0].bench, {name: fed.rows for name, fed in feds.items()}
-    draws = Draws.of(bench, table, list(feds.values()), memory)
+    draws = Draws.of(bench, table, list(feds.values()), memory, least)
     targets = bench.task.prepare(table)
 
     def load(part: str) -> Abreast:
@@ -152,6 +160,7 @@ class Draws:
         sizes: (N,) bytes of a row's state, where samples of similar length share a batch.
         room: bytes of segments that may be at hand at a time; 0 where nothing is brought ahead.
         feds: how many encoders share it.
+        least: how many units a training batch has at least, where there are so many.
     """
 
     bench: Workbench
@@ -161,9 +170,10 @@ class Draws:
     sizes: np.ndarray | None
     room: int
     feds: int
+    least: int
 
     @classmethod
-    def of(cls, bench: Workbench, table: SampleTable, feds: Sequence[Fed], memory: int | None) -> Draws:
+    def of(cls, bench: Workbench, table: SampleTable, feds: Sequence[Fed], memory: int | None, least: int) -> Draws:
         """Find out how the samples of `table` lie; `memory` in bytes is this machine's if None.
 
         A unit lies where its first row does: of several stores, it is the segments of the first that are drawn from.
@@ -176,7 +186,7 @@ class Draws:
                 sizes[fed.rows] = fed.reader.sizes(fed.places)
         # Processes may differ in memory, and must not in the order.
         room, window = processes.on_main(lambda: _room_and_window(feds, memory))
-        return cls(bench, table, window, segments, sizes if config.group_by_length else None, room, len(feds))
+        return cls(bench, table, window, segments, sizes if config.group_by_length else None, room, len(feds), least)
 
     def batches(self, part: str, epoch: int) -> list[np.ndarray]:
         """Return the rows of each batch of a split; only training samples are shuffled."""
@@ -192,6 +202,7 @@ class Draws:
             seed=config.seed,
             epoch=epoch,
             shuffle=training,
+            least=self.least if training else 1,
             window=order.Window(_of_first(units, self.segments), self.window or 1) if windowed else None,
             lengths=None if self.sizes is None else _of_longest(units, self.sizes),
         )
@@ -237,7 +248,7 @@ def _room(feds: Sequence[Fed], memory: int | None) -> tuple[int, bool]:
 def _of_first(units: Sequence[np.ndarray] | np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return for each unit the value of its first row."""
     if isinstance(units, np.ndarray):
-        units = units.reshape(len(units), -1)[:, 0]
+        units = units if units.ndim == 1 else units[:, 0]
     else:
         units = np.array([unit[0] for unit in units], np.int64)
     first: np.ndarray = values[units]
@@ -247,6 +258,6 @@ def _of_first(units: Sequence[np.ndarray] | np.ndarray, values: np.ndarray) -> n
 def _of_longest(units: Sequence[np.ndarray] | np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return for each unit the largest value of its rows."""
     if isinstance(units, np.ndarray):
-        longest: np.ndarray = values[units.reshape(len(units), -1)].max(axis=1, initial=0)
+        longest: np.ndarray = values[units if units.ndim > 1 else units[:, None]].max(axis=1, initial=0)
         return longest
     return np.array([values[unit].max() for unit in units])

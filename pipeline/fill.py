@@ -54,16 +54,16 @@ def fill(
     if stores is not None:
         _tell_of_one_place_twice(project.encode.cuts, stores[0])
         return Made(project, stores, Encoded.begun(keyed, len(project.encode.cuts)))
-    stores, done = _encode_what_is_missing(project, source, keyed, table, replace_stores=replace_stores)
+    made = _encode_what_is_missing(project, source, keyed, table, replace_stores=replace_stores)
     if proved.circumstances(project, table) == circumstances:
-        proved.remember(project, circumstances, stores)
-    return Made(project, stores, done)
+        proved.remember(project, circumstances, made.stores)
+    return made
 
 
 def _encode_what_is_missing(
     project: Project, source: Source, keyed: Keyed, table: SampleTable, *, replace_stores: bool
-) -> tuple[list[list[Store]], Encoded]:
-    """Build the model, split it at every cut, and encode what the stores of their recipes lack; `stores[view][cut]`."""
+) -> Made:
+    """Build the model, split it at every cut, and encode what the stores of their recipes lack."""
     bench = Workbench.open(project, table)
     if project.encode.executor.is_here:
         bench.to_device()
@@ -80,7 +80,8 @@ def _encode_what_is_missing(
         executor: Executor = bench.encoder(source, prefixes, stores, keyed.probes)
     else:
         executor = open_executor(Job.of(bench, source, example, keyed.probes, recipes), project.encode.executor)
-    return stores, _encode_views(executor, project, source, keyed, table, stores)
+    flops = bench.count_flops(prefixes, samples)
+    return Made(project, stores, _encode_views(executor, project, source, keyed, table, stores), flops)
 
 
 def sample_table(project: Project, source: Source, keyed: Keyed) -> SampleTable:
@@ -219,7 +220,7 @@ def _rows_by_view(project: Project, keyed: Keyed, table: SampleTable) -> list[np
 
 def leave_word(made: Made) -> None:
     """Write what identifies stores that lie elsewhere where they would lie here: by it DVC sees changes."""
-    project, stores, _ = made
+    project, stores = made.project, made.stores
     if project.remote is None:
         return
     for store in itertools.chain.from_iterable(stores):
@@ -231,7 +232,7 @@ def leave_word(made: Made) -> None:
 
 def tell(made: Made) -> None:
     """Say what was encoded and cut off."""
-    project, stores, done = made
+    project, stores, done, _ = made
     keys = done.keyed.keys[done.keyed.good]
     keys = keys[first_rows(keys)]
     for cut, new, promoted, *by_view in zip(project.encode.cuts, done.new, done.promoted, *stores, strict=True):

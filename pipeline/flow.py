@@ -20,12 +20,11 @@ from pipeline.encode.quarantine import BadSample
 from pipeline.epochs import open_joint_loaders, open_loaders
 from pipeline.fill import fill, leave_word, sample_table, tell
 from pipeline.project import Project
+from pipeline.project.smallest import least_units
 from pipeline.project.towers import Tower, fresh, joined, open_tower, plain_weights
 from pipeline.report import runs
 from pipeline.report.costs import read_costs, write_costs
 from pipeline.report.summary import Row, Run, curves, plot, summarise
-from pipeline.timing import seconds_per_sample
-from pipeline.train import processes
 from pipeline.train.checkpoint import alone
 from pipeline.train.flow import Batches, Summary, fit, open_accelerator
 
@@ -78,7 +77,8 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
     set_seed(project.train.seed, device_specific=True)  # no process drops what another one does
     table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
     towers = [open_tower(part, cut, table, to_train=True) for part in project.parts]
-    identity = runs.identity(project, cut)
+    made_of = runs.made_of(project, cut)
+    identity = runs.identity(made_of)
     with alone(project.scratch / "checkpoints" / identity) as checkpoint:
         summary = _train(project, table, towers, accelerator, out, checkpoint)
     finished = Run(
@@ -94,9 +94,9 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         best_epoch=summary.best_epoch,
         train_samples=len(table.rows("train")),
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
-        frozen_seconds_per_sample=processes.on_main(lambda: _frozen_cost(towers, accelerator.device)),
         history=summary.history,
         legend=towers[0].bench.task.legend(table),
+        made_of=made_of,
     )
     if accelerator.is_main_process:
         runs.write(project, finished)
@@ -116,7 +116,8 @@ def _train(
     suffix = joined(towers)
     if project.train.channels_last:
         suffix.to(memory_format=torch.channels_last)
-    training, validation = _open_loaders(towers, table, accelerator.device)
+    least = least_units(towers, suffix, table, accelerator.device)
+    training, validation = _open_loaders(towers, table, accelerator.device, least)
     if accelerator.is_main_process:
         shutil.rmtree(out, ignore_errors=True)
     else:
@@ -137,7 +138,11 @@ def _train(
 
 
 def report_project(project: Project) -> list[Row]:
-    """Write the result table, the curves and the plot of all finished runs."""
+    """Write the result table, the curves and the plot of the finished runs that hold; name those that are left out.
+
+    Raises:
+        DataError: none holds.
+    """
     costs, finished = read_costs(project), runs.current(project)
     rows = summarise(finished, costs)
     (project.results / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
@@ -146,23 +151,12 @@ def report_project(project: Project) -> list[Row]:
     return rows
 
 
-def _open_loaders(towers: Sequence[Tower], table: SampleTable, device: torch.device) -> tuple[Batches, Batches]:
+def _open_loaders(
+    towers: Sequence[Tower], table: SampleTable, device: torch.device, least: int
+) -> tuple[Batches, Batches]:
     if len(towers) > 1:
-        return open_joint_loaders(towers, table, device)
-    return open_loaders(towers[0].bench, table, towers[0].store, device)
-
-
-def _frozen_cost(towers: Sequence[Tower], device: torch.device) -> float:
-    """Seconds per sample of the prefixes on training batches: what they cost at every epoch where nothing is kept."""
-    total = 0.0
-    for tower in towers:
-        if tower.prefix.cut.share > 0:
-            tower.bench.backbone.model.to(device)
-            rows = tower.table.rows("train")
-            inputs = tower.bench.stored_inputs(tower.store, tower.table, rows[: tower.bench.project.train.batch_size])
-            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-            total += seconds_per_sample(tower.prefix, inputs) * len(rows)
-    return total / sum(len(tower.table.rows("train")) for tower in towers)
+        return open_joint_loaders(towers, table, device, least=least)
+    return open_loaders(towers[0].bench, table, towers[0].store, device, least=least)
 
 
 def _tell_of_bad(project: Project, bad: Sequence[BadSample], total: int) -> bool:

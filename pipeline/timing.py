@@ -15,16 +15,17 @@ REPEATS = 5
 def seconds_per_sample(prefix: Callable[..., object], batch: Mapping[str, Tensor]) -> float:
     """Return the median forward time of `prefix` on `batch` over its samples, after a warm-up."""
     count = max(len(tensor) for tensor in batch.values())
+    device = next(iter(batch.values())).device
     times = []
     for _ in range(REPEATS + 1):
-        _synchronise()
+        _synchronise(device)
         start = time.perf_counter()
         prefix(**batch)
-        _synchronise()
+        _synchronise(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:]) / count
 
 
-def _synchronise() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +71,25 @@ def test_from_images_to_a_table(folder: Path) -> None:
         "speedup_over_full",
         "speedup_over_frozen",
         "break_even_epoch",
+        "bounded",
     }
     assert (folder / "results/runs.png").stat().st_size > 1000
+    costs = json.loads((folder / "results/encode.json").read_text())["cuts"]
+    flops = {
+        cut: (cost["flops_per_sample"]["before"], cost["flops_per_sample"]["after"]) for cut, cost in costs.items()
+    }
+    # Convolutions of 3 x 3 on 16 x 16 from 3, 8, 8 and 12 channels, and a linear layer: two operations per product.
+    first, second, third, fourth = (2 * 9 * 256 * ins * outs for ins, outs in pairwise((3, 8, 8, 12, 12)))
+    total = first + second + third + fourth + 2 * 12 * 3
+    assert flops["0"] == (0, total)
+    assert flops["0.5"] == (first + second, total - first - second)
+    assert flops["1.0"] == (total - 2 * 12 * 3, 2 * 12 * 3)
+    assert (rows[0].speedup_over_frozen, rows[0].break_even_epoch) == (1.0, None)
+    timed = costs["0.5"]["measured"]["seconds_per_sample"]["forward"] * 45
+    if "speedup_over_frozen" not in rows[1].bounded:
+        assert rows[1].speedup_over_frozen == pytest.approx(1 + timed / rows[1].train_seconds_per_epoch)
+    encode_project(project(folder))  # nothing is to do, and what was counted is kept
+    assert json.loads((folder / "results/encode.json").read_text())["cuts"] == costs
     assert not list((folder / ".recycle/checkpoints").iterdir())
 
 
@@ -193,7 +211,7 @@ def test_a_cut_without_a_store_names_the_remedy(folder: Path) -> None:
     encode_project(project(folder, encode={"cuts": [0.5]}))
     with pytest.raises(ConfigError, match=r"there is no store at data/activations/1\.0; encode it"):
         train_project(project(folder), "1.0")
-    with pytest.raises(DataError, match=r"has no run of it; train it"):
+    with pytest.raises(DataError, match=r"results/runs has no run to report; train one"):
         report_project(project(folder))
 
 

@@ -40,7 +40,7 @@ DOORS = {
     "dask": {"pipeline.cluster"},
     "dask_jobqueue": {"pipeline.cluster"},
     "distributed": {"pipeline.cluster"},
-    "dvclive": {"pipeline.train.flow"},
+    "dvclive": {"pipeline.train.live"},
     "accelerate": {
         "pipeline.flow",
         "pipeline.train.checkpoint",

@@ -20,6 +20,22 @@ def test_each_unit_comes_once(n, size, shuffle):
     assert sorted(np.concatenate(found or [np.array([], int)])) == list(range(n))
 
 
+@pytest.mark.parametrize(("n", "size"), [*SIZES, (17, 16), (17, 8), (18, 16)])
+@pytest.mark.parametrize("least", [2, 4])
+@pytest.mark.parametrize("lengths", [None, "given"])
+def test_a_last_batch_that_is_too_small_joins_the_one_before(n, size, least, lengths):
+    lengths = None if lengths is None else np.arange(n) % 5
+    given = {"seed": 3, "epoch": 1, "shuffle": True, "lengths": lengths}
+    plain, found = (batches(np.arange(n), size, least=of, **given) for of in (1, least))
+    assert np.concatenate([[], *found]).tolist() == np.concatenate([[], *plain]).tolist()
+    assert sorted(np.concatenate([[], *found])) == list(range(n))
+    joined = len(plain) > 1 and len(plain[-1]) < least
+    assert [len(batch) for batch in found[:-1]] == [size] * (len(plain) - 1 - joined)
+    assert len(found) == len(plain) - joined
+    if size >= least and n >= least:
+        assert min(map(len, found)) >= least
+
+
 @pytest.mark.parametrize(("n", "size"), SIZES)
 def test_drop_last_gives_full_batches_alone(n, size):
     found = batches(np.arange(n), size, seed=0, epoch=0, shuffle=True, drop_last=True)

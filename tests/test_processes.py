@@ -23,7 +23,7 @@ from test_flow_words import ASKED, TAGGED, write_words
 from pipeline.errors import ConfigError, TrainError
 from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.report.runs import identity
+from pipeline.report.runs import identity, made_of
 from pipeline.train.checkpoint import alone
 
 WORDS = ("one", "two", "three", "good", "bad")
@@ -183,7 +183,7 @@ def test_each_process_needs_a_unit(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_one_run_is_not_trained_twice_at_a_time(folder: Path) -> None:
     project = Project.load(Path("params.yaml"))
-    checkpoint = project.scratch / "checkpoints" / identity(project, 0.5)
+    checkpoint = project.scratch / "checkpoints" / identity(made_of(project, 0.5))
     with alone(checkpoint), pytest.raises(TrainError, match="is in use: another process trains a run with these"):
         train_project(project, "0.5", "other")
     assert len(train_project(project, "0.5", "other").history) == EPOCHS

@@ -23,13 +23,10 @@ FULL = Run(
     best_epoch=2,
     train_samples=1000,
     train_seconds_per_epoch=40.0,
-    frozen_seconds_per_sample=0.0,
     history=[{"train/loss": 1.0, "train/seconds": 40.0, "validation/accuracy": value} for value in (0.8, 0.9)],
 )
-HALF = dataclasses.replace(
-    FULL, name="0.5", cut=0.5, recycled=0.5, train_seconds_per_epoch=10.0, frozen_seconds_per_sample=0.005
-)
-COSTS = {"0": Cost(100.0, 3.0), "0.5": Cost(2048.4, 12.0)}
+HALF = dataclasses.replace(FULL, name="0.5", cut=0.5, recycled=0.5, train_seconds_per_epoch=10.0)
+COSTS = {"0": Cost(100.0, 3.0, 0.0), "0.5": Cost(2048.4, 12.0, 0.005)}
 
 
 def test_speedups_and_break_even() -> None:
@@ -50,9 +47,47 @@ def test_without_full_fine_tuning_there_is_nothing_to_compare_with() -> None:
 
 
 def test_an_encode_that_was_never_timed_says_nothing_of_break_even() -> None:
-    (half,) = summarise([HALF], {"0.5": Cost(2048.0, None)})
+    (half,) = summarise([HALF], {"0.5": Cost(2048.0)})
     assert half.encode_seconds is None
-    assert half.break_even_epoch is None
+    assert (half.speedup_over_frozen, half.break_even_epoch) == (None, None)
+
+
+def test_a_store_that_was_encoded_elsewhere_has_its_row() -> None:
+    (half,) = summarise([HALF], {})
+    assert (half.state_bytes_per_sample, half.encode_seconds, half.speedup_over_frozen) == (None, None, None)
+    assert table([half]).splitlines()[1].split()[-3:] == ["-", "-", "-"]
+    assert curves([HALF], {})["seconds"].tolist() == [40.0, 80.0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "full", "frozen", "bounded"),
+    [
+        # Half of the operations before the cut: at most (1 + 1) / 1 over full, and (1 + 3) / 3 over frozen layers.
+        (1e9, 1e9, 2.0, 4 / 3, ["speedup_over_full"]),  # 1.5 is within 20 % of 1.33
+        (1e9, 3e9, 4 / 3, 10 / 9, ["speedup_over_full", "speedup_over_frozen"]),
+        (3e9, 1e9, 4.0, 1.5, []),
+        (1e9, 1.0, 4.0, 1.5, []),  # the head alone: computation bounds nothing
+        (1e9, 0.0, 4.0, 1.5, []),
+    ],
+)
+def test_a_speed_up_is_bounded_by_the_operations(
+    before: float, after: float, full: float, frozen: float, bounded: list[str]
+) -> None:
+    costs = COSTS | {"0.5": dataclasses.replace(COSTS["0.5"], flops_before=before, flops_after=after)}
+    _, half = summarise([FULL, HALF], costs)
+    assert half.bounded == bounded
+    assert half.speedup_over_full == pytest.approx(full)
+    assert half.speedup_over_frozen == pytest.approx(frozen if "speedup_over_frozen" in bounded else 1.5)
+    text = table([half])
+    assert text.count("<=") == len(bounded) + bool(bounded)
+    # What is saved per epoch is bounded with it: 10 s x (10/9 - 1), of 12 s to be saved.
+    assert half.break_even_epoch == (11 if "speedup_over_frozen" in bounded else 3)
+
+
+def test_adapters_have_a_cheaper_backward_pass_and_a_higher_bound() -> None:
+    costs = COSTS | {"0.5": dataclasses.replace(COSTS["0.5"], flops_before=1e9, flops_after=3e9)}
+    (adapted,) = summarise([dataclasses.replace(HALF, made_of={"train": {"adapter": {"kind": "lora"}}})], costs)
+    assert adapted.speedup_over_frozen == pytest.approx((1 + 2 * 3) / (2 * 3))
 
 
 def test_what_is_kept_of_full_fine_tuning() -> None:

@@ -80,11 +80,48 @@ def test_a_run_of_other_settings_is_left_out(project: Project, caplog: pytest.Lo
     train_project(project.overridden({"train.lr": 0.1}), "0.5")
     tiny.write_params(Path(), encode={"cuts": [0.5]}, train={"batch_size": 8})
     changed = Project.load(project.params)
-    with pytest.raises(DataError, match=r"cut 0\.5: .* no run of it; train it"):
+    reason = "is left out: it has train.batch_size = 16, now it is 8; train it again, or set it back"
+    with pytest.raises(DataError, match=rf"run 0\.5 {reason}\nrun 0\.5-0\.1 {reason}\n.*no run to report; train one"):
         report_project(changed)
     train_project(changed, "0.5")
     assert [row.settings for row in report_project(changed)] == [""]
-    assert "run 0.5-0.1 was made of other settings" in caplog.text
+    assert [record.message for record in caplog.records if "left out" in record.message] == [f"run 0.5-0.1 {reason}"]
+
+
+def test_the_report_shows_what_it_has_and_names_the_rest(
+    project: Project, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_project(project, "0.5")
+    train_project(project.overridden({"train.lr": 0.1}), "0.5")
+    train_project(project.overridden({"train.seed": 1}), "0.5")
+    written = Path("results/runs/0.5-1/run.json")
+    old = json.loads(written.read_text())
+    del old["made_of"]  # as earlier versions wrote it, with what they timed
+    written.write_text(json.dumps(old | {"frozen_seconds_per_sample": 1.0}))
+    assert [row.runs for row in report_project(project)] == [2, 1]
+    caplog.clear()
+    tiny.write_params(tmp_path, encode={"cuts": [0.5, 1.0]}, train={"head_lr": 0.1})
+    more = Project.load(project.params)
+    train_project(more, "0.5", "now")
+    assert [row.runs for row in report_project(more)] == [1]
+    said = {record.message for record in caplog.records if record.levelname == "WARNING"}
+    assert {line for line in said if line.startswith(("run", "cuts"))} == {
+        "run 0.5 is left out: it has train.head_lr = None, now it is 0.1; train it again, or set it back",
+        "run 0.5-0.1 is left out: it has train.head_lr = None, now it is 0.1; train it again, or set it back",
+        "run 0.5-1 is left out: it was made of other settings, samples or stores; train it again",
+        "cuts without a run: 1.0; train them (dvc repro train)",
+    }
+    caplog.clear()
+    tiny.write_params(tmp_path, encode={"cuts": [1.0]}, train={"head_lr": 0.1})
+    with pytest.raises(DataError, match=r"run now is left out: its cut 0\.5 is not among encode\.cuts"):
+        report_project(Project.load(project.params))
+
+
+def test_a_report_without_the_costs_of_encode(project: Project) -> None:
+    train_project(project, "0.5")
+    Path("results/encode.json").unlink()
+    (row,) = report_project(project)
+    assert (row.speedup_over_frozen, row.break_even_epoch, row.state_bytes_per_sample) == (None, None, None)
 
 
 def test_a_run_is_not_overwritten_by_one_of_other_settings_with_its_values(project: Project) -> None:
@@ -113,7 +150,9 @@ def test_a_run_of_other_samples_is_left_out(project: Project) -> None:
     train_project(project, "0.5")
     Path("photos/circle/0000.png").rename("photos/square/1000.png")
     encode_project(project)
-    with pytest.raises(DataError, match=r"no run of it; train it"):
+    with pytest.raises(
+        DataError, match=r"run 0\.5 is left out: the samples, their labels or their splits have changed"
+    ):
         report_project(project)
 
 

@@ -15,7 +15,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from pipeline.data import DataConfig, Row, Source
 from pipeline.errors import BadSampleError
@@ -26,6 +31,7 @@ TESTS = Path(__file__).parent
 IMPORTS = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 """For PYTHONPATH: what is tested is this checkout, whatever is installed."""
 CLASSES = ("circle", "square", "stripe")
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "good", "bad"]
 
 
 class ConvNet(nn.Module):
@@ -154,6 +160,34 @@ def write_params(folder: Path, **changes: dict[str, object]) -> Path:
     return path
 
 
+def write_text_network(folder: Path) -> None:
+    """Write a Hugging Face directory of a tiny random BERT with a classifier of 3, and a tokenizer of ten words."""
+    vocabulary = {word: number for number, word in enumerate(TOKENS)}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=16,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **special,
+    ).save_pretrained(folder)
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -163,9 +197,9 @@ def recycle(folder: Path, *args: str) -> subprocess.Popen[str]:
     return python(folder, "-m", "stages.cli", *args)
 
 
-def python(folder: Path, *args: str) -> subprocess.Popen[str]:
-    """Start Python in `folder`, in a session of its own."""
-    environment = os.environ | {"PYTHONPATH": IMPORTS, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def python(folder: Path, *args: str, **variables: str) -> subprocess.Popen[str]:
+    """Start Python in `folder`, in a session of its own, with environment `variables`."""
+    environment = os.environ | {"PYTHONPATH": IMPORTS, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
     return subprocess.Popen(
         [sys.executable, *args],
         cwd=folder,

@@ -268,13 +268,20 @@ class Project:
         return faults
 
     def _faults_of_batches(self) -> list[str]:
-        """Say where a batch has nothing to compare."""
-        if self.task.kind != "similarity" or self.train.batch_size > 1 or self.task.memory is not None:
+        """Say where a loss has nothing to compare."""
+        if self.task.kind != "similarity":
             return []
-        return [
-            "train.batch_size is 1: one pair, or one label, per step leaves nothing to tell it from; set 2 or more, or "
-            "task.memory"
-        ]
+        faults = []
+        if self.train.batch_size == 1 and self.task.memory is None:
+            faults.append(
+                "train.batch_size is 1: one pair, or one label, per step leaves nothing to tell it from; set 2 or "
+                "more, or task.memory"
+            )
+        from pipeline.tasks.losses import choose_loss  # noqa: PLC0415 (slow to import, and few projects need it)
+
+        if self.data.source == "pairs" and choose_loss(self.task.loss, self.task.distance).compares != "pairs":
+            faults.append(f"task.loss is {self.task.loss!r}, which needs labels; for pairs set another loss")
+        return faults
 
     def _faults_of_towers(self) -> list[str]:
         """Say where towers have nothing to do."""

@@ -21,7 +21,7 @@ from pipeline.models import Backbone, Preprocess, load, network_inputs
 from pipeline.project.carried import Carried, Needed, carry
 from pipeline.project.recipe import IRRELEVANT, former_recipe, recipe_of
 from pipeline.project.settings import CutName, Project
-from pipeline.split import Prefix, Suffix, split
+from pipeline.split import Prefix, Suffix, flops_around, split
 from pipeline.store import SHAPE_PREFIX, SUFFIX, Store, remove_attachment
 from pipeline.tasks import Head, Task, open_task
 from pipeline.train.adapter import adapt
@@ -114,15 +114,17 @@ class Workbench:
         """Return the prefix of every cut of the project, proved on two `samples`, `recipes[view][cut]`, and what the
         suffix of every cut needs.
         """
-        device = next(self.backbone.model.parameters()).device
-        batch = network_inputs(pad_batch(samples, self.backbone.preprocess.pad))
-        example = {name: tensor.to(device) for name, tensor in batch.items()}
+        example = self._on_device(samples)
         prefixes, needed = list[Prefix](), list[Needed]()
         for cut in self.project.encode.cuts:
             prefix, suffix = self.split(cut, example)
             prefixes.append(prefix)
             needed.append(Needed.of(suffix))
         return prefixes, [list(of_view) for of_view in zip(*map(self.recipes, prefixes), strict=True)], needed
+
+    def count_flops(self, prefixes: Sequence[Prefix], samples: list[Sample]) -> list[tuple[int, int]] | None:
+        """Return the operations per sample before and after the cuts of `prefixes`, counted on two `samples`."""
+        return flops_around(self.backbone.model, [prefix.cut for prefix in prefixes], self._on_device(samples))
 
     def encoder(
         self, source: Source, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]], probes: np.ndarray
@@ -216,6 +218,12 @@ class Workbench:
         if self.carried:
             plain = self.carried.prove(plain)
         return [self._of_view(plain, view) for view in project.views]
+
+    def _on_device(self, samples: list[Sample]) -> dict[str, Tensor]:
+        """Return `samples` as inputs of the network, where that is."""
+        device = next(self.backbone.model.parameters()).device
+        batch = network_inputs(pad_batch(samples, self.backbone.preprocess.pad))
+        return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def _example(self, store: Views, table: SampleTable) -> dict[str, Tensor]:
         return self.stored_inputs(store, table, np.asarray([0, len(table) - 1]))

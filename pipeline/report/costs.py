@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.encode.encoded import Encoded
-from pipeline.errors import DataError
 from pipeline.project import Project
 from pipeline.report.summary import Cost
 from pipeline.store import Store, first_rows
@@ -26,6 +25,8 @@ class Made(NamedTuple):
     """Its stores, `stores[view][cut]`."""
     done: Encoded
     """What was done to fill them."""
+    flops: Sequence[tuple[int, int]] | None = None
+    """Operations per sample before and after each of its cuts; None where they were not counted."""
 
 
 def write_costs(project: Project, made: Sequence[Made]) -> None:
@@ -43,17 +44,16 @@ def write_costs(project: Project, made: Sequence[Made]) -> None:
 
 
 def read_costs(project: Project) -> dict[str, Cost]:
-    """Return what runs of each cut start from, as far as it was encoded.
-
-    Raises:
-        DataError: nothing was.
-    """
+    """Return what runs of each cut start from, as far as this is known: stores may have been encoded elsewhere."""
     path = project.results / FILE
-    if not path.exists():
-        raise DataError(f"{path} does not exist; encode first (dvc repro encode)")
-    known: dict[str, Any] = json.loads(path.read_text())["cuts"]
+    known: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
     stores = {str(cut): [part.store_name(part.at(cut)) for part in project.parts] for cut in project.encode.cuts}
-    return {cut: _sum([known[name] for name in names]) for cut, names in stores.items() if known.keys() >= set(names)}
+    is_bounded = all(project.towers.of(part.tower).trains for part in project.parts)
+    return {
+        cut: _sum([known[name] for name in names], is_bounded=is_bounded)
+        for cut, names in stores.items()
+        if known.keys() >= set(names)
+    }
 
 
 def _of_encoder(made: Made, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _of_encoder(made: Made, before: Mapping[str, Any]) -> dict[str, Any]:
 
     A sample has one state, or several where there are augmented views; all of them count.
     """
-    project, stores, done = made
+    project, stores, done, flops = made
     cuts = {}
     for number, (cut, *by_view) in enumerate(zip(project.encode.cuts, *stores, strict=True)):
         name = project.store_name(cut)
@@ -79,11 +79,39 @@ def _of_encoder(made: Made, before: Mapping[str, Any]) -> dict[str, Any]:
             "encode_seconds": sum(measured["seconds_per_sample"].values()) * len(keys) if measured["samples"] else None,
             "measured": measured,
         }
+        if flops is not None:
+            cuts[name]["flops_per_sample"] = dict(zip(("before", "after"), flops[number], strict=True))
+        elif before.get(name, {}).get("measured", {}).get("recipe") == measured["recipe"]:
+            cuts[name] |= {key: value for key, value in before[name].items() if key == "flops_per_sample"}
     return cuts
 
 
-def _sum(stores: Sequence[Mapping[str, Any]]) -> Cost:
-    """Add up stores that one run starts from."""
+def _sum(stores: Sequence[Mapping[str, Any]], *, is_bounded: bool) -> Cost:
+    """Add up stores that one run starts from; what is known of some alone is not known.
+
+    Operations bound the speed-ups only where everything after the cut trains (`is_bounded`).
+    """
     seconds = [store["encode_seconds"] for store in stores]
-    nbytes = sum(store["state_bytes_per_sample"] * store["samples"] for store in stores)
-    return Cost(nbytes / max(1, sum(store["samples"] for store in stores)), None if None in seconds else sum(seconds))
+    forward = [_forward(store) for store in stores]
+    flops = [store.get("flops_per_sample", {}) if is_bounded else {} for store in stores]
+    total, counts = max(1, sum(store["samples"] for store in stores)), [store["samples"] for store in stores]
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        pairs = [(value, count) for value, count in zip(values, counts, strict=True) if value is not None]
+        return sum(value * count for value, count in pairs) / total if len(pairs) == len(counts) else None
+
+    return Cost(
+        state_bytes_per_sample=mean([store["state_bytes_per_sample"] for store in stores]),
+        encode_seconds=None if None in seconds else sum(seconds),
+        frozen_seconds_per_sample=mean(forward),
+        flops_before=mean([one.get("before") for one in flops]),
+        flops_after=mean([one.get("after") for one in flops]),
+    )
+
+
+def _forward(store: Mapping[str, Any]) -> float | None:
+    """Return the seconds per sample of the layers before the cut, as they were encoded; before the cut 0 are none."""
+    if store["at"].startswith("the inputs"):
+        return 0.0
+    found: float | None = store["measured"]["seconds_per_sample"].get("forward")
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,21 @@ def run_name(project: Project, cut: CutName) -> str:
     return name
 
 
-def identity(project: Project, cut: CutName) -> str:
-    """Return the digest of everything that decides a run: settings, samples, and the recipes of the stores."""
-    stores = [part.open_store(part.at(cut), view).recipe.digest for part in project.parts for view in part.views]
-    sections = (project.model, project.task, project.train, *([project.towers] if project.towers.is_set else []))
-    settings: list[JSON] = [section.model_dump(mode="json", exclude={"residency"}) for section in sections]
-    return digest([*stores, sha256(project.samples), project.data.fraction, project.data.seed, *settings])
+def made_of(project: Project, cut: CutName) -> dict[str, Any]:
+    """Return everything that decides a run: the recipes of its stores, its samples, and its settings by section."""
+    names = ("model", "task", "train", *(["towers"] if project.towers.is_set else []))
+    return {
+        "stores": [part.open_store(part.at(cut), view).recipe.digest for part in project.parts for view in part.views],
+        "samples": sha256(project.samples),
+        "data": {"fraction": project.data.fraction, "seed": project.data.seed},
+        **{name: getattr(project, name).model_dump(mode="json", exclude={"residency"}) for name in names},
+    }
+
+
+def identity(made_of: Mapping[str, Any]) -> str:
+    """Return the digest of everything that decides a run."""
+    sections = [settings for name, settings in made_of.items() if name not in ("stores", "samples", "data")]
+    return digest([*made_of["stores"], made_of["samples"], *made_of["data"].values(), *sections])
 
 
 def settings(project: Project, table: SampleTable) -> dict[str, JSON]:
@@ -91,7 +100,9 @@ def read(project: Project, name: str) -> Run:
         known = ", ".join(sorted(folder.parent.name for folder in _files(project))) or "none"
         raise DataError(f"run {name}: {file} does not exist; train it (dvc repro train); finished runs: {known}")
     try:
-        return Run(**json.loads(file.read_text(encoding="utf-8")))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content.pop("frozen_seconds_per_sample", None)  # earlier versions timed the layers before the cut in every run
+        return Run(**content)
     except (ValueError, TypeError) as error:
         raise DataError(f"{file} cannot be read ({error}); train the run again") from error
 
@@ -150,15 +161,33 @@ def open_run(project: Project, name: str, tower: str | None = None) -> FinishedR
 
 
 def current(project: Project) -> list[Run]:
-    """Return the finished runs that today's settings, samples and stores would give again.
+    """Return the finished runs that today's settings, samples and stores would give again; log why others are not.
 
     Raises:
-        DataError: a cut of `encode.cuts` has none.
+        DataError: there is none; the message names the reasons.
     """
-    kept = [run for run in _readable(project) if _holds(project, run)]
-    for cut in map(str, project.encode.cuts):
-        if cut not in {str(run.cut) for run in kept}:
-            raise DataError(f"cut {cut}: {project.results / 'runs'} has no run of it; train it (dvc repro train)")
+    kept, left_out = list[Run](), list[str]()
+    for file in sorted(_files(project)):
+        try:
+            run = read(project, file.parent.name)
+            reason = _difference(project, run)
+        except DataError as error:
+            left_out.append(f"{error}; it is left out")
+            continue
+        if reason is None:
+            kept.append(run)
+        else:
+            left_out.append(f"run {run.name} is left out: {reason}")
+    trained = {str(run.cut) for run in kept}
+    missing = [str(cut) for cut in project.encode.cuts if str(cut) not in trained]
+    if not kept:
+        raise DataError(
+            "\n".join([*left_out, f"{project.results / 'runs'} has no run to report; train one (dvc repro train)"])
+        )
+    for line in left_out:
+        log.warning(line)
+    if missing:
+        log.warning("cuts without a run: %s; train them (dvc repro train)", ", ".join(missing))
     return kept
 
 
@@ -166,26 +195,31 @@ def _files(project: Project) -> list[Path]:
     return list((project.results / "runs").glob(f"*/{FILE}"))
 
 
-def _readable(project: Project) -> Iterator[Run]:
-    for file in sorted(_files(project)):
-        try:
-            yield read(project, file.parent.name)
-        except DataError as error:
-            log.warning("%s; it is left out", error)
-
-
 def _replaced(overrides: Mapping[str, JSON]) -> dict[str, JSON]:
     """Return the overrides that make a run another one."""
     return {setting: value for setting, value in overrides.items() if setting != STORE}
 
 
-def _holds(project: Project, run: Run) -> bool:
+def _difference(project: Project, run: Run) -> str | None:
+    """Say in what today's settings, samples and stores differ from those that `run` was made of; None: in nothing."""
     if str(run.cut) not in map(str, project.encode.cuts):
-        return False
+        return f"its cut {run.cut} is not among encode.cuts"
     try:
-        if identity(project.overridden(run.overrides), run.cut) == run.identity:
-            return True
-    except (OSError, StoreError):
-        pass
-    log.warning("run %s was made of other settings, samples or stores: it is left out; train it again", run.name)
-    return False
+        today = made_of(project.overridden(run.overrides), run.cut)
+    except ConfigError as error:
+        return f"its settings do not hold any more ({error})"
+    except (OSError, StoreError) as error:
+        return f"what it was made of cannot be read ({error})"
+    return None if identity(today) == run.identity else _changed(run.made_of, today)
+
+
+def _changed(then: Mapping[str, Any], today: Mapping[str, Any]) -> str:
+    """Say what has changed since a run was made of `then`, which earlier versions did not write."""
+    if not then:
+        return "it was made of other settings, samples or stores; train it again"
+    if then["stores"] != today["stores"]:
+        return "its states have been encoded anew with other settings; train it again"
+    if then["samples"] != today["samples"]:
+        return "the samples, their labels or their splits have changed; train it again"
+    setting, before, now = first_difference(then, today) or ("a setting", "another", "this")
+    return f"it has {setting} = {before!r}, now it is {now!r}; train it again, or set it back"

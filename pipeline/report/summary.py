@@ -11,12 +11,19 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.cuts import BACKWARD, speed_ups
 from pipeline.tasks.config import LOWER_IS_BETTER
 
 SEED = "train.seed"
 """The setting in which runs of one row may differ."""
 STORE = "encode.store"
 """The setting that says where states lie, and decides nothing about a run."""
+TOLERANCE = 1.2
+"""A speed-up may exceed what the operations allow by this factor: it was timed."""
+BOUNDED = (
+    "<=: more was timed than the operations before and after the cut allow; shown is what they allow. Short epochs, or "
+    "encoding on another device, say little."
+)
 MAX_INCHES = 100.0
 """Height of a plot, whatever the number of its rows."""
 
@@ -42,20 +49,25 @@ class Run:
     best_epoch: int
     train_samples: int
     train_seconds_per_epoch: float
-    frozen_seconds_per_sample: float
-    """Time of the prefix alone on training batches: what frozen layers cost at every epoch where nothing is kept."""
     history: list[dict[str, float]]
     legend: list[Any] = field(default_factory=list)
     """What the model's outputs mean: the task reads them with it."""
+    made_of: Mapping[str, Any] = field(default_factory=dict)
+    """What `identity` is the digest of: settings, samples and stores; empty in runs of earlier versions."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What `encode` measured for one cut."""
+    """What `encode` measured for one cut; None is not known."""
 
-    state_bytes_per_sample: float
-    encode_seconds: float | None
-    """Read, forward and write time of all samples for this cut alone, without overlap; None where none was timed."""
+    state_bytes_per_sample: float | None = None
+    encode_seconds: float | None = None
+    """Read, forward and write time of all samples for this cut alone, without overlap."""
+    frozen_seconds_per_sample: float | None = None
+    """Forward time of the layers before the cut: what they cost at every epoch where nothing is kept."""
+    flops_before: float | None = None
+    """Operations of one sample's forward pass before the cut."""
+    flops_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,16 +88,19 @@ class Row:
     """Share of full fine-tuning's value (of an error, full's over this one); None where no run with cut 0 is there."""
     untrained: float
     """The metric before any training."""
-    state_bytes_per_sample: int
+    state_bytes_per_sample: int | None
     encode_seconds: float | None
     train_seconds_per_epoch: float
     epochs: float
     speedup_over_full: float | None
     """Full fine-tuning's seconds per epoch over this run's; None where no run with cut 0 is there to compare."""
-    speedup_over_frozen: float
-    """Seconds per epoch of the same training with the frozen prefix run each time, over this run's."""
+    speedup_over_frozen: float | None
+    """Seconds per epoch of the same training with the frozen prefix run each time, over this run's; None where `encode`
+    did not time the prefix."""
     break_even_epoch: int | None
     """First epoch after which encode + training took less time than training with the frozen prefix run each time."""
+    bounded: list[str]
+    """Speed-ups that are what the operations before and after the cut allow, because more was timed."""
 
 
 def summarise(runs: Sequence[Run], costs: Mapping[str, Cost]) -> list[Row]:
@@ -94,7 +109,7 @@ def summarise(runs: Sequence[Run], costs: Mapping[str, Cost]) -> list[Row]:
     for run in sorted(runs, key=lambda run: (run.recycled, settings(run))):
         groups.setdefault((settings(run), str(run.cut)), []).append(run)
     full = {of: group for (of, _), group in groups.items() if group[0].recycled == 0}
-    return [_row(group, costs[cut], full.get(of)) for (of, cut), group in groups.items()]
+    return [_row(group, costs.get(cut, Cost()), full.get(of)) for (of, cut), group in groups.items()]
 
 
 def settings(run: Run) -> str:
@@ -119,7 +134,15 @@ def _kept(group: Sequence[Run], full: Sequence[Run]) -> float:
 def _row(group: Sequence[Run], cost: Cost, full: Sequence[Run] | None) -> Row:
     run, seconds = group[0], _seconds(group)
     values = [one.value for one in group]
-    saved = statistics.median(one.frozen_seconds_per_sample for one in group) * run.train_samples
+    frozen = None if cost.frozen_seconds_per_sample is None else cost.frozen_seconds_per_sample * run.train_samples
+    timed = {
+        "speedup_over_full": None if full is None else _seconds(full) / seconds,
+        "speedup_over_frozen": None if frozen is None else (seconds + frozen) / seconds,
+    }
+    allowed = dict(zip(timed, _allowed(run, cost), strict=True))
+    bounded = [name for name, value in timed.items() if value and value > TOLERANCE * (allowed[name] or math.inf)]
+    factors = timed | {name: allowed[name] for name in bounded}
+    saved = seconds * ((factors["speedup_over_frozen"] or 1) - 1)
     return Row(
         cut=run.cut,
         settings=settings(run),
@@ -130,16 +153,24 @@ def _row(group: Sequence[Run], cost: Cost, full: Sequence[Run] | None) -> Row:
         spread=statistics.stdev(values) if len(values) > 1 else None,
         kept=None if full is None else _kept(group, full),
         untrained=statistics.fmean(one.initial for one in group),
-        state_bytes_per_sample=round(cost.state_bytes_per_sample),
+        state_bytes_per_sample=None if cost.state_bytes_per_sample is None else round(cost.state_bytes_per_sample),
         encode_seconds=cost.encode_seconds,
         train_seconds_per_epoch=seconds,
         epochs=statistics.fmean(len(one.history) for one in group),
-        speedup_over_full=None if full is None else _seconds(full) / seconds,
-        speedup_over_frozen=(seconds + saved) / seconds,
+        **factors,
         break_even_epoch=None
         if not saved or cost.encode_seconds is None
         else math.floor(cost.encode_seconds / saved) + 1,
+        bounded=bounded,
     )
+
+
+def _allowed(run: Run, cost: Cost) -> tuple[float | None, float | None]:
+    """Return the speed-ups over full fine-tuning and over frozen layers that the operations allow; None: any."""
+    if cost.flops_before is None or cost.flops_after is None:
+        return None, None
+    adapts = run.made_of.get("train", {}).get("adapter") is not None
+    return speed_ups(cost.flops_before, cost.flops_after, backward=1 if adapts else BACKWARD)
 
 
 def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
@@ -153,20 +184,25 @@ def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
             rows[0].metric: [_with_spread(row) for row in rows],
             "of full": ["-" if row.kept is None else f"{row.kept:.2f}" for row in rows],
             "untrained": frame["untrained"].map("{:.3f}".format),
-            "bytes/sample": frame["state_bytes_per_sample"].map("{:,}".format),
+            "bytes/sample": [
+                "-" if row.state_bytes_per_sample is None else f"{row.state_bytes_per_sample:,}" for row in rows
+            ],
             "encode s": frame["encode_seconds"].map(_rounded),
             "train s/epoch": frame["train_seconds_per_epoch"].map("{:.2f}".format),
             "epochs": frame["epochs"].map("{:.3g}".format),
-            "x full": frame["speedup_over_full"].map(_rounded),
-            "x frozen": frame["speedup_over_frozen"].map(_rounded),
+            "x full": [_factor(row, "speedup_over_full") for row in rows],
+            "x frozen": [_factor(row, "speedup_over_frozen") for row in rows],
             "break-even epoch": frame["break_even_epoch"].map(lambda epoch: "-" if pd.isna(epoch) else f"{epoch:.0f}"),
         }
     )
     if not frame["settings"].any():
         shown = shown.drop(columns="settings")
-    if markdown:
-        return shown.to_markdown(index=False, disable_numparse=True)
-    return shown.to_string(index=False)
+    text = shown.to_markdown(index=False, disable_numparse=True) if markdown else shown.to_string(index=False)
+    return f"{text}\n\n{BOUNDED}" if any(row.bounded for row in rows) else text
+
+
+def _factor(row: Row, name: str) -> str:
+    return ("<= " if name in row.bounded else "") + _rounded(getattr(row, name))
 
 
 def _with_spread(row: Row) -> str:
@@ -181,7 +217,7 @@ def curves(runs: Sequence[Run], costs: Mapping[str, Cost]) -> pd.DataFrame:
     """Return metric and loss of every epoch of every run against the seconds spent until then, encode included."""
     lines = []
     for run in runs:
-        seconds = costs[str(run.cut)].encode_seconds or 0.0
+        seconds = costs.get(str(run.cut), Cost()).encode_seconds or 0.0
         for epoch, row in enumerate(run.history, start=1):
             seconds += row["train/seconds"]
             lines.append(

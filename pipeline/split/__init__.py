@@ -8,7 +8,7 @@ both do the same. `choices` lists the places to cut, with their costs.
 """
 
 from pipeline.split.blocks import Cut
-from pipeline.split.choices import Candidate, candidates
+from pipeline.split.choices import Candidate, candidates, flops_around
 from pipeline.split.cut import merge, split
 from pipeline.split.prefix import Capture, Prefix, State, TensorSpec, capture
 from pipeline.split.suffix import Suffix
@@ -23,6 +23,7 @@ __all__ = [
     "TensorSpec",
     "candidates",
     "capture",
+    "flops_around",
     "merge",
     "split",
 ]

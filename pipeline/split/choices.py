@@ -80,6 +80,16 @@ def candidates(model: nn.Module, example: Any) -> list[Candidate]:
     return found
 
 
+def flops_around(model: nn.Module, cuts: Sequence[Cut], example: Any) -> list[tuple[int, int]] | None:
+    """Return the operations per sample of a forward pass before and after each of `cuts`; None if uncountable."""
+    args, kwargs = read_example(example)
+    try:
+        *before, total = _count_flops(model, cuts, args, kwargs)
+    except Exception:  # the network runs; the counter need not be able to follow it
+        return None
+    return [(flops, total - flops) for flops in before]
+
+
 def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwargs) -> list[int]:
     """Return the operations per sample of one forward pass until each of the cuts, and until its end."""
     counted: dict[tuple[str, int], int] = {}

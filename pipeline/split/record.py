@@ -114,6 +114,6 @@ class _Run:
             value = tensor.detach()
             goes_on = self.to_the_end or self.pending
             tap.values[Argument(leaf)] = value.clone() if goes_on and Argument(leaf) in tap.wanted else value
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(self.device)
         tap.elapsed = time.perf_counter() - self.start

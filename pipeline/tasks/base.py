@@ -132,6 +132,8 @@ class Task(ABC):
     name: str
     monitor: str
     """Name of the score that decides which epoch is best."""
+    least_units: int = 1
+    """Units that a training batch must have for the loss to mean something."""
     width: int | None = None
     """Size D of the embeddings that the model gives, where it gives some and it is known; set before `prepare`."""
 

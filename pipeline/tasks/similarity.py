@@ -34,6 +34,8 @@ class Similarity(Task):
             raise ConfigError(
                 f"task.memory is {config.memory}; loss {config.loss} compares no sample with another batch's: remove it"
             )
+        # Without a memory, one pair or one label per batch leaves nothing to tell it from.
+        self.least_units = 2 if config.memory is None and self._kind.compares != "vectors" else 1
         self._miner = make_miner(
             config.miner, config.miner_options, config.distance, loss=config.loss, loss_options=config.loss_options
         )

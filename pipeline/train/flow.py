@@ -7,6 +7,7 @@ have had. Of several processes each runs it, and the main one writes.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import statistics
@@ -20,8 +21,6 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
-from dvclive.live import Live
-from scmrepo.exceptions import SCMError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
@@ -31,10 +30,13 @@ from pipeline.tasks import Task
 from pipeline.train import processes
 from pipeline.train.checkpoint import resume, save
 from pipeline.train.config import TrainConfig
+from pipeline.train.live import RunLog
 from pipeline.train.loader import Batch
 from pipeline.train.objective import Objective, evaluate
 from pipeline.train.optimizer import parameter_groups, schedule
 from pipeline.train.parallel import prepare
+
+log = logging.getLogger("recycle")
 
 
 @dataclass
@@ -68,8 +70,10 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     A batch is shared out among processes (`split_batches`), so that a schedule has as many steps as of one.
 
     Raises:
-        ConfigError: there are more processes than units in a step.
+        ConfigError: there are more processes than units in a step, or the CPU cannot compute in `config.precision`.
     """
+    if config.precision == "fp16" and processes.state().device.type == "cpu":
+        raise ConfigError("train.precision is fp16, which the CPU does not train in; set bf16 or no")
     accelerator = Accelerator(
         cpu=processes.state().device.type == "cpu",
         mixed_precision=config.precision,
@@ -104,16 +108,19 @@ def fit(
     """
     writes = accelerator.is_main_process
     objective = Objective(suffix, task)
-    optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))
-    scheduler = schedule(optimizer, config, steps=config.epochs * -(-len(training) // config.gradient_accumulation))
     model = prepare(objective, training, accelerator)
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))  # of the parameters that moving left
+    scheduler = schedule(optimizer, config, steps=config.epochs * -(-len(training) // config.gradient_accumulation))
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     progress = resume(accelerator, checkpoint)
+    if progress.epoch:
+        log.info("goes on from epoch %d of %d, checkpoint %s", progress.epoch + 1, config.epochs, checkpoint)
     if progress.initial is None:
         progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
-    with _open_live(out) if writes else nullcontext() as live:
-        for row in progress.history:
-            _log(live, row)
+    with RunLog(out) if writes else nullcontext() as live:
+        if live:
+            for row in progress.history:
+                live.log_epoch(row)
         while not progress.exhausted(config.epochs, config.patience):
             training.set_epoch(progress.epoch)
             start = time.perf_counter()
@@ -122,7 +129,8 @@ def fit(
             metrics = evaluate(suffix, task, validation, accelerator)
             row = {"train/loss": loss, "train/seconds": seconds} | {f"validation/{k}": v for k, v in metrics.items()}
             better = progress.take(row, metrics[task.monitor], higher=task.higher_is_better)
-            _log(live, row)
+            if live:
+                live.log_epoch(row)
             save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
     best = config.keep == "best"
     if writes:
@@ -178,19 +186,3 @@ def train_epoch(
             "or set train.max_grad_norm"
         )
     return mean
-
-
-def _open_live(out: Path) -> Live:
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        return Live(str(out), save_dvc_exp=False, dvcyaml=None, report=None)
-    except SCMError as error:
-        raise TrainError(f"DVCLive cannot read this git repository ({error}); commit something first") from error
-
-
-def _log(live: Live | None, row: dict[str, float]) -> None:
-    if live is None:
-        return
-    for name, value in row.items():
-        live.log_metric(name, value)
-    live.next_step()  # type: ignore[no-untyped-call]

@@ -184,7 +184,7 @@ class Loader:
         self._floats = dict(floats or {})
         self.source = place(store, keys, self.device, residency) if source is None else source
         on_host = not isinstance(self.source, Resident)
-        self._pin = on_host and self.device.type == "cuda"
+        self._pin = on_host and can_pin(self.device)
         self._prefetch = (PREFETCHED if on_host and self.device.type != "cpu" else 0) if prefetch is None else prefetch
         self._read_ahead = read_ahead if isinstance(self.source, Reader) else 0
         self.set_epoch(0)
@@ -278,7 +278,17 @@ def _ahead(read: Callable[[np.ndarray], Batch], batches: Iterable[np.ndarray], d
                 future.cancel()
 
 
+def can_pin(device: torch.device) -> bool:
+    """Say whether copies to `device` gain from page-locked memory: it is an accelerator, whose backend has some."""
+    if device.type == "cpu":
+        return False
+    try:
+        return bool(torch.empty(1, pin_memory=True).is_pinned())
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
 def _free_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0  # no other backend says; "auto" stays on the host
-    return torch.cuda.mem_get_info(device)[0]
+    """Return the free memory of `device` in bytes, 0 where its backend does not tell: "auto" then stays on the host."""
+    tell = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return 0 if tell is None else int(tell(device)[0])

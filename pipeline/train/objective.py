@@ -14,6 +14,9 @@ from pipeline.tasks import Task
 from pipeline.train import processes
 from pipeline.train.loader import Batch
 
+ONE_VALUE = "more than 1 value per channel"
+"""In the message of torch's batch norms, all of which check this."""
+
 
 class Objective(nn.Module):
     """Batch -> loss: the one module that is trained, with the loss's own parameters where it has any."""
@@ -29,6 +32,26 @@ class Objective(nn.Module):
         output, targets = of_all_processes(self.suffix(batch.state, **batch.inputs), batch)
         loss: Tensor = self.task.loss(output, targets)
         return loss
+
+
+def trains_on_one(suffix: nn.Module, batch: Batch) -> bool:
+    """Say whether a step of `suffix` in training mode can have the one sample of `batch`, on the CPU.
+
+    It cannot where a batch norm would take statistics of a single value. Nothing of `suffix` is changed.
+    """
+    before = {name: buffer.clone() for name, buffer in suffix.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            suffix(batch.state, **batch.inputs)
+    except ValueError as error:
+        if ONE_VALUE not in str(error):
+            raise
+        return False
+    finally:
+        for name, buffer in suffix.named_buffers():
+            if not torch.equal(buffer, before[name]):
+                buffer.copy_(before[name])
+    return True
 
 
 def evaluate(suffix: nn.Module, task: Task, batches: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:

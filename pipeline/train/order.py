@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -42,13 +43,15 @@ def batches(
     epoch: int,
     shuffle: bool,
     drop_last: bool = False,
+    least: int = 1,
     window: Window | None = None,
     lengths: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Return the row indices of each batch of this epoch, int64, unit-major; each unit comes exactly once.
 
     `units` is (U,) rows, (U, R) rows, or U arrays of rows; `batch_size` counts units. Of the units left over at the
-    end, `drop_last` drops a batch that is not full; otherwise the last batch is smaller.
+    end, `drop_last` drops a batch that is not full; otherwise the last batch is smaller, or, where it would have fewer
+    than `least` units, part of the batch before.
     The shuffle is exact: each permutation is equally likely, unless a `window` limits it, or `lengths` (U,) are given:
     then units of similar length share a batch, picked among those of `POOLED_STEPS` batches in a row.
 
@@ -67,7 +70,10 @@ def batches(
         order = _by_length(order, lengths, batch_size, rng)
     if drop_last:
         order = order[: len(order) // batch_size * batch_size]
-    return [_rows(units, order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    starts = list(range(0, len(order), batch_size))
+    if len(starts) > 1 and len(order) - starts[-1] < least:
+        starts.pop()
+    return [_rows(units, order[start:end]) for start, end in pairwise([*starts, len(order)])]
 
 
 def shares(count: int, world: int) -> list[np.ndarray]:

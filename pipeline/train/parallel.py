@@ -26,8 +26,8 @@ def prepare(objective: Objective, batches: Iterable[Batch], accelerator: Acceler
 
     `batches` are those that it will be trained on.
     """
+    to_device(objective, accelerator.device)
     if accelerator.num_processes > 1:
-        objective.to(accelerator.device)
         _share_statistics(objective, accelerator.device)
         accelerator.ddp_handler = DistributedDataParallelKwargs(
             find_unused_parameters=_leaves_parameters_out(objective, next(iter(batches))),
@@ -37,6 +37,17 @@ def prepare(objective: Objective, batches: Iterable[Batch], accelerator: Acceler
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         prepared: nn.Module = accelerator.prepare(objective)
     return prepared
+
+
+def to_device(model: nn.Module, device: torch.device) -> None:
+    """Move `model` in place. What several of its modules share stays shared, also where moving makes new parameters."""
+    names: dict[int, list[str]] = {}
+    for name, item in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(item), []).append(name)
+    model.to(device)
+    for first, *others in names.values():
+        for path, _, own in (name.rpartition(".") for name in others):
+            model.get_submodule(path).register_parameter(own, model.get_parameter(first))
 
 
 def _leaves_parameters_out(objective: Objective, batch: Batch) -> bool:

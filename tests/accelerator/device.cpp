@@ -1,0 +1,277 @@
+// An accelerator in ordinary memory, as strict as a real one: its operations run the CPU's kernels on its tensors, and
+// refuse tensors of the CPU. Registered as torch's PrivateUse1; `device.py` builds it and gives it a name.
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/native/CPUFallback.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/core/impl/alloc_cpu.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Sizes = c10::IntArrayRef;
+using SymSizes = c10::SymIntArrayRef;
+using WithoutAutograd = c10::impl::ExcludeDispatchKeyGuard;
+
+static const at::Device DEVICE(at::kPrivateUse1, 0);
+static int64_t operations = 0, copies = 0;
+
+// Memory, and what torch asks of any device.
+
+struct Memory final : at::Allocator {
+  at::DataPtr allocate(size_t bytes) override {
+    void* begin = bytes ? c10::alloc_cpu(bytes) : nullptr;
+    return {begin, begin, &c10::free_cpu, DEVICE};
+  }
+  at::DeleterFnPtr raw_deleter() const override { return &c10::free_cpu; }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+static Memory memory;
+REGISTER_ALLOCATOR(c10::DeviceType::PrivateUse1, &memory);
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  static constexpr at::DeviceType static_type = at::kPrivateUse1;
+  at::DeviceType type() const override { return static_type; }
+  at::Device exchangeDevice(at::Device) const override { return DEVICE; }
+  at::Device getDevice() const override { return DEVICE; }
+  void setDevice(at::Device) const override {}
+  void uncheckedSetDevice(at::Device) const noexcept override {}
+  c10::Stream getStream(at::Device device) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, device);
+  }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return getStream(stream.device()); }
+  at::DeviceIndex deviceCount() const noexcept override { return 1; }
+  void synchronizeDevice(const at::DeviceIndex) const override {}
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override {}
+};
+static c10::impl::DeviceGuardImplRegistrar guard_registrar(at::kPrivateUse1, new Guard());
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+  bool hasPrimaryContext(at::DeviceIndex) const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  at::DeviceIndex deviceCount() const override { return 1; }
+  const at::Generator& getDefaultGenerator(at::DeviceIndex) const override {
+    static at::Generator generator = at::detail::getDefaultCPUGenerator();
+    return generator;
+  }
+  at::Generator getNewGenerator(at::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+};
+static bool hooked = (at::RegisterPrivateUse1HooksInterface(new Hooks()), true);
+
+// Between the two kinds of tensors.
+
+static bool is_ours(const Tensor& tensor) { return tensor.defined() && tensor.device().type() == at::kPrivateUse1; }
+
+static void refuse(const char* operation) {
+  TORCH_CHECK(false, "Expected all tensors to be on the same device, but ", operation, " got the accelerator and cpu");
+}
+
+// The same memory, seen as the CPU's.
+static Tensor as_cpu(const Tensor& tensor) {
+  auto storage = c10::Storage(
+      c10::Storage::use_byte_size_t(), tensor.storage().nbytes(),
+      at::DataPtr(tensor.storage().mutable_data(), at::kCPU), c10::GetAllocator(at::kCPU), true);
+  auto seen = at::detail::make_tensor<c10::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
+  seen.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides());
+  seen.unsafeGetTensorImpl()->set_storage_offset(tensor.storage_offset());
+  return seen;
+}
+
+static Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
+  copies++;
+  WithoutAutograd guard(c10::autograd_dispatch_keyset);
+  Tensor written = is_ours(to) ? as_cpu(to) : to;
+  written.copy_(is_ours(from) ? as_cpu(from) : from);
+  return to;
+}
+
+static Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
+  if (from.sizes() != to.sizes()) to.resize_(from.sizes());
+  return copy_from(from, to, false);
+}
+
+static Tensor to_device(const Tensor& tensor) {
+  if (!tensor.defined()) return tensor;
+  Tensor moved = at::empty(tensor.sizes(), tensor.options().device(DEVICE));
+  copy_from(tensor, moved, false);
+  return moved;
+}
+
+// What has a kernel of its own: making tensors, and views of them.
+
+static Tensor empty(
+    Sizes sizes, std::optional<at::ScalarType> type, std::optional<at::Layout>, std::optional<at::Device>,
+    std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  auto keys = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1);
+  return at::detail::empty_generic(sizes, &memory, keys, at::dtype_or_default(type), format);
+}
+
+static Tensor empty_strided(
+    Sizes sizes, Sizes strides, std::optional<at::ScalarType> type, std::optional<at::Layout>,
+    std::optional<at::Device>, std::optional<bool>) {
+  auto keys = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1);
+  return at::detail::empty_strided_generic(sizes, strides, &memory, keys, at::dtype_or_default(type));
+}
+
+static Tensor& set_storage(Tensor& tensor, at::Storage storage, int64_t offset, Sizes sizes, Sizes strides) {
+  tensor.unsafeGetTensorImpl()->set_storage_keep_dtype(storage);
+  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
+  tensor.unsafeGetTensorImpl()->set_storage_offset(offset);
+  return tensor;
+}
+
+static Tensor& set_whole_storage(Tensor& tensor, at::Storage storage) {
+  int64_t count = storage.nbytes() / tensor.itemsize();
+  return set_storage(tensor, storage, 0, {count}, {1});
+}
+
+static const Tensor& resize(const Tensor& tensor, Sizes sizes, std::optional<at::MemoryFormat>) {
+  size_t needed = (c10::multiply_integers(sizes) + tensor.storage_offset()) * tensor.itemsize();
+  auto* storage = tensor.storage().unsafeGetStorageImpl();
+  if (needed > storage->nbytes()) {
+    auto larger = memory.allocate(needed);
+    if (storage->nbytes()) std::memcpy(larger.get(), tensor.storage().data(), storage->nbytes());
+    storage->set_data_ptr_noswap(std::move(larger));
+    storage->set_nbytes(needed);
+  }
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  return tensor;
+}
+
+// Everything else: the CPU's kernel, on arguments that must be ours.
+
+static c10::IValue argument_on_cpu(const c10::IValue& given, const std::string& operation) {
+  const bool indexes = operation.find("index") != std::string::npos;  // these take indices from the CPU
+  auto on_cpu = [&](const Tensor& tensor) -> Tensor {
+    if (!tensor.defined()) return tensor;
+    if (is_ours(tensor)) return as_cpu(tensor);
+    if (tensor.dim() > 0 && !indexes && tensor.device().type() == at::kCPU) refuse(operation.c_str());
+    return tensor;
+  };
+  if (given.isTensor()) return on_cpu(given.toTensor());
+  if (given.isDevice()) return at::Device(at::kCPU);
+  if (given.isTensorList()) {
+    std::vector<Tensor> list;
+    for (const Tensor& tensor : given.toTensorVector()) list.push_back(on_cpu(tensor));
+    return list;
+  }
+  if (given.isOptionalTensorList()) {
+    c10::List<MaybeTensor> list;
+    for (MaybeTensor tensor : given.toOptionalTensorList())
+      list.push_back(tensor ? MaybeTensor(on_cpu(*tensor)) : tensor);
+    return list;
+  }
+  return given;
+}
+
+static bool is_written(const c10::Argument& argument) { return argument.alias_info() && argument.alias_info()->isWrite(); }
+
+static c10::IValue result_on_device(
+    const c10::IValue& result, const c10::Argument& returned, const std::vector<c10::Argument>& arguments,
+    const std::vector<c10::IValue>& given) {
+  if (is_written(returned))  // it is one of the arguments
+    for (size_t i = 0; i < arguments.size(); i++)
+      if (is_written(arguments[i]) && *arguments[i].alias_info() == *returned.alias_info()) return given[i];
+  if (result.isTensor()) return to_device(result.toTensor());
+  if (!result.isTensorList()) return result;
+  std::vector<Tensor> list;
+  for (const Tensor& tensor : result.toTensorVector()) list.push_back(to_device(tensor));
+  return list;
+}
+
+static void fallback(const c10::OperatorHandle& operation, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  operations++;
+  const auto& arguments = operation.schema().arguments();
+  const auto& returns = operation.schema().returns();
+  std::vector<c10::IValue> given(stack->end() - arguments.size(), stack->end()), used;
+  stack->resize(stack->size() - arguments.size());
+  for (const auto& value : given) used.push_back(argument_on_cpu(value, operation.schema().name()));
+  stack->insert(stack->end(), used.begin(), used.end());
+  {
+    WithoutAutograd guard(c10::autograd_dispatch_keyset);
+    operation.callBoxed(stack);
+  }
+  for (size_t i = 0; i < arguments.size(); i++) {  // an output that the kernel resized
+    if (!is_written(arguments[i]) || !given[i].isTensor() || !given[i].toTensor().defined()) continue;
+    const Tensor &to = given[i].toTensor(), &from = used[i].toTensor();
+    if (to.data_ptr() == from.data_ptr() && to.sizes() == from.sizes()) continue;
+    to.resize_(from.sizes());
+    copy_from(from, to, false);
+  }
+  for (size_t i = 0; i < returns.size(); i++) {
+    c10::IValue& result = (*stack)[stack->size() - returns.size() + i];
+    result = result_on_device(result, returns[i], arguments, given);
+  }
+}
+
+// Convolutions reach a device by operations that the CPU does not have.
+
+static Tensor ours_on_cpu(const Tensor& tensor) {
+  if (!is_ours(tensor)) refuse("convolution");
+  return as_cpu(tensor);
+}
+
+static Tensor convolution(
+    const Tensor& input, const Tensor& weight, const MaybeTensor& bias, SymSizes stride, SymSizes padding,
+    SymSizes dilation, bool transposed, SymSizes output_padding, c10::SymInt groups) {
+  operations++;
+  MaybeTensor bias_on_cpu;
+  if (bias && bias->defined()) bias_on_cpu = ours_on_cpu(*bias);
+  WithoutAutograd guard(c10::autograd_dispatch_keyset);
+  return to_device(at::convolution_symint(
+      ours_on_cpu(input), ours_on_cpu(weight), bias_on_cpu, stride, padding, dilation, transposed, output_padding,
+      groups));
+}
+
+static std::tuple<Tensor, Tensor, Tensor> convolution_backward(
+    const Tensor& gradient, const Tensor& input, const Tensor& weight, SymSizes stride, SymSizes padding,
+    SymSizes dilation, bool transposed, SymSizes output_padding, c10::SymInt groups, std::array<bool, 3> wanted) {
+  operations++;
+  WithoutAutograd guard(c10::autograd_dispatch_keyset);
+  std::vector<c10::SymInt> bias{transposed ? weight.sym_size(1) * groups : weight.sym_size(0)};
+  auto [of_input, of_weight, of_bias] = at::convolution_backward_symint(
+      ours_on_cpu(gradient), ours_on_cpu(input), ours_on_cpu(weight), std::optional<SymSizes>(bias), stride, padding,
+      dilation, transposed, output_padding, groups, wanted);
+  return {to_device(of_input), to_device(of_weight), to_device(of_bias)};
+}
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  library.impl("empty.memory_format", empty);
+  library.impl("empty_strided", empty_strided);
+  library.impl("_copy_from", copy_from);
+  library.impl("_copy_from_and_resize", copy_from_and_resize);
+  library.impl("set_.source_Storage", set_whole_storage);
+  library.impl("set_.source_Storage_storage_offset", set_storage);
+  library.impl("resize_", resize);
+  library.impl("as_strided", at::native::as_strided_tensorimpl);
+  library.impl("view", at::native::view);
+  library.impl("_reshape_alias", at::native::_reshape_alias);
+  library.impl("convolution_overrideable", convolution);
+  library.impl("convolution_backward_overrideable", convolution_backward);
+}
+
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) { library.fallback(torch::CppFunction::makeFallthrough()); }
+
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {  // the macros expect this name
+  KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(matmul, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(mm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(bmm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(addmm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(conv2d, lower_precision_fp)
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("operations", [] { return operations; });
+  module.def("copies", [] { return copies; });
+}
