@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from pipeline.data import SampleTable, rows_in_role
+from pipeline.data import SampleTable, remarks, rows_in_role
 from pipeline.encode import quarantine
 from pipeline.encode.quarantine import BadSample
 from pipeline.epochs import open_joint_loaders, open_loaders
@@ -39,6 +39,8 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
     known of both. Returns whether the bad samples stay within `encode.max_bad`.
     """
     source = project.source()
+    if left_out := source.left_out():
+        log.warning("left out of the data set: %s", left_out)
     keyed = project.keys_of(source, trust=not rehash)
     if not len(keyed.good):
         quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # the table will say that nothing is left
@@ -49,6 +51,10 @@ def encode_project(project: Project, *, rehash: bool = False) -> bool:
         bad = made[-1].done.keyed.bad
     if len(bad) > len(keyed.bad):
         table = sample_table(project, source, replace(keyed, bad=bad))
+    for remark in remarks(table):
+        log.warning("%s", remark)
+    if lost := len(keyed.keys) - len(bad) - len(table):
+        log.warning("%d samples left out: the other half of their pair is set aside", lost)
     table.write(project.samples)
     quarantine.write(project.quarantine, bad, keyed.keys)
     write_costs(project, made)

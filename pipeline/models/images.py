@@ -204,7 +204,7 @@ def _resize(image: Tensor, size: list[int], mode: v2.InterpolationMode) -> Tenso
     if mode is not v2.InterpolationMode.LANCZOS:  # only PIL has it; torch is two to four times as fast with the others
         resized: Tensor = resize(image, size, mode, antialias=True)
     elif image.is_floating_point():
-        bands = [to_pil_image(band, mode="F") for band in image.split(1)]
+        bands = [to_pil_image(band, mode="F") for band in torch.split(image, 1)]
         resized = torch.cat([pil_to_tensor(resize(band, size, mode)) for band in bands])
     else:
         resized = pil_to_tensor(resize(to_pil_image(image), size, mode))

@@ -168,7 +168,7 @@ def test_rows_must_agree() -> None:
         table_of(Listed([("a", None, {"label": 1}), ("b", None, {"score": 1})]))
     with pytest.raises(DataError, match="gives the split 'dev'"):
         table_of(Listed([("a", "dev", {"label": 1})]))
-    with pytest.raises(DataError, match="row 1: the target label is None; give it a value"):
+    with pytest.raises(DataError, match=r"1 samples have no label \(row 1\); give each one"):
         table_of(Listed([("a", None, {"label": "x"}), ("b", None, {"label": None})]))
     with pytest.raises(DataError, match="no usable sample"):
         build(labelled(3), np.zeros((0, 16), np.uint8), config(), np.array([], int))
