@@ -76,7 +76,9 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
     out = project.run_path(name)
     accelerator = open_accelerator(project.train)
     set_seed(project.train.seed, device_specific=True)  # no process drops what another one does
-    table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
+    table = SampleTable.read(project.samples).share(
+        project.data.fraction, project.data.seed, by_label=project.task.kind != "regression"
+    )
     towers = [open_tower(part, cut, table, to_train=True) for part in project.parts]
     identity = runs.identity(project, cut)
     with alone(project.scratch / "checkpoints" / identity) as checkpoint:

@@ -64,9 +64,8 @@ class SampleTable:
         training = self.rows("train")
         identities = _identities(self.keys[training], {k: v[training] for k, v in self.targets.items()}, "samples")
         labels = [""] * len(training)
-        if (
-            by_label and "label" in self.targets and self.targets["label"].dtype.kind in "iuU"
-        ):  # numbers to regress are no strata
+        is_class = by_label and "label" in self.targets and self.targets["label"].dtype.kind in "iuU"
+        if is_class:  # floats are numbers to regress, and no strata
             labels = [str(label) for label in self.targets["label"][training]]
         strata: dict[str, dict[bytes, float]] = defaultdict(dict)
         for label, identity in zip(labels, identities, strict=True):

@@ -304,7 +304,7 @@ def test_losses_and_miners_that_do_not_exist(settings: dict[str, Any], message: 
         (
             {"kind": "regression"},
             labelled([0.5, 1], [float("nan")]),
-            r"1 samples are not finite \(the first is that of row 2",
+            r"1 samples are not finite \(the first is that of row",
         ),
         ({"kind": "regression"}, labelled([2, 2], [1]), r"the number 2\.0 \(column 0\) is the same in all 2 training"),
         ({"kind": "regression"}, labelled([], [1]), "the training split has no sample"),
