@@ -82,7 +82,8 @@ def from_objects(
             raise DataError(f"{path}: field {name} of record {number} {reason}; mend it ({len(wrong)} such records)")
         if wrong:
             faults[name] = wrong
-        columns[_plain(name)] = _column(path, name, [None if i in wrong else value for i, value in enumerate(values)])
+        column = _column(path, name, [None if i in wrong else value for i, value in enumerate(values)])
+        columns[_plain(name)] = column.cast(pa.string()) if wrong and pa.types.is_null(column.type) else column
     return pa.table(columns), faults
 
 
@@ -94,7 +95,11 @@ def _column(path: Path, name: str, values: list[Any]) -> pa.ChunkedArray:
     try:
         return pa.chunked_array([pa.array(values)])
     except (pa.ArrowException, OverflowError) as error:
-        raise DataError(f"{path}: field {name} mixes types ({error}); give every record the same") from error
+        kinds = [type(value) for value in values if value is not None]
+        odd = next((i for i, value in enumerate(values) if value is not None and type(value) is not kinds[0]), 0)
+        raise DataError(
+            f"{path}: field {name} mixes types, from record {odd} on ({error}); give every record the same"
+        ) from error
 
 
 def _wrong(values: list[Any]) -> dict[int, str]:
