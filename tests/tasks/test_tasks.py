@@ -337,3 +337,9 @@ def test_head_of_an_embedding() -> None:
 
 def test_every_setting_is_documented() -> None:
     assert [name for name, setting in TaskConfig.model_fields.items() if not setting.description] == []
+
+
+def test_numbers_in_texts_are_regressed() -> None:
+    task = open_task(TaskConfig(kind="regression"))
+    made = task.prepare(labelled(["1.50", "3.5", "1e0"], ["2"]))
+    assert np.allclose(made["label"].ravel() * np.std([1.5, 3.5, 1]) + 2, [1.5, 3.5, 1, 2])
