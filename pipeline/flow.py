@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from pipeline.data import SampleTable, rows_in_role
+from pipeline.data import SampleTable, remarks, rows_in_role
 from pipeline.encode import quarantine
 from pipeline.encode.quarantine import BadSample
 from pipeline.epochs import open_joint_loaders, open_loaders
@@ -43,6 +43,8 @@ def encode_project(project: Project, *, rehash: bool = False, replace_stores: bo
     """
     replace_stores = replace_stores or project.encode.replace
     source = project.source()
+    if left_out := source.left_out():
+        log.warning("left out of the data set: %s", left_out)
     keyed = project.keys_of(source, trust=not rehash)
     if not len(keyed.good):
         quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # the table will say that nothing is left
@@ -54,6 +56,10 @@ def encode_project(project: Project, *, rehash: bool = False, replace_stores: bo
         bad = made[-1].done.keyed.bad
     if len(bad) > len(keyed.bad):
         table = sample_table(project, source, replace(keyed, bad=bad))
+    for remark in remarks(table):
+        log.warning("%s", remark)
+    if lost := len(keyed.keys) - len(bad) - len(table):
+        log.warning("%d samples left out: the other half of their pair is set aside", lost)
     table.write(project.samples)
     quarantine.write(project.quarantine, bad, keyed.keys)
     write_costs(project, made)
@@ -75,7 +81,9 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
     out = project.run_path(name)
     accelerator = open_accelerator(project.train)
     set_seed(project.train.seed, device_specific=True)  # no process drops what another one does
-    table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
+    table = SampleTable.read(project.samples).share(
+        project.data.fraction, project.data.seed, by_label=project.task.kind != "regression"
+    )
     towers = [open_tower(part, cut, table, to_train=True) for part in project.parts]
     made_of = runs.made_of(project, cut)
     identity = runs.identity(made_of)

@@ -142,6 +142,39 @@ def test_a_state_is_never_stored_under_the_key_of_another_content(folder: Path) 
     assert stored(folder, "1.0") == 12
 
 
+def test_what_is_left_out_and_what_occurs_twice_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "photos/README.md").write_text("of circles")
+    (folder / "photos/circle/.cache").mkdir()
+    (folder / "photos/square/notes.txt").write_text("not square")
+    shutil.copy(folder / "photos/circle/0000.png", folder / "photos/square/0000.jfif")
+    assert encode(folder, encode={"cuts": [1.0]}).exit_code == 0
+    assert (
+        "left out of the data set: 1 outside of the class folders (first: README.md), 1 hidden (first: circle/.cache), "
+        "1 .txt (first: square/notes.txt)" in caplog.text
+    )
+    said = "2 samples have the content of another sample under another label, first: circle/0000.png = square/0000.jfif"
+    assert said in caplog.text
+
+
+def test_a_text_that_is_none_takes_its_pair_along(
+    folder: Path, text_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [{"q": f"one {word}", "a": f"good {word}"} for word in ("two", "three", "bad", "\ud83d")]
+    (folder / "pairs.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in [*records[:3], records[3] | {"q": "one"}])
+    )
+    settings: dict[str, dict[str, object]] = {
+        "data": {"source": "pairs", "path": "pairs.jsonl", "anchor": "q", "positive": "a", "validation": 0.0},
+        "model": {"backbone": f"hf:{text_folder}"},
+        "preprocess": {"kind": "text", "image_size": None},
+        "task": {"kind": "similarity"},
+        "encode": {"cuts": [1.0], "max_bad": 1},
+    }
+    assert encode(folder, **settings).exit_code == 0
+    assert [row["source"] for row in quarantine(folder).values()] == ["pairs.jsonl#3"]
+    assert "1 samples left out: the other half of their pair is set aside" in caplog.text
+
+
 def test_equal_bad_files_have_names_of_their_own(folder: Path) -> None:
     for name in ("circle/one.png", "square/two.png", "square/three.png"):
         (folder / "photos" / name).write_bytes(b"the same rubbish")

@@ -10,6 +10,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.media import open_audio, open_images
 from pipeline.data.pairs import ROLES, open_pairs
 from pipeline.data.pixels import open_pixels
+from pipeline.data.repeats import remarks
 from pipeline.data.source import Content, Row, Source, Stamp
 from pipeline.data.squad import open_squad
 from pipeline.data.table import SampleTable, build
@@ -30,6 +31,7 @@ __all__ = [
     "build",
     "in_role",
     "open_source",
+    "remarks",
     "rows_in_role",
     "with_keys",
 ]

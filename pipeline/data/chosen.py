@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pipeline.data.source import Content, Row, Source, Stamp
+from pipeline.data.source import Content, LeftOut, Row, Source, Stamp
 from pipeline.errors import DataError
 from pipeline.files import load_function
 from pipeline.keys import content_key
@@ -45,6 +45,9 @@ class Chosen(Source):
     def stamp(self, i: int) -> Stamp | None:
         """Return None where a function makes the key: an unchanged file does not tell that it gives the same still."""
         return self._source.stamp(int(self._rows[i])) if self._function(i) is None else None
+
+    def left_out(self) -> LeftOut:
+        return self._source.left_out()
 
     def _function(self, i: int) -> tuple[str, KeyFunction] | None:
         if not self._functions:

@@ -45,8 +45,8 @@ class DataConfig(Section):
     "tagged" (a table of lists of words and of tags), "squad" (questions on paragraphs, SQuAD's JSON), "pixels" (a table
     with a column per pixel), "arrays" (numbers of any shape in NumPy's files), "torchvision" (a data set of
     torchvision.datasets), or the user's own "module:function", which is called with this section and returns a
-    `Source`. A table is .csv, .tsv, .jsonl, .json (.gz too), .parquet, or the folder of a data set that Hugging Face
-    datasets saved by save_to_disk."""
+    `Source`. A table is .csv, .tsv, .jsonl, .json (.gz too), .parquet, a folder with such a file, or its shards, per
+    split, or the folder of a data set that Hugging Face datasets saved by save_to_disk."""
     path: str | None = None
     """File or folder; "package:PKG/inner/path" names one that an installed package ships. torchvision: the root that
     its data sets lie in. "module:function" may do without."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import ClassVar
 
-from pipeline.data.source import Row, Source, Stamp, Target, find_split
+from pipeline.data.source import LeftOut, Row, Source, Stamp, Target, find_split
+from pipeline.data.walk import files_below, visible
 from pipeline.errors import BadSampleError, DataError
+
+_SIGNATURE_BYTES = 16
 
 
 class ClassFolder(Source):
     """Files below `root`: `<class>/**/<file>`, or `<split>/<class>/**/<file>` with splits train, validation, test.
-    Where they are not `labelled`, `**/<file>`.
+    Where they are not `labelled`, `**/<file>`. A file is one of them by its extension or by its first bytes.
 
     Content is the bytes of the file: it is decoded by preprocessing alone, so that a key costs no decoding.
     """
@@ -20,16 +24,19 @@ class ClassFolder(Source):
     holds: ClassVar[str]
     """What the files are, in the plural."""
     extensions: ClassVar[frozenset[str]]
+    signature: ClassVar[re.Pattern[bytes]]
+    """How the contents of files begin whose extension says nothing."""
 
     def __init__(self, root: Path, *, labelled: bool = True) -> None:
         self.root = root
         self._below_root = os.path.join(root, "")  # a join for every stamp would cost as much as the stamp
+        self._left_out = LeftOut()
         self._files: list[tuple[str, str | None, dict[str, Target]]] = (
             [
                 (file, split, {"label": label})
-                for split, folder in _splits(root)
-                for label in _folders(folder)
-                for file in self._below(folder / label)
+                for split, folder in _splits(root, self._left_out)
+                for label in _folders(folder, root, self._left_out, "outside of the class folders")
+                for file in self._of_class(folder / label)
             ]
             if labelled
             else [(file, None, {}) for file in self._below(root)]
@@ -37,7 +44,8 @@ class ClassFolder(Source):
         if not self._files:
             known = " ".join(sorted(self.extensions))
             where = " in folders named after their class" if labelled else ""
-            raise DataError(f"data.path {root} holds no {self.holds} ({known}){where}")
+            others = f"; left out: {self._left_out}" if self._left_out else ""
+            raise DataError(f"data.path {root} holds no {self.holds} ({known}){where}{others}")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -51,28 +59,51 @@ class ClassFolder(Source):
     def stamp(self, i: int) -> Stamp | None:
         return stamp_file(self._below_root + self._files[i][0])
 
+    def left_out(self) -> LeftOut:
+        return self._left_out
+
+    def _of_class(self, folder: Path) -> list[str]:
+        files = self._below(folder)
+        if not files:
+            self._left_out.add(f"class folders without {self.holds}", folder.relative_to(self.root).as_posix())
+        return files
+
     def _below(self, folder: Path) -> list[str]:
-        """Return the files below `folder`, relative to the root, in an order that is the same on every file system."""
-        return sorted(
-            (Path(parent) / name).relative_to(self.root).as_posix()
-            for parent, _, names in os.walk(folder)
-            for name in names
-            if Path(name).suffix.lower() in self.extensions and not name.startswith(".")
-        )
+        return files_below(folder, self.root, self._is_one, self._left_out)
+
+    def _is_one(self, path: str) -> bool:
+        if os.path.splitext(path)[1].lower() in self.extensions:
+            return True
+        try:
+            with open(path, "rb") as file:
+                return self.signature.match(file.read(_SIGNATURE_BYTES)) is not None
+        except OSError:
+            return False
 
 
 class ImageFolder(ClassFolder):
     """Images in a folder per class."""
 
     holds = "images"
-    extensions = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+    extensions = frozenset(
+        {".apng", ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png", ".pnm"}
+        | {".ppm", ".tif", ".tiff", ".webp"}
+    )
+    # Files of raw photographs begin as TIFF does, and would give their small preview.
+    signature = re.compile(
+        rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavi[fs]|BM....\0{4}", re.DOTALL
+    )
 
 
 class AudioFolder(ClassFolder):
     """Sounds in a folder per class."""
 
     holds = "sounds"
-    extensions = frozenset({".aif", ".aiff", ".au", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav"})
+    extensions = frozenset(
+        {".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".w64"}
+        | {".wav", ".wave"}
+    )
+    signature = re.compile(rb"RIFF....WAVE|RF64....WAVE|FORM....AIF[FC]|fLaC|OggS|ID3|\.snd|caff", re.DOTALL)
 
 
 def read_file(path: Path) -> bytes:
@@ -95,9 +126,9 @@ def stamp_file(path: Path | str) -> Stamp | None:
         return None
 
 
-def _splits(root: Path) -> list[tuple[str | None, Path]]:
+def _splits(root: Path, left_out: LeftOut) -> list[tuple[str | None, Path]]:
     """Tell split folders from class folders: splits there are where one is called train and all are splits."""
-    splits = {name: find_split(name) for name in _folders(root)}
+    splits = {name: find_split(name) for name in _folders(root, root, LeftOut(), "")}
     found = {split for split in splits.values() if split}
     if "train" not in found or (None in splits.values() and found == {"train"}):
         return [(None, root)]
@@ -107,12 +138,16 @@ def _splits(root: Path) -> list[tuple[str | None, Path]]:
             f"data.path {root} has split folders ({', '.join(sorted(found))}) and beside them {', '.join(others[:5])}; "
             "move these into a split, or out of the data set"
         )
+    _folders(root, root, left_out, "outside of the split folders")
     return [(split, root / name) for name, split in splits.items()]
 
 
-def _folders(folder: Path) -> list[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"data.path {folder} cannot be read: {error.strerror}") from error
+def _folders(folder: Path, root: Path, left_out: LeftOut, kind: str) -> list[str]:
+    """Return the names of the folders in `folder`; files beside them are counted as of `kind`."""
+    names = []
+    for entry in visible(folder, root, left_out):
+        if entry.is_dir():
+            names.append(entry.name)
+        else:
+            left_out.add(kind, Path(entry).relative_to(root).as_posix())
+    return names

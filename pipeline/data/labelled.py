@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipeline.data.config import DataConfig
 from pipeline.data.records import Records
-from pipeline.data.source import Row, Source, Target
+from pipeline.data.source import LeftOut, Row, Source, Target, is_missing
 from pipeline.errors import DataError
 
 LABEL = "label"
+NAMED = 5
 
 
 class Labelled(Source):
@@ -23,8 +27,10 @@ class Labelled(Source):
     def __init__(self, name: str, records: Records, delimiter: str | None = None) -> None:
         self._records, self._delimiter = records, delimiter
         self._labels = [column for setting, column in records.columns.items() if setting.partition(".")[0] == LABEL]
-        if missing := max((column.null_count for column in self._labels), default=0):
-            raise DataError(f"{name}: {missing} records have no label; give them one, or leave them out")
+        for setting, column in records.columns.items():
+            if setting.partition(".")[0] in (LABEL, "group"):
+                may_be_blank = delimiter is not None and setting == LABEL  # it holds no label of many
+                refuse_missing(name, records, column, setting.partition(".")[0], may_be_blank=may_be_blank)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -34,6 +40,9 @@ class Labelled(Source):
         if "group" in self._records.columns:
             targets["group"] = str(self._records.columns["group"][i].as_py())
         return Row(self._records.where(i), self._records.split(i), targets)
+
+    def left_out(self) -> LeftOut:
+        return self._records.left_out
 
     def _label(self, i: int) -> Any:
         cells = [column[i].as_py() for column in self._labels]
@@ -60,10 +69,31 @@ def as_target(value: object, where: str) -> Any:
         DataError: a list holds nothing in some place.
     """
     if isinstance(value, list):
-        if None in value:
-            raise DataError(f"{where}: the label is {value}; expected a list of texts or of numbers; leave None out")
+        if any(is_missing(item) for item in value):
+            raise DataError(f"{where}: the label is {value}; expected texts or numbers; leave out what is empty")
         return [as_target(item, where) for item in value]
     if isinstance(value, bool):
         return str(value).lower()
     target: Target = value if isinstance(value, str | int | float) else str(value)
     return target
+
+
+def refuse_missing(
+    name: str, records: Records, column: pa.ChunkedArray, what: str, *, may_be_blank: bool = False
+) -> None:
+    """Refuse a column that has nothing in some records: no value, a text of blanks (unless it `may_be_blank`), or NaN.
+
+    Raises:
+        DataError: there are such records; the message has their count and names the first.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    missing = column.is_null()
+    if pa.types.is_floating(column.type):
+        missing = column.is_null(nan_is_null=True)
+    elif not may_be_blank and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        missing = pc.or_(missing, pc.fill_null(pc.equal(pc.ascii_trim_whitespace(column), ""), False))
+    rows = pc.indices_nonzero(missing).to_pylist()
+    if rows:
+        named = ", ".join(records.where(row) for row in rows[:NAMED]) + (", ..." if len(rows) > NAMED else "")
+        raise DataError(f"{name}: {len(rows)} records have no {what} ({named}); give each one, or leave them out")

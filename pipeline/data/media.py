@@ -23,7 +23,7 @@ class MediaTable(Labelled):
 
     def __init__(self, name: str, records: Records, setting: str, root: Path, delimiter: str | None) -> None:
         super().__init__(name, records, delimiter)
-        self.root, self._files = root, records.columns[setting]
+        self.root, self._files, self._setting = root, records.columns[setting], setting
         if not _holds_files(self._files.type):
             raise ConfigError(f"data.{setting}: the field holds {self._files.type}; expected paths, bytes, or both")
         for i in range(len(self)):
@@ -37,7 +37,7 @@ class MediaTable(Labelled):
             return data
         path = self._path(i)
         if not path:
-            raise BadSampleError("the field of the file is empty")
+            raise BadSampleError(self._records.fault(self._setting, i) or "the field of the file is empty")
         return read_file(self.root / path)
 
     def stamp(self, i: int) -> Stamp | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.data.config import DataConfig
 from pipeline.data.records import Records, read_records
-from pipeline.data.source import Row, Source, Target
+from pipeline.data.source import LeftOut, Row, Source, Target
 from pipeline.errors import DataError
 
 ROLES = ("anchor", "positive")
@@ -39,6 +39,9 @@ class Pairs(Source):
     def content(self, i: int) -> str:
         pair, role = divmod(i, len(self._roles))
         return self._records.text(self._roles[role], pair)
+
+    def left_out(self) -> LeftOut:
+        return self._records.left_out
 
 
 def open_pairs(config: DataConfig, path: Path) -> Pairs:

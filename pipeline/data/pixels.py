@@ -11,10 +11,12 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipeline.data.config import DataConfig
-from pipeline.data.source import Row, Source, Target
+from pipeline.data.delimited import read_labels
+from pipeline.data.source import Row, Source, Target, is_missing
 from pipeline.errors import ConfigError, DataError
 
 CHANNELS = (1, 3)
+NAMED = 5
 
 
 class Pixels(Source):
@@ -39,11 +41,7 @@ def open_pixels(config: DataConfig, path: Path) -> Pixels:
     if path.suffix in (".npy", ".npz"):
         raise ConfigError(f"data.path is {path}, an array; source pixels reads tables; set data.source: arrays")
     header = _has_header(path) if config.header is None else config.header
-    try:
-        table = pa.csv.read_csv(path, read_options=pa.csv.ReadOptions(autogenerate_column_names=not header))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"data.path {path} cannot be read as CSV: {error}") from error
-    column = _label_column(config, table.column_names, named=header)
+    table, column = _read(config, path, header=header)
     pixels = table if column is None else table.remove_column(column)
     for name, values in zip(pixels.column_names, pixels.columns, strict=True):
         _check_bytes(path, name, values)
@@ -58,10 +56,25 @@ def open_pixels(config: DataConfig, path: Path) -> Pixels:
     images = flat.reshape(-1, *shape)
     if column is None or not config.labelled:
         return Pixels(path.name, images, None)
-    labels = table.column(column)
-    if labels.null_count:
-        raise DataError(f"{path}: {labels.null_count} rows have no label (column {column})")
-    return Pixels(path.name, images, labels.to_pylist())
+    labels = read_labels([table.column(column)])[0].to_pylist()
+    if missing := [f"{path.name}#{row}" for row, label in enumerate(labels) if is_missing(label)]:
+        named = ", ".join(missing[:NAMED])
+        raise DataError(f"{path}: {len(missing)} rows have no label (column {column}; the first: {named})")
+    return Pixels(path.name, images, labels)
+
+
+def _read(config: DataConfig, path: Path, *, header: bool) -> tuple[pa.Table, int | None]:
+    """Return the table, and the number of the column of labels, which is read as text."""
+    options = pa.csv.ReadOptions(autogenerate_column_names=not header)
+    try:
+        with pa.csv.open_csv(path, read_options=options) as beginning:
+            names = beginning.schema.names
+        column = _label_column(config, names, named=header)
+        texts = [] if column is None else [names[column]]
+        convert = pa.csv.ConvertOptions(strings_can_be_null=False, column_types=dict.fromkeys(texts, pa.string()))
+        return pa.csv.read_csv(path, read_options=options, convert_options=convert), column
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"data.path {path} cannot be read as CSV: {error}") from error
 
 
 def _has_header(path: Path) -> bool:

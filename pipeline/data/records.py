@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, compress
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
+from pipeline.data.delimited import COMMA, TAB, read_delimited, read_labels
+from pipeline.data.json_records import Faults, from_objects, read_lines, read_list
 from pipeline.data.saved import is_saved, read_saved, with_class_names
-from pipeline.data.source import files_by_split, split_named
+from pipeline.data.source import LeftOut, split_named
+from pipeline.data.walk import files_by_split
 from pipeline.errors import BadSampleError, ConfigError, DataError
 
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+DELIMITERS = {".csv": COMMA, ".tsv": TAB}
+CONTENTS = frozenset({"text", "text_pair", "anchor", "positive", "image", "audio"})
+"""Settings of fields that hold contents: of these one may be bad, and the record is set aside."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,11 @@ class Records:
     files: Sequence[tuple[str, int]]
     """Name of each file, and how many records it has."""
     splits: Sequence[str] | None
-    """The split of each file, where there is a file per split."""
+    """The split of each file, where there are files of splits."""
+    left_out: LeftOut
+    """What the folder holds beside them."""
+    faults: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """Setting -> record -> what is wrong with its content, where that is known before it is read."""
 
     def __len__(self) -> int:
         return sum(count for _, count in self.files)
@@ -51,17 +61,24 @@ class Records:
         Raises:
             BadSampleError: the cell is empty or holds no text.
         """
+        if fault := self.fault(setting, i):
+            raise BadSampleError(fault)
         value = self.columns[setting][i].as_py()
         if not isinstance(value, str) or not value.strip():
             raise BadSampleError(f"no text: {self.where(i)}, {setting}, has {value!r}; expected a text")
         return value
 
+    def fault(self, setting: str, i: int) -> str | None:
+        """Return what is wrong with the content of record `i`, if that is known."""
+        return self.faults.get(setting, {}).get(i)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(count for _, count in self.files))
+
     def _place(self, i: int) -> tuple[int, int]:
-        for file, (_, count) in enumerate(self.files):
-            if i < count:
-                return file, i
-            i -= count
-        raise IndexError(i)
+        file = bisect_right(self._ends, i)
+        return file, i - (self._ends[file - 1] if file else 0)
 
 
 def read_records(
@@ -75,28 +92,54 @@ def read_records(
     """Return the columns that `fields` (setting -> field name) asks for, of a file or of a folder; of `any_of` those
     that exist.
 
-    A folder has a file per split, called after it (train.jsonl, dev.jsonl, test.jsonl), or is a data set saved by
-    Hugging Face datasets. Class numbers that have names are these names. With `labels_as_text`, a label of CSV is a
-    text even where it looks like a number.
+    A folder has files of splits (`files_by_split`), or is a data set saved by Hugging Face datasets. Class numbers that
+    have names are these names. Labels of CSV and TSV are numbers where `read_labels` takes them for such, unless
+    `labels_as_text`; all else there is text.
 
     Raises:
         ConfigError: a field does not exist (the message names those that do), or the kind of file is unknown.
         DataError: a file cannot be read as its name says.
     """
+    left_out, faults = LeftOut(), Faults()
     if is_saved(path):
         parts = read_saved(path)
     else:
-        files = files_by_split(path, KINDS)
-        parts = [(file, split, _read_file(file, fields, records, labels_as_text)) for file, split in files]
+        parts, count = [], 0
+        for file, split in files_by_split(path, left_out, KINDS):
+            table, wrong = _read_file(file, fields, records)
+            parts.append((file, split, table))
+            for setting in [setting for setting, name in fields.items() if name in wrong]:
+                of_file = {count + row: reason for row, reason in wrong[fields[setting]].items()}
+                faults[setting] = faults.get(setting, {}) | of_file
+            count += table.num_rows
     splits = [split for _, split, _ in parts if split is not None]
     if splits and "split" in fields:
         raise ConfigError(f"data.split is {fields['split']!r}, but {path} has a file per split; remove it")
     columns = [_choose(file, table, fields, any_of) for file, _, table in parts]
+    if not labels_as_text:
+        delimited = [_kind(file) in DELIMITERS for file, _, _ in parts]
+        _read_labels(list(compress(columns, delimited)))
     try:
         joined = {name: pa.chunked_array([c for part in columns for c in part[name].chunks]) for name in columns[0]}
     except pa.ArrowException as error:
         raise DataError(f"data.path {path}: a field differs in type between the files ({error})") from error
-    return Records(joined, [(file.name, table.num_rows) for file, _, table in parts], splits or None)
+    files = [(_name(file, path), table.num_rows) for file, _, table in parts]
+    return Records(joined, files, splits or None, left_out, faults)
+
+
+def _read_labels(columns: Sequence[dict[str, pa.ChunkedArray]]) -> None:
+    """Make numbers of the labels of all files that are such."""
+    for setting in [name for name in (columns[0] if columns else ()) if name.partition(".")[0] == "label"]:
+        for of_file, labels in zip(columns, read_labels([of_file[setting] for of_file in columns]), strict=True):
+            of_file[setting] = labels
+
+
+def _name(file: Path, path: Path) -> str:
+    return file.name if file == path else file.relative_to(path).as_posix()
+
+
+def _kind(file: Path) -> str:
+    return file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
 
 
 def _choose(file: Path, table: pa.Table, fields: dict[str, str], any_of: Collection[str]) -> dict[str, pa.ChunkedArray]:
@@ -106,41 +149,41 @@ def _choose(file: Path, table: pa.Table, fields: dict[str, str], any_of: Collect
     if any(fields[setting] in table.column_names for setting in any_of):
         fields = {s: name for s, name in fields.items() if s not in any_of or name in table.column_names}
     for setting, name in fields.items():
-        if name not in table.column_names:
-            raise ConfigError(f"data.{setting} is {name!r}; {file} has the fields {', '.join(table.column_names)}")
+        if (count := table.column_names.count(name)) != 1:
+            twice = " (twice: name each once)" if count else ""
+            known = ", ".join(table.column_names)
+            raise ConfigError(f"data.{setting} is {name!r}{twice}; {file} has the fields {known}")
     return {setting: with_class_names(table, name) for setting, name in fields.items()}
 
 
-def _read_file(path: Path, fields: dict[str, str], records: str | None, labels_as_text: bool) -> pa.Table:
-    # Texts are texts even where they look like numbers ("007") or like nothing ("null"); labels may be numbers.
-    texts = [name for setting, name in fields.items() if labels_as_text or setting.partition(".")[0] != "label"]
-    kinds: dict[str, Callable[[Path], pa.Table]] = {
-        ".csv": lambda file: _read_delimited(file, ",", texts),
-        ".tsv": lambda file: _read_delimited(file, "\t", texts),
-        ".jsonl": lambda file: _from_objects(file, _read_lines(file), fields),
-        ".json": lambda file: _from_objects(file, _read_list(file, records), fields),
-        ".parquet": pa.parquet.read_table,
-    }
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+def _read_file(path: Path, fields: dict[str, str], records: str | None) -> tuple[pa.Table, Faults]:
+    kind, names = _kind(path), frozenset(fields.values())
     if kind not in KINDS or (kind == ".parquet" and path.suffix == ".gz"):
         raise ConfigError(
             f"data.path is {path}; expected a name that ends in {', '.join(KINDS)} (.gz but for the last), a folder "
-            "with such a file per split, or a data set that was saved by save_to_disk"
+            "with such files of splits, or a data set that was saved by save_to_disk"
         )
     try:
-        return kinds[kind](path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, pa.ArrowException) as error:
+        if kind == ".parquet":
+            return pa.parquet.read_table(path), {}
+        if kind in DELIMITERS:
+            return read_delimited(path, read_bytes(path), DELIMITERS[kind], names), {}
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"data.path {path} cannot be read as {kind}: {error}") from error
+    objects = read_lines(path, text) if kind == ".jsonl" else read_list(path, text, records)
+    others = {name for setting, name in fields.items() if setting not in CONTENTS}
+    return from_objects(path, objects, names, names - others)
 
 
-def _read_delimited(path: Path, delimiter: str, texts: list[str]) -> pa.Table:
-    return pa.csv.read_csv(
-        path,
-        parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(
-            strings_can_be_null=False, column_types=dict.fromkeys(texts, pa.string())
-        ),
-    )
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file, unpacked where its name says it is packed.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with pa.input_stream(str(path), compression="detect") as stream:
+        return bytes(stream.read())
 
 
 def read_text(path: Path) -> str:
@@ -150,47 +193,4 @@ def read_text(path: Path) -> str:
         OSError: it cannot be read.
         UnicodeDecodeError: it is not UTF-8.
     """
-    with pa.input_stream(str(path), compression="detect") as stream:
-        return bytes(stream.read()).decode("utf-8-sig")
-
-
-def _read_lines(path: Path) -> list[Any]:
-    lines = read_text(path).split("\n")
-    objects = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                objects.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
-    return objects
-
-
-def _read_list(path: Path, records: str | None) -> list[Any]:
-    """Return the list a JSON file holds: the file itself, the value at key `records`, or the only list there is."""
-    loaded = json.loads(read_text(path))
-    if isinstance(loaded, list) and records is None:
-        return loaded
-    lists = {key: value for key, value in loaded.items() if isinstance(value, list)} if isinstance(loaded, dict) else {}
-    if records is None and len(lists) == 1:
-        return next(iter(lists.values()))
-    if records not in lists:
-        raise ConfigError(f"data.records is {records!r}; {path} has lists at the keys {', '.join(lists) or '(none)'}")
-    return lists[records]
-
-
-def _from_objects(path: Path, objects: list[Any], fields: dict[str, str]) -> pa.Table:
-    """Make a table of the asked fields alone: the others may be nested, or of a type that differs between records."""
-    for number, item in enumerate(objects):
-        if not isinstance(item, dict):
-            raise DataError(f"{path}: record {number} is {type(item).__name__}; expected an object with named fields")
-    known = list(dict.fromkeys(key for item in objects for key in item))
-    columns = {}
-    for name in known:
-        wanted = name in fields.values()
-        values = [item.get(name) if wanted else None for item in objects]
-        try:
-            columns[name] = pa.chunked_array([pa.array(values)])
-        except pa.ArrowException as error:
-            raise DataError(f"{path}: field {name} mixes types ({error}); give every record the same") from error
-    return pa.table(columns)
+    return read_bytes(path).decode("utf-8-sig")

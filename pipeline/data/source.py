@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.keys import content_key
 
 Content = bytes | np.ndarray | str | tuple[str, str] | list[str]
@@ -65,6 +65,25 @@ class Stamp(NamedTuple):
         return self.mtime_ns < now_ns - SETTLED_NS
 
 
+def is_missing(value: object) -> bool:
+    """Say whether a value says nothing: None, a text of blanks, or NaN."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+class LeftOut(dict[str, tuple[int, str]]):
+    """What lies beside the samples and is none: how many of each kind, and the first of them."""
+
+    def add(self, kind: str, where: str) -> None:
+        """Count one more of a kind."""
+        count, first = self.get(kind, (0, where))
+        self[kind] = (count + 1, first)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {kind} (first: {first})" for kind, (count, first) in self.items())
+
+
 class Source(ABC):
     """A data set. Rows are in a fixed order; an instance can be pickled, because worker processes read from a copy."""
 
@@ -100,32 +119,9 @@ class Source(ABC):
         """
         return None
 
-
-def files_by_split(path: Path, suffixes: Collection[str] = ()) -> list[tuple[Path, str | None]]:
-    """Return the files of a data set, each with its split: the one at `path`, or those of a folder that name a split.
-
-    A name does so by one of its parts, as in train.txt, eng.train.conll or dev-v1.1.json. Other files are left out, and
-    so are those without one of `suffixes`, where any are given.
-
-    Raises:
-        ConfigError: the folder has no such file.
-        DataError: it has several of one split.
-    """
-    if not path.is_dir():
-        return [(path, None)]
-    found: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        splits = [split for part in re.split(r"[._-]", file.name) if (split := find_split(part))]
-        is_kind = not suffixes or any(suffix in suffixes for suffix in file.suffixes)
-        if not splits or not is_kind or not file.is_file() or file.name.startswith("."):
-            continue
-        if splits[0] in found:
-            raise DataError(f"{path}: {found[splits[0]].name} and {file.name} are both the {splits[0]} split; keep one")
-        found[splits[0]] = file
-    if not found:
-        example = f"train{next(iter(suffixes), '.txt')}"
-        raise ConfigError(f"data.path is {path}, a folder without a file called after a split, such as {example}")
-    return [(file, split) for split, file in found.items()]
+    def left_out(self) -> LeftOut:
+        """Return what the data set holds that is no row of it: files of other kinds, say. Here: nothing."""
+        return LeftOut()
 
 
 def split_named(name: object, where: str) -> str:

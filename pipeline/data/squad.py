@@ -6,7 +6,6 @@ that they are the same for every tokenizer.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.data.config import DataConfig
+from pipeline.data.json_records import parse
 from pipeline.data.records import read_text
-from pipeline.data.source import Row, Source, Target, files_by_split
+from pipeline.data.source import LeftOut, Row, Source, Target
+from pipeline.data.walk import files_by_split
 from pipeline.errors import BadSampleError, DataError
 
 WORD = re.compile(r"\S+")
@@ -44,13 +45,14 @@ class Questions(Source):
     whole articles.
     """
 
-    def __init__(self, name: str, questions: Sequence[Question], window: int, overlap: int) -> None:
-        self.name, self._questions = name, questions
-        self._rows = [
-            (number, begin, end)
-            for number, question in enumerate(questions)
-            for begin, end in windows(question.context, window, overlap)
-        ]
+    def __init__(self, name: str, questions: Sequence[Question], window: int, overlap: int, left_out: LeftOut) -> None:
+        self.name, self._questions, self._left_out = name, questions, left_out
+        self._rows: list[tuple[int, int, int]] = []
+        for number, question in enumerate(questions):
+            rows = [(number, begin, end) for begin, end in windows(question.context, window, overlap)]
+            self._rows += rows
+            if not rows:
+                left_out.add("questions on a text without a word", f"{name}#{question.name}")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -83,10 +85,14 @@ class Questions(Source):
             raise BadSampleError(f"no text: question {question.name} is empty")
         return question.text, question.context[begin:end]
 
+    def left_out(self) -> LeftOut:
+        return self._left_out
+
 
 def open_squad(config: DataConfig, path: Path) -> Questions:
     """Read a file of articles, or a file per split."""
-    parts = files_by_split(path)
+    left_out = LeftOut()
+    parts = files_by_split(path, left_out)
     found = [question for file, split in parts for question in _read(file, split if config.labelled else None, config)]
     if not found:
         raise DataError(f"data.path {path} holds no questions")
@@ -95,7 +101,7 @@ def open_squad(config: DataConfig, path: Path) -> Questions:
         if question.name in names:
             raise DataError(f"data.path {path}: two questions have the id {question.name!r}; give each its own")
         names.add(question.name)
-    return Questions(path.name, found, config.window, config.overlap)
+    return Questions(path.name, found, config.window, config.overlap, left_out)
 
 
 def windows(text: str, size: int, overlap: int) -> list[tuple[int, int]]:
@@ -123,9 +129,10 @@ def _first_inside(answers: Sequence[tuple[int, str]], begin: int, end: int) -> t
 
 def _read(path: Path, split: str | None, config: DataConfig) -> Iterator[Question]:
     try:
-        loaded = json.loads(read_text(path))
-    except (OSError, ValueError, pa.ArrowException) as error:
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"data.path {path} cannot be read as JSON: {error}") from error
+    loaded = parse(text, f"data.path {path} cannot be read as JSON")
     for a, article in enumerate(_get(loaded, "data", list, str(path))):
         where = f"{path}: article {a}"
         title = _get(article, "title", str, where, default=f"article {a}")

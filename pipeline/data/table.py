@@ -18,12 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pipeline.data.config import DataConfig
-from pipeline.data.source import SPLITS, Row, Source, Target
+from pipeline.data.source import SPLITS, Row, Source, Target, is_missing
 from pipeline.errors import DataError
 from pipeline.files import whole
 from pipeline.keys import KEY_BYTES
 
 _FIXED = ("key", "split", "source")
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class SampleTable:
         targets = {name: values[rows] for name, values in self.targets.items()}
         return SampleTable(self.keys[rows], self.split[rows], [self.source[row] for row in rows.tolist()], targets)
 
-    def share(self, fraction: float, seed: int) -> SampleTable:
+    def share(self, fraction: float, seed: int, *, by_label: bool = True) -> SampleTable:
         """Return the table with a `fraction` of its training samples, the same share of each label, of at least one,
-        where a sample has one label.
+        where a sample has one label and shares are taken `by_label`: numbers to regress are none.
 
         What belongs together (a duplicate, the pairs of a group) stays together. Which samples are taken depends on
         their keys and on `seed` alone; a larger fraction has all that a smaller one has.
@@ -63,7 +64,8 @@ class SampleTable:
         training = self.rows("train")
         identities = _identities(self.keys[training], {k: v[training] for k, v in self.targets.items()}, "samples")
         labels = [""] * len(training)
-        if "label" in self.targets and self.targets["label"].dtype.kind in "iuU":  # numbers to regress are no strata
+        is_class = by_label and "label" in self.targets and self.targets["label"].dtype.kind in "iuU"
+        if is_class:  # floats are numbers to regress, and no strata
             labels = [str(label) for label in self.targets["label"][training]]
         strata: dict[str, dict[bytes, float]] = defaultdict(dict)
         for label, identity in zip(labels, identities, strict=True):
@@ -127,6 +129,7 @@ def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray
         described, keys = [described[i] for i in kept], keys[kept]
     if not described:
         raise DataError(f"data.path {config.path}: no usable sample is left; see the samples set aside")
+    _refuse_unlabelled(described)
     targets = {name: _column(name, [_target(row, name) for row in described]) for name in described[0].targets}
     if "pair" in targets:
         targets["group"] = _groups(targets["pair"], targets["role"], keys, targets.get("belongs"))
@@ -147,7 +150,7 @@ def _column(name: str, values: list[Target]) -> np.ndarray:
 def _arrow(name: str, values: np.ndarray) -> pa.Array:
     try:
         return pa.array(values.tolist())
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OverflowError) as error:
         raise DataError(f"the lists of the target {name} mix types ({error}); give all of them one") from error
 
 
@@ -157,6 +160,13 @@ def _target(row: Row, name: str) -> Target:
     if row.targets[name] is None:
         raise DataError(f"{row.source}: the target {name} is None; give it a value, or leave the sample out")
     return row.targets[name]
+
+
+def _refuse_unlabelled(described: list[Row]) -> None:
+    missing = [row.source for row in described if "label" in row.targets and is_missing(row.targets["label"])]
+    if missing:
+        named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        raise DataError(f"{len(missing)} samples have no label ({named}); give each one, or leave them out")
 
 
 def _complete_pairs(described: list[Row]) -> list[int]:

@@ -11,7 +11,8 @@ import pyarrow as pa
 from pipeline.data.config import DataConfig
 from pipeline.data.records import read_records, read_text
 from pipeline.data.schemes import Tag, detect, parse, to_iob2
-from pipeline.data.source import Row, Source, files_by_split
+from pipeline.data.source import LeftOut, Row, Source
+from pipeline.data.walk import files_by_split
 from pipeline.errors import ConfigError, DataError
 
 DOCUMENT = "-DOCSTART-"
@@ -33,7 +34,7 @@ class Sentence:
 class Tagged(Source):
     """A row per sentence: its content is the list of words, its target `tags` their tags in IOB2, if it has any."""
 
-    def __init__(self, sentences: Sequence[Sentence], scheme: str | None) -> None:
+    def __init__(self, sentences: Sequence[Sentence], scheme: str | None, left_out: LeftOut) -> None:
         """Take in the sentences, whose tags follow `scheme` ("auto" finds out which); None where they have none.
 
         Raises:
@@ -41,7 +42,7 @@ class Tagged(Source):
         """
         if scheme == "auto":
             scheme = detect(tag for sentence in sentences for tag in sentence.tags)
-        self._sentences = sentences
+        self._sentences, self._left_out = sentences, left_out
         self._tags = scheme and [to_iob2(sentence.tags, scheme, sentence.source) for sentence in sentences]
 
     def __len__(self) -> int:
@@ -53,15 +54,19 @@ class Tagged(Source):
     def content(self, i: int) -> list[str]:
         return self._sentences[i].words
 
+    def left_out(self) -> LeftOut:
+        return self._left_out
+
 
 def open_conll(config: DataConfig, path: Path) -> Tagged:
     """Read a file with a word and its tag per line and an empty line after each sentence, or a file per split."""
     words = 0 if config.words is None else int(config.words)
     tags = (-1 if config.tags is None else int(config.tags)) if config.labelled else None
-    found = [one for file, split in files_by_split(path) for one in _read_conll(file, split, words, tags)]
+    left_out = LeftOut()
+    found = [one for file, split in files_by_split(path, left_out) for one in _read_conll(file, split, words, tags)]
     if not found:
         raise DataError(f"data.path {path} holds no sentences")
-    return Tagged(found, config.scheme if config.labelled else None)
+    return Tagged(found, config.scheme if config.labelled else None, left_out)
 
 
 def open_tagged(config: DataConfig, path: Path) -> Tagged:
@@ -77,7 +82,7 @@ def open_tagged(config: DataConfig, path: Path) -> Tagged:
         if not words or (others and len(words) != len(tags)):
             raise DataError(f"{where} has {len(words)} words and {len(tags)} tags; give every word one")
         sentences.append(Sentence(where, records.split(i), words, [_parsed(tag, where) for tag in tags]))
-    return Tagged(sentences, config.scheme if config.labelled else None)
+    return Tagged(sentences, config.scheme if config.labelled else None, records.left_out)
 
 
 def _read_conll(path: Path, split: str | None, word: int, tag: int | None) -> Iterator[Sentence]:

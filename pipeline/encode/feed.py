@@ -109,7 +109,7 @@ def key_contents(source: Source, *, workers: int, cache: StatCache | None = None
         bad = []
         for row in range(begin, min(begin + KEYED_AT_ONCE, count)):
             try:
-                _check_name(source.row(row))
+                _check_row(source.row(row))
                 if row not in known:
                     key, sizes[row] = _read_key(source, row)
                     keys[row] = np.frombuffer(key, np.uint8)
@@ -151,12 +151,25 @@ def _stamp(source: Source, row: int) -> Stamp | None:
         return None
 
 
-def _check_name(row: Row) -> None:
-    """Refuse a name that the sample table could not hold: on Linux a file may have any bytes for a name."""
+def _check_row(row: Row) -> None:
+    """Refuse what the sample table could not hold: on Linux a file may have any bytes for a name, and JSON any text."""
     try:
         row.source.encode()
     except UnicodeEncodeError as error:
         raise BadSampleError("the name is not UTF-8; rename the file") from error
+    for name, target in row.targets.items():
+        for value in target if isinstance(target, list) else [target]:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise BadSampleError(f"a number beyond 64 bits: the target {name} is {value}; make it a text")
+            if isinstance(value, str) and not value.isascii():
+                _check_text(name, value)
+
+
+def _check_text(name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadSampleError(f"half of a character (a lone surrogate): the target {name} has it; mend it") from error
 
 
 def decode(source: Source, chunks: Sequence[Chunk], *, workers: int) -> Iterator[list[Decoded]]:

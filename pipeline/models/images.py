@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, features
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
@@ -23,15 +23,20 @@ from pipeline.models.augment import Augment
 from pipeline.models.config import PreprocessConfig
 from pipeline.models.preprocess import Preprocess
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(["AVIF"] if "avif" in features.modules else []))
 """Formats that are decoded. PIL knows more, some of which start other programs (EPS)."""
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """PIL's numbers, in which Hugging Face's image processors say how they resize."""
+PHOTOMETRIC, BITS = 262, 258
+"""Tags of TIFF: what black is, and how many bits a sample has."""
 Opened: TypeAlias = tuple[Tensor, bytes]
 """An image (3, H, W), uint8 or float32 in 0..1, and the key of its content where there are views to draw."""
 
 MAX_PIXELS = 89_478_485
 """Larger images are taken for decompression bombs: 256 MiB in RGB."""
+LONGEST = 16
+"""An image whose one side is longer than this many times the other is a strip: of it a square shows the middle alone,
+and enlarging the rest would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class ImagePreprocess(Preprocess):
         image, key = opened
         if self._augment is not None:
             seed = int.from_bytes(content_key([key, self._view, digest(self.recipe())])[:8], "big")
-            image = self._augment(image.clone(), seed)  # some transforms can write into their input
+            image = self._augment(_middle(image).clone(), seed)  # some transforms can write into their input
             if image.shape[1:] == (self.size, self.size):
                 return {self.input_name: image.contiguous()}
         return {self.input_name: self._square(image)}
@@ -98,12 +103,16 @@ class ImagePreprocess(Preprocess):
         return augmented
 
     def _square(self, image: Tensor) -> Tensor:
-        before = [self.size, self.size] if self.resize == "squash" else [round(self.size / self.crop)]
+        """Return the square that is cut out of the middle, or that the whole is squashed to."""
         mode = v2.InterpolationMode(self.interpolation)
-        if mode is v2.InterpolationMode.LANCZOS:  # only PIL has it; torch is two to four times as fast with the others
-            resized: Tensor = pil_to_tensor(resize(to_pil_image(image), before, mode))
-        else:
-            resized = resize(image, before, mode, antialias=True)
+        if self.resize == "squash":
+            if _is_strip(image):
+                image = _thinned(image, self.size)
+            height, width = image.shape[1:]
+            if height > LONGEST * width:  # by rows first: by columns first, each of the many rows would be enlarged
+                image = _resize(image, [self.size, width], mode)
+            return _resize(image, [self.size, self.size], mode).contiguous()
+        resized = _resize(_middle(image), [round(self.size / self.crop)], mode)
         square: Tensor = center_crop(resized, [self.size, self.size])
         return square.contiguous()
 
@@ -144,10 +153,10 @@ class ImagePreprocess(Preprocess):
 
 
 def decode(content: bytes) -> Tensor:
-    """Return an encoded image, upright, in RGB: (3, H, W) uint8, of 16-bit grey float32 in 0..1.
+    """Return an encoded image, upright, in RGB: (3, H, W) uint8; of grey in 16 bits or in floats, float32 in 0..1.
 
     Raises:
-        BadSampleError: it is truncated, too large, or no image.
+        BadSampleError: it is truncated, too large, or no image, or what its white is cannot be told.
     """
     if not content:
         raise BadSampleError("the image file is empty")
@@ -158,9 +167,10 @@ def decode(content: bytes) -> Tensor:
             raise BadSampleError(
                 f"the image is too large: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded"
             )
+        black, white = _range(image)
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            return from_array(np.asarray(image).astype(np.float32) / 65535)
+        if image.mode[0] in "IF":
+            return from_array((np.asarray(image, np.float32) - black) / (white - black))
         # RGB drops transparency; a palette's is translated first, so that PIL needs no guess.
         image = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
         pixels: Tensor = pil_to_tensor(image)
@@ -169,6 +179,59 @@ def decode(content: bytes) -> Tensor:
         raise BadSampleError(f"the image is too large: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
         raise BadSampleError(f"the image cannot be decoded: {error}") from error
+
+
+def _range(image: Image.Image) -> tuple[float, float]:
+    """Return what black and white are in a grey image of 16 bits or of floats.
+
+    Raises:
+        BadSampleError: its whole numbers are of a kind that has no agreed white.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if image.mode[0] not in "IF":
+        return 0, 255
+    if image.mode == "I" and image.format == "TIFF":
+        raise BadSampleError(
+            "the image holds whole numbers that are signed or have 32 bits, whose white is unknown; save it in 8 or 16 "
+            "bits, or as floats in 0..1"
+        )
+    white = 1 if image.mode == "F" else 2 ** min(tags.get(BITS, (16,))) - 1
+    return (white, 0) if tags.get(PHOTOMETRIC) == 0 else (0, white)
+
+
+def _is_strip(image: Tensor) -> bool:
+    short, long = sorted(image.shape[1:])
+    return long > LONGEST * short
+
+
+def _middle(image: Tensor) -> Tensor:
+    """Return the middle of a strip, cut so that the pixels of what is kept fall as they would in the whole."""
+    if not _is_strip(image):
+        return image
+    short, long = sorted(image.shape[1:])
+    kept = LONGEST // 2 * short
+    kept += (long - kept) % 4
+    sides = [min(side, kept) for side in image.shape[1:]]
+    middle: Tensor = center_crop(image, sides)
+    return middle
+
+
+def _thinned(image: Tensor, size: int) -> Tensor:
+    """Return a strip with every n-th row and column, so many that `LONGEST` squared are left for each of a square's."""
+    down, across = (max(1, side // (size * LONGEST**2)) for side in image.shape[1:])
+    return image[:, ::down, ::across]
+
+
+def _resize(image: Tensor, size: list[int], mode: v2.InterpolationMode) -> Tensor:
+    """Resize to [height, width], or to [shorter side]."""
+    if mode is not v2.InterpolationMode.LANCZOS:  # only PIL has it; torch is two to four times as fast with the others
+        resized: Tensor = resize(image, size, mode, antialias=True)
+    elif image.is_floating_point():
+        bands = [to_pil_image(band, mode="F") for band in torch.split(image, 1)]
+        resized = torch.cat([pil_to_tensor(resize(band, size, mode)) for band in bands])
+    else:
+        resized = pil_to_tensor(resize(to_pil_image(image), size, mode))
+    return resized
 
 
 def from_array(pixels: np.ndarray) -> Tensor:

@@ -134,7 +134,9 @@ def open_run(project: Project, name: str, tower: str | None = None) -> FinishedR
     """
     run = read(project, name)
     project = project.overridden(run.overrides)
-    table = SampleTable.read(project.samples).share(project.data.fraction, project.data.seed)
+    table = SampleTable.read(project.samples).share(
+        project.data.fraction, project.data.seed, by_label=project.task.kind != "regression"
+    )
     if changed := first_difference(run.settings, settings(project, table)):
         setting, then, now = changed
         raise DataError(

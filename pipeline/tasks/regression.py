@@ -71,20 +71,22 @@ class Regression(Task):
         return mean, deviation
 
     def _numbers(self, table: Table) -> np.ndarray:
-        """Return the numbers of every row, (N, K) float64."""
-        labels = column(table, "label", self.name)
+        """Return the numbers of every row, (N, K) float64; texts are read as numbers."""
+        labels = column(table, "label", self.name).tolist()
         try:
-            numbers = np.array(labels.tolist(), np.float64).reshape(len(labels), -1)
+            numbers = np.array(labels, np.float64).reshape(len(labels), -1)
         except ValueError as error:
+            wrong = next((row for row, label in enumerate(labels) if not _is_numbers(label)), None)
+            shown = f" (that of {_name(table, wrong)} is {labels[wrong]!r})" if wrong is not None else f" ({error})"
             raise DataError(
-                f"the labels are no numbers, or lists of different lengths ({error}); regression needs one number per "
+                f"the labels are no numbers, or lists of different lengths{shown}; regression needs one number per "
                 "sample, or equally many of each"
             ) from error
-        if labels.dtype.kind == "U" or not numbers.shape[1]:
-            raise DataError(f"the labels are {labels.dtype}; regression needs numbers")
+        if not numbers.shape[1]:
+            raise DataError("the labels are empty lists; regression needs numbers")
         if (bad := np.flatnonzero(~np.isfinite(numbers).all(1))).size:
             raise DataError(
-                f"the labels of {bad.size} samples are not finite (the first is row {bad[0]} of the sample table); "
+                f"the labels of {bad.size} samples are not finite (the first is that of {_name(table, int(bad[0]))}); "
                 "correct them, or leave these samples out"
             )
         return numbers
@@ -156,6 +158,20 @@ class RegressionScores:
                 "pearson": PearsonCorrCoef(num_outputs=count, **ALONE),
                 "spearman": SpearmanCorrCoef(num_outputs=count, **ALONE),
             }
+
+
+def _is_numbers(label: object) -> bool:
+    try:
+        np.array(label, np.float64)
+    except ValueError:
+        return False
+    return True
+
+
+def _name(table: Table, row: int) -> str:
+    """Return where a row comes from, if the table says it."""
+    sources: Sequence[str] | None = getattr(table, "source", None)
+    return f"row {row} of the sample table" if sources is None else sources[row]
 
 
 def read_numbers(output: Any, expected_BK: Tensor) -> Tensor:

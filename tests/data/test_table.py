@@ -136,6 +136,19 @@ def test_a_share_of_numbers_or_of_lists_is_a_share(kind: Callable[[int], Any]) -
     assert len(table.share(0.2, 0)) == 20
 
 
+def test_a_share_of_numbers_in_texts_is_a_share() -> None:
+    table = table_of(Listed([(f"t{i}", "train", {"label": f"{i}.50"}) for i in range(100)]), validation=0.0)
+    assert len(table.share(0.2, 0, by_label=False)) == 20
+    assert len(table.share(0.2, 0)) == 100
+
+
+@pytest.mark.parametrize("label", ["", "  ", None, float("nan")])
+def test_samples_without_a_label_are_named(label: Any) -> None:
+    rows = [("a", None, {"label": "x"}), ("b", None, {"label": label}), ("c", None, {"label": label})]
+    with pytest.raises(DataError, match=r"2 samples have no label \(row 1, row 2\); give each one, or leave them out"):
+        table_of(Listed(rows))
+
+
 @pytest.mark.parametrize("label", ["a", 3, 0.5])
 def test_file_gives_back_what_was_written(tmp_path: Path, label: str | float) -> None:
     table = table_of(Listed([(f"t{i}", None, {"label": label}) for i in range(20)]))
@@ -168,7 +181,7 @@ def test_rows_must_agree() -> None:
         table_of(Listed([("a", None, {"label": 1}), ("b", None, {"score": 1})]))
     with pytest.raises(DataError, match="gives the split 'dev'"):
         table_of(Listed([("a", "dev", {"label": 1})]))
-    with pytest.raises(DataError, match="row 1: the target label is None; give it a value"):
+    with pytest.raises(DataError, match=r"1 samples have no label \(row 1\); give each one"):
         table_of(Listed([("a", None, {"label": "x"}), ("b", None, {"label": None})]))
     with pytest.raises(DataError, match="no usable sample"):
         build(labelled(3), np.zeros((0, 16), np.uint8), config(), np.array([], int))

@@ -298,10 +298,14 @@ def test_losses_and_miners_that_do_not_exist(settings: dict[str, Any], message: 
         ({"kind": "multi-label"}, labelled([["a"], [1]], []), "the labels are int, str; multi-label needs names, or"),
         ({"kind": "multi-label"}, labelled([[0.5], [1.5]], []), "the labels are float; multi-label"),
         ({"kind": "regression"}, labelled(["a", "b"], []), "the labels are no numbers"),
-        ({"kind": "regression"}, labelled(["1", "2"], []), "the labels are <U1; regression needs numbers"),
+        ({"kind": "regression"}, labelled(["1", "2", "1,5"], []), "row 2 of the sample table is '1,5'"),
         ({"kind": "regression"}, labelled([[1, 2], [3]], []), "lists of different lengths"),
         ({"kind": "regression"}, labelled([[], []], []), "regression needs numbers"),
-        ({"kind": "regression"}, labelled([0.5, 1], [float("nan")]), r"1 samples are not finite \(the first is row 2"),
+        (
+            {"kind": "regression"},
+            labelled([0.5, 1], [float("nan")]),
+            r"1 samples are not finite \(the first is that of row",
+        ),
         ({"kind": "regression"}, labelled([2, 2], [1]), r"the number 2\.0 \(column 0\) is the same in all 2 training"),
         ({"kind": "regression"}, labelled([], [1]), "the training split has no sample"),
         ({}, PAIRS, "needs the target label; the samples have pair, role, group"),
@@ -333,3 +337,9 @@ def test_head_of_an_embedding() -> None:
 
 def test_every_setting_is_documented() -> None:
     assert [name for name, setting in TaskConfig.model_fields.items() if not setting.description] == []
+
+
+def test_numbers_in_texts_are_regressed() -> None:
+    task = open_task(TaskConfig(kind="regression"))
+    made = task.prepare(labelled(["1.50", "3.5", "1e0"], ["2"]))
+    assert np.allclose(made["label"].ravel() * np.std([1.5, 3.5, 1]) + 2, [1.5, 3.5, 1, 2])
