@@ -5,13 +5,15 @@ Each section class stands beside the code that reads it; this module only knows 
 
 from __future__ import annotations
 
+import codecs
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import ConfigError
 
@@ -52,8 +54,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or "" in setting.split(".") or "." not in setting:
         raise ConfigError(f"{text!r} sets nothing; write SECTION.SETTING=VALUE, as in train.lr=0.001")
     try:
-        return setting, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return setting, _parse(value)
+    except YAMLError as error:
         raise ConfigError(f"{setting} is set to {value!r}, which is no YAML: {' '.join(str(error).split())}") from error
 
 
@@ -69,7 +71,7 @@ def check_sections(raw: Mapping[str, Any], schema: Mapping[str, type[Section]], 
     sections: dict[str, Section] = {}
     for name, section in schema.items():
         try:
-            sections[name] = section.model_validate(raw.get(name) or {})
+            sections[name] = section.model_validate({} if raw.get(name) is None else raw[name])
         except ValidationError as error:
             faults += [f"{where}: {_fault(name, section, dict(item))}" for item in error.errors()]
     if faults:
@@ -77,16 +79,40 @@ def check_sections(raw: Mapping[str, Any], schema: Mapping[str, type[Section]], 
     return sections
 
 
+def _parse(text: str) -> Any:
+    """Read YAML 1.2, as DVC does: 1e-5 is a number, and a key that is there twice an error."""
+    return YAML(typ="safe", pure=True).load(text)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _parse(_decode(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); run from the folder that holds it") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except YAMLError as error:
+        told = str(error).partition("\n\nTo suppress")[0]  # the rest is advice for programs
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(told.split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds {type(raw).__name__}, expected a mapping of sections")
     return raw
+
+
+def _decode(path: Path) -> str:
+    """Return the text of a file in UTF-8, or in UTF-16 if it begins with the mark that says so.
+
+    Raises:
+        ConfigError: it is in another encoding; the message names the line.
+    """
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{path}: line {line} holds the byte 0x{content[error.start]:02x}, which is no {encoding[:6].upper()}; "
+            "save the file as UTF-8"
+        ) from error
 
 
 def _fault(name: str, section: type[Section], item: dict[str, Any]) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -104,21 +106,35 @@ def is_function(name: str) -> bool:
     return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def load_function(name: str, setting: str) -> Callable[..., Any]:
-    """Import and return the user's own `module:function`.
+def load_function(name: str, setting: str, takes: str) -> Callable[..., Any]:
+    """Import and return the user's own `module:function`, of the current folder or of an installed package.
+
+    `takes` names its one argument.
 
     Raises:
-        ConfigError: the module cannot be imported, or has no such function.
+        ConfigError: the module cannot be imported, has no such function, or it cannot be called with one argument.
     """
     module_name, _, function_name = name.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):  # a console script does not look in the current folder
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # of the user's own code
         raise ConfigError(
-            f"{setting} is {name!r}; module {module_name} cannot be imported ({error}); install it or set PYTHONPATH"
+            f"{setting} is {name!r}; module {module_name} cannot be imported ({type(error).__name__}: {error}); mend "
+            f"it, install it, or put it in the folder of params.yaml ({os.getcwd()})"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"{setting} is {name!r}; {module_name} has no function {function_name}")
+    try:
+        inspect.signature(function).bind(object())
+    except TypeError as error:
+        raise ConfigError(
+            f"{setting} is {name!r}; it takes {inspect.signature(function)}, and is called with one argument "
+            f"({error}); write it as def {function_name}({takes})"
+        ) from error
+    except ValueError:  # a function of C says nothing of its arguments
+        pass
     loaded: Callable[..., Any] = function
     return loaded

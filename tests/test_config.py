@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Section, load_sections
+from pipeline.config import Section, load_sections, parse_override
 from pipeline.errors import ConfigError
 from pipeline.project import Project
 
 ROOT = Path(__file__).parents[1]
+
+
+MINIMAL = """data: {source: images, path: x}
+model: {backbone: "torchvision:resnet18"}
+encode: {cuts: [1.0]}
+"""
 
 
 class Oven(Section):
@@ -105,3 +111,45 @@ def test_cuts_are_shares_numbers_and_paths(tmp_path: Path) -> None:
 def test_a_cut_that_is_not_encoded_is_answered_with_those_that_are() -> None:
     with pytest.raises(ConfigError, match=r"'0.6'; encode.cuts has 0, 0.5, 0.75, 1.0"):
         Project.load(ROOT / "params.yaml").cut("0.6")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 0.001), ("1e-05", 1e-5), ("3E-5", 3e-5), ("5e+2", 500.0), (".5", 0.5)]
+)
+def test_numbers_are_read_as_in_yaml_1_2_which_dvc_writes(tmp_path: Path, text: str, value: float) -> None:
+    assert Project.load(write(tmp_path, f"{MINIMAL}train: {{lr: {text}}}")).train.lr == value
+    setting, given = parse_override(f"train.lr={text}")
+    assert Project.load(write(tmp_path, MINIMAL), {setting: given}).train.lr == value
+
+
+def test_words_are_no_booleans(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.download: 'yes': Input should be a valid boolean"):
+        Project.load(write(tmp_path, MINIMAL.replace("path: x", "path: x, download: yes")))
+
+
+@pytest.mark.parametrize("text", ["train: {lr: 0.1, lr: 0.2}", "train: {lr: 0.1}\ntrain: {epochs: 2}"])
+def test_a_key_that_is_there_twice_is_an_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r'not valid YAML: .*found duplicate key "(lr|train)"'):
+        Project.load(write(tmp_path, MINIMAL + text))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_file_that_says_its_encoding_is_read(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "params.yaml"
+    mark = b"\xff\xfe" if encoding == "utf-16-le" else b""
+    path.write_bytes(mark + (MINIMAL + "# caf\u00e9\n").encode(encoding))
+    assert Project.load(path).data.path == "x"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "mac-roman"])
+def test_a_file_in_another_encoding_is_a_message(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes((MINIMAL + "# caf\u00e9\n").encode(encoding))
+    with pytest.raises(ConfigError, match=r"params\.yaml: line 4 holds the byte 0x.*save the file as UTF-8"):
+        Project.load(path)
+
+
+@pytest.mark.parametrize("section", ["[]", "3", "text", "false"])
+def test_a_section_that_is_no_mapping_is_a_fault(tmp_path: Path, section: str) -> None:
+    with pytest.raises(ConfigError, match="train: "):
+        Project.load(write(tmp_path, f"{MINIMAL}train: {section}"))

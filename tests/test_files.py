@@ -58,11 +58,11 @@ def test_digest_is_checked(tmp_path: Path) -> None:
 def test_functions_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "users_own.py").write_text("def make(x):\n    return x + 1\nvalue = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_function("users_own:make", "data.source")(1) == 2
+    assert load_function("users_own:make", "data.source", "config: DataConfig")(1) == 2
     with pytest.raises(ConfigError, match="no function value"):
-        load_function("users_own:value", "data.source")
+        load_function("users_own:value", "data.source", "config: DataConfig")
     with pytest.raises(ConfigError, match="cannot be imported"):
-        load_function("users_other:make", "data.source")
+        load_function("users_other:make", "data.source", "config: DataConfig")
 
 
 def test_is_function() -> None:

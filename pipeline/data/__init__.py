@@ -69,7 +69,7 @@ def _open(config: DataConfig) -> Source:
         check_sha256(path, config.sha256, "data")
     if config.source in _OPEN and path is not None:
         return _OPEN[config.source](config, path)
-    source = load_function(config.source, "data.source")(config)
+    source = load_function(config.source, "data.source", "config: DataConfig")(config)
     if not isinstance(source, Source):
         raise ConfigError(
             f"data.source is {config.source!r}, which returned {type(source).__name__}; expected a Source"

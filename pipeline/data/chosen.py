@@ -62,7 +62,7 @@ def with_keys(source: Source, functions: Mapping[str | None, str], setting: str)
     Raises:
         ConfigError: there is no such function; the message names the `setting`.
     """
-    loaded = {role: (name, load_function(name, setting)) for role, name in functions.items()}
+    loaded = {role: (name, load_function(name, setting, "content")) for role, name in functions.items()}
     return Chosen(source, np.arange(len(source)), loaded) if loaded else source
 
 

@@ -28,7 +28,7 @@ def load_own(
         ConfigError: the function is missing, or preprocessing is not described.
         ModelError: it returned something else than a network, or the weights do not fit it.
     """
-    function = load_function(config.backbone, "model.backbone")
+    function = load_function(config.backbone, "model.backbone", "head: Head")
     with seeded(config.seed):
         made = function(head)
     model = _network(made)

@@ -56,7 +56,7 @@ def open_task(config: TaskConfig) -> Task:
     Raises:
         ConfigError: it names a loss, miner or function that does not exist, or options they do not take.
     """
-    task = load_function(_KINDS.get(config.kind, config.kind), "task.kind")(config)
+    task = load_function(_KINDS.get(config.kind, config.kind), "task.kind", "config: TaskConfig")(config)
     if not isinstance(task, Task):
         raise ConfigError(f"task.kind is {config.kind!r}, which returned {type(task).__name__}; expected a Task")
     return task
