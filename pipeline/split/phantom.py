@@ -17,12 +17,25 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from pipeline.errors import SplitError
 from pipeline.split.sources import Input, Output, Weight
 from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, map_tensors, tensors
 
 Operator: TypeAlias = Any  # torch._ops.OpOverload
+
+SIZED_BY_VALUES = {
+    torch.ops.aten._pack_padded_sequence.default: (0,),
+    torch.ops.aten._pad_packed_sequence.default: (0,),
+}
+"""Operations without a meta kernel, since integers that they read tell the size of the result -> the results that hold
+values of the first argument. The other results are made of those integers alone."""
+WHOLE = {
+    "_pad_packed_sequence": torch.ops.aten._pad_packed_sequence.default,
+    "pad_sequence": torch.ops.aten.pad_sequence.default,
+}
+"""Functions that torch takes apart into writes to a new, real tensor; phantoms go through them as one operation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +70,9 @@ class Interpreter(Protocol):
 
     def operate(self, function: Operator, args: Args, kwargs: Kwargs) -> Any:
         """Return the result of `function` on arguments of which some are phantoms."""
+
+    def read(self, reader: object, phantom: Phantom) -> Tensor:
+        """Return the value of `phantom`, which `reader` takes out of torch's hands."""
 
 
 class Phantom(Tensor):
@@ -97,7 +113,13 @@ class Phantom(Tensor):
         shadow = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         return cls(shadow, tensor.device, origin)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
+        whole = WHOLE.get(getattr(func, "__name__", ""))
+        with torch._C.DisableTorchFunctionSubclass():
+            if whole is not None:
+                return cls.__torch_dispatch__(whole, types, args, kwargs)
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -105,6 +127,21 @@ class Phantom(Tensor):
     ) -> Any:
         interpreter: Interpreter | None = getattr(_running, "interpreter", None)
         return (interpreter or _AFTERWARDS).operate(func, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        """Return the value as nested lists."""
+        return self._read("Tensor.tolist").tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return the value as an array."""
+        return self._read("Tensor.numpy").numpy(force=force)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._read("Tensor.numpy").__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _read(self, reader: str) -> Tensor:
+        interpreter: Interpreter | None = getattr(_running, "interpreter", None)
+        return (interpreter or _AFTERWARDS).read(reader, self)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Phantom(shape={tuple(self.shape)}, dtype={self.dtype}, origin={self.origin!r})"
@@ -147,14 +184,18 @@ class _Afterwards:
     entered = True
 
     def operate(self, function: Operator, args: Args, kwargs: Kwargs) -> Any:
-        missing = [item for item in phantoms(args, kwargs) if item.value is None]
-        if missing:
-            raise SplitError(
-                f"{function} needs a value that only the recycled layers have (shape {tuple(missing[0].shape)}); "
-                "it is not part of the suffix's output"
-            )
+        for item in phantoms(args, kwargs):
+            self.read(function, item)
         args, kwargs = map_arguments(value_or_self, args, kwargs)
         return function(*args, **kwargs)
+
+    def read(self, reader: object, phantom: Phantom) -> Tensor:
+        if phantom.value is None:
+            raise SplitError(
+                f"{reader} needs a value that only the recycled layers have (shape {tuple(phantom.shape)}); "
+                "it is not part of the suffix's output"
+            )
+        return phantom.value
 
 
 _AFTERWARDS = _Afterwards()
@@ -191,7 +232,11 @@ def imagine(function: Operator, args: Args, kwargs: Kwargs) -> Any:
     Raises:
         SplitError: a phantom would be written into a real tensor.
     """
+    if function in SIZED_BY_VALUES:
+        return _sized(function, args, kwargs)
     device = _device(args, kwargs)
+    if torch.Tag.inplace_view in function.tags:
+        return _reshaped(function, args, kwargs)
     shadow_args, shadow_kwargs = map_arguments(_shadow, args, kwargs)
     if shadow_kwargs.get("device") is not None:
         shadow_kwargs["device"] = torch.device("meta")
@@ -215,7 +260,10 @@ def _written(function: Operator, args: Args, kwargs: Kwargs) -> Phantom:
     """Give the phantom that an in-place operation writes to its new origin; its former self keeps the old one."""
     target = _write_target(function, args, kwargs)
     if not isinstance(target, Phantom):
-        raise SplitError(f"{function} writes a value of the recycled layers into a tensor that is not one of them")
+        raise SplitError(
+            f"{function} writes a value of the recycled layers into a tensor that is not made of them; make that "
+            "tensor by new_zeros or zeros_like of the value, or cut elsewhere"
+        )
     former = Phantom(target.shadow, target.device, None)
     former.origin, former.tag, former.value = target.origin, target.tag, target.value
     args, kwargs = map_arguments(lambda _, item: former if item is target else item, args, kwargs)
@@ -223,6 +271,35 @@ def _written(function: Operator, args: Args, kwargs: Kwargs) -> Phantom:
         target.base.forget()
     target.origin, target.tag, target.value = Step(function, args, kwargs, 0), None, None
     return target
+
+
+def _reshaped(function: Operator, args: Args, kwargs: Kwargs) -> Phantom:
+    """Give a phantom the sizes that an operation such as `transpose_` gives a tensor in place."""
+    target: Phantom = args[0]
+    shadow = target.shadow.detach()
+    function(shadow, *args[1:], **kwargs)
+    base, target.base = target.base, None  # its values stay as they are
+    _written(function, args, kwargs)
+    target.shadow, target.base = shadow, base
+    with no_dispatch():
+        function(*args, **kwargs)
+    return target
+
+
+def _sized(function: Operator, args: Args, kwargs: Kwargs) -> Any:
+    """Return what `function` gives where real arguments decide the size: run on zeros in place of the phantoms."""
+    device = _device(args, kwargs)
+    zero_args, zero_kwargs = map_arguments(_zeros, args, kwargs)
+    results = list(function(*zero_args, **zero_kwargs))
+    for index in SIZED_BY_VALUES[function]:
+        results[index] = Phantom(results[index].to("meta"), device, Step(function, args, kwargs, index))
+    return tuple(results)
+
+
+def _zeros(_: str, tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, Phantom):
+        return tensor
+    return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def _write_target(function: Operator, args: Args, kwargs: Kwargs) -> Any:

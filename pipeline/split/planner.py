@@ -74,16 +74,16 @@ def _replay(model: nn.Module, plan: Plan, tap: Tap, args: Args, kwargs: Kwargs) 
             _add(plan, lack)
             return LACKING
         except Exception as error:
-            if not _close_one(model, plan, discovery.stuck_in(), args, kwargs):
+            if not _close_one(model, plan, discovery.stuck_in(), error, args, kwargs):
                 if training:
                     _try_training(model, plan, args, kwargs)
-                raise _told(plan.cut, training, error) from error
+                raise _told(plan.cut, training, error, discovery.place()) from error
             return LACKING
     return outputs[0]
 
 
-def _close_one(model: nn.Module, plan: Plan, stuck: list[str], args: Args, kwargs: Kwargs) -> bool:
-    """Make the outermost call opaque that can be, of those that did not return; tell whether there is one.
+def _close_one(model: nn.Module, plan: Plan, stuck: list[str], fault: Exception, args: Args, kwargs: Kwargs) -> bool:
+    """Make the outermost call opaque that can be, of those that a `fault` ended; tell whether there is one.
 
     Raises:
         SplitError: there are such calls, but none can be seen from outside.
@@ -99,16 +99,16 @@ def _close_one(model: nn.Module, plan: Plan, stuck: list[str], args: Args, kwarg
         else:
             return True
     if refusal:
-        raise refusal
+        raise SplitError(f"{refusal} ({fault})") from fault
     return False
 
 
-def _told(cut: Cut, training: bool, error: Exception) -> SplitError:
+def _told(cut: Cut, training: bool, error: Exception, place: str) -> SplitError:
     """Say where it was that the model's own code failed."""
     if isinstance(error, SplitError):
-        return error
+        return SplitError(f"{error} (met in {place})")
     return SplitError(
-        f"split at {cut}: in {'train' if training else 'eval'} mode the model fails on the example with its recycled "
+        f"split at {cut}: in {'train' if training else 'eval'} mode {place} fails on the example with the recycled "
         f"layers left out ({type(error).__name__}: {error}); give an example that it can train on, or cut elsewhere"
     )
 

@@ -63,7 +63,13 @@ class Replay:
         args, kwargs = map_arguments(lambda _, item: self.force(item), args, kwargs)
         return function(*args, **kwargs)
 
-    def want_value(self, function: Any, needed: list[Phantom]) -> None:
+    def read(self, reader: object, phantom: Phantom) -> Tensor:
+        """Return the value of a phantom that goes out of torch's hands: to lists, to numpy."""
+        if not self.entered:
+            self.want_value(reader, [phantom])
+        return self.force(phantom)
+
+    def want_value(self, function: object, needed: list[Phantom]) -> None:
         """`function` depends on values before the cut; refuse unless they can be recomputed."""
         for phantom in needed:
             if not is_available(phantom):
