@@ -215,15 +215,19 @@ def needs_values(function: Operator, args: Args) -> bool:
     return function is torch.ops.aten._local_scalar_dense.default or not dynamic.isdisjoint(function.tags)
 
 
-def with_integer_indices(function: Operator, args: Args) -> Args:
-    """Return the arguments of an indexing operation with its real boolean masks replaced by the places they hold."""
-    if function is not torch.ops.aten.index.Tensor:
-        return args
+def with_integer_indices(function: Operator, args: Args) -> tuple[Operator, Args]:
+    """Return an indexing operation with its real boolean masks replaced by the places they hold."""
+    aten = torch.ops.aten
+    if function is aten.masked_select.default and not isinstance(args[1], Phantom):
+        shape = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
+        function, args = aten.index.Tensor, (args[0].expand(shape), [args[1].expand(shape)])
+    if function is not aten.index.Tensor:
+        return function, args
     places: list[Tensor | None] = []
     for index in args[1]:
         is_mask = isinstance(index, Tensor) and not isinstance(index, Phantom) and index.dtype is torch.bool
         places += index.nonzero(as_tuple=True) if is_mask else [index]
-    return (args[0], places, *args[2:])
+    return function, (args[0], places, *args[2:])
 
 
 def imagine(function: Operator, args: Args, kwargs: Kwargs) -> Any:

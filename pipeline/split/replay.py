@@ -55,7 +55,7 @@ class Replay:
 
     def operate(self, function: Any, args: Args, kwargs: Kwargs) -> Any:
         """Carry out an operation that some phantom takes part in."""
-        args = with_integer_indices(function, args)
+        function, args = with_integer_indices(function, args)
         if not self.entered and not needs_values(function, args):
             return imagine(function, args, kwargs)
         if not self.entered:
