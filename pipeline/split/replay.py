@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
-from pipeline.split.phantom import Phantom, Step, imagine, interpreting, needs_values, phantoms, with_integer_indices
+from pipeline.split.operations import imagine, needs_values, with_integer_indices
+from pipeline.split.phantom import Phantom, Step, interpreting, phantoms
 from pipeline.split.sources import Argument, Input, Output, Source, unfit
 from pipeline.split.tree import Args, Kwargs, map_arguments, map_tensors, tensors
 
