@@ -27,7 +27,7 @@ from pipeline.data import Row, Source
 from pipeline.encode.config import EncodeConfig
 from pipeline.encode.encoded import Encoded
 from pipeline.encode.encoder import Encoder
-from pipeline.encode.feed import Chunk, decode, key_contents
+from pipeline.encode.feed import Chunk, Decoded, decode, key_contents
 from pipeline.encode.flow import encode
 from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.project.recipe import recipe_of
@@ -70,15 +70,23 @@ CASES: dict[str, tuple[Callable[[int], Source], ModelConfig, int]] = {
 }
 
 
+def stacked(decoded: Decoded) -> dict[str, torch.Tensor]:
+    """Return images as the batch that they are, since all have one size."""
+    if isinstance(decoded.inputs, dict):
+        return decoded.inputs
+    raise SystemExit("the samples have several sizes: there are no batches that the bare prefix could run on")
+
+
 def measure(
-    source: Source, model: ModelConfig, size: int, at: float, repeats: int, workers: int | None
+    source: Source, model: ModelConfig, size: int, at: float, options: argparse.Namespace
 ) -> tuple[float, float]:
-    """Return samples per second of the bare prefix and of encode: medians of `repeats`."""
+    """Return samples per second of the bare prefix and of encode: medians."""
+    repeats, workers = options.repeats, options.workers
     backbone = load(model, PreprocessConfig(image_size=size), Head("classes", 10))
     config = EncodeConfig(cuts=[at], workers=workers)
     chunks = [np.arange(i, min(i + config.batch_size, len(source))) for i in range(0, len(source), config.batch_size)]
     decoded = decode(source, [Chunk(rows, [backbone.preprocess]) for rows in chunks], workers=0)
-    batches = [backbone.preprocess.finish(chunk.inputs) for (chunk,) in decoded]
+    batches = [backbone.preprocess.finish(stacked(chunk)) for (chunk,) in decoded]
     prefix, _ = split(backbone.model, at=at, example={n: t[:2] for n, t in batches[0].items()})
     recipe = recipe_of(prefix, backbone.preprocess.recipe(), storage="raw:float16", compute_dtype="float32")
     bare, whole = [], []
@@ -105,6 +113,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=None, help="processes that read and preprocess")
+    parser.add_argument("--cuts", type=float, nargs="+", default=[0.5, 1.0])
+    parser.add_argument("--pixels", type=int, help="size of the images, where it is not to be the case's own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     return parser.parse_args()
 
@@ -120,8 +130,8 @@ def main() -> None:
     print(f"{'case':38} {'cut':>5} {'bare prefix /s':>15} {'encode /s':>12} {'ratio':>7}")
     for name, (make, model, size) in CASES.items():
         source = make(options.samples if size < 200 else options.samples // 4)
-        for at in (0.5, 1.0):
-            bare, whole = measure(source, model, size, at, options.repeats, options.workers)
+        for at in options.cuts:
+            bare, whole = measure(source, model, options.pixels or size, at, options)
             print(f"{name:38} {at:5} {bare:15.1f} {whole:12.1f} {whole / bare:7.3f}", flush=True)
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from pipeline.keys import Recipe
 from pipeline.store import FORMAT, Store
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def new_store(path: Path, storage: str = "raw:float16") -> Store:
@@ -14,10 +19,12 @@ def new_store(path: Path, storage: str = "raw:float16") -> Store:
     return Store.create(path, Recipe(FORMAT, "", "", "", {}, None, "float32", storage))
 
 
-def apart(function, *arguments):
-    """Call a function in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+def apart(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Call a function in a process of its own, whose memory holds what its modules import and nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.store", "pipeline.train.loader"])  # imported once, not for each call
+    with context.Pool(1) as pool:
+        return pool.apply(function, arguments, options)
 
 
 def status(field: str) -> int:

@@ -70,7 +70,7 @@ def train(path: Path) -> tuple[int, int, int]:
     for batch in Loader(store, keys, {"label": np.arange(len(keys)) % 10}, order):
         loss = nn.functional.cross_entropy(suffix(batch.state["hidden"].float()), batch.targets["label"])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         largest = max(largest, status("RssAnon"))
     return start, largest, len(order)

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +36,10 @@ from pipeline.predict import flow as predict
 from pipeline.project import Project
 from pipeline.report.runs import open_run
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "data": {"source": "images", "path": "digits"},
     "model": {"backbone": "timm:tf_efficientnet_lite0", "weights": None},
-    "preprocess": {"image_size": 96},
-    "encode": {"cuts": [0.5, 0.75, 1.0], "batch_size": 64},
+    "encode": {"batch_size": 64},
     "train": {"epochs": 1, "batch_size": 64},
 }
 
@@ -55,7 +55,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         write_digits(options.samples)
-        Path("params.yaml").write_text(yaml.safe_dump(SETTINGS))
+        settings = SETTINGS | {
+            "preprocess": {"image_size": options.pixels},
+            "encode": SETTINGS["encode"] | {"cuts": options.cuts},
+        }
+        Path("params.yaml").write_text(yaml.safe_dump(settings))
         project = Project.load(Path("params.yaml"))
         encode_project(project)
         names = [str(cut) for cut in project.encode.cuts]
@@ -78,6 +82,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("project", type=Path, nargs="?", help="folder of a params.yaml with finished runs")
     parser.add_argument("runs", nargs="*", help="their names")
     parser.add_argument("--samples", type=int, default=2048, help="digits, where no project is named")
+    parser.add_argument("--cuts", type=float, nargs="+", default=[0.5, 0.75, 1.0], help="of the digits' network")
+    parser.add_argument("--pixels", type=int, default=96, help="size of the digits")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     return parser.parse_args()

@@ -124,7 +124,7 @@ def plan_all(path: Path, count: int) -> tuple[float, int]:
         keys[first : first + SEGMENT] = keys_of(first, SEGMENT)[: count - first]
     rows = np.random.default_rng(0).permutation(count)
     start = time.perf_counter()
-    assert plan(keys, [[rows]], [[Store.open(path)]], SEGMENT) == []
+    assert plan(keys, [rows], [[Store.open(path)]], SEGMENT) == []
     return time.perf_counter() - start, status("VmHWM") - before
 
 

@@ -26,8 +26,6 @@ from transformers import BertConfig, BertForSequenceClassification
 from pipeline.memory import keep_freed_memory
 from pipeline.split import Suffix, split
 
-STEPS_TO_CUT = 100
-
 
 @dataclass(frozen=True)
 class Case:
@@ -62,7 +60,7 @@ def bert(first: int) -> Callable[[Any, torch.Tensor, dict[str, torch.Tensor]], t
         mask = batch["attention_mask"][:, None, None, :].bool()
         for layer in model.bert.encoder.layer[first:]:
             hidden = layer(hidden, None if mask.all() else mask)
-        return model.classifier(model.dropout(model.bert.pooler(hidden)))
+        return result(model.classifier(model.dropout(model.bert.pooler(hidden))))
 
     return layers
 
@@ -73,7 +71,7 @@ def resnet(first: int) -> Callable[[Any, torch.Tensor, dict[str, torch.Tensor]],
     def layers(model: Any, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         for stage in [model.layer1, model.layer2, model.layer3, model.layer4][first - 1 :]:
             hidden = stage(hidden)
-        return model.fc(model.avgpool(hidden).flatten(1))
+        return result(model.fc(model.avgpool(hidden).flatten(1)))
 
     return layers
 
@@ -83,14 +81,14 @@ def efficientnet(model: Any, hidden: torch.Tensor, batch: dict[str, torch.Tensor
     blocks = [block for stage in model.blocks for block in stage]
     for block in blocks[12:]:
         hidden = block(hidden)
-    return model.forward_head(model.bn2(model.conv_head(hidden)))
+    return result(model.forward_head(model.bn2(model.conv_head(hidden))))
 
 
 def vit(model: Any, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Run the upper half of ViT-B's layers and its head."""
     for layer in model.encoder.layers[6:]:
         hidden = layer(hidden)
-    return model.heads(model.encoder.ln(hidden)[:, 0])
+    return result(model.heads(model.encoder.ln(hidden)[:, 0]))
 
 
 def bert_base() -> nn.Module:
@@ -126,22 +124,27 @@ def step(call: Callable[[], Any], module: nn.Module) -> Callable[[], None]:
 
     def run() -> None:
         module.zero_grad()
-        output = call()
-        (output if isinstance(output, torch.Tensor) else output.logits).square().mean().backward()
+        result(call()).square().mean().backward()  # type: ignore[no-untyped-call]
 
     return run
 
 
+def result(output: Any) -> torch.Tensor:
+    """Return what a model gives, less its wrapping."""
+    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
+    return found
+
+
 def same(found: Any, expected: torch.Tensor) -> None:
     """Raise AssertionError unless the layers called by hand are the suffix's."""
-    torch.testing.assert_close(found if isinstance(found, torch.Tensor) else found.logits, expected)
+    torch.testing.assert_close(result(found), expected)
 
 
 class _CutReached(BaseException):
     pass
 
 
-def microseconds_to_cut(suffix: Suffix, call: Callable[[], Any]) -> float:
+def microseconds_to_cut(suffix: Suffix, call: Callable[[], Any], steps: int) -> float:
     """Return the median time from the call of the suffix to the entry of its cut module."""
     reached = []
 
@@ -152,7 +155,7 @@ def microseconds_to_cut(suffix: Suffix, call: Callable[[], Any]) -> float:
     call()
     handle = suffix.root.get_submodule(suffix.cut.path).register_forward_pre_hook(stop)
     taken = []
-    for _ in range(STEPS_TO_CUT):
+    for _ in range(steps):
         start = time.perf_counter()
         try:
             call()
@@ -162,10 +165,13 @@ def microseconds_to_cut(suffix: Suffix, call: Callable[[], Any]) -> float:
     return 1e6 * statistics.median(taken)
 
 
-def measure(case: Case, repeats: int) -> list[str]:
+def measure(case: Case, options: argparse.Namespace) -> list[str]:
     """Return the cells of one row."""
     torch.manual_seed(0)
-    model, batch = case.model().eval(), case.batch()
+    repeats, batch = options.repeats, case.batch()
+    if options.pixels:
+        batch = {name: torch.randn(*item.shape[:2], *[options.pixels] * 2) for name, item in batch.items()}
+    model = case.model().eval()
     with torch.no_grad():
         forward = seconds(lambda: model(**batch), 1)
     start = time.perf_counter()
@@ -183,8 +189,8 @@ def measure(case: Case, repeats: int) -> list[str]:
     rest = seconds(step(lambda: suffix(state, **batch), suffix), repeats)
     bare = seconds(step(lambda: case.layers(model, hidden, batch), model.train()), repeats)
     suffix.eval()
-    fast = microseconds_to_cut(suffix, lambda: suffix(state, **batch))
-    phantoms = microseconds_to_cut(suffix, lambda: suffix.replay(suffix.values(state), (), batch))
+    fast = microseconds_to_cut(suffix, lambda: suffix(state, **batch), options.steps)
+    phantoms = microseconds_to_cut(suffix, lambda: suffix.replay(suffix.values(state), (), batch), options.steps)
     once = [f"{forward:.2f}", f"{splitting:.2f}"]
     times = [f"{full:.3f}", f"{frozen:.3f}", f"{rest:.3f}", f"{bare:.3f}", f"{frozen / rest:.1f}x"]
     return [*once, *times, f"{phantoms:,.0f}", f"{fast:,.0f}" if suffix.fast else "-"]
@@ -196,18 +202,20 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help="words that a case's name must contain (default: all cases)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100, help="of which the time to the cut is the median")
+    parser.add_argument("--pixels", type=int, help="size of the images, where a network takes another than its own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as `recycle` does
     print(
         f"torch {torch.__version__}, {options.threads} thread(s), medians of {options.repeats} steps, "
-        f"{STEPS_TO_CUT} for the time to the cut\n"
+        f"{options.steps} for the time to the cut\n"
     )
     heads = ["forward s", "split s", "full s", "frozen s", "suffix s", "layers s", "gain", "phantoms us", "fast us"]
     print("| case |", " | ".join(heads), "|\n|---|" + "---|" * len(heads))
     for name, case in CASES.items():
         if not options.cases or any(word.lower() in name.lower() for word in options.cases):
-            print(f"| {name} |", " | ".join(measure(case, options.repeats)), "|", flush=True)
+            print(f"| {name} |", " | ".join(measure(case, options)), "|", flush=True)
 
 
 if __name__ == "__main__":

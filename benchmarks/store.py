@@ -289,7 +289,8 @@ def check_alike(readers: dict[str, Batches]) -> None:
 
     Streaming peers choose their own order; of theirs, each sample must be one of the data set, told by its sum.
     """
-    sums, known = {}, set()
+    sums: dict[str, set[float]] = {}
+    known: set[float] = set()
     for name, batches_of in readers.items():
         states, _ = next(iter(batches_of(0)))
         sums[name] = {round(float(state.double().sum()), 3) for state in states}

@@ -35,18 +35,16 @@ from pipeline.train import order
 from pipeline.train.loader import Batch, Loader
 from pipeline.train.objective import Objective
 
-STEPS = 20
-
 
 def main() -> None:
     """Print both rates and their ratio for each cut."""
     options = parse()
     torch.set_num_threads(options.threads)
     print(
-        f"batch {options.batch}, {options.threads} torch threads, medians of {options.rounds} epochs of {STEPS} steps"
+        f"batch {options.batch}, {options.threads} torch threads, medians of {options.rounds} x {options.steps} steps"
     )
     print(f"{'cut':>5} {'RAM, steps/s':>14} {'store, steps/s':>16} {'ratio':>7}")
-    for cut in (0.5, 0.75, 1.0):
+    for cut in options.cuts:
         ram, store = measure(cut, options)
         print(f"{cut:5} {ram:14.2f} {store:16.2f} {store / ram:7.3f}", flush=True)
 
@@ -54,6 +52,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20, help="batches of an epoch")
+    parser.add_argument("--cuts", type=float, nargs="+", default=[0.5, 0.75, 1.0])
+    parser.add_argument("--pixels", type=int, default=96, help="size of the images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     return parser.parse_args()
@@ -61,12 +62,12 @@ def parse() -> argparse.Namespace:
 
 def measure(cut: float, options: argparse.Namespace) -> tuple[float, float]:
     """Return steps per second fed from RAM and fed from the store: medians."""
-    source = digits(STEPS * options.batch)
+    source = digits(options.steps * options.batch)
     keyed = key_contents(source, workers=1)
     table, task = build(source, keyed.keys, DIGITS), open_task(TaskConfig())
     backbone = load(
         ModelConfig(backbone="timm:tf_efficientnet_lite0", weights=None),
-        PreprocessConfig(image_size=96),
+        PreprocessConfig(image_size=options.pixels),
         task.head(table),
     )
     example = default_collate(decode_samples(source, backbone.preprocess, np.arange(2)))

@@ -7,7 +7,8 @@ RecyclingError
 │   └── BadSampleError     one sample cannot be used; the run sets it aside and goes on
 ├── ModelError             a backbone cannot be built, or its weights do not fit
 ├── SplitError             the network cannot be split exactly at this cut
-│   └── NoSuchCutError     the cut names no place in the network
+│   ├── NoSuchCutError     the cut names no place in the network
+│   └── InputRefusedError  the network's own code fails on the inputs it is given
 ├── StoreError             a store cannot be read or written
 │   ├── StaleStoreError    the store was encoded under another recipe
 │   ├── MissingKeysError   samples that were never encoded
@@ -51,6 +52,10 @@ class SplitError(RecyclingError):
 
 class NoSuchCutError(SplitError):
     """The cut names no place in the network; the message names the nearest ones."""
+
+
+class InputRefusedError(SplitError):
+    """The network's own code fails on the inputs it is given; its error is the cause, the message has both."""
 
 
 class StoreError(RecyclingError):

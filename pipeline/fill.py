@@ -27,7 +27,7 @@ from pipeline.project.workbench import Workbench
 from pipeline.report.costs import Made
 from pipeline.split import Prefix
 from pipeline.store import Remote, Store, first_rows, remove
-from pipeline.views import by_split, rows_by_view
+from pipeline.views import rows_by_view, split_numbers
 
 log = logging.getLogger("recycle")
 
@@ -203,8 +203,8 @@ def _encode_views(
     done, size = Encoded.begun(keyed, len(project.encode.cuts)), project.encode.segment_samples
     while True:
         found = len(done.keyed.bad)
-        wanted = [by_split(rows, keyed.keys, table) for rows in _rows_by_view(project, done.keyed, table)]
-        encode(executor, source, stores, size, wanted, done)
+        wanted = _rows_by_view(project, done.keyed, table)
+        encode(executor, source, stores, size, wanted, done, split_numbers(keyed.keys, table))
         if len(project.views) == 1 or len(done.keyed.bad) == found:
             return done
         table = sample_table(project, source, replace(done.keyed, rows=None))

@@ -37,14 +37,14 @@ def rows_by_view(keys: np.ndarray, table: SampleTable) -> tuple[np.ndarray, np.n
     return np.flatnonzero(held_out), np.flatnonzero(training)
 
 
-def by_split(rows: np.ndarray, keys: np.ndarray, table: SampleTable) -> list[np.ndarray]:
-    """Divide rows (n,) int64 of a data set by the split of their samples; `keys` (N, 16) uint8 are those of all rows.
+def split_numbers(keys: np.ndarray, table: SampleTable) -> np.ndarray:
+    """Return a number (N,) int64 for the split of each row of a data set; `keys` (N, 16) uint8 are those of all rows.
 
     Segments hold samples of one split: an epoch then reads those of the splits that it needs, whole, and no others. Of
     a content that stands in several splits, the first one's counts.
     """
-    split = np.unique(table.split, return_inverse=True)[1][KeySet(table.keys).find(keys[rows])]
-    return [rows[split == number] for number in np.unique(split)]
+    numbers: np.ndarray = np.unique(table.split, return_inverse=True)[1][KeySet(table.keys).find(keys)]
+    return numbers
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipeline.data.source import Source
 from pipeline.encode.encoded import Encoded, Outcome
 from pipeline.encode.feed import Keyed, dead_workers_told
 from pipeline.encode.quarantine import BadSample, name_of
-from pipeline.encode.unit import Unit, lacking_rows, plan
+from pipeline.encode.unit import Unit, check_rows, lacking_rows, plan
 from pipeline.errors import MissingKeysError
 from pipeline.store import Store
 
@@ -46,18 +46,21 @@ def encode(
     source: Source,
     stores: Sequence[Sequence[Store]],
     size: int,
-    wanted: Sequence[Sequence[np.ndarray]],
+    wanted: Sequence[np.ndarray],
     done: Encoded,
+    groups: np.ndarray | None = None,
 ) -> None:
     """Bring the rows `wanted[view]` into `stores[view][cut]`; what is there already is not made again.
 
-    These are one array or several, of which each has segments of its own. `size` is how many samples a segment has.
-    What is done is added to `done`; samples that were set aside before are left out.
+    `size` is how many samples a segment has; the samples of a segment are of one group, where `groups` (N,) int64 says
+    of which each row is. What is done is added to `done`; samples that were set aside before are left out.
 
     Raises:
+        TypeError: `wanted[view]` is no array of row numbers.
         MissingKeysError: a sample was encoded, and is not there; the message names the store.
     """
-    units = plan(done.keyed.keys, _good(wanted, done), stores, size)
+    check_rows(wanted)
+    units = plan(done.keyed.keys, _good(wanted, done), stores, size, groups)
     if units:
         encode_units(executor, source, units, done)
         _prove(stores, _good(wanted, done), done.keyed.keys)
@@ -80,16 +83,14 @@ def encode_units(executor: Executor, source: Source, units: Sequence[Unit], done
             progress.update(len(outcome.part.rows))
 
 
-def _good(wanted: Sequence[Sequence[np.ndarray]], done: Encoded) -> list[list[np.ndarray]]:
-    good = done.keyed.good
-    return [[np.intersect1d(rows, good) for rows in apart] for apart in wanted]
+def _good(wanted: Sequence[np.ndarray], done: Encoded) -> list[np.ndarray]:
+    return [np.intersect1d(rows, done.keyed.good) for rows in wanted]
 
 
-def _prove(stores: Sequence[Sequence[Store]], wanted: Sequence[Sequence[np.ndarray]], keys: np.ndarray) -> None:
+def _prove(stores: Sequence[Sequence[Store]], wanted: Sequence[np.ndarray], keys: np.ndarray) -> None:
     """Look for every sample where it belongs; what another machine wrote may be seen here a little later."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    for apart, of_view in zip(wanted, stores, strict=True):
-        rows = np.concatenate([np.empty(0, np.int64), *apart])
+    for rows, of_view in zip(wanted, stores, strict=True):
         for store in of_view:
             store.refresh()
             while absent := len(lacking_rows(keys, rows, store)):

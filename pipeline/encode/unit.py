@@ -50,19 +50,27 @@ class Unit:
 
 
 def plan(
-    keys: np.ndarray, wanted: Sequence[Sequence[np.ndarray]], stores: Sequence[Sequence[Store]], size: int
+    keys: np.ndarray,
+    wanted: Sequence[np.ndarray],
+    stores: Sequence[Sequence[Store]],
+    size: int,
+    groups: np.ndarray | None = None,
 ) -> list[Unit]:
     """Return the units that bring the rows `wanted[view]` into `stores[view][cut]`, in the order of the data set.
 
-    These are one array or several, of which each has units of its own, so that what is read together lies together. Of
-    identical samples the first stands for all; `keys` (N, 16) uint8 are those of all rows. What a store lacks is cut
-    into units of `size`. Whole units missing from the middle leave the others where they were, so an interrupted run is
-    continued with the very same units. Samples that were found bad in a committed unit come again in units of their
-    own: they may have been bad for a passing reason.
+    `keys` (N, 16) uint8 are those of all rows, of which `wanted[view]` (n,) int64 are the numbers. `groups` (N,) int64
+    says which rows lie together: a unit has rows of one group alone. Of identical samples the first stands for all.
+    What a store lacks is cut into units of `size`. Whole units missing from the middle leave the others where they
+    were, so an interrupted run is continued with the very same units. Samples that were found bad in a committed unit
+    come again in units of their own: they may have been bad for a passing reason.
+
+    Raises:
+        TypeError: `wanted[view]` is no array of row numbers.
     """
+    check_rows(wanted)
     lacked: dict[bytes, tuple[np.ndarray, list[tuple[int, int]]]] = {}
-    for view, (apart, of_view) in enumerate(zip(wanted, stores, strict=True)):
-        for rows, (cut, store) in itertools.product(apart, enumerate(of_view)):
+    for view, (of_all, of_view) in enumerate(zip(wanted, stores, strict=True)):
+        for rows, (cut, store) in itertools.product(_by_group(of_all, groups), enumerate(of_view)):
             distinct = rows[first_rows(keys[rows])]
             lacking = lacking_rows(keys, distinct, store)
             again = KeySet(store.set_aside()).contains(keys[lacking])
@@ -74,6 +82,25 @@ def plan(
         (Unit(rows, keys[rows], tuple(places)) for rows, places in lacked.values()),
         key=lambda unit: (unit.rows[0], unit.stores),
     )
+
+
+def check_rows(wanted: Sequence[object]) -> None:
+    """Refuse anything else than one array of row numbers for each view.
+
+    Raises:
+        TypeError: the message names the view.
+    """
+    for view, rows in enumerate(wanted):
+        if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.kind not in "iu":
+            found = f"{rows.ndim} axes of {rows.dtype}" if isinstance(rows, np.ndarray) else type(rows).__name__
+            raise TypeError(f"wanted[{view}] is {found}; give the row numbers of this view, one array (n,) of integers")
+
+
+def _by_group(rows: np.ndarray, groups: np.ndarray | None) -> list[np.ndarray]:
+    if groups is None:
+        return [rows]
+    own = groups[rows]
+    return [rows[own == number] for number in np.unique(own)]
 
 
 def lacking_rows(keys: np.ndarray, rows: np.ndarray, store: Store) -> np.ndarray:

@@ -119,7 +119,7 @@ class SharedStates:
 
     def encode(self, rows: np.ndarray) -> None:
         """Run the prefix on those of `rows` (n,) int64 that are new."""
-        units = plan(self.keys, [[rows]], [[self.fresh]], self.config.segment_samples)
+        units = plan(self.keys, [rows], [[self.fresh]], self.config.segment_samples)
         encode_units(self.encoder, self.encoder.source, units, self.done)
         if not self.forgets:
             self.known.refresh()

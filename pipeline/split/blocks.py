@@ -182,14 +182,19 @@ class _BlockFinder:
             return
         if _is_container(child) or self.is_stage(path, child):
             self.visit(path, child)
-        elif path not in self.called:
-            # `block.forward(...)` called directly never fires a hook: enter at the first child that does
-            inner = [
-                call for call in self.calls if call.path.startswith(f"{path}.") and len(self.called[call.path]) == 1
-            ]
-            self.found += inner[:1]
-        elif len(self.called[path]) == 1 and self.called[path][0] not in self.found:
-            self.found.append(self.called[path][0])
+        else:
+            self.found += [call for call in self.entries(path) if call not in self.found]
+
+    def entries(self, path: str) -> list[Call]:
+        """Return the one call of the module at `path`; none if it is called again and again.
+
+        `block.forward(...)` called directly never fires a hook: it is entered at the first module inside that does.
+        """
+        calls = self.called.get(path)
+        if calls is None:
+            inside = [c for c in self.calls if c.path.startswith(f"{path}.") and len(self.called[c.path]) == 1]
+            return inside[:1]
+        return calls if len(calls) == 1 else []
 
     def without_stems(self) -> list[Call]:
         """What was found, less the containers of mere layers (a stem, a downsampling) where there are larger blocks."""
@@ -231,9 +236,9 @@ class _BlockFinder:
                 if _is_container(child)
                 else {name: child}
             )
-            found += [
-                self.called[path][0] for path, item in inner.items() if path in self.called and parameter_count(item)
-            ]
+            for path, item in inner.items():
+                if parameter_count(item):
+                    found += self.called[path][:1] if path in self.called else self.entries(path)
         return sorted(found, key=lambda call: call.start)
 
 

@@ -17,8 +17,9 @@ from pipeline.split.blocks import Cut, boundaries, find_blocks
 from pipeline.split.check import check_outputs
 from pipeline.split.cut import prove_state, read_example
 from pipeline.split.layout import batch_size, regroup
-from pipeline.split.modes import eval_mode
+from pipeline.split.modes import eval_run
 from pipeline.split.planner import make_plan
+from pipeline.split.splittable import check_model
 from pipeline.split.trace import Trace, trace
 from pipeline.split.tree import Args, Kwargs
 
@@ -64,8 +65,10 @@ def candidates(model: nn.Module, example: Any) -> list[Candidate]:
     Each is planned and its state proved as `split` does it; those that `split` refuses are there with the reason.
 
     Raises:
-        SplitError: the example holds no batch of at least 2 samples.
+        InputRefusedError: the model's own code fails on the example.
+        SplitError: the example holds no batch of at least 2 samples, or the model cannot be split anywhere.
     """
+    check_model(model)
     args, kwargs = read_example(example)
     seen = trace(model, args, kwargs)
     cuts = boundaries(model, seen.calls, find_blocks(model, seen.calls))
@@ -107,7 +110,7 @@ def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwar
         model.get_submodule(path).register_forward_pre_hook(note(path)) for path in dict.fromkeys(c.path for c in cuts)
     ]
     try:
-        with torch.no_grad(), eval_mode(model), counter:
+        with eval_run(model, args, kwargs), counter:
             model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -17,6 +17,7 @@ from pipeline.split.planner import Planned, make_plan
 from pipeline.split.prefix import Prefix, Slot, TensorSpec
 from pipeline.split.record import Tap, record
 from pipeline.split.sources import Source, state_names
+from pipeline.split.splittable import check_model
 from pipeline.split.suffix import Suffix
 from pipeline.split.trace import trace
 from pipeline.split.tree import Args, Kwargs, as_call
@@ -34,9 +35,11 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
             larger one, two samples are used.
 
     Raises:
+        InputRefusedError: the model's own code fails on the example.
         NoSuchCutError: `at` names no place in the model.
         SplitError: the model cannot be split exactly there; the message names the reason.
     """
+    check_model(model)
     args, kwargs = read_example(example)
     seen = trace(model, args, kwargs)
     cut = resolve(model, at, seen.calls, find_blocks(model, seen.calls))
@@ -72,8 +75,9 @@ def merge(model: nn.Module, suffix: Suffix) -> nn.Module:
     """Write the trained weights and buffers of `suffix` into `model`, and return it.
 
     Raises:
-        SplitError: `model` is not of the architecture that was split.
+        SplitError: `model` is not of the architecture that was split, or has no memory for the weights.
     """
+    check_model(model)
     trained = suffix.state_dict()
     own = model.state_dict()
     wrong = [name for name, item in trained.items() if name not in own or own[name].shape != item.shape]

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
 from pipeline.split.frozen import Frozen
-from pipeline.split.modes import eval_mode
+from pipeline.split.modes import accelerator_kind, eval_mode
 from pipeline.split.recording import Recorder, skippable_calls
 from pipeline.split.shells import Script, Shell, Stage, write_script
 from pipeline.split.sources import Source
 from pipeline.split.tree import Args, Kwargs
 
+ACCELERATOR = accelerator_kind() or "cuda"
 SIGNATURES = 256  # scripts kept; each holds a few objects per skipped call
-AUTOCAST = ("cpu", "cuda")  # kinds of device whose autocast dtype is looked at
 
 
 class FastPath:
@@ -129,7 +129,7 @@ class FastPath:
 def signature(args: Args, kwargs: Kwargs) -> Hashable:
     """Return what the way to the cut depends on: all of the inputs except the values of tensors."""
     named = [(name, _mark(item)) for name, item in kwargs.items()]
-    autocast = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in AUTOCAST]
+    autocast = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", ACCELERATOR)]
     return (*map(_mark, args), *named, *autocast)
 
 

@@ -1,12 +1,18 @@
-"""Train and eval flags and random state, set and given back."""
+"""How a model is run: train and eval flags and random state, set and given back; the errors that its code raises."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+
+from pipeline.errors import InputRefusedError, RecyclingError
+from pipeline.split.sources import argument_name
+from pipeline.split.tree import Args, Kwargs, arguments
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 @contextmanager
@@ -22,8 +28,53 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def eval_run(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[None]:
+    """Run the model that a user gave on these inputs: in eval mode, without gradients, not compiled.
+
+    Raises:
+        InputRefusedError: its own code raised an error; that of a lack of memory goes on as it is.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(eval_mode(model))
+        if any(module._compiled_call_impl is not None for module in model.modules()):  # hooks cannot go through it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        with errors_as_refusals(model, args, kwargs):
+            yield
+
+
+@contextmanager
+def errors_as_refusals(model: nn.Module, args: Args, kwargs: Kwargs, mode: str = "eval") -> Iterator[None]:
+    """Tell an error of the model's own code as one of its inputs.
+
+    Raises:
+        InputRefusedError: as `eval_run` has it.
+    """
+    try:
+        yield
+    except (RecyclingError, *OUT_OF_MEMORY):
+        raise
+    except Exception as error:
+        inputs = ", ".join(
+            f"{argument_name(model, leaf)} {tuple(item.shape)} {str(item.dtype).removeprefix('torch.')}"
+            for leaf, item in arguments(args, kwargs).items()
+        )
+        raise InputRefusedError(
+            f"the model's forward fails in {mode} mode with {type(error).__name__}: {error}; its inputs are {inputs}; "
+            "give inputs of the sizes, dtypes and values that the model takes"
+        ) from error
+
+
+def accelerator_kind() -> str | None:
+    """Return the kind of accelerator that torch was built for and that is there: `cuda`, `mps`, `xpu`; None if none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else None
+
+
+@contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
     """Leave the random state of the CPU and of the devices of `model` as it was."""
-    devices = {item.device.index for item in model.parameters() if item.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
+    kind = accelerator_kind() or "cuda"
+    devices = {item.device.index for item in model.parameters() if item.device.type == kind}
+    with torch.random.fork_rng(devices=sorted(devices), device_type=kind):
         yield

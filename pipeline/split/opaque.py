@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.modes import eval_mode
+from pipeline.split.modes import eval_run
 from pipeline.split.phantom import Phantom, before_the_cut
 from pipeline.split.tree import Args, Kwargs, arguments, is_plain, map_tensors
 
@@ -48,7 +48,7 @@ def sketch(model: nn.Module, path: str, args: Args, kwargs: Kwargs) -> Sketch:
         lambda _, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True
     )
     try:
-        with torch.no_grad(), eval_mode(model):
+        with eval_run(model, args, kwargs):
             model(*args, **kwargs)
     finally:
         handle.remove()

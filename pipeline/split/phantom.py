@@ -20,9 +20,15 @@ from torch import Tensor
 
 from pipeline.errors import SplitError
 from pipeline.split.sources import Input, Output, Weight
-from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, map_tensors, tensors
+from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, tensors
 
 Operator: TypeAlias = Any  # torch._ops.OpOverload
+
+WHOLE = {
+    "_pad_packed_sequence": torch.ops.aten._pad_packed_sequence.default,
+    "pad_sequence": torch.ops.aten.pad_sequence.default,
+}
+"""Functions that torch takes apart into writes to a new, real tensor; phantoms go through them as one operation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +63,9 @@ class Interpreter(Protocol):
 
     def operate(self, function: Operator, args: Args, kwargs: Kwargs) -> Any:
         """Return the result of `function` on arguments of which some are phantoms."""
+
+    def read(self, reader: object, phantom: Phantom) -> Tensor:
+        """Return the value of `phantom`, which `reader` takes out of torch's hands."""
 
 
 class Phantom(Tensor):
@@ -97,7 +106,13 @@ class Phantom(Tensor):
         shadow = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         return cls(shadow, tensor.device, origin)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
+        whole = WHOLE.get(getattr(func, "__name__", ""))
+        with torch._C.DisableTorchFunctionSubclass():
+            if whole is not None:
+                return cls.__torch_dispatch__(whole, types, args, kwargs)
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -105,6 +120,21 @@ class Phantom(Tensor):
     ) -> Any:
         interpreter: Interpreter | None = getattr(_running, "interpreter", None)
         return (interpreter or _AFTERWARDS).operate(func, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        """Return the value as nested lists."""
+        return self._read("Tensor.tolist").tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return the value as an array."""
+        return self._read("Tensor.numpy").numpy(force=force)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._read("Tensor.numpy").__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _read(self, reader: str) -> Tensor:
+        interpreter: Interpreter | None = getattr(_running, "interpreter", None)
+        return (interpreter or _AFTERWARDS).read(reader, self)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Phantom(shape={tuple(self.shape)}, dtype={self.dtype}, origin={self.origin!r})"
@@ -147,14 +177,18 @@ class _Afterwards:
     entered = True
 
     def operate(self, function: Operator, args: Args, kwargs: Kwargs) -> Any:
-        missing = [item for item in phantoms(args, kwargs) if item.value is None]
-        if missing:
-            raise SplitError(
-                f"{function} needs a value that only the recycled layers have (shape {tuple(missing[0].shape)}); "
-                "it is not part of the suffix's output"
-            )
+        for item in phantoms(args, kwargs):
+            self.read(function, item)
         args, kwargs = map_arguments(value_or_self, args, kwargs)
         return function(*args, **kwargs)
+
+    def read(self, reader: object, phantom: Phantom) -> Tensor:
+        if phantom.value is None:
+            raise SplitError(
+                f"{reader} needs a value that only the recycled layers have (shape {tuple(phantom.shape)}); "
+                "it is not part of the suffix's output"
+            )
+        return phantom.value
 
 
 _AFTERWARDS = _Afterwards()
@@ -163,86 +197,6 @@ _AFTERWARDS = _Afterwards()
 def phantoms(args: Args, kwargs: Kwargs) -> list[Phantom]:
     """Return the phantoms among the arguments of a call."""
     return [item for item in arguments(args, kwargs).values() if isinstance(item, Phantom)]
-
-
-def needs_values(function: Operator, args: Args) -> bool:
-    """Tell whether the shape or result of `function` depends on values, so that it cannot run on phantoms."""
-    if function is torch.ops.aten.index.Tensor:  # tagged dynamic, but integer indices fix the shape
-        indices = tensors(args[1]).values()
-        return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
-    dynamic = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-    return function is torch.ops.aten._local_scalar_dense.default or not dynamic.isdisjoint(function.tags)
-
-
-def with_integer_indices(function: Operator, args: Args) -> Args:
-    """Return the arguments of an indexing operation with its real boolean masks replaced by the places they hold."""
-    if function is not torch.ops.aten.index.Tensor:
-        return args
-    places: list[Tensor | None] = []
-    for index in args[1]:
-        is_mask = isinstance(index, Tensor) and not isinstance(index, Phantom) and index.dtype is torch.bool
-        places += index.nonzero(as_tuple=True) if is_mask else [index]
-    return (args[0], places, *args[2:])
-
-
-def imagine(function: Operator, args: Args, kwargs: Kwargs) -> Any:
-    """Return what `function` gives on phantoms: phantoms that remember this operation.
-
-    Raises:
-        SplitError: a phantom would be written into a real tensor.
-    """
-    device = _device(args, kwargs)
-    shadow_args, shadow_kwargs = map_arguments(_shadow, args, kwargs)
-    if shadow_kwargs.get("device") is not None:
-        shadow_kwargs["device"] = torch.device("meta")
-    with torch.no_grad():
-        result = function(*shadow_args, **shadow_kwargs)
-    if function._schema.is_mutable:
-        return _written(function, args, kwargs)
-    index = iter(range(len(tensors(result))))
-    views = any(item.alias_info is not None for item in function._schema.returns)
-    base = args[0] if views and isinstance(args[0], Phantom) else None
-
-    def phantom(_: str, shadow: Tensor) -> Phantom:
-        made = Phantom(shadow, device, Step(function, args, kwargs, next(index)))
-        made.base = base
-        return made
-
-    return map_tensors(phantom, result)
-
-
-def _written(function: Operator, args: Args, kwargs: Kwargs) -> Phantom:
-    """Give the phantom that an in-place operation writes to its new origin; its former self keeps the old one."""
-    target = _write_target(function, args, kwargs)
-    if not isinstance(target, Phantom):
-        raise SplitError(f"{function} writes a value of the recycled layers into a tensor that is not one of them")
-    former = Phantom(target.shadow, target.device, None)
-    former.origin, former.tag, former.value = target.origin, target.tag, target.value
-    args, kwargs = map_arguments(lambda _, item: former if item is target else item, args, kwargs)
-    if target.base is not None:
-        target.base.forget()
-    target.origin, target.tag, target.value = Step(function, args, kwargs, 0), None, None
-    return target
-
-
-def _write_target(function: Operator, args: Args, kwargs: Kwargs) -> Any:
-    for position, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            return args[position] if position < len(args) else kwargs.get(argument.name)
-    return None
-
-
-def _device(args: Args, kwargs: Kwargs) -> torch.device:
-    """The device of the result: the one asked for, else that of the largest-dimensional phantom."""
-    if kwargs.get("device") is not None:
-        return torch.device(kwargs["device"])
-    return max(phantoms(args, kwargs), key=lambda item: item.dim() > 0).device
-
-
-def _shadow(_: str, tensor: Tensor) -> Tensor:
-    if isinstance(tensor, Phantom):
-        return tensor.shadow
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def value_or_self(_: str, tensor: Tensor) -> Tensor:

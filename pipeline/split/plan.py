@@ -81,6 +81,11 @@ class Discovery(Replay):
         """Return the calls before the cut that did not return, other than the callers of the cut, outermost first."""
         return [] if self.entered else [path for path in self._open if path not in self.plan.after]
 
+    def place(self) -> str:
+        """Return the innermost module that had not returned, as messages name it."""
+        path = "" if self.entered or not self._open else self._open[-1]
+        return f"module {path!r}" if path else "the model's forward"
+
     def output_paths(self) -> set[str]:
         return set(self.paths)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,12 @@ from torch import nn
 from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
 from pipeline.split.frozen import Frozen
-from pipeline.split.modes import random_state_kept
+from pipeline.split.modes import errors_as_refusals, random_state_kept
 from pipeline.split.opaque import close, sketch
 from pipeline.split.plan import Discovery, Lacking, Plan
 from pipeline.split.record import Tap, record
 from pipeline.split.sources import Weight
+from pipeline.split.splittable import copy_of
 from pipeline.split.trace import Trace
 from pipeline.split.tree import Args, Kwargs
 
@@ -74,14 +74,16 @@ def _replay(model: nn.Module, plan: Plan, tap: Tap, args: Args, kwargs: Kwargs) 
             _add(plan, lack)
             return LACKING
         except Exception as error:
-            if not _close_one(model, plan, discovery.stuck_in(), args, kwargs):
-                raise _told(plan.cut, training, error) from error
+            if not _close_one(model, plan, discovery.stuck_in(), error, args, kwargs):
+                if training:
+                    _try_training(model, plan, args, kwargs)
+                raise _told(plan.cut, training, error, discovery.place()) from error
             return LACKING
     return outputs[0]
 
 
-def _close_one(model: nn.Module, plan: Plan, stuck: list[str], args: Args, kwargs: Kwargs) -> bool:
-    """Make the outermost call opaque that can be, of those that did not return; tell whether there is one.
+def _close_one(model: nn.Module, plan: Plan, stuck: list[str], fault: Exception, args: Args, kwargs: Kwargs) -> bool:
+    """Make the outermost call opaque that can be, of those that a `fault` ended; tell whether there is one.
 
     Raises:
         SplitError: there are such calls, but none can be seen from outside.
@@ -97,23 +99,36 @@ def _close_one(model: nn.Module, plan: Plan, stuck: list[str], args: Args, kwarg
         else:
             return True
     if refusal:
-        raise refusal
+        raise SplitError(f"{refusal} ({fault})") from fault
     return False
 
 
-def _told(cut: Cut, training: bool, error: Exception) -> SplitError:
+def _told(cut: Cut, training: bool, error: Exception, place: str) -> SplitError:
     """Say where it was that the model's own code failed."""
     if isinstance(error, SplitError):
-        return error
+        return SplitError(f"{error} (met in {place})")
     return SplitError(
-        f"split at {cut}: in {'train' if training else 'eval'} mode the model fails on the example with its recycled "
+        f"split at {cut}: in {'train' if training else 'eval'} mode {place} fails on the example with the recycled "
         f"layers left out ({type(error).__name__}: {error}); give an example that it can train on, or cut elsewhere"
     )
 
 
+def _try_training(model: nn.Module, plan: Plan, args: Args, kwargs: Kwargs) -> None:
+    """Run a copy of the full model on the example, with what follows the cut in train mode.
+
+    Raises:
+        InputRefusedError: its own code fails in train mode.
+    """
+    root = _skeleton(model).train()
+    for path in set(plan.before) - plan.after:
+        root.get_submodule(path).training = False
+    with torch.no_grad(), random_state_kept(root), errors_as_refusals(model, args, kwargs, "train"):
+        root(*args, **kwargs)
+
+
 def _skeleton(model: nn.Module) -> nn.Module:
     """Return a copy of the modules and buffers of `model` that shares its parameters."""
-    return copy.deepcopy(model, {id(item): item for item in model.parameters()})
+    return copy_of(model, {id(item): item for item in model.parameters()})
 
 
 def _add(plan: Plan, lack: Lacking) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
-from pipeline.split.modes import eval_mode
+from pipeline.split.modes import accelerator_kind, eval_run
 from pipeline.split.sources import Argument, Input, Output, Source
 from pipeline.split.tree import Args, Kwargs, arguments, tensors
 
@@ -43,10 +43,11 @@ def record(model: nn.Module, taps: Sequence[Tap], args: Args, kwargs: Kwargs, *,
     Returns the model's output `to_the_end`, else None.
 
     Raises:
+        InputRefusedError: the model's own code fails on these inputs.
         SplitError: a cut was not reached with these inputs.
     """
     output = None
-    with torch.no_grad(), eval_mode(model):
+    with eval_run(model, args, kwargs):
         run = _Run(model, taps, args, kwargs, to_the_end=to_the_end)
         try:
             output = model(*args, **kwargs)
@@ -69,7 +70,6 @@ class _Run:
         self.inputs = arguments(args, kwargs)
         self.counts: dict[tuple[str, str], int] = {}
         self.handles: list[Any] = []
-        self.device = next((item.device for item in self.inputs.values()), torch.device("cpu"))
         for tap in taps:
             tap.values = {source: self.inputs[source.leaf] for source in tap.wanted if isinstance(source, Input)}
         modules = dict(model.named_modules())
@@ -114,6 +114,7 @@ class _Run:
             value = tensor.detach()
             goes_on = self.to_the_end or self.pending
             tap.values[Argument(leaf)] = value.clone() if goes_on and Argument(leaf) in tap.wanted else value
-        if self.device.type not in ("cpu", "meta"):
-            torch.accelerator.synchronize(self.device)
+        for device in {tensor.device for tensor in tap.values.values()} - {torch.device("cpu")}:
+            if device.type == accelerator_kind():  # its operations may still be running
+                torch.accelerator.synchronize(device)
         tap.elapsed = time.perf_counter() - self.start

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.blocks import Cut
-from pipeline.split.phantom import Phantom, Step, imagine, interpreting, needs_values, phantoms, with_integer_indices
+from pipeline.split.operations import imagine, needs_values, with_integer_indices
+from pipeline.split.phantom import Phantom, Step, interpreting, phantoms
 from pipeline.split.sources import Argument, Input, Output, Source, unfit
 from pipeline.split.tree import Args, Kwargs, map_arguments, map_tensors, tensors
 
@@ -55,7 +56,7 @@ class Replay:
 
     def operate(self, function: Any, args: Args, kwargs: Kwargs) -> Any:
         """Carry out an operation that some phantom takes part in."""
-        args = with_integer_indices(function, args)
+        function, args = with_integer_indices(function, args)
         if not self.entered and not needs_values(function, args):
             return imagine(function, args, kwargs)
         if not self.entered:
@@ -63,7 +64,13 @@ class Replay:
         args, kwargs = map_arguments(lambda _, item: self.force(item), args, kwargs)
         return function(*args, **kwargs)
 
-    def want_value(self, function: Any, needed: list[Phantom]) -> None:
+    def read(self, reader: object, phantom: Phantom) -> Tensor:
+        """Return the value of a phantom that goes out of torch's hands: to lists, to numpy."""
+        if not self.entered:
+            self.want_value(reader, [phantom])
+        return self.force(phantom)
+
+    def want_value(self, function: object, needed: list[Phantom]) -> None:
         """`function` depends on values before the cut; refuse unless they can be recomputed."""
         for phantom in needed:
             if not is_available(phantom):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -19,6 +18,7 @@ from pipeline.split.plan import Plan
 from pipeline.split.prefix import Slot, State, TensorSpec
 from pipeline.split.replay import Replay
 from pipeline.split.sources import Source
+from pipeline.split.splittable import copy_of
 from pipeline.split.tree import Args, Kwargs
 
 
@@ -168,7 +168,7 @@ def trainable_copy(model: nn.Module, plan: Plan) -> tuple[nn.Module, Frozen]:
     """
     weights = {name: item for name, item in model.named_parameters() if name in set(plan.frozen.values())}
     memo: dict[int, Any] = {id(item): dummy(item) for item in weights.values()}
-    root = copy.deepcopy(model, memo)
+    root = copy_of(model, memo)
     close(root, plan.opaque)
     frozen = Frozen(root, plan.frozen, {name: weights[name].detach().clone() for name in plan.kept})
     before = set(plan.before) - plan.after

