@@ -24,8 +24,9 @@ from pipeline.encode.feed import Chunk, Decoded, decode, decode_samples
 from pipeline.encode.quarantine import BadSample, name_of
 from pipeline.encode.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
 from pipeline.encode.unit import Unit, UnitBuffer
+from pipeline.errors import InputRefusedError, ModelError
 from pipeline.models import EXTRA, Preprocess, network_inputs
-from pipeline.split import Capture, Prefix, capture
+from pipeline.split import Capture, Prefix, State, capture
 from pipeline.store import Store
 
 Buffers: TypeAlias = dict[int, UnitBuffer]
@@ -145,8 +146,7 @@ class Encoder:
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         if samples is None:
             batch = self.preprocess.finish(batch)
-        with autocast(self.config.precision, self.device):
-            states = run(**in_format(network_inputs(batch), self.config))
+        states = self._run(run, rows, network_inputs(batch))
         inputs = _beside_state(batch, samples)
         for (cut, buffer), state, seconds in zip(buffers.items(), states, run.elapsed, strict=True):
             whole: dict[str, Tensor | list[Tensor]] = dict(state)
@@ -155,6 +155,24 @@ class Encoder:
             buffer.put(rows, inputs)
             costs.forward[cut] = costs.forward.get(cut, 0.0) + seconds
             costs.forward_samples[cut] = costs.forward_samples.get(cut, 0) + len(rows)
+
+    def _run(self, run: Capture, rows: np.ndarray, batch: dict[str, Tensor]) -> list[State]:
+        """Return the states of a batch.
+
+        Raises:
+            ModelError: the network refuses a sample; the message names it, and the settings that decide its inputs.
+        """
+        with autocast(self.config.precision, self.device):
+            try:
+                return run(**in_format(batch, self.config))
+            except InputRefusedError as error:
+                for number, row in enumerate(rows.tolist()):
+                    one = {name: tensor[number : number + 1] for name, tensor in batch.items()}
+                    try:
+                        run(**in_format(one, self.config))
+                    except InputRefusedError as own:
+                        raise ModelError(f"{name_of(self.source, row)}: {own}; {self.preprocess.advice()}") from own
+                raise ModelError(f"{error}; {self.preprocess.advice()}") from error
 
     def _by_padding(self, buffers: Buffers) -> Iterator[tuple[bool, Buffers]]:
         """Divide cuts by whether padding may be used: a cut's bytes must not depend on its company."""

@@ -83,6 +83,10 @@ class AudioPreprocess(Preprocess):
             return self.recipe()
         return {**self.recipe(), "extractor": digest(self.extractor.to_dict())}
 
+    def advice(self) -> str:
+        length = "as long as they are" if self.seconds is None else f"of {self.seconds:g} s"
+        return f"it is given sounds {length} at {self.rate} Hz: set preprocess.seconds and rate to what it takes"
+
     def probe_contents(self) -> Sequence[object]:
         """Return two waveforms of different lengths."""
         times = np.arange(self.rate) / self.rate

@@ -124,10 +124,12 @@ def embed(backbone: nn.Module, head: Head, pooling: str, example: Mapping[str, T
     try:
         with torch.no_grad():
             _, features = embedder.eval()(**batch).shape
-    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of the network's own code, or of pooling what it returns
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
         raise ModelError(
-            f"task.pooling is {pooling!r}; the output of {type(backbone).__name__} cannot be pooled so ({error}); "
-            "set mean, cls, max or pooled"
+            f"task.pooling is {pooling!r}; the output of {type(backbone).__name__} cannot be pooled so, or it refuses "
+            f"the inputs {shapes} ({type(error).__name__}: {error}); set pooling to mean, cls, max or pooled, or "
+            "preprocess to what the network takes"
         ) from error
     embedder.project(head.layers, features)
     return embedder.train(training)

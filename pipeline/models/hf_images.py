@@ -23,9 +23,9 @@ def image_defaults(source: str, settings: Any, arguments: Mapping[str, Any]) -> 
     processor: dict[str, Any] = {} if found is None else found.to_dict()
     size = _made_size(found) or (processor.get("size") or {}).get("height") or getattr(settings, "image_size", None)
     size = size or usual.image_size
-    normalises = processor.get("do_normalize", True)
+    normalises, rescales = (found is None or getattr(found, name, None) for name in ("do_normalize", "do_rescale"))
     # what the network is given for an intensity of 0..1 is scaled first; where that gives 0..1, nothing changes
-    whole = 255 * (processor.get("rescale_factor") or 1 / 255) if processor.get("do_rescale", True) else 255.0
+    whole = 255 * (processor.get("rescale_factor") or 1 / 255) if rescales else 255.0
     defaults = ImageDefaults(
         size if isinstance(size, int) else size[0],
         INTERPOLATIONS.get(processor.get("resample", -1), usual.interpolation),
@@ -58,7 +58,10 @@ def _compare_colours(processor: Any, defaults: ImageDefaults, source: str) -> No
         log.warning(
             "%s: its image processor makes %s of the colour %s, preprocess gives %s; set preprocess.mean and std, or "
             "wrap the network in a module:function of your own",
-            *(source, made.mean((1, 2)).round(2).tolist(), colour.tolist(), expected.round(2).tolist()),
+            *(
+                source,
+                *([round(float(value), 2) for value in values] for values in (made.mean((1, 2)), colour, expected)),
+            ),
         )
 
 

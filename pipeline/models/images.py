@@ -145,6 +145,12 @@ class ImagePreprocess(Preprocess):
         pixels |= {"image_mean": list(self.mean), "image_std": list(self.std)}
         (folder / "preprocessor_config.json").write_text(json.dumps(shape | pixels, indent=2) + "\n", encoding="utf-8")
 
+    def advice(self) -> str:
+        return (
+            f"it is given images of 3 channels and {self.size} x {self.size} pixels: set preprocess.image_size to what "
+            "it takes, or its own size and channels in model.options (img_size, in_chans, image_size, ...)"
+        )
+
     def probe_contents(self) -> Sequence[object]:
         """Return a wide and a tall image of smooth colours."""
         y, x = np.mgrid[:61, :97]

@@ -91,6 +91,10 @@ class Preprocess(ABC):
         """Return `recipe` as version 0.1.0 gave it, by which stores of that version are known."""
         return self.recipe()
 
+    def advice(self) -> str:
+        """Return which settings decide the inputs, and their values: for a network that refuses these inputs."""
+        return "compare preprocess, and model.options, with what the network takes"
+
     def probe_contents(self) -> Sequence[object]:
         """Return fixed contents whose inputs show whether the preprocessing is still the same; none where unknown."""
         return ()

@@ -91,6 +91,14 @@ class TextPreprocess(Preprocess):
     def former_recipe(self) -> Mapping[str, JSON]:
         return {**self.recipe(), "tokenizer": _former_digest(self.tokenizer)}
 
+    def advice(self) -> str:
+        padding = f"padding token {self.tokenizer.pad_token!r}" if self.tokenizer.pad_token else "no padding token"
+        return (
+            f"it is given up to {self.max_length} tokens, numbers below {len(self.tokenizer)} of a tokenizer with "
+            f"{padding}: let preprocess.tokenizer be the network's own, with a padding token, and "
+            "preprocess.max_length at most its positions"
+        )
+
     def probe_contents(self) -> Sequence[object]:
         """Return texts in which tokenizers differ, and one that is too long."""
         return *PROBE_TEXTS, " ".join(map(str, range(self.max_length + 1)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.data import SampleTable, Source
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.ragged import Sample, pad_batch
-from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, StoreError
+from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, InputRefusedError, ModelError, StoreError
 from pipeline.fingerprint import fingerprint, is_installed, module_fingerprints
 from pipeline.keys import JSON, Recipe
 from pipeline.models import Backbone, Preprocess, load, network_inputs
@@ -97,8 +97,16 @@ class Workbench:
         return device
 
     def split(self, cut: CutName, example: dict[str, Tensor]) -> tuple[Prefix, Suffix]:
-        """Split the model at `cut`, proved on `example`."""
-        prefix, suffix = split(self.backbone.model, at=cut, example=example)
+        """Split the model at `cut`, proved on `example`.
+
+        Raises:
+            ModelError: the network refuses the example; the message names the settings that decide it.
+            SplitError: it cannot be split there.
+        """
+        try:
+            prefix, suffix = split(self.backbone.model, at=cut, example=example)
+        except InputRefusedError as error:
+            raise ModelError(f"{self.backbone.name}: {error}; {self.backbone.preprocess.advice()}") from error
         if self.carried:
             self.carried.complete(suffix)
         return prefix, suffix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -11,10 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForQuestionAnswering, BertModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertModel,
+    BitImageProcessor,
+    ConvNextImageProcessor,
+    MobileViTConfig,
+    MobileViTForImageClassification,
+    MobileViTImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from pipeline.errors import AbsentError, ConfigError, ModelError
 from pipeline.files import sha256
@@ -402,3 +418,98 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], fault: str) -> None:
 @pytest.mark.parametrize("section", [ModelConfig, PreprocessConfig])
 def test_every_setting_is_documented(section: type[ModelConfig] | type[PreprocessConfig]) -> None:
     assert [name for name, field in section.model_fields.items() if not field.description] == []
+
+
+def named(folder: Path, **labels: int) -> dict[str, Tensor]:
+    """Name the outputs of a checkpoint; return its head."""
+    config = json.loads((folder / "config.json").read_text())
+    names = {"id2label": {str(number): name for name, number in labels.items()}, "label2id": labels}
+    (folder / "config.json").write_text(json.dumps(config | names))
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensors[f"classifier.{name}"] for name in ("weight", "bias")}
+
+
+def test_the_outputs_of_a_checkpoint_are_put_in_the_order_of_the_labels(text_folder: Path, caplog: Any) -> None:
+    head = named(text_folder, neutral=0, positive=1, negative=2)
+    labels = ("negative", "neutral", "positive")
+    model = ModelConfig(backbone=f"hf:{text_folder}")
+    backbone = load(model, PreprocessConfig(), Head("classes", 3, labels=labels))
+    for name, tensor in head.items():
+        assert torch.equal(backbone.model.get_parameter(f"classifier.{name}"), tensor[[2, 0, 1]])
+    assert backbone.model.config.id2label == dict(enumerate(labels))
+    assert "its outputs were put in their order" in caplog.text
+    assert not backbone.fresh
+    same = load(model, PreprocessConfig(), Head("classes", 3, labels=("neutral", "positive", "negative")))
+    assert torch.equal(same.model.classifier.weight, head["weight"])
+
+
+def test_a_head_of_other_labels_is_new(text_folder: Path, caplog: Any) -> None:
+    head = named(text_folder, cat=0, dog=1, eel=2)
+    wanted = Head("classes", 3, labels=("a", "b", "c"))
+    backbone = load(ModelConfig(backbone=f"hf:{text_folder}"), PreprocessConfig(), wanted)
+    assert backbone.fresh == {"classifier.weight", "classifier.bias"}
+    assert not torch.equal(backbone.model.classifier.weight, head["weight"])
+    assert "is for cat, dog, eel, in this order; the task's labels are a, b, c: so the head is new" in caplog.text
+    again = load(ModelConfig(backbone=f"hf:{text_folder}"), PreprocessConfig(), wanted)
+    assert torch.equal(again.model.classifier.weight, backbone.model.classifier.weight)
+
+
+def test_outputs_without_names_are_kept(text_folder: Path) -> None:
+    head = load_file(text_folder / "model.safetensors")["classifier.weight"]
+    wanted = Head("classes", 3, labels=("a", "b", "c"))
+    backbone = load(ModelConfig(backbone=f"hf:{text_folder}"), PreprocessConfig(), wanted)
+    assert torch.equal(backbone.model.classifier.weight, head)
+
+
+PROCESSORS: dict[str, tuple[Any, int, tuple[float, float]]] = {
+    "crop": (BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 28, "width": 28}), 28, (1.0, 0.0)),
+    "share": (ConvNextImageProcessor(size={"shortest_edge": 96}), 96, (1.0, 0.0)),
+    "square": (ViTImageProcessor(size={"height": 20, "width": 20}), 20, (1.0, 0.0)),
+    "bytes": (ViTImageProcessor(size={"height": 20, "width": 20}, do_rescale=False), 20, (255.0, 0.0)),
+    "minus one": (ViTImageProcessor(size={"height": 20, "width": 20}, rescale_factor=1 / 127.5), 20, (2.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_size_and_scale_of_images_are_those_of_the_image_processor(tmp_path: Path, name: str, caplog: Any) -> None:
+    processor, size, _ = PROCESSORS[name]
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=4
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "net")
+    processor.save_pretrained(tmp_path / "net")
+    made = load(ModelConfig(backbone=f"hf:{tmp_path}/net"), PreprocessConfig(), CLASSES).preprocess
+    grey = np.full((50, 70, 3), 90, np.uint8)
+    wanted = np.asarray(processor(Image.fromarray(grey), return_tensors="np")["pixel_values"][0])
+    found = made(grey)["pixel_values"].numpy()
+    assert found.shape == wanted.shape == (3, size, size)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert "its image processor makes" not in caplog.text
+
+
+def test_an_image_processor_that_does_more_is_told(tmp_path: Path, caplog: Any) -> None:
+    config = MobileViTConfig(image_size=32, hidden_sizes=[8, 8, 8], neck_hidden_sizes=[4, 4, 8, 8, 8, 8, 8])
+    MobileViTForImageClassification(config).save_pretrained(tmp_path / "net")
+    MobileViTImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path / "net"
+    )  # swaps red and blue
+    load(ModelConfig(backbone=f"hf:{tmp_path}/net"), PreprocessConfig(), CLASSES)
+    assert "its image processor makes [0.2, 0.39, 0.78] of the colour [200.0, 100.0, 50.0]" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("roberta", 32), ("xlm-roberta", 32), ("bert", 34), ("camembert", 32)])
+def test_a_network_has_as_many_positions_as_it_can_number(
+    text_folder: Path, kind: str, positions: int, recwarn: Any
+) -> None:
+    sizes = {"vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        kind, **sizes, intermediate_size=8, max_position_embeddings=34, pad_token_id=1, type_vocab_size=2
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(text_folder)
+    model = ModelConfig(backbone=f"hf:{text_folder}", weights=None)
+    with pytest.raises(ConfigError, match=f"max_length is {positions + 1}; the backbone has {positions} positions"):
+        load(model, PreprocessConfig(max_length=positions + 1), CLASSES)
+    backbone = load(model, PreprocessConfig(max_length=positions), CLASSES)
+    ids = backbone.preprocess(" ".join(["one"] * 60))
+    assert len(ids["input_ids"]) == positions
+    backbone.model.eval()(**{name: tensor[None] for name, tensor in ids.items()})
