@@ -21,6 +21,7 @@ from pipeline.errors import AbsentError, ConfigError, DataError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, digest, first_difference
 from pipeline.project import CutName, Project
+from pipeline.project.probe import check_probe
 from pipeline.project.towers import Tower, load_weights, open_tower
 from pipeline.report.summary import STORE, Run
 from pipeline.tasks import open_task
@@ -159,6 +160,8 @@ def open_run(project: Project, name: str, tower: str | None = None) -> FinishedR
             f"({' '.join(str(error).split())})"
         ) from error
     opened.suffix.eval()
+    bench = opened.bench
+    check_probe(opened.store.plain, opened.prefix, bench.preprocess(None), bench.project.encode)
     return FinishedRun(**vars(opened), legend=run.legend)
 
 

@@ -1,0 +1,220 @@
+"""The probe beside a store finds what no digest covers; stores of version 0.1.0 are read, and nothing is added."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import StaleStoreError
+from pipeline.export import export_run
+from pipeline.flow import encode_project, train_project
+from pipeline.models.images import ImagePreprocess
+from pipeline.models.preprocess import Preprocess
+from pipeline.models.texts import TextPreprocess
+from pipeline.predict.flow import predict_project
+from pipeline.project import Project
+from pipeline.project.recipe import former_recipe
+from pipeline.project.workbench import Workbench
+from pipeline.split import Prefix
+from pipeline.store import Store, find_stores, verify
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_images(tmp_path / "photos", range(12))
+    return tmp_path
+
+
+def project(folder: Path, **changes: dict[str, object]) -> Project:
+    return Project.load(tiny.write_params(folder, **changes))
+
+
+def test_every_store_has_one_and_it_stays_as_it_is(folder: Path) -> None:
+    encode_project(project(folder))
+    before = {store: tiny.files(store / "probe") for store in find_stores(folder / "data/activations")}
+    assert len(before) == 3
+    for store, files in before.items():
+        assert set(files) == {"probe.json", "probe.safetensors"}
+        assert verify(Store.open(store)) == []
+    encode_project(project(folder), rehash=True)
+    assert before == {store: tiny.files(store / "probe") for store in before}
+    kept = load_file(folder / "data/activations/0.5/probe/probe.safetensors")
+    assert {name.split(".")[1] for name in kept} == {"input", "state"}
+    assert kept["0.input.x"].shape == (3, 16, 16)
+
+
+def use(folder: Path, how: str) -> None:
+    match how:
+        case "encode":
+            tiny.write_images(folder / "photos", range(12, 14))
+            encode_project(project(folder))
+        case "predict":
+            predict_project(project(folder), ["0.5"], None, folder / "said.jsonl")
+        case "export":
+            export_run(project(folder), "0.5", folder / "model")
+
+
+@pytest.mark.parametrize("how", ["encode", "predict", "export"])
+def test_code_that_no_digest_covers_is_found_where_the_prefix_is_run(folder: Path, monkeypatch: Any, how: str) -> None:
+    encode_project(project(folder))
+    train_project(project(folder), "0.5")
+    convolve = torch.nn.functional.conv2d
+    monkeypatch.setattr(torch.nn.functional, "relu", lambda x, inplace=False: x.clamp(min=0.1))  # another library
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", lambda self, x, w, b: convolve(x, w, b, 1, 1) * 1.1)
+    before = tiny.files(folder / "data/activations")
+    with pytest.raises(StaleStoreError, match=r"the network before the cut gives something else .*differs by"):
+        use(folder, how)
+    assert tiny.files(folder / "data/activations") == before
+
+
+@pytest.mark.parametrize("how", ["encode", "predict", "export"])
+def test_so_is_another_preprocessing(folder: Path, monkeypatch: Any, how: str) -> None:
+    encode_project(project(folder))
+    train_project(project(folder), "0.5")
+    square = ImagePreprocess._square
+    monkeypatch.setattr(ImagePreprocess, "_square", lambda self, image: square(self, image).flip(-1))
+    with pytest.raises(StaleStoreError, match=r"the preprocessing gives something else .*x differs by"):
+        use(folder, how)
+
+
+def test_rounding_is_no_difference(folder: Path, monkeypatch: Any) -> None:
+    encode_project(project(folder))
+    convolve = torch.nn.Conv2d._conv_forward
+    monkeypatch.setattr(
+        torch.nn.Conv2d,
+        "_conv_forward",
+        lambda self, x, w, b: convolve(self, x.double(), w.double(), b.double()).float(),
+    )
+    use(folder, "encode")
+
+
+def test_ids_must_be_the_very_same(tmp_path: Path, text_folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(
+        f'{{"text": "{text}", "label": "{"ab"[i % 2]}"}}\n' for i, text in enumerate(("one", "two", "good") * 3)
+    )
+    (tmp_path / "texts.jsonl").write_text(lines)
+    given = {
+        "data": {"source": "text", "path": "texts.jsonl", "text": "text", "label": "label"},
+        "model": {"backbone": "hf:bert"},
+        "preprocess": {"kind": "text", "image_size": None},
+    }
+    encode_project(project(tmp_path, **given))
+    tokenize = TextPreprocess._tokenize
+
+    def lower(self: TextPreprocess, texts: tuple[str, ...], **settings: Any) -> Any:
+        return tokenize(self, tuple(text.replace("c", "one") for text in texts), **settings)
+
+    monkeypatch.setattr(TextPreprocess, "_tokenize", lower)
+    with pytest.raises(StaleStoreError, match=r"the preprocessing gives something else .*input_ids"):
+        encode_project(project(tmp_path, **given), rehash=True)
+
+
+class Halved(Preprocess):
+    """A preprocessing of one's own: its recipe says nothing of `factor`."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, content: object) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor(np.array(content, np.float32) * self.factor)}
+
+    def recipe(self) -> dict[str, Any]:
+        return {"kind": "mine"}
+
+
+def test_a_preprocessing_of_ones_own_is_in_the_recipe_by_its_code_and_attributes(
+    folder: Path, monkeypatch: Any
+) -> None:
+    from pipeline.models import Backbone  # noqa: PLC0415
+
+    factors = [0.5]
+    monkeypatch.setattr(
+        tiny,
+        "own_backbone",
+        lambda head: Backbone(tiny.ConvNet(head.size or 0), Halved(factors[0]), "mine"),
+        raising=False,
+    )
+    np.savez(folder / "arrays.npz", x=np.random.default_rng(0).random((24, 3, 8, 8)), y=np.arange(24) % 3)
+    given = {
+        "data": {"source": "arrays", "path": "arrays.npz"},
+        "model": {"backbone": "tiny:own_backbone"},
+        "preprocess": {"kind": None, "image_size": None},
+    }
+    encode_project(project(folder, **given))
+    assert (folder / "data/activations/0.5/probe/probe.json").read_text().count('"drawn": true') == 1
+    encode_project(project(folder, **given), rehash=True)
+    factors[0] = 0.25
+    with pytest.raises(StaleStoreError, match=r"preprocessing\.code"):
+        encode_project(project(folder, **given), rehash=True)
+
+
+@pytest.fixture
+def former(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes recipes what version 0.1.0 made of them; what is returned ends that."""
+    recipes = Workbench.recipes
+
+    def of_then(self: Workbench, prefix: Prefix) -> Any:
+        made = zip(self.project.views, recipes(self, prefix), strict=True)
+        return [former_recipe(recipe, prefix, self.preprocess(view).former_recipe()) for view, recipe in made]
+
+    monkeypatch.setattr(Workbench, "recipes", of_then)
+    return lambda: monkeypatch.setattr(Workbench, "recipes", recipes)
+
+
+def test_a_store_of_version_0_1_0_is_read_with_a_word_and_nothing_is_added(
+    folder: Path, former: Callable[[], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    encode_project(project(folder))
+    former()
+    for store in find_stores(folder / "data/activations"):
+        shutil.rmtree(store / "probe")
+    shutil.rmtree(folder / ".recycle")
+    before = tiny.files(folder / "data/activations")
+    caplog.set_level(logging.WARNING)
+    encode_project(project(folder))
+    assert "was made by version 0.1.0, whose recipe covers less" in caplog.text
+    train_project(project(folder), "0.5")
+    export_run(project(folder), "0.5", folder / "model")
+    left = tiny.files(folder / "data/activations")
+    assert {name: content for name, content in left.items() if "/probe/" not in name} == before
+    tiny.write_images(folder / "photos", range(12, 14))
+    with pytest.raises(StaleStoreError, match="architecture"):
+        encode_project(project(folder))
+    with pytest.raises(StaleStoreError):
+        train_project(project(folder, model={"backbone": "tiny:conv_net", "seed": 1}), "0.5")
+    encode_project(project(folder), replace_stores=True)
+
+
+def test_the_recipe_of_version_0_1_0_covered_less(folder: Path) -> None:
+    """What the warning says: a list among a module's attributes moved no digest of then."""
+    made = project(folder)
+    encode_project(made)
+    from pipeline.data import SampleTable  # noqa: PLC0415
+
+    bench = Workbench.open(made, SampleTable.read(made.samples))
+    prefix, _ = bench.split(0.5, {"x": torch.randn(2, 3, 16, 16)})
+    (recipe,) = bench.recipes(prefix)
+    bench.backbone.model.blocks[0].scales = [1.0]
+    changed = replace(bench, modules={**bench.modules, "blocks.0": "another"})
+    assert changed.recipes(prefix)[0] != recipe
+    old = [former_recipe(one, prefix, {}) for one in (recipe, changed.recipes(prefix)[0])]
+    assert old[0] == old[1]
+
+
+def test_a_probe_of_another_store_counts_for_nothing(folder: Path) -> None:
+    encode_project(project(folder))
+    file = folder / "data/activations/0.5/probe/probe.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file)
+    assert "probe.safetensors is not what was written" in verify(Store.open(folder / "data/activations/0.5"))[0]
