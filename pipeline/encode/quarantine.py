@@ -46,9 +46,9 @@ def set_aside(source: Source, row: int, error: BaseException) -> BadSample:
 
 
 def name_of(source: Source, row: int) -> str:
-    """Return what a source calls its row; its number where it cannot say."""
+    """Return what a source calls its row, escaped where that is no text; its number where it cannot say."""
     try:
-        return str(source.row(row).source)
+        return str(source.row(row).source).encode("utf-8", "backslashreplace").decode()
     except ENDS_THE_RUN:
         raise
     except BaseException:
