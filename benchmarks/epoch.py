@@ -1,6 +1,7 @@
 """An epoch of a project's training from its stores, against its bounds: python benchmarks/epoch.py examples/scicite
 
-Run after `dvc repro` (or `recycle encode`) in that folder. For each cut, over the same batches in one process:
+Run after `dvc repro` (or `recycle encode`) in that folder, whose `encode.cuts` have 0. For each cut, over the same
+batches in one process:
 
     measured   what `recycle train` does: batches from the store, loss, backward, optimiser, scheduler
     ideal      the suffix's layers alone: forward, loss, backward and optimiser on the very same batches, held in RAM

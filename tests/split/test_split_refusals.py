@@ -6,7 +6,7 @@ from split_contract import recycle
 from torch import nn
 
 from pipeline.errors import NoSuchCutError, SplitError
-from pipeline.split import capture, merge, split
+from pipeline.split import capture, merge, record, split
 
 
 class Chain(nn.Module):
@@ -120,6 +120,19 @@ def test_capture_gives_every_prefix_s_state_in_one_run():
     for (prefix, suffix), state in zip(pairs, states, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in prefix(batch(5)).items())
         torch.testing.assert_close(suffix(state, batch(5)), recycle(prefix, suffix, batch(5)))
+
+
+def test_the_time_to_a_cut_waits_for_an_accelerator_and_for_nothing_on_the_cpu(monkeypatch):
+    waited = []
+    prefix, _ = split(Chain(), 0.5, batch())
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for kind in (None, "cuda", "meta"):
+        monkeypatch.setattr(record, "accelerator_kind", lambda kind=kind: kind)
+        capture([prefix])(batch())
+    assert not waited
+    prefix.model.to("meta")  # stands for a device whose operations are queued
+    capture([prefix])(batch().to("meta"))
+    assert waited == [torch.device("meta")]
 
 
 def test_the_prefix_names_its_weights_and_modules():
