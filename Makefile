@@ -17,8 +17,9 @@ demo-text: $(VENV)/installed examples/construction-faq/data/faq.jsonl
 example-%: $(VENV)/installed
 	cd examples/$* && $(RUN) dvc repro && $(RUN) recycle report --markdown
 
+# A process for each core; those of one file stay together.
 test: $(VENV)/installed
-	$(RUN) python -m pytest
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile
 
 # 210 kills, every bit of a small store, full disks, 10 minutes of hostile stores.
 faults: $(VENV)/installed

@@ -21,15 +21,20 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
-    CanineTokenizer,
+    ByT5Tokenizer,
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
     PreTrainedConfig,
     ProphetNetTokenizer,
     SeamlessM4TFeatureExtractor,
+    ViTForImageClassification,
+    ViTImageProcessor,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
 )
 
 from pipeline.fingerprint import fingerprint, module_fingerprints
+from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.models.audio import AudioPreprocess
 from pipeline.models.texts import TextPreprocess
 from pipeline.project.recipe import IRRELEVANT, recipe_of
@@ -38,6 +43,7 @@ from pipeline.split.blocks import find_blocks, resolve
 from pipeline.split.planner import _survey
 from pipeline.split.record import Tap, record
 from pipeline.split.trace import trace
+from pipeline.tasks import Head
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 1, 1], [9, 8, 7, 6, 5, 12, 11, 10, 9, 13]])
 MASK = (IDS != 1).long()
@@ -155,8 +161,8 @@ def slow_tokenizer(folder: Path) -> Any:
     return ProphetNetTokenizer(str(folder / "vocab.txt"))
 
 
-def canine_tokenizer(folder: Path) -> Any:
-    return CanineTokenizer()
+def byte_tokenizer(folder: Path) -> Any:
+    return ByT5Tokenizer(extra_ids=4)
 
 
 def fast_tokenizer(folder: Path) -> Any:
@@ -190,7 +196,7 @@ def ids(made: TextPreprocess) -> list[list[list[int]]]:
     return [[made(text)[name].tolist() for name in made.inputs] for text in TEXTS]
 
 
-@pytest.mark.parametrize("make", [slow_tokenizer, canine_tokenizer, fast_tokenizer])
+@pytest.mark.parametrize("make", [slow_tokenizer, byte_tokenizer, fast_tokenizer])
 def test_every_setting_of_a_tokenizer(make: Callable[[Path], Any], text_folder: Path, record_property: Any) -> None:
     folder = text_folder.parent / "tokenizer"
     make(text_folder.parent).save_pretrained(folder)
@@ -377,3 +383,35 @@ def test_what_cannot_be_saved_is_described_too() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert fingerprint([1, 1.0, True, "1", b"1", None]) != fingerprint([1.0, 1, True, "1", b"1", None])
     assert fingerprint(torch.device("cpu")) == fingerprint(torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("kind", [ViTImageProcessor, CLIPImageProcessor, ConvNextImageProcessor])
+@pytest.mark.filterwarnings("ignore")
+def test_every_setting_of_an_image_processor(kind: Any, tmp_path: Path, record_property: Any) -> None:
+    small, _ = FAMILIES["vit"]
+    ViTForImageClassification(AutoConfig.for_model("vit", **small)).save_pretrained(tmp_path)
+    kind(size={"shortest_edge": 40} if kind is not ViTImageProcessor else {"height": 32, "width": 32}).save_pretrained(
+        tmp_path
+    )
+    saved = tmp_path / "preprocessor_config.json"
+    settings = json.loads(saved.read_text())
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+
+    def made(**changes: object) -> tuple[str, dict[str, Tensor]]:
+        saved.write_text(json.dumps(settings | changes))
+        backbone = load(ModelConfig(backbone=f"hf:{tmp_path}"), PreprocessConfig(), Head("classes", 3))
+        return fingerprint(dict(backbone.preprocess.recipe())), backbone.preprocess(image)
+
+    (recipe, state), tried, moved = made(), 0, set()
+    assert made()[0] == recipe
+    for name, value in variants({name: value for name, value in settings.items() if name != "image_processor_type"}):
+        try:
+            found, changed = made(**{name: value})
+        except Exception:  # there is no such processor
+            continue
+        tried += 1
+        if differ(state, changed):
+            moved.add(name)
+            assert found != recipe, f"{name} = {value!r} changes the inputs unseen"
+    assert len(moved) >= 3
+    record_property("settings", f"{kind.__name__}: {tried} tried, {len(moved)} change inputs: {sorted(moved)}")
