@@ -31,15 +31,17 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes)
 HOUSE = frozenset({"pipeline", "stages", "layer_recycling"})
 """Packages of this project: they count as installed, wherever they lie."""
 INSTALLED = {"site-packages", "dist-packages"}
+DEEPEST = 150
+"""Objects inside one another that are looked into; Python's stack bears some two hundred."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"training"}
 """What every module has: children and weights are described by whoever walks the network; the mode is always eval."""
 CLASS_ATTRIBUTES = frozenset(
-    {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__qualname__"}
-) | {
-    *("__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__parameters__"),
-    *("__orig_bases__", "__annotate_func__", "__annotations_cache__"),
-}
+    {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__qualname__", "__parameters__"}
+    | {"__abstractmethods__", "_abc_impl", "__orig_bases__", "__firstlineno__", "__static_attributes__"}
+    | {"__annotate_func__", "__annotations_cache__"}
+)
+"""What Python keeps of a class besides what it computes."""
 
 
 def fingerprint(value: Any, irrelevant: Irrelevant | None = None) -> str:
@@ -76,6 +78,8 @@ class _Describer:
             return self.known[id(value)][0]
         if id(value) in self.open:
             return ["circle", len(self.open) - self.open.index(id(value))]
+        if len(self.open) == DEEPEST:
+            return ["deep", _name(type(value))]
         self.open.append(id(value))
         try:
             described: JSON = digest(self._describe(value))
@@ -86,7 +90,7 @@ class _Describer:
 
     def module(self, module: nn.Module) -> JSON:
         """Describe a module without its children, parameters and buffers."""
-        hooks = [[name, [self.describe(hook) for hook in vars(module)[name].values()]] for name in HOOKS]
+        hooks = [[name, [self.describe(hook) for hook in vars(module).get(name, {}).values()]] for name in HOOKS]
         own = {name: value for name, value in vars(module).items() if name not in MODULE_ATTRIBUTES}
         forward = self.describe(type(module).forward)  # of a library, unless somebody put another in its place
         return [self.describe(type(module)), forward, module.extra_repr(), self._attributes(module, own), hooks]

@@ -87,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     with _noted_signals() as signals:
         try:
-            sys.exit(recycle(args=args, prog_name="recycle", standalone_mode=False))
+            sys.exit(recycle(args=args, prog_name="recycle", standalone_mode=False) or 0)
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)

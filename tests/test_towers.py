@@ -277,7 +277,7 @@ def test_what_does_not_change_is_not_encoded_again(folder: Path, forwards: list[
     encode_project(project(folder, FROZEN, encode={"cuts": [0.5, 0]}))
     assert sum(forwards) == 110 + 55
     assert before.items() < tiny.files(Path("data/activations")).items()
-    encode_project(project(folder, {**FROZEN, "anchor": wide()}))
+    encode_project(project(folder, {**FROZEN, "anchor": wide()}), replace_stores=True)
     assert sum(forwards) == 110 + 55 + 55
     assert not unnamed_stores(project(folder, FROZEN, encode={"cuts": [0.5, 0]}))
     assert [path.as_posix() for path in unnamed_stores(project(folder))] == [
@@ -417,7 +417,7 @@ def test_towers_come_and_go_in_the_folder_of_a_cut(folder: Path) -> None:
     assert tiny.files(Path("data/activations")) == towers
     encode_project(project(folder))
     assert tiny.files(Path("data/activations")) == both
-    encode_project(project(folder, preprocess={"kind": "text", "max_length": 4}))
+    encode_project(project(folder, preprocess={"kind": "text", "max_length": 4}), replace_stores=True)
     assert towers.items() < tiny.files(Path("data/activations")).items()
 
 

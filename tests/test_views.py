@@ -222,7 +222,7 @@ def test_other_settings_than_the_views_were_made_with_are_noticed(folder: Path) 
     with pytest.raises(MissingKeysError, match="run the encode stage"):
         train_project(project(None, None), "0.5")
     plain = {name: data for name, data in tiny.files(STORE).items() if not name.startswith("view")}
-    encode_project(project(augment=AUGMENT[:1]))
+    encode_project(project(augment=AUGMENT[:1]), replace_stores=True)
     train_project(project(augment=AUGMENT[:1], train={"epochs": 1}), "0.5")
     assert plain.items() <= tiny.files(STORE).items(), "held-out samples are not encoded again"
 
