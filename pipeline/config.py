@@ -104,13 +104,13 @@ def _decode(path: Path) -> str:
         ConfigError: it is in another encoding; the message names the line.
     """
     content = path.read_bytes()
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
     try:
-        return content.decode(encoding)
+        return content.removeprefix(codecs.BOM_UTF8).decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ConfigError(
-            f"{path}: line {line} holds the byte 0x{content[error.start]:02x}, which is no {encoding[:6].upper()}; "
+            f"{path}: line {line} holds the byte 0x{content[error.start]:02x}, which is no {encoding.upper()}; "
             "save the file as UTF-8"
         ) from error
 

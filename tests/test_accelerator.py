@@ -121,7 +121,9 @@ def test_states_and_recipes_are_the_cpu_s(folders: dict[str, Path]) -> None:
     for project in ("images", "towers", "tied"):
         on_cpu, on_device = (tiny.files(home / project / "data/activations") for home in folders.values())
         assert len(on_cpu) > 3
-        assert on_cpu == on_device
+        assert on_cpu.keys() == on_device.keys()
+        for name, content in on_cpu.items():  # a probe is not rounded to 16 bits as states are
+            assert on_device[name] == content or "/probe/" in name, name
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -174,7 +174,7 @@ def test_words_and_texts_are_other_recipes(folder: Path) -> None:
     tagged = (SampleTable.read(tagging.samples), json.loads((folder / "data/activations/0.5/recipe.json").read_text()))
     assert tagged[1]["preprocessing"]["extra"] == "word"
     asking = project(folder, ASKED)
-    encode_project(asking)
+    encode_project(asking, replace_stores=True)
     tagged[0].write(tagging.samples)
     with pytest.raises(StaleStoreError, match=r"preprocessing\.extra"):
         train_project(tagging, "0.5")

@@ -83,7 +83,7 @@ class Job(BaseModel):
             home=folder / project.scratch / "jobs" / secrets.token_hex(4),
             sections={name: one.model_dump(mode="json", exclude_unset=True) for name, one in sections.items()},
             tower=project.tower,
-            head=bench.head,
+            head=replace(bench.head, labels=()),  # they decide no state
             rows=len(source),
             example=example,
             probes=probes.tolist(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
@@ -111,7 +112,10 @@ def load_hf(
 def describe_hf(config: ModelConfig, backbone: Backbone, folder: Path) -> None:
     """Write the network's configuration, and that of its image processor if it has one, to the existing `folder`."""
     network: Any = backbone.model.backbone if isinstance(backbone.model, Embedder) else backbone.model
-    network.config.save_pretrained(folder)
+    settings = copy.deepcopy(network.config)
+    count, settings.id2label = settings.num_labels, None  # names of labels may change, and belong to the sample table
+    settings.num_labels = count
+    settings.save_pretrained(folder)
     origin = Origin.of(config)
     if isinstance(backbone.preprocess, ImagePreprocess) and (
         processor := load_image_processor(origin.source, origin.arguments)
