@@ -28,7 +28,7 @@ TINY = {
     "executors": (
         "--samples 128 --executor {{}} --executor {{}}",
         2,
-        r"^\{\} +(N) samples/s .*(N) files, the same bytes$",
+        r"^\{\} +(N) samples/s .* (N) files, the same bytes$",
     ),
     "memory": ("--gb 0.002 0.004", 2, r"^\| 0.0 GB \| (N) \| (N) GB \| (N) GB \| (N) \|$"),
     "predict": ("--samples 100 --rounds 1 --cuts 1.0 --pixels 32", 1, r"^ +1\.0 +(N) +(N) +(N) +(N) +0$"),

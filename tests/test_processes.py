@@ -69,7 +69,10 @@ STEPS = {"gradient_accumulation": 3, "schedule": "cosine", "warmup": 0.2, "max_g
 CASES: dict[str, Callable[[Path], dict[str, dict[str, Any]]]] = {
     # 45 samples in batches of 11: the last one has a single sample, which both processes get
     "classes": lambda f: images(f, train={"batch_size": 11, **STEPS}, task={"class_weights": "balanced"}),
-    "proxies": lambda f: images(f, task={"kind": "similarity", "loss": "proxy_anchor", "layers": [6]}),
+    # seed 1: with 0 two of the 13 held-out embeddings are equally far but for rounding, and which is nearer differs
+    "proxies": lambda f: images(
+        f, task={"kind": "similarity", "loss": "proxy_anchor", "layers": [6]}, train={"seed": 1}
+    ),
     "centres": lambda f: images(f, task={"kind": "similarity", "loss": "center", "layers": [6]}),
     "tags": lambda f: texts(f, TAGGED, train={"batch_size": 7, "group_by_length": True}),
     "answers": lambda f: texts(f, ASKED, train={"batch_size": 9, "adapter": "lora"}),
