@@ -102,9 +102,7 @@ class _Describer:
             saved = value.__reduce_ex__(4)
         except Exception:  # locks, files and the like have nothing to compute with; others refuse in their own ways
             return ["object", self.describe(type(value)), self._attributes(value, getattr(value, "__dict__", {}))]
-        if isinstance(
-            saved, str
-        ):  # a name; of a function that is wrapped (by a cache, say) it does not say what it does
+        if isinstance(saved, str):  # a name, which does not say what a wrapped function does (one with a cache, say)
             return ["global", type(value).__qualname__, saved, self.describe(getattr(value, "__wrapped__", None))]
         make, arguments, state, items, pairs = (*saved, None, None, None)[:5]
         own = self._attributes(value, state) if isinstance(state, dict) else self.describe(state)

@@ -187,8 +187,7 @@ def test_a_store_of_version_0_1_0_is_read_with_a_word_and_nothing_is_added(
     assert "was made by version 0.1.0, whose recipe covers less" in caplog.text
     train_project(project(folder), "0.5")
     export_run(project(folder), "0.5", folder / "model")
-    left = tiny.files(folder / "data/activations")
-    assert {name: content for name, content in left.items() if "/probe/" not in name} == before
+    assert tiny.files(folder / "data/activations") == before
     tiny.write_images(folder / "photos", range(12, 14))
     with pytest.raises(StaleStoreError, match="architecture"):
         encode_project(project(folder))

@@ -109,18 +109,19 @@ def keep_or_check_probes(
     like: Sequence[Sample],
     config: EncodeConfig,
 ) -> None:
-    """Compare the stores of one view, one for each cut, with their probes; give those a probe that have none.
+    """Compare the stores of one view, one for each cut, with their probes; give new stores one.
+
+    A store that has samples and no probe gets none: what made its samples is not known to be today's code.
 
     Raises:
         StaleStoreError: today's preprocessing or prefix gives something else; the message says what.
     """
     new: list[tuple[Store, Prefix]] = []
     for store, prefix in zip(stores, prefixes, strict=True):
-        known = read_probe(store)
-        if known is None:
-            new.append((store, prefix))
-        else:
+        if (known := read_probe(store)) is not None:
             check_probe(store, prefix, preprocess, config, known)
+        elif not len(store.keys()):
+            new.append((store, prefix))
     if new:
         probe = Probe.of(preprocess, like)
         for (store, _), states in zip(new, run_probe([prefix for _, prefix in new], probe, config), strict=True):
