@@ -41,7 +41,7 @@ class _Quotes:
 
 
 def read_delimited(path: Path, data: bytes, delimiter: bytes, texts: Collection[str]) -> pa.Table:
-    """Return the table in `data`, the content of the file at `path`; the columns `texts` are texts, whatever they hold.
+    """Return the table in `data`, the content of the file at `path`; the columns `texts` are read as texts.
 
     In CSV a cell that begins with a quotation mark is enclosed in them, as RFC 4180 has it. In TSV it is where all such
     cells are, and lines would break without them, each of them holds a doubled one, or there is one in every record;
@@ -70,7 +70,7 @@ def read_delimited(path: Path, data: bytes, delimiter: bytes, texts: Collection[
 
 
 def _encloses(path: Path, data: bytes, delimiter: bytes, quotes: _Quotes) -> bool:
-    """Say whether the quotation marks of a TSV enclose cells."""
+    """Return True where the quotation marks of a TSV enclose cells."""
     if not quotes.count or quotes.fault is not None or not _is_even(quotes.rest, delimiter):
         return False
     if not _is_even(data, delimiter):
@@ -107,7 +107,7 @@ def _line(data: bytes, place: int) -> int:
 
 
 def _is_even(data: bytes, delimiter: bytes) -> bool:
-    """Say whether all lines have as many cells as the first."""
+    """Return True where all lines have as many cells as the first."""
     return len({line.count(delimiter) for line in data.splitlines() if line}) == 1
 
 
