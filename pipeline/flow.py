@@ -60,7 +60,7 @@ def encode_project(project: Project, *, rehash: bool = False, replace_stores: bo
         log.warning("%s", remark)
     if lost := len(keyed.keys) - len(bad) - len(table):
         log.warning("%d samples left out: the other half of their pair is set aside", lost)
-    table.write(project.samples)
+    replace(table, views=project.encode.views).write(project.samples)
     quarantine.write(project.quarantine, bad, keyed.keys)
     write_costs(project, made)
     for one in made:

@@ -126,13 +126,6 @@ def test_a_changed_learning_rate_trains_and_does_not_encode(project: Path) -> No
     assert stages(said) == ["train@0.5", "train@1.0", "report"]
 
 
-def test_other_views_concern_training(project: Path) -> None:
-    before = (project / "params.yaml").read_text()
-    set_param(project, "encode", "views", 2)
-    assert "encode.views" in run(project, "dvc", "status", "train@0.5")
-    (project / "params.yaml").write_text(before)
-
-
 def test_ten_more_images_encode_ten(project: Path) -> None:
     before = tiny.files(project / "data/activations")
     for seed in range(100, 110):

@@ -124,6 +124,20 @@ def test_another_view_encodes_only_itself_and_fewer_cost_nothing(
     assert tiny.files(STORE) == after
 
 
+def test_other_views_concern_training(folder: Path) -> None:
+    """Fewer views change no store, but dvc.yaml's `train` depends on the sample table, too."""
+    written = {}
+    for views in (2, 1):
+        encode_project(project(views))
+        written[views] = Path("data/samples.parquet").read_bytes()
+        assert table().views == table().share(0.5, 0).views == views
+    assert written[1] != written[2]
+    encode_project(project(2))
+    assert Path("data/samples.parquet").read_bytes() == written[2]
+    encode_project(project(None, None))
+    assert table().views is None
+
+
 def test_a_file_is_decoded_once_for_all_views_and_cuts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: Counter[bytes] = Counter()
 

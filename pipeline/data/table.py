@@ -25,6 +25,7 @@ from pipeline.keys import KEY_BYTES
 
 _FIXED = ("key", "split", "source")
 _NAMED = 5
+_VIEWS = b"views"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class SampleTable:
     """Where each sample comes from, for people."""
     targets: Mapping[str, np.ndarray]
     """Target columns by name, each (N,): int64, float64 or str, or object where each entry is a list of these."""
+    views: int | None = None
+    """How many augmented views of the training samples are stored, as `encode.views` said it. Training depends on it,
+    and DVC sees it here: a smaller number changes no store."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -50,7 +54,8 @@ class SampleTable:
     def of(self, rows: np.ndarray) -> SampleTable:
         """Return the table of some rows, (n,) int64, in their order."""
         targets = {name: values[rows] for name, values in self.targets.items()}
-        return SampleTable(self.keys[rows], self.split[rows], [self.source[row] for row in rows.tolist()], targets)
+        sources = [self.source[row] for row in rows.tolist()]
+        return SampleTable(self.keys[rows], self.split[rows], sources, targets, self.views)
 
     def share(self, fraction: float, seed: int, *, by_label: bool = True) -> SampleTable:
         """Return the table with a `fraction` of its training samples, the same share of each label, of at least one,
@@ -89,8 +94,9 @@ class SampleTable:
             "source": pa.array(list(self.source), pa.string()),
         }
         columns |= {name: _arrow(name, values) for name, values in self.targets.items()}
+        metadata = None if self.views is None else {_VIEWS: str(self.views)}
         with whole(path) as beside:
-            pa.parquet.write_table(pa.table(columns), beside, compression="zstd")
+            pa.parquet.write_table(pa.table(columns, metadata=metadata), beside, compression="zstd")
 
     @classmethod
     def read(cls, path: Path) -> SampleTable:
@@ -109,7 +115,9 @@ class SampleTable:
         keys = np.frombuffer(b"".join(table.column("key").to_pylist()), np.uint8).reshape(-1, KEY_BYTES)
         names = [name for name in table.column_names if name not in _FIXED]
         targets = {name: _column(name, table.column(name).to_pylist()) for name in names}
-        return cls(keys, np.array(table.column("split").to_pylist(), str), table.column("source").to_pylist(), targets)
+        split, source = (table.column(name).to_pylist() for name in ("split", "source"))
+        views = (table.schema.metadata or {}).get(_VIEWS)
+        return cls(keys, np.array(split, str), source, targets, None if views is None else int(views))
 
 
 def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray | None = None) -> SampleTable:
