@@ -76,14 +76,14 @@ KEPT = {
     "train": "the epochs that ended are kept, and the same command goes on from the last of them",
     "predict": "no predictions were written; states that --write stored are kept, and the next run reads them",
 }
-"""What there is after a command was interrupted, and what the next run does."""
+"""What an interrupted command keeps, and what the next run does."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run `recycle`.
 
-    An error raised on purpose, or by a disk, is one message and exit code 1; Ctrl-C and SIGTERM are one message and
-    exit code 130 or 143.
+    A deliberate error, or one of the file system, prints one message and exits with 1; Ctrl-C and SIGTERM print one
+    message and exit with 130 or 143.
     """
     with _noted_signals() as signals:
         try:
@@ -104,10 +104,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _noted_signals() -> Iterator[list[int]]:
-    """Have SIGINT and SIGTERM raise KeyboardInterrupt; give the list of those that came.
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt; give the list of signals received.
 
-    Where they are ignored, as by a shell's background jobs, or somebody else sees to them, this stays so. Of several
-    processes that train as one, torchrun ends each.
+    Signals that are ignored, as in background jobs of a shell, or have another handler, stay so. Torchrun ends each of
+    several training processes.
     """
     came: list[int] = []
 
@@ -137,7 +137,7 @@ def _tell_of_interruption(args: Sequence[str]) -> None:
 
 
 def _message(error: Exception) -> str | None:
-    """Return what to say of an error that was raised on purpose, or by a disk; None of any other."""
+    """Return the message of a deliberate error or one of the file system; None for any other."""
     if isinstance(error, RecyclingError):
         return str(error)
     if isinstance(error, OSError):

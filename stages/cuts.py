@@ -52,14 +52,14 @@ def command(
     settings = {"image_size": image_size, "max_length": length}
     preprocess = {name: value for name, value in settings.items() if value is not None}
     if model is None:
-        subject = from_project(Project.load(params), weights, preprocess, classes=classes, batch=batch)
+        example = from_project(Project.load(params), weights, preprocess, classes=classes, batch=batch)
     else:
-        subject = from_name(model, weights, preprocess, classes=classes, batch=batch)
-    choices = choose(subject.model, subject.inputs)
+        example = from_name(model, weights, preprocess, classes=classes, batch=batch)
+    choices = choose(example.model, example.inputs)
     if timed:
-        choices = measure(subject.model, subject.inputs, choices)
+        choices = measure(example.model, example.inputs, choices)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(choice) for choice in choices], indent=2))
     else:
-        sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in subject.inputs.items())
+        sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in example.inputs.items())
         click.echo(f"example: {sizes}\n\n{table(choices)}\n{LEGEND}")

@@ -154,7 +154,9 @@ def test_mixed_precision_is_close_to_the_cpu_s(folders: dict[str, Path]) -> None
 @pytest.mark.parametrize(("project", "name"), [("towers", "0.5"), ("tied", "0")])
 def test_towers_and_shared_weights_train_as_on_the_cpu(folders: dict[str, Path], project: str, name: str) -> None:
     on_cpu, on_device = both(folders, project, name)
-    assert on_device["history"] == on_cpu["history"]
+    for expected, found in zip(on_cpu["history"], on_device["history"], strict=True):
+        # Sums depend on the alignment of memory: the last bit of a loss may differ.
+        assert found == pytest.approx(expected, rel=1e-6)
     assert on_cpu["history"][0]["train/loss"] != on_cpu["history"][1]["train/loss"]
 
 

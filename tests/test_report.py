@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.runs.record import Run
 from pipeline.report.summary import CutCost, curves, plot, summarise, table
+from pipeline.runs.record import Run
 
 FULL = Run(
     name="0",

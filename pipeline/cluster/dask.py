@@ -83,17 +83,17 @@ class DaskWorkers:
             future = next(running)
             task = tasks.pop(future)
             try:
-                told = future.result()  # it lies with a worker that may die yet: then the task runs again meanwhile
+                reports = future.result()  # it lies with a worker that may die yet: then the task runs again meanwhile
             except CancelledError as error:
                 raise _lost(workers.address) from error
             except KilledWorker:
                 waiting.append(task.again(self.job))
                 continue
-            for report in map(REPORT.validate_json, told):
+            for report in map(REPORT.validate_json, reports):
                 part = units[report.unit].parts[report.part]
                 rates.add(report, len(part.rows))
                 yield report.outcome(part)
-        rates.tell()
+        rates.log_rates()
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,13 @@ class EncoderPlugin(WorkerPlugin):  # type: ignore[misc]
 
     def run(self, units: Mapping[int, Unit]) -> list[str]:
         """Run units; return the reports as JSON: only those until the run ended, where it does so meanwhile."""
-        told: list[str] = []
+        lines: list[str] = []
         with ONE_AT_A_TIME, _back_at_the_end(), closing(self.worker.run(units)) as reports:
             for report in reports:
-                told.append(REPORT.dump_json(report).decode())
+                lines.append(REPORT.dump_json(report).decode())
                 if self.has_ended.is_set():
                     break
-        return told
+        return lines
 
     def teardown(self, worker: distributed.Worker) -> None:
         """Let go of the encoder, once the task that is at it notices."""

@@ -9,7 +9,7 @@ from pipeline.cluster.worker import WorkerReport
 
 log = logging.getLogger("recycle")
 
-TOLD = 16
+REPORTS = 16
 """Workers that are told one by one; of more the slowest and the fastest are."""
 
 
@@ -26,10 +26,10 @@ class Rates:
             self.samples[report.worker] += samples
             self.seconds[report.worker] += report.seconds
 
-    def tell(self) -> None:
+    def log_rates(self) -> None:
         """Log each worker's samples per second while it ran units."""
         rates = sorted((self.samples[name] / self.seconds[name], name) for name in self.samples)
-        shown = rates if len(rates) <= TOLD else [*rates[: TOLD // 2], *rates[-TOLD // 2 :]]
+        shown = rates if len(rates) <= REPORTS else [*rates[: REPORTS // 2], *rates[-REPORTS // 2 :]]
         for rate, name in shown:
             log.info("worker %s: %d samples, %.1f samples/s", name, self.samples[name], rate)
         if len(shown) < len(rates):

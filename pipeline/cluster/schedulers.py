@@ -108,5 +108,5 @@ def _made(kind: Any, options: Mapping[str, Any]) -> Any:
         try:
             return kind(**options)
         except (TypeError, ValueError) as error:
-            said = " ".join(str(error).split())
-    raise ConfigError(f"encode.executor.options: {said}")
+            message = " ".join(str(error).split())
+    raise ConfigError(f"encode.executor.options: {message}")

@@ -66,19 +66,19 @@ class SlurmArray:
         """Run `units`; yield what became of each of their parts once committed."""
         if not units:
             return
-        waiting, rates, told = dict(enumerate(units)), Rates(), set[tuple[int, int]]()
+        waiting, rates, seen = dict(enumerate(units)), Rates(), set[tuple[int, int]]()
         with self.job.at_home():
             for number in itertools.count():
                 for report in self._round(self.job.home / f"round-{number}", waiting):
                     place = report.unit, report.part
-                    if place not in told:  # of a unit that was begun again
-                        told.add(place)
+                    if place not in seen:  # of a unit that was begun again
+                        seen.add(place)
                         part = units[report.unit].parts[report.part]
                         rates.add(report, len(part.rows))
                         yield report.outcome(part)
                 if not waiting:
                     break
-        rates.tell()
+        rates.log_rates()
 
     def _round(self, folder: Path, waiting: dict[int, Unit]) -> Iterator[WorkerReport]:
         """Submit an array for the units `waiting`; yield their reports, and take out those of which all is told.
@@ -88,13 +88,13 @@ class SlurmArray:
             ClusterError: the array ended before a unit did.
         """
         folder.mkdir()
-        tasks, died, begun = min(self.config.jobs or 1, len(waiting)), deaths(self.job.home), len(waiting)
+        tasks, died, at_start = min(self.config.jobs or 1, len(waiting)), deaths(self.job.home), len(waiting)
         for task in range(tasks):
             save_units(folder, task, {number: waiting[number] for number in list(waiting)[task::tasks]})
         left = Counter({number: len(unit.parts) for number, unit in waiting.items()})
         with _submitted(self._command(folder, tasks)) as array:
-            log.info("job %s: %d units in %d tasks, logs in %s", array.id, begun, tasks, folder)
-            for line in _told(folder, array, tasks):
+            log.info("job %s: %d units in %d tasks, logs in %s", array.id, at_start, tasks, folder)
+            for line in _reports(folder, array, tasks):
                 if isinstance(line, Failure):
                     raise line.to_raise()
                 left[line.unit] -= 1
@@ -103,10 +103,10 @@ class SlurmArray:
                 yield line
                 if not waiting:
                     return
-        said = f"job {array.id} ended with exit code {array.process.returncode}"
-        if len(waiting) == begun and deaths(self.job.home) == died:
-            raise ClusterError(f"{said} before it had run a unit; the end of its log {_last_log(folder)}")
-        log.warning("%s; %d units are left and go again; the end of a log %s", said, len(waiting), _last_log(folder))
+        message = f"job {array.id} ended with exit code {array.process.returncode}"
+        if len(waiting) == at_start and deaths(self.job.home) == died:
+            raise ClusterError(f"{message} before it had run a unit; the end of its log {_last_log(folder)}")
+        log.warning("%s; %d units are left and go again; the end of a log %s", message, len(waiting), _last_log(folder))
 
     def _command(self, folder: Path, tasks: int) -> list[str]:
         run = [sys.executable, "-m", "pipeline.cluster.task", str(folder)]
@@ -139,9 +139,9 @@ def _submitted(command: Sequence[str]) -> Iterator[_Array]:
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:  # noqa: S603
         job = process.stdout.readline().strip().partition(";")[0] if process.stdout else ""
         if not job:
-            said = " ".join(process.stderr.read().split()) if process.stderr else ""
+            message = " ".join(process.stderr.read().split()) if process.stderr else ""
             raise ClusterError(
-                f"sbatch refused the job ({said}); see encode.executor.options, and sinfo for partitions"
+                f"sbatch refused the job ({message}); see encode.executor.options, and sinfo for partitions"
             )
         try:
             yield _Array(job, process)
@@ -151,7 +151,7 @@ def _submitted(command: Sequence[str]) -> Iterator[_Array]:
                 process.terminate()
 
 
-def _told(folder: Path, array: _Array, tasks: int) -> Iterator[WorkerReport | Failure]:
+def _reports(folder: Path, array: _Array, tasks: int) -> Iterator[WorkerReport | Failure]:
     """Yield what the tasks tell, until the array has ended and no more is to be expected."""
     lines, last = Lines(folder), float("inf")
     while time.monotonic() < last:

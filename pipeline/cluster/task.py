@@ -26,7 +26,7 @@ from pipeline.files import whole
 
 UNITS = ".npz"
 ARRAYS = ("rows", "keys", "stores")
-TOLD = ".jsonl"
+REPORTS = ".jsonl"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Lines:
 
     def new(self) -> Iterator[WorkerReport | Failure]:
         """Yield the lines that were not there before; of a line that is being written nothing is read."""
-        for file in sorted(self.folder.glob(f"*{TOLD}")):
+        for file in sorted(self.folder.glob(f"*{REPORTS}")):
             with file.open("rb") as stream:
                 stream.seek(self.read[file])
                 text = stream.read()
@@ -88,14 +88,14 @@ def main(folder: Path, task: int) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # taken back, or out of time: no crash
     job = Job.model_validate_json((folder.parent / FILE).read_text(encoding="utf-8"))
-    with (folder / f"{task}{TOLD}").open("a", encoding="utf-8") as told:
+    with (folder / f"{task}{REPORTS}").open("a", encoding="utf-8") as reports:
         try:
             for report in Worker(job, str(task)).run(load_units(folder, task)):
-                told.write(LINE.dump_json(report).decode() + "\n")
-                told.flush()
+                reports.write(LINE.dump_json(report).decode() + "\n")
+                reports.flush()
         except RecyclingError as error:
             logging.getLogger("recycle").error("%s", error)
-            told.write(LINE.dump_json(Failure(type(error).__name__, str(error))).decode() + "\n")
+            reports.write(LINE.dump_json(Failure(type(error).__name__, str(error))).decode() + "\n")
             return 1
     return 0
 

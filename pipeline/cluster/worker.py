@@ -88,8 +88,8 @@ class Worker:
             raise type(error)(f"worker {self.name}: {error}") from error
         except BaseException as error:
             log.exception("worker %s failed", self.name)
-            said = " ".join(str(error).split())
-            raise ClusterError(f"worker {self.name}: {type(error).__name__}: {said}; its log has more") from error
+            message = " ".join(str(error).split())
+            raise ClusterError(f"worker {self.name}: {type(error).__name__}: {message}; its log has more") from error
         finally:
             self.leave()
 

@@ -120,11 +120,11 @@ def read_records(
         delimited = [_kind(file) in DELIMITERS for file, _, _ in parts]
         _read_labels(list(compress(columns, delimited)))
     try:
-        joined = {name: pa.chunked_array([c for part in columns for c in part[name].chunks]) for name in columns[0]}
+        merged = {name: pa.chunked_array([c for part in columns for c in part[name].chunks]) for name in columns[0]}
     except pa.ArrowException as error:
         raise DataError(f"data.path {path}: a field differs in type between the files ({error})") from error
     files = [(_name(file, path), table.num_rows) for file, _, table in parts]
-    return Records(joined, files, splits or None, left_out, faults)
+    return Records(merged, files, splits or None, left_out, faults)
 
 
 def _read_labels(columns: Sequence[dict[str, pa.ChunkedArray]]) -> None:

@@ -20,22 +20,22 @@ def remarks(table: SampleTable) -> list[str]:
     what = "pairs" if len(rows) < len(table) else "contents"
     order, of_order = _repeated(keys)  # those that occur more than once, equal ones side by side
     rows = rows[order]
-    said = []
+    lines = []
     for name in [name for name in _LABELS if name in table.targets]:
         labels = _numbered(table.targets[name][rows], in_order=name == "tags")
         differs = _differs(of_order, labels)
         if differs.any():
             which = "pairs are another pair" if what == "pairs" else "samples have the content of another sample"
             named = _named(table, rows[differs], of_order[differs])
-            said.append(f"{int(differs.sum())} {which} under another {name}, first: {named}")
+            lines.append(f"{int(differs.sum())} {which} under another {name}, first: {named}")
     for split in ("validation", "test"):
         held_out, training = table.split[rows] == split, table.split[rows] == "train"
         both = np.intersect1d(of_order[held_out], of_order[training])
         if both.size:
             inside = np.isin(of_order, both) & (held_out | training)
             named = _named(table, rows[inside], of_order[inside])
-            said.append(f"{both.size} {what} lie in train and in {split}, first: {named}")
-    return said
+            lines.append(f"{both.size} {what} lie in train and in {split}, first: {named}")
+    return lines
 
 
 def _of_pairs(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:

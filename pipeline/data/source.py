@@ -81,8 +81,8 @@ class LeftOut(dict[str, tuple[int, str]]):
         self[kind] = (count + 1, first)
 
     def __str__(self) -> str:
-        told = ", ".join(f"{count} {kind} (first: {first})" for kind, (count, first) in self.items())
-        return told.encode("utf-8", "backslashreplace").decode()  # names of files need not be text
+        shown = ", ".join(f"{count} {kind} (first: {first})" for kind, (count, first) in self.items())
+        return shown.encode("utf-8", "backslashreplace").decode()  # names of files need not be text
 
 
 class Source(ABC):

@@ -139,11 +139,11 @@ def _read(path: Path, split: str | None, config: DataConfig) -> Iterator[Questio
         for p, paragraph in enumerate(_get(article, "paragraphs", list, where)):
             place = f"{where} ({title}), paragraph {p}"
             context = _get(paragraph, "context", str, place)
-            for q, asked in enumerate(_get(paragraph, "qas", list, place)):
+            for q, question in enumerate(_get(paragraph, "qas", list, place)):
                 here = f"{place}, question {q}"
-                right = _get(asked, "answers", list, here) if config.labelled else []
+                right = _get(question, "answers", list, here) if config.labelled else []
                 answers = [(_get(one, "answer_start", int, here), _get(one, "text", str, here)) for one in right]
-                name, text = _get(asked, "id", str, here), _get(asked, "question", str, here)
+                name, text = _get(question, "id", str, here), _get(question, "question", str, here)
                 yield Question(name, text, context, title, split, answers)
 
 

@@ -202,8 +202,8 @@ def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray, belongs: np.
 
     first_of_pair: dict[int, str] = {}
     joins = [True] * len(names) if belongs is None else belongs.astype(bool).tolist()
-    for pair, name, joined in zip(pairs.tolist(), names, joins, strict=True):
-        if joined:
+    for pair, name, united in zip(pairs.tolist(), names, joins, strict=True):
+        if united:
             parent[root(name)] = root(first_of_pair.setdefault(pair, name))
     smallest: dict[str, str] = {}
     for role, name in zip(roles.tolist(), names, strict=True):

@@ -92,21 +92,21 @@ def _read_conll(path: Path, split: str | None, word: int, tag: int | None) -> It
         (number, line) for number, line in enumerate(lines, 1) if any(line) and not line[0].startswith(NO_WORDS)
     )
     width = next((_checked_width(line, word, tag, f"{path.name}:{number}") for number, line in of_words), 0)
-    begun, words, tags = 0, list[str](), list[Tag]()
+    first_line, words, tags = 0, list[str](), list[Tag]()
     for number, fields in enumerate([*lines, []], 1):
         where = f"{path.name}:{number}"
         if _is_comment(fields, width, tag):
             continue
         if not any(fields) or fields[0].startswith(DOCUMENT):
             if words:
-                yield Sentence(f"{path.name}:{begun}", split, words, tags)
+                yield Sentence(f"{path.name}:{first_line}", split, words, tags)
             words, tags = [], []
             continue
         if len(fields) != width:
             raise DataError(f"{where} has {len(fields)} columns, the first word {width}: {fields}; mend the line")
         if not fields[word].strip():
             raise DataError(f"{where}: column {word} (data.words) is empty; every line needs a word")
-        begun = number if not words else begun
+        first_line = number if not words else first_line
         words.append(fields[word])
         tags += [] if tag is None else [_parsed(fields[tag].strip(), where)]
 

@@ -1,4 +1,4 @@
-"""Samples from a source, keyed and preprocessed off the main process; a bad one is a value, not an exception."""
+"""Samples read and preprocessed in worker processes; a bad sample is returned as a value, not raised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.errors import BadSampleError, DataError
 from pipeline.models import Preprocess
 
 _DEAD = "DataLoader worker (pid"
-"""How torch's message begins when a worker process has died."""
+"""Start of torch's message about a worker process that died."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,9 @@ class Chunk:
     rows: np.ndarray
     """Row numbers, (n,) int64."""
     views: Sequence[Preprocess]
-    """The views in which they are wanted: the preprocessing of each."""
+    """The preprocessing of each view that is needed."""
     keys: np.ndarray | None = None
-    """Their keys, (n, 16) uint8: a content that is no longer the one its key was made of is a bad sample. None asks
-    for no check."""
+    """Their keys, (n, 16) uint8; a content that no longer has its key is a bad sample. None skips this check."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class Decoded:
     device the batch goes to. Else one by one, finished."""
     bad: list[BadSample]
     cut_off: list[int] = field(default_factory=list)
-    """Tokens lost by each text that is longer than its inputs may be."""
+    """Number of tokens truncated, for each text that is too long."""
 
 
 def decode(source: Source, chunks: Sequence[Chunk], *, workers: int) -> Iterator[list[Decoded]]:
-    """Yield the samples of each of `chunks` in each of its views, in order, made by `workers` processes."""
+    """Yield the samples of each of `chunks` in each of its views, in order, preprocessed by `workers` processes."""
     if not chunks:
         return iter(())
     return iter(DataLoader(_Chunks(source, chunks), batch_size=None, num_workers=min(workers, len(chunks))))
@@ -57,10 +56,10 @@ def decode(source: Source, chunks: Sequence[Chunk], *, workers: int) -> Iterator
 
 @contextmanager
 def explain_dead_workers(workers: int) -> Iterator[None]:
-    """Say what to do about a worker process that died; torch may notice at any moment inside.
+    """Turn torch's error about a dead worker process into a message with a remedy.
 
     Raises:
-        DataError: one did.
+        DataError: a worker process died.
     """
     try:
         yield
@@ -86,13 +85,13 @@ class _Chunks(Dataset[list[Decoded]]):
 
 
 def decode_rows(source: Source, chunk: Chunk) -> list[Decoded]:
-    """Read and preprocess samples in this process; each is read and opened once for all its views."""
+    """Read and preprocess samples in this process; each is read and decoded once for all views."""
     rows = chunk.rows.tolist()
     keys = [None] * len(rows) if chunk.keys is None else [key.tobytes() for key in chunk.keys]
-    made = [_in_views(source, chunk.views, row, key) for row, key in zip(rows, keys, strict=True)]
+    by_row = [_in_views(source, chunk.views, row, key) for row, key in zip(rows, keys, strict=True)]
     decoded = []
     for number, view in enumerate(chunk.views):
-        of_view = [in_views[number] for in_views in made]
+        of_view = [in_views[number] for in_views in by_row]
         good = [(row, one) for row, one in zip(rows, of_view, strict=True) if not isinstance(one, BadSample)]
         bad = [one for one in of_view if isinstance(one, BadSample)]
         inputs = _stacked(view, [sample for _, (sample, _) in good])
@@ -113,7 +112,7 @@ def decode_samples(source: Source, preprocess: Preprocess, rows: np.ndarray) -> 
 def _in_views(
     source: Source, views: Sequence[Preprocess], row: int, key: bytes | None
 ) -> list[tuple[Sample, int] | BadSample]:
-    """Return a sample in each view, and how many tokens its text lost."""
+    """Return a sample in each view, with the number of tokens that truncation removed."""
     try:
         content = source.content(row)
         if key is not None and source.key(row, content) != key:
@@ -123,10 +122,10 @@ def _in_views(
         raise
     except BaseException as error:
         return [set_aside(source, row, error) for _ in views]
-    return [_begun(source, view, row, content, opened) for view in views]
+    return [_start(source, view, row, content, opened) for view in views]
 
 
-def _begun(source: Source, view: Preprocess, row: int, content: Any, opened: Any) -> tuple[Sample, int] | BadSample:
+def _start(source: Source, view: Preprocess, row: int, content: Any, opened: Any) -> tuple[Sample, int] | BadSample:
     try:
         sample = view.begin(opened)
         return sample, view.excess(content, sample)

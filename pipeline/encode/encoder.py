@@ -1,4 +1,4 @@
-"""Units of samples -> segments: the engine of `encode`, and what every executor runs.
+"""Units of samples -> segments: the inner loop of encode, which every executor runs.
 
 Three things overlap: worker processes read and preprocess, this process runs the prefix, and a thread writes segments.
 """
@@ -30,20 +30,20 @@ from pipeline.split import Capture, Prefix, State, capture
 from pipeline.store import Store
 
 Buffers: TypeAlias = dict[int, UnitBuffer]
-"""What one part gives at each of its cuts, by the number of the cut."""
+"""The tensors of one part at each of its cuts, by the number of the cut."""
 
 PROBED_AT_ONCE = 4
 PARTS_IN_FLIGHT = 2
-"""Finished parts that may wait for the writer; with the one being computed they bound the encoder's memory."""
+"""Number of finished parts that may wait for the writer; with the part being computed they bound the memory."""
 INFINITE = "its state holds NaN or infinity"
 
 
 def _ignored(place: int) -> None:
-    """Nobody needs to know that a unit begins."""
+    """Default callback: do nothing."""
 
 
 class Encoder:
-    """Runs units: the same unit gives the same segments, whoever runs it."""
+    """Runs units; a unit gives the same segments in every process."""
 
     def __init__(
         self,
@@ -54,9 +54,9 @@ class Encoder:
         config: EncodeConfig,
         probes: np.ndarray,
     ) -> None:
-        """Prepare to run units, whose stores are `stores[view][cut]`.
+        """Prepare to run units into `stores[view][cut]`.
 
-        `probes` are the rows on which it is found out how ragged states are trimmed: the first ones of unequal shapes.
+        The first of the rows `probes` with unequal shapes decide how ragged states are trimmed.
         """
         self.source, self.views, self.probes = source, views, probes
         self.preprocess = views[0]  # for what all views share
@@ -66,9 +66,9 @@ class Encoder:
         self.trimmings: dict[int, Trimming] = {}
 
     def run(self, units: Sequence[Unit], begin: Callable[[int], None] = _ignored) -> Generator[Outcome, None, None]:
-        """Encode `units`; yield what became of each part, in their order, once its segments are committed.
+        """Encode `units`; yield the outcome of each part, in order, once its segments are committed.
 
-        `begin` is called with the place of a unit in `units` before its first sample is computed.
+        `begin` is called with the index of a unit before its first sample is computed.
         """
         chunks_of_units = [self._chunks(unit) for unit in units]
         decoded = decode(self.source, list(itertools.chain.from_iterable(chunks_of_units)), workers=self.workers)
@@ -88,11 +88,11 @@ class Encoder:
                 yield _committed(*waiting.pop(0))
 
     def holds(self, unit: Unit) -> bool:
-        """Say whether all of a unit is committed already, with none of its samples set aside."""
+        """Return whether the whole unit is committed, without a sample set aside."""
         return all(self.stores[view][cut].holds(unit.keys) for view, cut in unit.stores)
 
     def _chunks(self, unit: Unit) -> list[Chunk]:
-        """Divide the rows of a unit into batches, wanted in the views of its parts."""
+        """Divide the rows of a unit into batches, each in the views of the unit's parts."""
         size, views = self.config.batch_size, [self.views[part.view] for part in unit.parts]
         return [
             Chunk(unit.rows[begin : begin + size], views, unit.keys[begin : begin + size])
@@ -107,7 +107,7 @@ class Encoder:
         return 0 if self.device.type == "cpu" else torch.get_num_threads()
 
     def _encode(self, outcome: Outcome, decoded: Iterator[Decoded]) -> Buffers:
-        """Run the prefix over one part. Samples of unequal shapes wait for its end, to be batched by length."""
+        """Run the prefix over one part; samples of unequal shapes are batched by length at its end."""
         part, bad, costs = outcome.part, outcome.bad, outcome.costs
         buffers = {cut: UnitBuffer(part.rows) for cut in part.cuts}
         ragged: list[tuple[int, Sample]] = []
@@ -175,7 +175,7 @@ class Encoder:
                 raise ModelError(f"{error}; {self.preprocess.advice()}") from error
 
     def _by_padding(self, buffers: Buffers) -> Iterator[tuple[bool, Buffers]]:
-        """Divide cuts by whether padding may be used: a cut's bytes must not depend on its company."""
+        """Group cuts by whether padding may be used: the bytes of a cut must not depend on the other cuts."""
         for pads in (True, False):
             alike = {cut: buffer for cut, buffer in buffers.items() if self._trimming(cut).pads is pads}
             if alike:
@@ -194,7 +194,7 @@ class Encoder:
             yield _unzip(batch)
 
     def _trimming(self, cut: int) -> Trimming:
-        """How this cut's states are trimmed, found on the probes."""
+        """Return how the states of a cut are trimmed, determined on the probes."""
         if cut not in self.trimmings:
             samples: list[Sample] = []
             for begin in range(0, len(self.probes), PROBED_AT_ONCE):
@@ -238,17 +238,17 @@ def model_device(prefixes: Sequence[Prefix]) -> torch.device:
 
 
 def in_format(batch: dict[str, Tensor], config: EncodeConfig) -> dict[str, Tensor]:
-    """Return `batch` in one memory format, whoever stacked it: the format decides in which order a convolution adds."""
+    """Return `batch` in the configured memory format, which decides the order of additions in a convolution."""
     images = torch.channels_last if config.channels_last else torch.contiguous_format
     return {name: t.contiguous(memory_format=images) if t.dim() == 4 else t.contiguous() for name, t in batch.items()}
 
 
 @contextmanager
 def _writer() -> Iterator[ThreadPoolExecutor]:
-    """One thread, in which torch uses no more than that thread; what it was given is written at the end.
+    """Give an executor with one thread, in which torch runs single-threaded; pending writes finish at the end.
 
-    Each thread has OpenMP helpers of its own; when there are more of them than cores, OpenMP lets all of them sleep
-    between any two kernels, those of the prefix too.
+    Each thread has its own OpenMP workers; with more of them than cores, OpenMP lets all of them sleep between any two
+    kernels, those of the prefix included.
     """
     with ThreadPoolExecutor(1, "segment-writer", initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
@@ -263,7 +263,7 @@ def _writer() -> Iterator[ThreadPoolExecutor]:
 
 
 def _beside_state(batch: dict[str, Tensor], samples: list[Sample] | None) -> dict[str, Tensor | list[Tensor]]:
-    """What is stored besides the state: ids, masks and extras as they are, of floating-point inputs the shape alone."""
+    """Return the inputs to store beside the state: ids, masks and extras, and the shapes of floating-point inputs."""
     inputs: dict[str, Tensor | list[Tensor]] = {}
     for name, tensor in batch.items():
         own = list(tensor) if samples is None else [sample[name] for sample in samples]

@@ -1,4 +1,4 @@
-"""Sample keys of a data set, read once: which rows can be read, and which content each one holds."""
+"""Sample keys of a data set: each content is read once and hashed; unreadable rows are set aside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.keys import KEY_BYTES
 
 KEYED_AT_ONCE = 256
 PROBES = 1 << 10
-"""Rows among which the first two of unequal shapes are looked for."""
+"""Number of rows searched for two samples of unequal shapes."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,21 @@ class KeyedSamples:
     bad: list[BadSample]
     """Rows set aside: they cannot be read or, after an encode, have no state."""
     rows: np.ndarray | None = None
-    """The rows that are meant, (m,) int64; None for all."""
+    """The selected rows, (m,) int64; None selects all."""
 
     @property
     def good(self) -> np.ndarray:
-        """The rows that are meant and not set aside, (n,) int64."""
+        """The selected rows that are not set aside, (n,) int64."""
         rows = np.arange(len(self.keys)) if self.rows is None else self.rows
         return np.setdiff1d(rows, [sample.row for sample in self.bad])
 
     def selected(self, rows: np.ndarray) -> np.ndarray:
-        """Return those of `rows` (n,) int64 that are meant."""
+        """Return those of `rows` (n,) int64 that are selected."""
         return rows if self.rows is None else np.intersect1d(rows, self.rows)
 
     @property
     def probes(self) -> np.ndarray:
-        """The first rows `outside_in`, at most `PROBES`: those on which it is found out how states are trimmed."""
+        """The first rows of `outside_in`, at most `PROBES`, used to determine how states are trimmed."""
         return self.outside_in()[:PROBES]
 
     def outside_in(self) -> np.ndarray:
@@ -60,7 +60,7 @@ class KeyedSamples:
 def key_contents(source: Source, *, workers: int, cache: StatCache | None = None, trust: bool = True) -> KeyedSamples:
     """Return the key of every content of `source`, read once for it in `workers` threads.
 
-    A file that `cache` knows by its stamp is not read, unless `trust` is False: then it is, and the cache is renewed.
+    A file whose stamp is in `cache` is not read, unless `trust` is False: then all are read and the cache is updated.
     """
     count, now = len(source), time.time_ns()
     keys, sizes = np.zeros((count, KEY_BYTES), np.uint8), np.zeros(count, np.int64)
@@ -106,7 +106,7 @@ def _read_key(source: Source, row: int) -> tuple[bytes, int]:
 
 
 def _stamp(source: Source, row: int) -> Stamp | None:
-    """The stamp of a row; a source that cannot even give that has the row read, which tells what is wrong."""
+    """Return the stamp of a row; None where the source fails, so that reading the row reports the fault."""
     try:
         return source.stamp(row)
     except ENDS_THE_RUN:
@@ -116,7 +116,7 @@ def _stamp(source: Source, row: int) -> Stamp | None:
 
 
 def _check_row(row: Row) -> None:
-    """Refuse what the sample table could not hold: on Linux a file may have any bytes for a name, and JSON any text."""
+    """Refuse values that the sample table cannot hold, such as file names or JSON texts that are not UTF-8."""
     try:
         row.source.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Samples that are set aside: what was wrong with each, and the table that says so."""
+"""Samples that are set aside, and the table of the reasons."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class BadSample:
 
     @property
     def kind(self) -> str:
-        """The reason without its particulars, which come after a colon or a semicolon."""
+        """The reason up to the first colon or semicolon, where the details begin."""
         return self.reason.replace(";", ":").partition(":")[0]
 
 
 def set_aside(source: Source, row: int, error: BaseException) -> BadSample:
-    """Return what is to be told of a sample on which `error` was raised."""
+    """Return the record of a sample on which `error` was raised."""
     return BadSample(row, name_of(source, row), _reason(error), _frames(error))
 
 
 def name_of(source: Source, row: int) -> str:
-    """Return what a source calls its row, escaped where that is no text; its number where it cannot say."""
+    """Return the name of a row, escaped where it is not valid text; its number where the source fails."""
     try:
         return str(source.row(row).source).encode("utf-8", "backslashreplace").decode()
     except ENDS_THE_RUN:
@@ -56,7 +56,7 @@ def name_of(source: Source, row: int) -> str:
 
 
 def write(path: Path, bad: Iterable[BadSample], keys: np.ndarray) -> None:
-    """Write the table of `bad` samples, in the order of the data set, whole or not at all.
+    """Write the table of `bad` samples atomically, in the order of the data set.
 
     `keys` (N, 16) uint8 are the keys of all rows, zeros where a row has none.
     """
@@ -70,7 +70,7 @@ def write(path: Path, bad: Iterable[BadSample], keys: np.ndarray) -> None:
 
 
 def forget(path: Path, keys: Collection[str]) -> None:
-    """Take the rows of `keys`, in hex, out of a table that `write` wrote, if it is there."""
+    """Remove the rows of `keys`, in hex, from the table, if it exists."""
     if not path.exists():
         return
     text = io.StringIO()
@@ -90,13 +90,13 @@ def summary(bad: Sequence[BadSample]) -> str:
 
 def _reason(error: BaseException) -> str:
     try:
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
     except ENDS_THE_RUN:
         raise
     except BaseException:
-        said = "its message cannot be printed"
+        message = "its message cannot be printed"
     name = type(error).__name__
-    reason = said if isinstance(error, DataError) and said else f"{name}: {said}" if said else name
+    reason = message if isinstance(error, DataError) and message else f"{name}: {message}" if message else name
     return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
 
 

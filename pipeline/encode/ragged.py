@@ -70,11 +70,11 @@ def shapes(sample: Sample) -> tuple[tuple[int, ...], ...]:
 def find_trimming(
     prefix: Callable[..., State], samples: Sequence[Sample], pad: Mapping[str, float], *, exact: bool = True
 ) -> Trimming:
-    """Find out, on the shortest and the longest of `samples`, how the states of a padded batch are trimmed.
+    """Determine, on the shortest and the longest of `samples`, how the states of a padded batch are trimmed.
 
-    Each sample's state alone is the truth. A state axis that has the length of a ragged input in both is cut to it; if
-    what remains of the shorter sample's state in the padded batch is not what it is alone, padding leaks and is not
-    used. `exact=False` allows for the rounding of 16-bit arithmetic.
+    The reference is the state of each sample in a batch of one. A state axis that has the length of a ragged input in
+    both is cut to that length; if the trimmed state of the shorter sample then differs from the reference, padding
+    leaks and is not used. `exact=False` allows for the rounding of 16-bit arithmetic.
     """
     by_size = sorted(samples, key=lambda sample: sum(tensor.numel() for tensor in sample.values()))
     short, long = by_size[0], by_size[-1]

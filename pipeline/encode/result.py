@@ -17,14 +17,14 @@ class EncodeCosts:
 
     samples: int = 0
     reading: float = 0.0
-    """Time the prefix waited for samples."""
+    """Time that the prefix waited for samples."""
     forward: dict[int, float] = field(default_factory=dict)
     """Per cut, the forward time from the inputs to the cut."""
     forward_samples: dict[int, int] = field(default_factory=dict)
     writing: dict[int, float] = field(default_factory=dict)
 
     def add(self, other: EncodeCosts) -> None:
-        """Add up what is spent here and there."""
+        """Add the costs of `other` to these."""
         self.samples += other.samples
         self.reading += other.reading
         for mine, others in (
@@ -35,7 +35,7 @@ class EncodeCosts:
             _add(mine, others)
 
     def of(self, cut: int) -> dict[str, Any]:
-        """Return how many samples were encoded for `cut`, and what one of them cost by step."""
+        """Return the number of samples encoded for `cut`, and the seconds per sample of each step."""
         count = self.forward_samples.get(cut, 0)
         seconds = (
             {
@@ -51,21 +51,21 @@ class EncodeCosts:
 
 @dataclass
 class Outcome:
-    """What became of one part of a unit, and what it cost."""
+    """The result of one part of a unit, and its costs."""
 
     part: Part
     bad: list[BadSample] = field(default_factory=list)
     """Samples of the part that were set aside."""
     cut_off: list[int] = field(default_factory=list)
-    """Tokens lost by each text that is longer than its inputs may be."""
+    """Number of tokens truncated, for each text that is too long."""
     promoted: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    """Per cut, the state tensors that left the asked type's range and have a wider one."""
+    """Per cut, the state tensors that left the range of the requested type and have a wider one."""
     costs: EncodeCosts = field(default_factory=EncodeCosts)
 
 
 @dataclass
 class EncodeResult:
-    """What encoding the samples of one encoder did."""
+    """The result of encoding the samples of one encoder."""
 
     keyed: KeyedSamples
     """The data set; its bad samples include those that have no state."""
@@ -75,7 +75,7 @@ class EncodeResult:
     """Per cut, the state tensors that left the range of the requested type in some segment, and have a wider one there.
     """
     cut_off: list[int] = field(default_factory=list)
-    """Tokens lost by each encoded text that is longer than its inputs may be."""
+    """Number of tokens truncated, for each encoded text that is too long."""
     costs: EncodeCosts = field(default_factory=EncodeCosts)
 
     @classmethod

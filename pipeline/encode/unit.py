@@ -1,4 +1,4 @@
-"""The unit of work of an encode: samples that are computed, committed and skipped together."""
+"""Units of work: samples that are computed, committed and skipped together."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from pipeline.store import KeySet, Store, first_rows
 
 BLOCK = 1 << 20
-"""Keys that are looked up at a time."""
+"""Number of keys looked up at a time."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One unit in one view: what is computed and committed together."""
+    """One unit in one view, computed and committed together."""
 
     rows: np.ndarray
     """Row numbers in the data set, (n,) int64."""
@@ -56,13 +56,13 @@ def plan(
     size: int,
     groups: np.ndarray | None = None,
 ) -> list[Unit]:
-    """Return the units that bring the rows `wanted[view]` into `stores[view][cut]`, in the order of the data set.
+    """Return the units that encode the rows `wanted[view]` missing in `stores[view][cut]`, in the order of the data set.
 
-    `keys` (N, 16) uint8 are those of all rows, of which `wanted[view]` (n,) int64 are the numbers. `groups` (N,) int64
-    says which rows lie together: a unit has rows of one group alone. Of identical samples the first stands for all.
-    What a store lacks is cut into units of `size`. Whole units missing from the middle leave the others where they
-    were, so an interrupted run is continued with the very same units. Samples that were found bad in a committed unit
-    come again in units of their own: they may have been bad for a passing reason.
+    `keys` (N, 16) uint8 are those of all rows; `wanted[view]` (n,) int64 are row numbers. A unit has rows of one group
+    only, where `groups` (N,) int64 gives the group of each row. Identical samples are encoded once. The missing rows of
+    a store are divided into units of `size`; where whole units are missing, the division of the others stays the same,
+    so that an interrupted run continues with the same units. Samples that were set aside in a committed unit get units
+    of their own: the reason may have been temporary.
 
     Raises:
         TypeError: `wanted[view]` is no array of row numbers.
@@ -85,10 +85,10 @@ def plan(
 
 
 def check_rows(wanted: Sequence[object]) -> None:
-    """Refuse anything else than one array of row numbers for each view.
+    """Check that there is one array of row numbers for each view.
 
     Raises:
-        TypeError: the message names the view.
+        TypeError: there is something else; the message names the view.
     """
     for view, rows in enumerate(wanted):
         if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.kind not in "iu":
@@ -104,7 +104,7 @@ def _by_group(rows: np.ndarray, groups: np.ndarray | None) -> list[np.ndarray]:
 
 
 def lacking_rows(keys: np.ndarray, rows: np.ndarray, store: Store) -> np.ndarray:
-    """Return those of `rows` (n,) int64 that `store` has not; `keys` (N, 16) uint8 are those of all rows."""
+    """Return those of `rows` (n,) int64 that `store` lacks; `keys` (N, 16) uint8 are those of all rows."""
     # In blocks: a copy of all keys would be the largest thing here.
     blocks = np.array_split(rows, len(rows) // BLOCK + 1)
     return np.concatenate([block[store.missing(keys[block])] for block in blocks])
@@ -122,7 +122,7 @@ class UnitBuffer:
         self.dropped: set[int] = set()
 
     def put(self, rows: np.ndarray, tensors: dict[str, Tensor | list[Tensor]]) -> None:
-        """Take the tensors of `rows`: (len(rows), ...) where all have one shape, else one tensor for each."""
+        """Add the tensors of `rows`: (len(rows), ...) if all have one shape, else one tensor per row."""
         places = [self.place[row] for row in rows.tolist()]
         for name, tensor in tensors.items():
             if name.startswith("state."):
@@ -155,14 +155,14 @@ class UnitBuffer:
         return name in self.whole and self.whole[name].shape[1:] == tensor.shape[1:]
 
     def _single(self, name: str) -> list[Tensor | None]:
-        """Samples of other shapes turn up: from here on this tensor is kept sample by sample."""
+        """Return the list of tensors per sample, converting the stacked tensor where shapes begin to differ."""
         if name not in self.single:
             self.single[name] = list(self.whole.pop(name)) if name in self.whole else [None] * len(self.rows)
         return self.single[name]
 
 
 def _infinite(tensor: Tensor | list[Tensor]) -> list[int]:
-    """Places of the samples with a NaN or an infinity."""
+    """Return the indices of the samples with a NaN or an infinity."""
     if isinstance(tensor, Tensor):
         if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
             return []

@@ -87,7 +87,7 @@ def load_hf(
             blueprint = _build(auto, settings, config, {})
         pooling = head.pooling or _usual_pooling(blueprint)
         extra = _without_pooler(blueprint) if head.kind == "embedding" and pooling != "pooled" else {}
-        made = _make_preprocess(origin, preprocess, settings, blueprint, head)
+        preprocessor = _make_preprocess(origin, preprocess, settings, blueprint, head)
         with seeded(config.seed):
             if state is None and config.has_file:
                 state = read_weights(config)
@@ -97,16 +97,16 @@ def load_hf(
                 _check_digest(origin, config)
                 model, fresh = _fill(auto, origin, config, {"config": settings, **origin.arguments, **extra})
                 build = partial(_build, auto, config=config, extra=extra)
-                fresh, told = arrange_head(model, _stored_labels(origin), head, build, fresh)
-                if told is not None:
-                    log.warning("%s: %s", config.backbone, told)
+                fresh, remark = arrange_head(model, _stored_labels(origin), head, build, fresh)
+                if remark is not None:
+                    log.warning("%s: %s", config.backbone, remark)
             else:
                 whole = _completed(state, auto, settings, config, extra)
                 model, fresh = _fill(type(blueprint), None, config, {"config": settings, "state_dict": whole, **extra})
             if head.kind == "embedding":
-                model = embed(model, head, pooling, made(_example(made)))
+                model = embed(model, head, pooling, preprocessor(_example(preprocessor)))
                 fresh = projection_names(model)
-        return Backbone(model, made, config.backbone, fresh)
+        return Backbone(model, preprocessor, config.backbone, fresh)
 
 
 def describe_hf(config: ModelConfig, backbone: Backbone, folder: Path) -> None:
@@ -169,9 +169,9 @@ def _fill(
     auto: Any, origin: Origin | None, config: ModelConfig, arguments: Mapping[str, Any]
 ) -> tuple[nn.Module, frozenset[str]]:
     """Return the network with its weights, and the names of those that nothing gave."""
-    asked = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model, info = auto.from_pretrained(origin and origin.source, **asked, **arguments)
+        model, info = auto.from_pretrained(origin and origin.source, **options, **arguments)
     except (OSError, ValueError, RuntimeError) as error:
         raise _cannot(f"weights of {config.backbone!r} cannot be loaded", error, origin) from error
     fresh = _check_fit(model, info, config)
@@ -191,8 +191,8 @@ def _completed(
 
 def _cannot(what: str, error: Exception, origin: Origin | None) -> RecyclingError:
     """What a hub does not give may lie in another machine's cache."""
-    elsewhere = isinstance(error, OSError) and origin is not None and origin.folder is None
-    return (AbsentError if elsewhere else ModelError)(f"{what}: {_first_line(error)}")
+    is_download = isinstance(error, OSError) and origin is not None and origin.folder is None
+    return (AbsentError if is_download else ModelError)(f"{what}: {_first_line(error)}")
 
 
 def _check_digest(origin: Origin, config: ModelConfig) -> None:
@@ -227,8 +227,8 @@ def _check_fit(model: Any, info: Mapping[str, Any], config: ModelConfig) -> froz
         ],
     }
     if any(faults.values()):
-        told = "; ".join(f"{len(names)} {kind}: {first(sorted(names))}" for kind, names in faults.items() if names)
-        raise ModelError(f"model.weights {config.weights} does not fit {config.backbone}: {told}")
+        remark = "; ".join(f"{len(names)} {kind}: {first(sorted(names))}" for kind, names in faults.items() if names)
+        raise ModelError(f"model.weights {config.weights} does not fit {config.backbone}: {remark}")
     if fresh := sorted({*info["missing_keys"], *mismatched}):
         log.info("%s: the head is new (%s)", config.backbone, first(fresh))
     return frozenset(fresh)

@@ -50,9 +50,9 @@ def auto_class(settings: Any, config: ModelConfig, head: Head) -> Any:
     """
     if head.kind == "embedding":
         return AutoModel
-    brought = getattr(settings, "auto_map", None) or {}  # classes of the repository's own code
+    custom_classes = getattr(settings, "auto_map", None) or {}  # classes of the repository's own code
     for name, mapping in HEADS[head.kind].items():
-        if type(settings) in getattr(transformers, mapping) or name in brought:
+        if type(settings) in getattr(transformers, mapping) or name in custom_classes:
             return getattr(transformers, name)
     raise ModelError(
         f"{config.backbone}: the library has no {' or '.join(HEADS[head.kind])} of {settings.model_type}, which the "
@@ -80,10 +80,10 @@ def arrange_head(
     for name, axis in sizes.items():
         order = torch.tensor([places.get(label, 0) for label in head.labels])
         tensors[name].copy_(tensors[name].index_select(axis, order) if known else drawn[name])
-    told = f"the checkpoint's head is for {first(names)}, in this order; the task's labels are {first(head.labels)}"
+    message = f"the checkpoint's head is for {first(names)}, in this order; the task's labels are {first(head.labels)}"
     if known:
-        return fresh, f"{told}: its outputs were put in their order"
-    return fresh | sizes.keys(), f"{told}: so the head is new"
+        return fresh, f"{message}: its outputs were put in their order"
+    return fresh | sizes.keys(), f"{message}: so the head is new"
 
 
 def _sized(settings: Any, size: int) -> Any:

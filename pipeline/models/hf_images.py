@@ -44,23 +44,23 @@ def _triple(values: Any, whole: float) -> tuple[float, float, float]:
 
 def _made_size(processor: Any) -> int | None:
     """Return the side of the square that an image processor makes of images, wide and tall; None if it makes others."""
-    made = {_process(processor, np.zeros((*shape, 3), np.uint8)).shape[1:] for shape in ((40, 60), (60, 40))}
-    height, width = made.pop() if len(made) == 1 and len(min(made)) == 2 else (0, 1)
+    output = {_process(processor, np.zeros((*shape, 3), np.uint8)).shape[1:] for shape in ((40, 60), (60, 40))}
+    height, width = output.pop() if len(output) == 1 and len(min(output)) == 2 else (0, 1)
     return int(height) if height == width else None
 
 
 def _compare_colours(processor: Any, defaults: ImageDefaults, source: str) -> None:
     """Warn where the processor makes other values of a colour than scaling and normalising gives."""
     colour = np.array([200, 100, 50], np.uint8)
-    made = _process(processor, np.broadcast_to(colour, (64, 64, 3)))
+    output = _process(processor, np.broadcast_to(colour, (64, 64, 3)))
     expected = (colour / 255 - np.array(defaults.mean)) / np.array(defaults.std)
-    if made.ndim == 3 and len(made) == 3 and not np.allclose(made.mean((1, 2)), expected, rtol=0.02, atol=0.02):
+    if output.ndim == 3 and len(output) == 3 and not np.allclose(output.mean((1, 2)), expected, rtol=0.02, atol=0.02):
         log.warning(
             "%s: its image processor makes %s of the colour %s, preprocess gives %s; set preprocess.mean and std, or "
             "wrap the network in a module:function of your own",
             *(
                 source,
-                *([round(float(value), 2) for value in values] for values in (made.mean((1, 2)), colour, expected)),
+                *([round(float(value), 2) for value in values] for values in (output.mean((1, 2)), colour, expected)),
             ),
         )
 
@@ -68,8 +68,8 @@ def _compare_colours(processor: Any, defaults: ImageDefaults, source: str) -> No
 def _process(processor: Any, image: np.ndarray) -> np.ndarray:
     """Return what an image processor makes of an image, (C, H, W); nothing where it cannot."""
     try:
-        made = processor(Image.fromarray(np.ascontiguousarray(image)), return_tensors="np")
-        return np.asarray(made["pixel_values"][0])
+        output = processor(Image.fromarray(np.ascontiguousarray(image)), return_tensors="np")
+        return np.asarray(output["pixel_values"][0])
     except Exception:  # processors of other kinds want masks, texts, several images
         return np.empty(0)
 

@@ -64,8 +64,8 @@ class ImagePreprocess(Preprocess):
         self._scale, self._normalise = v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std, True)
 
     def __call__(self, content: object) -> dict[str, Tensor]:
-        begun = {name: tensor.unsqueeze(0).clone() for name, tensor in self.begin(self.open(content)).items()}
-        return {name: tensor.squeeze(0) for name, tensor in self.finish(begun).items()}
+        started = {name: tensor.unsqueeze(0).clone() for name, tensor in self.begin(self.open(content)).items()}
+        return {name: tensor.squeeze(0) for name, tensor in self.finish(started).items()}
 
     def open(self, content: object) -> Opened:
         """Return the image as it was taken, and what its views are drawn from."""

@@ -30,10 +30,10 @@ def load_own(
     """
     function = load_function(config.backbone, "model.backbone", "head: Head")
     with seeded(config.seed):
-        made = function(head)
-    model = _network(made)
+        built = function(head)
+    model = _network(built)
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{config.backbone} returned {type(made).__name__}; expected an nn.Module or a Backbone")
+        raise ModelError(f"{config.backbone} returned {type(built).__name__}; expected an nn.Module or a Backbone")
     fresh: frozenset[str] = frozenset()
     if state is None and config.has_file:
         state = read_weights(config)
@@ -42,13 +42,13 @@ def load_own(
         if head.size is not None:
             layout = CheckpointLayout.of(lambda classes: _network(function(replace(head, size=classes))))
         fresh = fit_weights(model, state, layout, f"model.weights {config.weights}")
-    if isinstance(made, Backbone):
-        return replace(made, fresh=made.fresh | fresh)
+    if isinstance(built, Backbone):
+        return replace(built, fresh=built.fresh | fresh)
     return Backbone(model, _make_preprocess(model, preprocess, config, head), config.backbone, fresh)
 
 
-def _network(made: nn.Module | Backbone) -> nn.Module:
-    return made.model if isinstance(made, Backbone) else made
+def _network(built: nn.Module | Backbone) -> nn.Module:
+    return built.model if isinstance(built, Backbone) else built
 
 
 def _make_preprocess(model: nn.Module, preprocess: PreprocessConfig, config: ModelConfig, head: Head) -> Preprocess:

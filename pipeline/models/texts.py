@@ -62,8 +62,8 @@ class TextPreprocess(Preprocess):
         return texts
 
     def _tokenize(self, texts: tuple[str, ...], **settings: Any) -> BatchEncoding:
-        made: BatchEncoding = self.tokenizer(*texts, max_length=self.max_length, **{"truncation": True} | settings)
-        return made
+        encoding: BatchEncoding = self.tokenizer(*texts, max_length=self.max_length, **{"truncation": True} | settings)
+        return encoding
 
     def _inputs(self, encoded: BatchEncoding) -> dict[str, Tensor]:
         return {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.inputs}
@@ -246,18 +246,18 @@ def make_text_preprocess(
     return make(tokenizer, longest_input(config.max_length, tokenizer, positions), inputs)
 
 
-def longest_input(asked: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int:
+def longest_input(requested: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int:
     """Return the longest input in tokens: what was asked for, or what the tokenizer states.
 
     Raises:
         ConfigError: neither says, or it was asked for more than the network has positions.
     """
     stated = tokenizer.model_max_length if tokenizer.model_max_length < UNBOUNDED else None
-    length = asked or stated
+    length = requested or stated
     if length is None:
         raise ConfigError(f"preprocess.max_length is not set and the tokenizer states none; set it (up to {positions})")
     if positions is not None and length > positions:
-        if asked is None:
+        if requested is None:
             return positions
         raise ConfigError(
             f"preprocess.max_length is {length}; the backbone has {positions} positions; set at most that"

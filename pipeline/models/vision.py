@@ -129,8 +129,8 @@ def load_vision(
         state = _pretrained(library, config) if config.weights == PRETRAINED else read_weights(config)
     if state is not None:
         fresh = fit_weights(model, state, CheckpointLayout.of(library.build), f"model.weights {config.weights}")
-    made = ImagePreprocess(preprocess, library.defaults(model), first_input(model))
-    return finish(model, made, config, head, fresh)
+    preprocessor = ImagePreprocess(preprocess, library.defaults(model), first_input(model))
+    return finish(model, preprocessor, config, head, fresh)
 
 
 def _pretrained(library: Library, config: ModelConfig) -> Mapping[str, Tensor]:

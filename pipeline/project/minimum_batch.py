@@ -1,4 +1,4 @@
-"""How small a training batch may be: what batch norms and losses of a joined model need."""
+"""The minimum size of a training batch, which batch norms and losses determine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pipeline.train.objective import trains_on_one
 
 
 def minimum_units(towers: Sequence[Tower], suffix: nn.Module, table: SampleTable, device: torch.device) -> int:
-    """Return how many units every training batch must have for `suffix`, the joined model: 1 where all batches do.
+    """Return the minimum number of units in every training batch of `suffix`, the trained model; 1 if any number works.
 
-    A batch norm needs two values of each channel, in each process that takes statistics of its own samples; a loss
-    that compares units with each other needs two of them.
+    A batch norm needs two values of each channel in every process that computes its own statistics; a loss that
+    compares units needs two of them.
 
     Raises:
-        TrainError: there are not so many, in a batch or in the training split.
+        TrainError: a batch, or the training split, has fewer units.
     """
     config, task = towers[0].loaded.project.train, towers[0].loaded.task
     units = task.units(table, "train", seed=config.seed, epoch=0)

@@ -1,4 +1,4 @@
-"""The model that a project describes, on its stores: task, backbone with head, and the split at a cut."""
+"""The model of a project: task, backbone with head, its split at a cut, and the stores of that cut."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pipeline.train.loader import Batch, Loader, StoredRows
 log = logging.getLogger("recycle")
 
 MAX_VALUES = 1 << 28
-"""Values of one input of one sample that are drawn because a store says it had so many."""
+"""Maximum number of values drawn for one input of a sample whose shape a store gives."""
 
 
 @dataclass(frozen=True)
@@ -41,31 +41,31 @@ class LoadedModel:
     project: Project
     task: Task
     head: Head
-    """What the task asked for on the samples."""
+    """The head that the task needs for these samples."""
     backbone: Backbone
     modules: Mapping[str, str]
-    """Digests of the network's modules, by path, taken before it first ran."""
+    """Digests of the modules of the network by path, computed before its first forward pass."""
     code: str | None
-    """Digest of the preprocessing's own code and attributes, where it is of the user's own."""
+    """Digest of the code and attributes of the preprocessing, if it is the user's own."""
     pretrained_suffix: PretrainedSuffix | None = None
-    """What took the place of the weights that params.yaml names: then the layers before the cut have none."""
+    """Replaces the weights that params.yaml names; the layers before the cut then have no weights."""
 
     @classmethod
     def open(cls, project: Project, table: SampleTable, *, carrier: CutName | None = None) -> LoadedModel:
         """Build the model that `project` describes; the head is drawn from `model.seed`.
 
-        Where its weights are not on this machine, and the cut `carrier` is given, the suffix alone has weights: those
-        that the store of this cut carries. It can be trained, and nothing else.
+        Where its weights are not on this machine and the cut `carrier` is given, only the suffix has weights, from the
+        store of this cut; such a model can only be trained.
 
         Raises:
-            AbsentError: the weights are not on this machine, and no store carries what stands in for them.
+            AbsentError: neither this machine nor the store has the weights.
         """
         task = open_task(project.task)
         return cls._build(project, task, task.head(table), carrier)
 
     @classmethod
     def with_head(cls, project: Project, head: Head) -> LoadedModel:
-        """Build the model that `project` describes, ending in the `head` that its task asked for elsewhere."""
+        """Build the model that `project` describes, with a `head` determined in another process."""
         return cls._build(project, open_task(project.task), head)
 
     @classmethod
@@ -91,7 +91,7 @@ class LoadedModel:
         )
 
     def to_device(self) -> torch.device:
-        """Move the model to where prefixes run, and return that device."""
+        """Move the model to the device that runs prefixes, and return it."""
         config, device = self.project.encode, pick_device(self.project.encode.device)
         self.backbone.model.to(device)
         if config.channels_last:
@@ -121,8 +121,8 @@ class LoadedModel:
             remove_attachment(store, SUFFIX)
 
     def freeze(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[SuffixTensors]]:
-        """Return the prefix of every cut of the project, proved on two `samples`, `recipes[view][cut]`, and what the
-        suffix of every cut needs.
+        """Return the prefix of every cut, proved on two `samples`, `recipes[view][cut]`, and the tensors each suffix
+        needs.
         """
         example = self._on_device(samples)
         prefixes, needed = list[Prefix](), list[SuffixTensors]()
@@ -139,12 +139,12 @@ class LoadedModel:
     def encoder(
         self, source: Source, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]], probes: np.ndarray
     ) -> Encoder:
-        """Return what runs units of the project in this process, into `stores[view][cut]`."""
+        """Return the encoder that runs units in this process, into `stores[view][cut]`."""
         views = [self.preprocess(view) for view in self.project.views]
         return Encoder(source, views, prefixes, stores, self.project.encode, probes)
 
     def preprocess(self, view: int | None) -> Preprocess:
-        """Return what makes the inputs of a view; None is the plain one."""
+        """Return the preprocessing of a view; None is the plain view."""
         plain = self.backbone.preprocess
         return plain if view is None else plain.view(view)
 
@@ -173,7 +173,7 @@ class LoadedModel:
         return store.recipe != recipe and store.recipe == former
 
     def adapt(self, store: Views, prefix: Prefix, suffix: Suffix) -> Suffix:
-        """Return the suffix that trains: with adapters in it where `train.adapter` asks for them.
+        """Return the suffix to train, with adapters if `train.adapter` is set.
 
         Raises:
             ConfigError: `train.adapter` names a layer that cannot be adapted.
@@ -209,7 +209,7 @@ class LoadedModel:
         return {n: torch.randn(t.shape, generator=draw) if t.is_floating_point() else t for n, t in inputs.items()}
 
     def recipes(self, prefix: Prefix) -> list[Recipe]:
-        """Return the recipes of what `prefix` makes under this project's settings, one for each view."""
+        """Return the recipes of the states of `prefix` under the settings of this project, one for each view."""
         project = self.project
         plain = recipe_of(
             prefix,
@@ -223,7 +223,7 @@ class LoadedModel:
         return [self._of_view(plain, view) for view in project.views]
 
     def _on_device(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """Return `samples` as inputs of the network, where that is."""
+        """Return `samples` as inputs of the network, on its device."""
         device = next(self.backbone.model.parameters()).device
         batch = network_inputs(pad_batch(samples, self.backbone.preprocess.pad))
         return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -250,7 +250,7 @@ class LoadedModel:
         return dataclasses.replace(recipe, preprocessing=self._preprocessing(view), view=name)
 
     def _preprocessing(self, view: int | None) -> dict[str, JSON]:
-        """Return what the recipe says of the inputs of a view."""
+        """Return the preprocessing of a view, as the recipe describes it."""
         code: dict[str, JSON] = {} if self.code is None else {"code": self.code}
         return {**self.preprocess(view).recipe(), **code}
 

@@ -1,4 +1,4 @@
-"""A network, and a batch of its inputs to try it on: from a name alone, or from params.yaml and its data."""
+"""A network with a batch of inputs to try it on, from a name or from params.yaml and its data."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def from_project(
         log.warning("%s; so the example is drawn, and %d classes are assumed", error, classes)
         return _drawn(project.model, project.preprocess, classes=classes, batch=batch)
     loaded = LoadedModel.open(project, table)
-    made = loaded.backbone.preprocess
-    samples = decode_samples(source, made, np.linspace(0, len(source) - 1, batch).astype(np.int64))
+    preprocessing = loaded.backbone.preprocess
+    samples = decode_samples(source, preprocessing, np.linspace(0, len(source) - 1, batch).astype(np.int64))
     if len(samples) < 2:
         raise DataError(f"fewer than 2 of {batch} samples of {project.data.path} can be decoded; see recycle encode")
-    return ModelExample(loaded.backbone.model, network_inputs(pad_batch(samples, made.pad)))
+    return ModelExample(loaded.backbone.model, network_inputs(pad_batch(samples, preprocessing.pad)))
 
 
 def _drawn(model: ModelConfig, preprocess: PreprocessConfig, *, classes: int, batch: int) -> ModelExample:

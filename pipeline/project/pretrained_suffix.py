@@ -1,13 +1,12 @@
-"""The suffix as it was pretrained, carried by its store: to train from a store that somebody else encoded.
+"""The pretrained suffix, kept beside its store, so that a store encoded on another machine can be trained from.
 
-Who has the store, the sample table and params.yaml, but not the weights that params.yaml names, trains from what the
-store carries: every pretrained weight that the suffix reads, what describes the network where its name alone does not,
-and the constants that cross the cut. The layers before the cut are built with the weights they are drawn with; they
-give the suffix its shape and are never run for a state.
+With the store, the sample table and params.yaml, but without the weights that params.yaml names, training uses the
+pretrained suffix: every pretrained weight that the suffix reads, the configuration of the network, and the constants
+that cross the cut. The layers before the cut are built with random weights; they only give the suffix its shape.
 
-What cannot be proved by the weights is proved by what `encode` wrote when it had them: the carried files by their
-digests, the store by the digest of its recipe, the weights by the section `model` of params.yaml, which must be the
-same. All other fields of the recipe are compared as ever.
+What the missing weights would prove is proved by digests that `encode` wrote: of the files of the pretrained suffix and
+of the store's recipe; and the section `model` of params.yaml must be the same. All other fields of the recipe are
+compared as usual.
 """
 
 from __future__ import annotations
@@ -33,21 +32,21 @@ log = logging.getLogger("recycle")
 WEIGHTS = "model.safetensors"
 CONSTANTS = "constants.safetensors"
 BACKBONE = "backbone"
-"""Folder of what describes the network."""
+"""Folder with the configuration of the network."""
 
 
 @dataclass(frozen=True)
 class SuffixTensors:
-    """What a suffix needs of the network that it was split off."""
+    """The parameters and constants of the full network that a suffix needs."""
 
     parameters: frozenset[str]
-    """Names of those it reads, trained or not."""
+    """Names of the parameters that it reads, trained or not."""
     constants: Mapping[str, Tensor]
     """As `Suffix.constants`."""
 
     @classmethod
     def of(cls, suffix: Suffix) -> SuffixTensors:
-        """Return what `suffix` needs."""
+        """Return the parameters and constants that `suffix` needs."""
         trained = (name for name, _ in suffix.named_parameters(remove_duplicate=False))
         return cls(frozenset(trained) | suffix.frozen.kept.keys(), suffix.constants)
 
@@ -55,10 +54,10 @@ class SuffixTensors:
 def write_pretrained_suffix(
     store: Store, backbone: Backbone, model: ModelConfig, head: Head, needed: SuffixTensors
 ) -> None:
-    """Put the pretrained weights that a suffix of `backbone` needs, and what describes the network, into `store`.
+    """Write the pretrained weights that a suffix of `backbone` needs, and the network's configuration, into `store`.
 
     Raises:
-        StoreError: the disk refuses.
+        StoreError: they cannot be written.
     """
     if not _can_be_missed(model):
         remove_attachment(store, SUFFIX)
@@ -70,7 +69,7 @@ def write_pretrained_suffix(
     state = {name: tensor for name, tensor in network.state_dict().items() if name in names}
     left_out = {n: list(t.shape) for n, t in state.items() if n in parameters and id(parameters[n]) not in read}
 
-    def fill(folder: Path) -> None:
+    def write(folder: Path) -> None:
         kept = {name: tensor.cpu().contiguous().clone() for name, tensor in state.items() if name not in left_out}
         save_file(kept, folder / WEIGHTS)
         if needed.constants:
@@ -86,32 +85,32 @@ def write_pretrained_suffix(
         "head": _described(head),
         "left_out": left_out,
     }
-    if written := write_attachment(store, SUFFIX, about, fill):
+    if written := write_attachment(store, SUFFIX, about, write):
         log.info("%s carries the pretrained weights after the cut (%.1f MB)", store.where, written / 1e6)
 
 
 def lacks_pretrained_suffix(store: Store, model: ModelConfig) -> bool:
-    """Say whether `store` carries nothing, although it could."""
+    """Return whether `store` could have a pretrained suffix but has none."""
     return _can_be_missed(model) and not has_attachment(store, SUFFIX)
 
 
 @dataclass(frozen=True)
 class PretrainedSuffix:
-    """What a store carries, proved to belong to it and to today's settings."""
+    """The pretrained suffix of a store, checked to belong to it and to the current settings."""
 
     folder: Path
     recipe: Recipe
-    """The store's."""
+    """The recipe of the store."""
     left_out: Mapping[str, list[int]]
     """Shapes, by name, of the network's weights before the cut."""
 
     @classmethod
     def of(cls, store: Store, model: ModelConfig, head: Head) -> PretrainedSuffix:
-        """Open what `store` carries for the network and the head of today's settings.
+        """Open the pretrained suffix of `store` for the network and the head of the current settings.
 
         Raises:
-            AbsentError: it carries nothing, or the weights of other settings; the message says which.
-            CorruptStoreError: it is not what was written.
+            AbsentError: there is none, or one of other settings; the message names them.
+            CorruptStoreError: it is damaged.
         """
         recipe, found = store.recipe, read_attachment(store, SUFFIX)
         if found is None:
@@ -129,7 +128,7 @@ class PretrainedSuffix:
         return cls(folder, recipe, dict(about["left_out"]))
 
     def load(self, model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
-        """Return the backbone that `model` names, with the weights after the cut; those before it are drawn.
+        """Return the backbone that `model` names, with pretrained weights after the cut and random ones before it.
 
         Raises:
             ConfigError, ModelError: as `models.load`.
@@ -139,20 +138,20 @@ class PretrainedSuffix:
         return load(*as_described(model, preprocess, self.folder / BACKBONE), head, state)
 
     def complete(self, suffix: Suffix) -> None:
-        """Give the suffix that was split off such a backbone the constants that the weights before the cut gave."""
+        """Give a suffix split off such a backbone the constants computed with the pretrained weights before the cut."""
         file = self.folder / CONSTANTS
         suffix.constants = load_file(file) if file.exists() else {}
 
     def prove(self, recipe: Recipe) -> Recipe:
-        """Return `recipe`, read off such a backbone, with the digest of the weights that the store was made of."""
+        """Return `recipe`, computed on such a backbone, with the digest of the weights that the store was encoded with."""
         return replace(recipe, weights=self.recipe.weights)
 
 
 def _can_be_missed(model: ModelConfig) -> bool:
-    """Say whether the weights are anywhere else than in a seed or in the user's own code."""
+    """Return whether the weights come from files, not from a seed or the user's own code."""
     return model.weights is not None and (model.library != "function" or model.has_file)
 
 
 def _described(head: Head) -> dict[str, JSON]:
-    """What decides which pretrained weights a network with this head has."""
+    """Return the properties of the head that decide which pretrained weights the network has."""
     return {name: getattr(head, name) for name in ("kind", "size", "pooling")}

@@ -1,8 +1,8 @@
-"""The probe of a store: what preprocessing and prefix gave for fixed contents when the store was made.
+"""The probe of a store: inputs and states of fixed contents, kept when the store was created.
 
-The recipe names what decides a state by digests; the probe shows the states themselves. Whoever is about to run a
-prefix for a store compares first: ids exactly, numbers within the rounding of another machine. What no digest covers
-(the code of a library, a value that is read at run time) is thus found before states of two networks meet in a store.
+The recipe identifies by digests what decides a state; the probe shows the states themselves. Before a prefix runs for a
+store, its probe is compared: ids exactly, floating-point values within the rounding of another machine. So changes that
+no digest covers (the code of a library, a value read at run time) are found before states of two networks are mixed.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from pipeline.store import PROBE, Store, read_attachment, write_attachment
 
 FILE = "probe.safetensors"
 RUN_ON = 2
-"""Contents whose states are kept; of the others the inputs alone, which cost no forward pass."""
+"""Number of contents whose states are kept; of the others only the inputs, which need no forward pass."""
 INPUT_TOLERANCE = 0.02
-"""Largest difference of an input in floating point, over the largest value: libraries of other versions resize so."""
+"""Largest relative difference of a floating-point input, for libraries of other versions that resize differently."""
 STATE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
-"""The same of a state, by the type that the prefix computes in."""
+"""The same for a state, by the type that the prefix computes in."""
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed contents as a network takes them: n samples, without a batch axis."""
+    """Fixed contents as inputs of a network: n samples, without a batch axis."""
 
     inputs: Sequence[Sample]
     is_drawn: bool
-    """Whether they were drawn, because nothing is known of the contents that the preprocessing takes."""
+    """Whether they were drawn at random, because the kind of content is unknown."""
 
     @classmethod
     def of(cls, preprocess: Preprocess, like: Sequence[Sample]) -> Probe:
         """Preprocess the fixed contents, or draw inputs of the shapes, types and ranges of those of samples `like`."""
-        made = []
+        samples = []
         for content in preprocess.probe_contents():
             with suppress(BadSampleError):  # a text that has no token here
-                made.append(preprocess(content))
-        return cls(made or [_drawn(sample) for sample in like], not made)
+                samples.append(preprocess(content))
+        return cls(samples or [_drawn(sample) for sample in like], not samples)
 
 
 def write_probe(store: Store, probe: Probe, states: Sequence[Tensors]) -> None:
-    """Put the `probe` into `store`, with the states that its prefix gives for the first samples of it."""
+    """Write the `probe` into `store`, with the states of its first samples."""
     tensors = {f"{i}.input.{name}": tensor for i, sample in enumerate(probe.inputs) for name, tensor in sample.items()}
     tensors |= {f"{i}.state.{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()}
     about: dict[str, JSON] = {"recipe": store.recipe.digest, "samples": len(probe.inputs), "drawn": probe.is_drawn}
@@ -67,7 +67,7 @@ def read_probe(store: Store) -> tuple[Probe, list[Tensors]] | None:
     """Return the probe of a store with its states; None where it has none.
 
     Raises:
-        CorruptStoreError: it is not what was written.
+        CorruptStoreError: it is damaged.
     """
     found = read_attachment(store, PROBE)
     if found is None or found[1].get("recipe") != store.recipe.digest:
@@ -82,7 +82,7 @@ def read_probe(store: Store) -> tuple[Probe, list[Tensors]] | None:
 def run_probe(prefixes: Sequence[Prefix], probe: Probe, config: EncodeConfig) -> list[list[Tensors]]:
     """Return the states of the first samples of `probe` at each cut: `states[cut][sample]`, with a batch axis of 1.
 
-    Inputs that were drawn may be none that a network takes: then there are no states.
+    A network may refuse inputs that were drawn: then there are no states.
     """
     run, device = capture(prefixes), model_device(prefixes)
     found: list[list[Tensors]] = [[] for _ in prefixes]
@@ -109,12 +109,12 @@ def keep_or_check_probes(
     like: Sequence[Sample],
     config: EncodeConfig,
 ) -> None:
-    """Compare the stores of one view, one for each cut, with their probes; give new stores one.
+    """Compare the stores of one view, one per cut, with their probes; write a probe for new stores.
 
-    A store that has samples and no probe gets none: what made its samples is not known to be today's code.
+    A store that has samples but no probe gets none: its samples may come from other code.
 
     Raises:
-        StaleStoreError: today's preprocessing or prefix gives something else; the message says what.
+        StaleStoreError: preprocessing or prefix give other values now; the message names the first difference.
     """
     new: list[tuple[Store, Prefix]] = []
     for store, prefix in zip(stores, prefixes, strict=True):
@@ -135,10 +135,10 @@ def check_probe(
     config: EncodeConfig,
     known: tuple[Probe, list[Tensors]] | None = None,
 ) -> None:
-    """Compare what `preprocess` and `prefix` give today with the probe of `store`, if it has one.
+    """Compare `preprocess` and `prefix` with the probe of `store`, if it has one.
 
     Raises:
-        StaleStoreError: it is something else; the message says what.
+        StaleStoreError: they give other values now; the message names the first difference.
     """
     known = known or read_probe(store)
     if known is None:
@@ -186,7 +186,7 @@ def _of(tensors: Mapping[str, Tensor], start: str) -> Tensors:
 
 
 def _drawn(like: Sample) -> Sample:
-    """Draw a sample of the shapes and types of another one, its whole numbers from the range of that one's."""
+    """Draw a sample with the shapes and types of another one; integers are from the same range."""
     draw = torch.Generator().manual_seed(0)
     drawn = {}
     for name, tensor in like.items():

@@ -1,4 +1,4 @@
-"""What decides the values of a state, read off a prefix and its preprocessing."""
+"""The recipe of a state: digests of everything that decides its values."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def recipe_of(
     compute_dtype: str,
     modules: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """Return the recipe of the states that `prefix` makes.
+    """Return the recipe of the states of `prefix`.
 
     Batch size, workers and device are not in it; neither is anything after the cut: heads and tasks share a store.
-    `modules` are the digests of the network's modules, taken before it first ran (`module_fingerprints`).
+    `modules` are the digests of the modules, computed before the first forward pass (`module_fingerprints`).
     """
     if modules is None:
         modules = module_fingerprints(prefix.model, IRRELEVANT)

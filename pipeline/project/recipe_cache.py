@@ -1,11 +1,9 @@
-"""What an earlier encode proved: that the stores are of the recipe these settings make. So one that has nothing to do
-builds no model.
+"""A cache of the recipes that settings lead to, so that an encode with nothing to do builds no model.
 
-A recipe is read off a built model, which takes seconds. It is a function of the settings, the files of weights, the
-keys and targets of the data set, the libraries and this package; a digest of all these is remembered beside the
-recipes they made, once the model said so. Where one of them cannot be known without building (the user's own function,
-a download whose file is not known here), nothing is remembered. The file may be deleted at any time, and is no
-authority elsewhere: training proves its store's recipe by the model again.
+A recipe is computed on a built model, which takes seconds. It is a function of the settings, the files of weights, the
+keys and targets of the data set, the libraries and this package; the digest of all these is cached with the recipes
+that a built model had. Where one of them is unknown without building (the user's own function, a download whose file is
+unknown), nothing is cached. The file may be deleted at any time; training does not use it.
 """
 
 from __future__ import annotations
@@ -42,13 +40,13 @@ IRRELEVANT: Mapping[str, frozenset[str]] = {
     "data": frozenset(SECTIONS["data"].model_fields),
     "towers": frozenset(SECTIONS["towers"].model_fields),
 }
-"""Settings that decide no recipe; those of the data decide keys and targets, and these are in the digest. What a tower
-sets is in the other sections of its project."""
+"""Settings that decide no recipe. Those of the data decide keys and targets, which are in the digest; those of a tower are
+in the other sections of its project."""
 LIBRARIES = ("numpy", "safetensors", "timm", "tokenizers", "torch", "torchvision", "transformers")
 
 
 def cache_key(project: Project, table: SampleTable) -> str | None:
-    """Return the digest of everything that decides the recipes; None where some of it cannot be known."""
+    """Return the digest of everything that decides the recipes; None where some of it is unknown."""
     now = time.time_ns()
     try:
         files = _files(project)
@@ -96,7 +94,7 @@ def complete_stores(project: Project, key: str | None, keys: Sequence[np.ndarray
 
 
 def remember(project: Project, key: str | None, stores: Sequence[Sequence[Store]]) -> None:
-    """Remember the recipes of `stores`, `stores[view][cut]`: the model has just given them."""
+    """Cache the recipes of `stores[view][cut]`, which were just computed on the model."""
     if key is not None:
         recipes = {_name(store): store.recipe.digest for of_view in stores for store in of_view}
         text = json.dumps({"key": key, "recipes": recipes}, indent=2) + "\n"
@@ -122,7 +120,7 @@ def _remembered(project: Project, key: str | None) -> Mapping[str, str]:
 
 
 def _files(project: Project) -> list[Path] | None:
-    """Return every file that the model and its preprocessing are read from; None where they are not known."""
+    """Return every file that the model and its preprocessing are read from; None where they are unknown."""
     model, tokenizer = project.model, project.preprocess.tokenizer
     folders = [] if tokenizer is None else [_folder(tokenizer)]
     if model.library == "function" or model.trust_remote_code:

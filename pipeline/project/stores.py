@@ -61,8 +61,8 @@ def open_stores(
                 continue  # it does not exist, or is broken: then `create` raises
     if stale and (project.remote is not None or not replace_stores):
         raise StaleStoreError(_refusal(project, list(stale.values())))
-    for path, told in stale.items():
-        log.warning("%s; it is replaced", told)
+    for path, change in stale.items():
+        log.warning("%s; it is replaced", change)
         remove(path)
     return [
         [

@@ -1,4 +1,4 @@
-"""results/encode.json: what the stores of a project hold, and what they cost."""
+"""results/encode.json: the contents of a project's stores, and the time to encode them."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class EncoderResult(NamedTuple):
     """Operations per sample before and after each of its cuts; None where they were not counted."""
 
 
-def write_costs(project: Project, made: Sequence[EncoderResult]) -> None:
-    """Write what the encoders of a project hold and cost, by the names of their stores.
+def write_costs(project: Project, results: Sequence[EncoderResult]) -> None:
+    """Write contents and costs of the stores of all encoders, by store name.
 
-    Of all runs under a recipe, the one that encoded most says what a state costs.
+    The costs per state are those of the encode that computed most samples under the recipe.
     """
     path = project.results / FILE
     before: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
     cuts: dict[str, Any] = {}
-    for one in made:
+    for one in results:
         cuts |= _of_encoder(one, before)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"bad": len(made[-1].result.keyed.bad), "cuts": cuts}, indent=2) + "\n")
+    path.write_text(json.dumps({"bad": len(results[-1].result.keyed.bad), "cuts": cuts}, indent=2) + "\n")
 
 
 def read_costs(project: Project) -> dict[str, CutCost]:
-    """Return what runs of each cut start from, as far as this is known: stores may have been encoded elsewhere."""
+    """Return the costs of each cut, as far as they are known: stores may come from another machine."""
     path = project.results / FILE
     known: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
     stores = {str(cut): [part.store_name(part.at(cut)) for part in project.parts] for cut in project.encode.cuts}
@@ -56,12 +56,12 @@ def read_costs(project: Project) -> dict[str, CutCost]:
     }
 
 
-def _of_encoder(made: EncoderResult, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the stores of one encoder hold and cost; `before` is what an earlier run said.
+def _of_encoder(encoded: EncoderResult, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return contents and costs of the stores of one encoder; `before` are those of an earlier encode.
 
-    A sample has one state, or several where there are augmented views; all of them count.
+    All states of a sample count, one for each augmented view.
     """
-    project, stores, result, flops = made
+    project, stores, result, flops = encoded
     cuts = {}
     for number, (cut, *by_view) in enumerate(zip(project.encode.cuts, *stores, strict=True)):
         name = project.store_name(cut)
@@ -87,7 +87,7 @@ def _of_encoder(made: EncoderResult, before: Mapping[str, Any]) -> dict[str, Any
 
 
 def _sum(stores: Sequence[Mapping[str, Any]], *, is_bounded: bool) -> CutCost:
-    """Add up stores that one run starts from; what is known of some alone is not known.
+    """Add up the costs of the stores of a run; a figure missing for one store is None.
 
     Operations bound the speed-ups only where everything after the cut trains (`is_bounded`).
     """
@@ -110,7 +110,7 @@ def _sum(stores: Sequence[Mapping[str, Any]], *, is_bounded: bool) -> CutCost:
 
 
 def _forward(store: Mapping[str, Any]) -> float | None:
-    """Return the seconds per sample of the layers before the cut, as they were encoded; before the cut 0 are none."""
+    """Return the seconds per sample of the layers before the cut, as measured by encode; 0 for the cut 0."""
     if store["at"].startswith("the inputs"):
         return 0.0
     found: float | None = store["measured"]["seconds_per_sample"].get("forward")

@@ -1,4 +1,4 @@
-"""Finished runs -> one table, one plot: what recycling costs, saves and keeps."""
+"""Finished runs -> the result table, the curves and the plot."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from pipeline.tasks.config import LOWER_IS_BETTER
 SEED = "train.seed"
 """The setting in which runs of one row may differ."""
 TOLERANCE = 1.2
-"""A speed-up may exceed what the operations allow by this factor: it was timed."""
+"""Factor by which a measured speed-up may exceed the bound from operation counts."""
 BOUNDED = (
     "<=: more was timed than the operations before and after the cut allow; shown is what they allow. Short epochs, or "
     "encoding on another device, say little."
 )
 MAX_INCHES = 100.0
-"""Height of a plot, whatever the number of its rows."""
+"""Maximum height of a plot."""
 
 
 @dataclass(frozen=True)
 class CutCost:
-    """What `encode` measured for one cut; None is not known."""
+    """Costs of one cut, as `encode` measured them; None is unknown."""
 
     state_bytes_per_sample: float | None = None
     encode_seconds: float | None = None
     """Read, forward and write time of all samples for this cut alone, without overlap."""
     frozen_seconds_per_sample: float | None = None
-    """Forward time of the layers before the cut: what they cost at every epoch where nothing is kept."""
+    """Forward time of the layers before the cut: their cost in every epoch without recycling."""
     flops_before: float | None = None
     """Operations of one sample's forward pass before the cut."""
     flops_after: float | None = None
@@ -42,20 +42,20 @@ class CutCost:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """Runs that differ in `train.seed` alone: one line of the result table; the fields of `results/summary.json`."""
+    """One line of the result table: runs that differ only in `train.seed`; the fields of `results/summary.json`."""
 
     cut: float | int | str
     settings: str
-    """What differs from params.yaml, but for the seed."""
+    """Settings that differ from params.yaml, without the seed."""
     recycled: float
     metric: str
     runs: int
     value: float
     """The mean over the runs, as all that follows."""
     spread: float | None
-    """Standard deviation of the value between runs (n - 1); None of a single one."""
+    """Standard deviation between runs (n - 1); None for a single run."""
     kept: float | None
-    """Share of full fine-tuning's value (of an error, full's over this one); None where no run with cut 0 is there."""
+    """Value relative to full fine-tuning (inverted for errors); None without a run of cut 0."""
     untrained: float
     """The metric before any training."""
     state_bytes_per_sample: int | None
@@ -63,18 +63,18 @@ class ResultRow:
     train_seconds_per_epoch: float
     epochs: float
     speedup_over_full: float | None
-    """Full fine-tuning's seconds per epoch over this run's; None where no run with cut 0 is there to compare."""
+    """Seconds per epoch of full fine-tuning over those of this run; None without a run of cut 0."""
     speedup_over_frozen: float | None
-    """Seconds per epoch of the same training with the frozen prefix run each time, over this run's; None where `encode`
-    did not time the prefix."""
+    """Seconds per epoch with the frozen prefix run every time, over those of this run; None if `encode` did not time the
+    prefix."""
     break_even_epoch: int | None
-    """First epoch after which encode + training took less time than training with the frozen prefix run each time."""
+    """First epoch after which encode + training took less time than training with the frozen prefix run every time."""
     bounded: list[str]
-    """Speed-ups that are what the operations before and after the cut allow, because more was timed."""
+    """Speed-ups replaced by the bound from operation counts, because the measured ones exceed it."""
 
 
 def summarise(runs: Sequence[Run], costs: Mapping[str, CutCost]) -> list[ResultRow]:
-    """Return a row per cut and settings, in the order of the recycled share; `costs` by the text of the cut."""
+    """Return a row per cut and settings, ordered by the recycled share; `costs` are by cut, as text."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.recycled, settings(run))):
         groups.setdefault((settings(run), str(run.cut)), []).append(run)
@@ -136,7 +136,7 @@ def _row(group: Sequence[Run], cost: CutCost, full: Sequence[Run] | None) -> Res
 
 
 def _allowed(run: Run, cost: CutCost) -> tuple[float | None, float | None]:
-    """Return the speed-ups over full fine-tuning and over frozen layers that the operations allow; None: any."""
+    """Return the bounds from operation counts of the speed-ups over full fine-tuning and frozen layers; None: unknown."""
     if cost.flops_before is None or cost.flops_after is None:
         return None, None
     adapts = run.made_of.get("train", {}).get("adapter") is not None

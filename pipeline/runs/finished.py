@@ -24,11 +24,11 @@ class FinishedRun(Tower):
     """
 
     legend: Sequence[Any]
-    """What its outputs mean, as they did when it was trained."""
+    """The meaning of its outputs, from when it was trained."""
 
 
 def towers_of(project: Project, name: str) -> list[str | None]:
-    """Return how the encoders of the run `name` are called: [None] where there is one."""
+    """Return the tower names of the run `name`; [None] if it has one encoder."""
     return [part.tower for part in project.overridden(read_run(project, name).overrides).parts]
 
 

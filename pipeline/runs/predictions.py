@@ -1,4 +1,4 @@
-"""Predictions of samples, and the file they go to: Parquet or JSON lines, a row for each input."""
+"""Predictions of samples, and the output file: Parquet or JSON lines, a row for each input."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pipeline.tasks import Column, Kind
 
 _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float32(), bool: pa.bool_()}
 DESCRIBED = pa.schema([("source", pa.string()), ("key", pa.string()), ("reason", pa.string())])
-"""What is said of each input: where it comes from, its key in hex, and what is wrong with a bad one."""
+"""Columns of every output: the source of the input, its key in hex, and the reason if it is bad."""
 FORMATS = (".parquet", ".jsonl")
 
 
 class Predictions:
-    """Predictions by the number of the row that they are for."""
+    """Predictions by row number, held until they are written."""
 
     def __init__(self, kinds: Mapping[str, Kind]) -> None:
-        """Begin with none; `kinds` are the columns."""
+        """Start empty; `kinds` are the columns."""
         self.schema = pa.schema([(name, _type(kind)) for name, kind in kinds.items()])
         self._rows, self._table = np.empty(0, np.int64), self.schema.empty_table()
         self._added: list[tuple[np.ndarray, Mapping[str, Column]]] = []
 
     def add(self, rows: np.ndarray, columns: Mapping[str, Column]) -> None:
-        """Take in the predictions of `rows` (B,) int64."""
+        """Add the predictions of `rows` (B,) int64."""
         self._added.append((rows, columns))
 
     def take(self, rows: np.ndarray) -> pa.Table:
@@ -41,16 +41,16 @@ class Predictions:
         return self._table.take(pa.array(places, mask=places < 0)).cast(self.schema)
 
     def keep(self, rows: np.ndarray) -> None:
-        """Forget all but `rows`, of those that are there."""
+        """Drop the predictions of all rows except `rows`."""
         self._settle()
         rows = rows[self._places(rows) >= 0]
         self._table = self.take(rows)
         self._rows = rows
 
     def _settle(self) -> None:
-        """Make one table of what was added: thousands of columns cost more by the piece than by the value."""
+        """Concatenate what was added into one table: many small columns are slow."""
         if self._added:
-            columns = [_joined([columns[name] for _, columns in self._added]) for name in self.schema.names]
+            columns = [_concatenated([columns[name] for _, columns in self._added]) for name in self.schema.names]
             arrays = [_array(values, field.type) for values, field in zip(columns, self.schema, strict=True)]
             table = pa.table(arrays, self.schema.names)
             kept = [self._table, table.cast(self.schema)] if len(self._rows) else [table]
@@ -59,7 +59,7 @@ class Predictions:
             self._added.clear()
 
     def _places(self, rows: np.ndarray) -> np.ndarray:
-        """Return (n,) int64: where each of `rows` lies, -1 where it does not."""
+        """Return the index of each of `rows` in the table, (n,) int64; -1 if it is absent."""
         if not len(self._rows):
             return np.full(len(rows), -1, np.int64)
         order = np.argsort(self._rows)
@@ -73,22 +73,22 @@ def described(sources: Sequence[str], keys: Sequence[str | None], reasons: Seque
     return pa.table([readable, keys, reasons], schema=DESCRIBED)
 
 
-def joined(schemas: Sequence[pa.Schema]) -> pa.Schema:
+def merged_schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
     """Return the columns of all `schemas`, in their order."""
     return pa.schema([field for schema in schemas for field in schema])
 
 
 def check_format(path: Path) -> None:
-    """Raise ConfigError unless the name of `path` says in which format predictions are to be written."""
+    """Raise ConfigError unless the suffix of `path` is that of a known format."""
     if path.suffix not in FORMATS:
         raise ConfigError(f"--output is {str(path)!r}; expected a name that ends in {' or '.join(FORMATS)}")
 
 
 @contextmanager
 def open_output(path: Path, schema: pa.Schema) -> Iterator[Callable[[Sequence[pa.Table]], None]]:
-    """Give a function that appends rows to the file at `path`, which appears at the end, whole or not at all.
+    """Give a function that appends rows to the file at `path`, which is renamed into place at the end.
 
-    It takes their columns in as many tables as they come in, which have the fields of `schema` in its order.
+    The function takes the columns as one or more tables, which together have the fields of `schema` in its order.
     """
 
     def side_by_side(tables: Sequence[pa.Table]) -> pa.Table:
@@ -111,7 +111,7 @@ def open_output(path: Path, schema: pa.Schema) -> Iterator[Callable[[Sequence[pa
 
 
 def _all_but_floats(schema: pa.Schema) -> list[str]:
-    """Return the Parquet columns that are no floats: packing these takes longer than writing them, and saves 8 %."""
+    """Return the Parquet columns to compress, all but floats: compressing these is slow and saves 8 %."""
     with pa.BufferOutputStream() as file:
         pa.parquet.write_table(schema.empty_table(), file)
         columns = pa.parquet.ParquetFile(pa.BufferReader(file.getvalue())).schema
@@ -130,17 +130,17 @@ def _type(kind: Kind) -> pa.DataType:
     return _TYPES[kind]
 
 
-def _joined(batches: Sequence[Column]) -> Column:
-    """Return the values of all batches in one; lists of a length that differs between batches become a list of them."""
+def _concatenated(batches: Sequence[Column]) -> Column:
+    """Concatenate the values of all batches; arrays of rows whose length differs between batches become a list."""
     if all(isinstance(batch, np.ndarray) for batch in batches) and len({np.shape(batch)[1:] for batch in batches}) == 1:
         return np.concatenate([np.asarray(batch) for batch in batches])
     return [value for batch in batches for value in batch]
 
 
 def _array(values: Column, of: pa.DataType) -> pa.Array:
-    """Return a column as Arrow has it; arrays are not taken apart into Python's objects.
+    """Convert a column to Arrow without creating Python objects.
 
-    Lists of one length are of a type of their own, whose rows are taken ten times as fast.
+    Lists of equal length get Arrow's fixed-size list type, whose rows are read ten times as fast.
     """
     if not isinstance(values, np.ndarray) or values.ndim < 2:
         return pa.array(values, of)

@@ -1,7 +1,7 @@
-"""Finished runs: where each lies, what it was made of, and whether that still holds.
+"""The record of a finished run: its files, its identity, and whether it is current.
 
-Run NAME lies in results/runs/NAME: `model.safetensors` is what was trained, `run.json` what was measured and which
-settings replaced those of params.yaml.
+The run NAME is in results/runs/NAME: `model.safetensors` has the trained weights, `run.json` the scores, and the settings
+that replaced those of params.yaml.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from pipeline.tasks import open_task
 log = logging.getLogger("recycle")
 
 STORE = "encode.store"
-"""The setting that says where states lie, and decides nothing about a run."""
+"""The setting of the store's location, which does not affect a run."""
 FILE = "run.json"
 WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `train` measured in one run; the fields of `run.json`."""
+    """One finished run: the fields of `run.json`."""
 
     name: str
     cut: float | int | str
     overrides: Mapping[str, Any]
     """Settings that replaced those of params.yaml, as in {"train.seed": 1}."""
     identity: str
-    """Digest of all that decided the run."""
+    """Digest of everything that decides the run."""
     settings: Mapping[str, Any]
-    """What the trained model must be read with: the settings of its network and of its head."""
+    """Settings of the network and of the head, needed to load the weights."""
     recycled: float
-    """Share of the blocks before the cut, 0..1; of several towers the smallest."""
+    """Share of the blocks before the cut, 0..1; the smallest of several towers."""
     metric: str
     value: float
     initial: float
@@ -53,18 +53,18 @@ class Run:
     train_seconds_per_epoch: float
     history: list[dict[str, float]]
     legend: list[Any] = field(default_factory=list)
-    """What the model's outputs mean: the task reads them with it."""
+    """Meaning of the outputs, such as class names; read by the task."""
     made_of: Mapping[str, Any] = field(default_factory=dict)
-    """What `identity` is the digest of: settings, samples and stores; empty in runs of earlier versions."""
+    """The settings, samples and stores that `identity` digests; empty in runs of earlier versions."""
 
 
 def run_name(project: Project, cut: CutName) -> str:
-    """Return what a run is called where it is not said: the cut and the values that replace those of params.yaml.
+    """Return the default name of a run: the cut and the values that replace those of params.yaml.
 
-    Where the states lie changes nothing about a run.
+    The location of the store is not part of it.
 
     Raises:
-        ConfigError: a run is called so already that gave these values to other settings.
+        ConfigError: a run of this name gave these values to other settings.
     """
     own = _replaced(project.overrides)
     name = "-".join(map(str, [cut, *own.values()]))
@@ -104,8 +104,8 @@ def identity(made_of: Mapping[str, Any]) -> str:
 
 
 def settings(project: Project, table: SampleTable) -> dict[str, JSON]:
-    """Return the settings that a trained model must be read with: those of its network, and its head but for the size,
-    which the labels decide; of several towers those of each.
+    """Return the settings needed to load a trained model: those of the network and of the head, without its size, which
+    the labels decide; with towers, those of each tower.
     """
     if project.towers.is_set and project.tower is None:
         return {str(part.tower): settings(part, table) for part in project.parts}
@@ -122,10 +122,10 @@ def write_run(project: Project, run: Run) -> None:
 
 
 def read_run(project: Project, name: str) -> Run:
-    """Return the run called `name`.
+    """Return the run `name`.
 
     Raises:
-        DataError: there is none, or another version of this program wrote it; the message names those there are.
+        DataError: it does not exist, or another version wrote it; the message names the existing runs.
     """
     file = project.run_path(name) / FILE
     if not file.exists():
@@ -140,10 +140,10 @@ def read_run(project: Project, name: str) -> Run:
 
 
 def current_runs(project: Project) -> list[Run]:
-    """Return the finished runs that today's settings, samples and stores would give again; log why others are not.
+    """Return the finished runs whose settings, samples and stores are current; log why others are left out.
 
     Raises:
-        DataError: there is none; the message names the reasons.
+        DataError: no run is current; the message has the reasons.
     """
     kept, left_out = list[Run](), list[str]()
     for file in sorted(_files(project)):
@@ -175,12 +175,12 @@ def _files(project: Project) -> list[Path]:
 
 
 def _replaced(overrides: Mapping[str, JSON]) -> dict[str, JSON]:
-    """Return the overrides that make a run another one."""
+    """Return the overrides that distinguish runs."""
     return {setting: value for setting, value in overrides.items() if setting != STORE}
 
 
 def _difference(project: Project, run: Run) -> str | None:
-    """Say in what today's settings, samples and stores differ from those that `run` was made of; None: in nothing."""
+    """Return how the current settings, samples and stores differ from those of `run`; None if they do not."""
     if str(run.cut) not in map(str, project.encode.cuts):
         return f"its cut {run.cut} is not among encode.cuts"
     try:
@@ -193,7 +193,7 @@ def _difference(project: Project, run: Run) -> str | None:
 
 
 def _changed(then: Mapping[str, Any], today: Mapping[str, Any]) -> str:
-    """Say what has changed since a run was made of `then`, which earlier versions did not write."""
+    """Return what has changed since `then`, which is empty in runs of earlier versions."""
     if not then:
         return "it was made of other settings, samples or stores; train it again"
     if then["stores"] != today["stores"]:

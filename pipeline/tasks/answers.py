@@ -72,13 +72,13 @@ class Answers(Task):
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"question": str, "answer": str, "start": int, "end": int, "margin": float}
 
-    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         """Return the best answer in each window, where it lies in it, and how far it is preferred to "no answer here".
 
         A question's answer is the one with the largest margin among its windows.
         """
-        found = best_answers(output, asked.extras["chars"], self.max_answer)
-        rows = asked.look_up()
+        found = best_answers(output, context.extras["chars"], self.max_answer)
+        rows = context.look_up()
         windows = [str(row["window"]) for row in rows]
         return {
             "question": [str(row["question"]) for row in rows],

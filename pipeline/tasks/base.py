@@ -195,7 +195,7 @@ class Task(ABC):
         """Return the columns of `predictions`."""
         return {"output": [float]}
 
-    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         """Return what the model's `output` for a batch of B samples says, by column.
 
         `legend` is the run's. Here: the numbers of the output as they come.

@@ -89,7 +89,7 @@ class Classification(OfClasses):
         each: Kind = {str(label): float for label in legend}
         return {"label": type(legend[0]), "probability": float, "probabilities": each}
 
-    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         probabilities_BC = read_tensor(output).float().softmax(-1).cpu()
         highest_B, number_B = probabilities_BC.max(-1)
         return {
@@ -133,8 +133,8 @@ def refuse_unseen(labels: list[Any]) -> None:
     """
     if labels:
         names = sorted(set(labels))
-        told = ", ".join(map(repr, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
+        shown = ", ".join(map(repr, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
         raise DataError(
-            f"{len(labels)} held-out samples have {len(names)} labels that training lacks ({told}); "
+            f"{len(labels)} held-out samples have {len(names)} labels that training lacks ({shown}); "
             "add training samples of them, leave them out, or set another data.seed or data.validation"
         )

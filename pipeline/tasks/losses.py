@@ -161,8 +161,8 @@ def choose_loss(name: str, distance: str) -> LossSpec:
 
 def make_distance(name: str) -> nn.Module:
     """Return `task.distance`: embeddings (B, D) and (R, D) -> how far, or how similar, each two are, (B, R)."""
-    made: nn.Module = _DISTANCES[name]()
-    return made
+    module: nn.Module = _DISTANCES[name]()
+    return module
 
 
 def make_loss(name: str, options: Mapping[str, Any], distance: str, *, labels: int = 0, width: int = 0) -> nn.Module:
@@ -184,10 +184,10 @@ def make_miner(
     Raises:
         ConfigError: there is no such miner, or it does not take these options or this distance.
     """
-    brought = _LOSSES[loss].miner
+    default = _LOSSES[loss].miner
     if name is None:
-        return None if brought is None else _make(_MINERS[brought[0]], {}, distance, "task.miner_options", brought[1])
-    if brought is not None:
+        return None if default is None else _make(_MINERS[default[0]], {}, distance, "task.miner_options", default[1])
+    if default is not None:
         raise ConfigError(f"task.miner is {name!r}; {loss} brings its own: remove it, or set task.loss to contrastive")
     choice = _choose(_MINERS, name, distance, "miner")
     margin = {**_LOSSES[loss].defaults, **loss_options}.get("margin")
@@ -221,10 +221,10 @@ def _make(
         measure = make_distance(distance)
         given |= {"distance": measure, **(_MARGINS_OF_SIMILARITY.get(choice.make, {}) if measure.is_inverted else {})}
     try:
-        made: nn.Module = choice.make(**{**given, **options, **others})
+        module: nn.Module = choice.make(**{**given, **options, **others})
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"{setting} is {dict(options)}; {choice.make.__name__} does not take it: {error}") from error
-    return made
+    return module
 
 
 def _expected(option: str, default: object, value: object) -> str | None:

@@ -85,7 +85,7 @@ class MultiLabel(OfClasses):
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"labels": [type(legend[0])], "probabilities": {str(label): float for label in legend}}
 
-    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         probabilities_BC = read_tensor(output).float().sigmoid().cpu().numpy()
         given = [[legend[number] for number in np.flatnonzero(one > GIVEN).tolist()] for one in probabilities_BC]
         return {"labels": given, "probabilities": probabilities_BC}

@@ -62,13 +62,13 @@ class Regression(Task):
         training_NK = self._numbers(table)[table.split == "train"]
         if not len(training_NK):
             raise DataError("the training split has no sample; regression needs two or more")
-        mean, deviation = training_NK.mean(0), training_NK.std(0)
+        mean, std = training_NK.mean(0), training_NK.std(0)
         if (flat := np.flatnonzero(training_NK.min(0) == training_NK.max(0))).size:
             raise DataError(
                 f"the number {training_NK[0, flat[0]]} (column {flat[0]}) is the same in all {len(training_NK)} "
                 "training samples; regression needs numbers that differ"
             )
-        return mean, deviation
+        return mean, std
 
     def _numbers(self, table: Table) -> np.ndarray:
         """Return the numbers of every row, (N, K) float64; texts are read as numbers."""
@@ -101,16 +101,16 @@ class Regression(Task):
 
     def legend(self, table: Table) -> list[Any]:
         """Return mean and standard deviation of each number: what an output of 0 and a step of 1 are in its unit."""
-        mean, deviation = self.units_of(table)
-        return [{"mean": float(one), "std": float(other)} for one, other in zip(mean, deviation, strict=True)]
+        mean, std = self.units_of(table)
+        return [{"mean": float(one), "std": float(other)} for one, other in zip(mean, std, strict=True)]
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"value": float if len(legend) == 1 else [float]}
 
-    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         standard_BK = read_tensor(output).double().cpu().numpy().reshape(-1, len(legend))
-        mean, deviation = (np.array([one[name] for one in legend]) for name in ("mean", "std"))
-        values_BK = standard_BK * deviation + mean
+        mean, std = (np.array([one[name] for one in legend]) for name in ("mean", "std"))
+        values_BK = standard_BK * std + mean
         return {"value": values_BK[:, 0] if len(legend) == 1 else values_BK}
 
     def metrics(self) -> Metrics:

@@ -52,8 +52,8 @@ class RetrievalScores:
     def compute(self) -> dict[str, float]:
         if not self._queries:
             return dict.fromkeys(retrieval_scores(self._precision_at), float("nan"))
-        references = _joined(self._references) if self._references else (None, None)
-        return rank(*_joined(self._queries), *references, distance=self._distance, precision_at=self._precision_at)
+        references = _cat(self._references) if self._references else (None, None)
+        return rank(*_cat(self._queries), *references, distance=self._distance, precision_at=self._precision_at)
 
     def reset(self) -> None:
         self._queries: list[tuple[Tensor, Tensor]] = []
@@ -163,7 +163,7 @@ def _ready(embeddings: Tensor, measure: Any) -> Tensor:
     return ready
 
 
-def _joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _cat(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return embeddings and groups of all batches, which the list holds as one from now on."""
     embeddings, groups = zip(*batches, strict=True)
     batches[:] = [(torch.cat(embeddings), torch.cat(groups))]

@@ -80,8 +80,8 @@ class Similarity(Task):
                 self._loss = self._make_loss(labels=labels, width=self._width("task.loss", config.loss))
         if config.memory is not None and self._memories is None:
             width = self._width("task.memory", config.memory)
-            made = [Memory(self._loss, width, config.memory, self._miner) for _ in range(sides)]
-            self._memories = nn.ModuleList(made)
+            memories = [Memory(self._loss, width, config.memory, self._miner) for _ in range(sides)]
+            self._memories = nn.ModuleList(memories)
 
     def _width(self, setting: str, value: object) -> int:
         width = self.width or last_width(self.config.layers)
@@ -141,7 +141,7 @@ class Similarity(Task):
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"embedding": [float]}
 
-    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         return {"embedding": read_tensor(output).float().cpu().numpy()}
 
 

@@ -69,9 +69,9 @@ class Tagging(Task):
         if not types[True]:
             raise DataError("the training split has no entity, every word is tagged O; tagging needs some")
         if unseen := sorted(types[False] - types[True]):
-            told = ", ".join(map(repr, unseen[:NAMED])) + (", ..." if len(unseen) > NAMED else "")
+            shown = ", ".join(map(repr, unseen[:NAMED])) + (", ..." if len(unseen) > NAMED else "")
             raise DataError(
-                f"held-out samples have {len(unseen)} types of entities that training lacks ({told}); "
+                f"held-out samples have {len(unseen)} types of entities that training lacks ({shown}); "
                 "add training samples of them, leave them out, or set another data.seed or data.validation"
             )
         return [OUTSIDE, *(f"{place}-{kind}" for kind in sorted(types[True]) for place in "BI")]
@@ -98,9 +98,9 @@ class Tagging(Task):
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"tags": [str]}
 
-    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         """Return the tag of each word; those at the end of a text that was cut off have none."""
-        word_BT = asked.extras["word"].cpu()
+        word_BT = context.extras["word"].cpu()
         words_B = word_BT.amax(1) + 1
         best_BT = read_tensor(output).float().argmax(-1).cpu()
         best_BW = at_words(best_BT, word_BT, int(words_B.max()), list(legend).index(OUTSIDE))

@@ -119,5 +119,5 @@ def object_path(md5: str) -> str:
 
 def _reason(error: Exception) -> str:
     """What an error says of itself without quoting a server: that may repeat what was signed."""
-    said = getattr(error, "strerror", None) or getattr(error, "reason", None)
-    return f"{type(error).__name__}: {said}" if isinstance(said, str) else type(error).__name__
+    message = getattr(error, "strerror", None) or getattr(error, "reason", None)
+    return f"{type(error).__name__}: {message}" if isinstance(message, str) else type(error).__name__

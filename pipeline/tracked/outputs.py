@@ -146,7 +146,7 @@ def open_tracked(url: str, sizes: Path) -> Tracked:
             files = files_of(objects.fs, objects.path, str(name))
             return Tracked(place, str(name), files, _below(prefix, _listed(place, folder, files, str(name))), sizes)
     except (DvcException, RemoteMissingDepsError, BadRemote) as error:
-        raise ConfigError(f"{url}: {_told(error, place)}") from None
+        raise ConfigError(f"{url}: {_message(error, place)}") from None
 
 
 def _output(repo: Any, place: Place) -> tuple[str, str, str | None, str]:
@@ -192,7 +192,7 @@ def _below(prefix: str, found: Mapping[str, str]) -> dict[str, str]:
     return {path.removeprefix(start): md5 for path, md5 in found.items() if path.startswith(start)}
 
 
-def _told(error: Exception, place: Place) -> str:
+def _message(error: Exception, place: Place) -> str:
     """Say in one line what DVC found wrong, and what to do."""
     from dvc.config import NoRemoteError, RemoteNotFoundError  # noqa: PLC0415
     from dvc.exceptions import NotDvcRepoError, OutputNotFoundError  # noqa: PLC0415

@@ -178,12 +178,12 @@ def _targets(suffix: Suffix, called: set[str], config: AdapterConfig, fresh: fro
     There may be none where nothing but normalisation and fresh layers comes after the cut.
     """
     held = Counter(id(item) for _, item in suffix.named_parameters(remove_duplicate=False))
-    alone = {name for name, item in suffix.named_parameters() if held[id(item)] == 1}
-    layers = {path: module for path, module in suffix.named_modules() if f"{path}.weight" in alone - fresh}
+    unshared = {name for name, item in suffix.named_parameters() if held[id(item)] == 1}
+    layers = {path: module for path, module in suffix.named_modules() if f"{path}.weight" in unshared - fresh}
     kinds = _kinds(config)
     known = [path for path, module in layers.items() if path in called and _can_adapt(module, kinds)]
     pretrained = [path for path, module in layers.items() if module.get_parameter("weight").dim() > 1]
-    if not known and (pretrained or config.targets or not fresh & alone):
+    if not known and (pretrained or config.targets or not fresh & unshared):
         others = sorted({type(module).__name__ for module in layers.values()})
         raise TrainError(
             f"train.adapter is {config.kind}, which adapts {', '.join(kind.__name__ for kind in kinds)}; after "

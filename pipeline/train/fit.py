@@ -1,8 +1,8 @@
-"""Flow 2: store + sample table -> order -> loader -> suffix -> loss -> metrics.
+"""The inner flow of train: batches -> suffix -> loss -> optimizer -> metrics, epoch by epoch.
 
-`fit` takes iterables of batches, not a store: the loop knows nothing of where states come from. `accelerate` drives
-device, precision and checkpoints; a killed run goes on from its last whole epoch and ends with the weights it would
-have had. Of several processes each runs it, and the main one writes.
+`fit` takes iterables of batches, not a store. `accelerate` drives device, precision and checkpoints; a killed run
+resumes after its last complete epoch and ends with the weights of an uninterrupted run. Every process of a run calls
+`fit`; the main one writes.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ log = logging.getLogger("recycle")
 
 @dataclass
 class Summary:
-    """What a finished run reports."""
+    """The result of a training run."""
 
     metric: str
-    """Name of the task's leading validation metric."""
+    """Name of the validation metric that selects the best epoch."""
     value: float
-    """That metric for the weights the run ended with."""
+    """Its value for the weights that the run keeps."""
     initial: float
-    """That metric before any training: what the pretrained network does by itself."""
+    """Its value before training."""
     best_epoch: int
     """Epoch these weights come from, counted from 1."""
     train_seconds_per_epoch: float
-    """Median over the epochs; validation and checkpoints are not in it."""
+    """Median over the epochs, without validation and checkpoints."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Per epoch: training loss, validation metrics, seconds."""
 
@@ -65,9 +65,9 @@ class Batches(Iterable[Batch], Sized, Protocol):
 
 
 def open_accelerator(config: TrainConfig) -> Accelerator:
-    """Return what drives device, precision and processes.
+    """Return the accelerator for device, precision and processes, and seed the random numbers of this process.
 
-    A batch is shared out among processes (`split_batches`), so that a schedule has as many steps as of one.
+    A batch is divided among processes (`split_batches`), so that a schedule has as many steps as with one process.
 
     Raises:
         ConfigError: there are more processes than units in a step, or the CPU cannot compute in `config.precision`.
@@ -101,10 +101,10 @@ def fit(
     fresh: frozenset[str] = frozenset(),
     weights: Callable[[nn.Module], dict[str, Tensor]] = nn.Module.state_dict,
 ) -> Summary:
-    """Train `suffix` and leave its weights in `out/model.safetensors`, its curves beside them.
+    """Train `suffix`; write its weights to `out/model.safetensors` and its curves beside them.
 
-    A run that was killed is continued from `checkpoint`, the folder of this run and no other; it is removed at the end.
-    `fresh` names the suffix's parameters that were not pretrained; `weights` returns what is kept of a suffix.
+    A killed run resumes from `checkpoint`, a folder of this run only, which is removed at the end. `fresh` names the
+    parameters of the suffix that were not pretrained; `weights` returns the tensors of a suffix to keep.
     """
     writes = accelerator.is_main_process
     objective = Objective(suffix, task)

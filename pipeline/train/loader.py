@@ -26,10 +26,10 @@ Order: TypeAlias = Sequence[np.ndarray] | Callable[[int], Sequence[np.ndarray]]
 """The batches of every epoch, or a function of the epoch; a batch is rows of the sample table."""
 
 View: TypeAlias = Callable[[int], np.ndarray]
-"""Which view of each row of the sample table an epoch takes, (N,) int64."""
+"""A function of the epoch: the view to take of each row of the sample table, (N,) int64."""
 
 DEVICE_SHARE = 0.5
-"""Share of the free device memory that "auto" gives to the store; weights, gradients and optimizer need the rest."""
+"""Share of the free device memory that "auto" uses for states; weights, gradients and optimizer need the rest."""
 PREFETCHED = 2
 
 
@@ -49,8 +49,8 @@ class Batch:
         inputs: the suffix's other inputs, each (B, ...); those in floating point have a shape and no values.
         targets: each (B, ...), in the order of the samples; with them the extras that the store has of them.
         rows: (B,) int64, the samples' rows in the sample table; always on the CPU.
-        places: for each of several processes, where its samples are among those of the whole step, (B,) int64.
-        fill: what targets are padded with, by name, where they are ragged and it is not 0.
+        places: for each of several processes, the indices of its samples in the whole step, (B,) int64.
+        padding: what targets are padded with, by name, where they are ragged and it is not 0.
     """
 
     state: State
@@ -58,7 +58,7 @@ class Batch:
     targets: dict[str, Tensor]
     rows: Tensor
     places: Sequence[np.ndarray] = ()
-    fill: Mapping[str, float] = field(default_factory=dict)
+    padding: Mapping[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; from page-locked memory the copy does not wait."""
@@ -118,8 +118,8 @@ def choose_source(
 class Loader:
     """The batches of an epoch; can be iterated again and again.
 
-    Within a batch, samples come in the order of the store, state, inputs, targets and rows alike. Of several processes
-    each has a loader of its own, which gives its share of every batch.
+    Within a batch, samples are in the order of the store. Each of several processes has its own loader, which yields
+    its share of every batch.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Loader:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that is iterated, and the batch it starts at (a run that goes on where it was stopped)."""
+        """Choose the epoch of the next iteration, and its first batch (for a run that resumes within an epoch)."""
         whole = self._batches(epoch) if callable(self._batches) else self._batches
         if not 0 <= start <= len(whole):
             raise TrainError(f"start is {start}; epoch {epoch} has {len(whole)} batches; choose one of them")
@@ -191,7 +191,7 @@ class Loader:
             yield batch.to(self.device) if self.device.type != "cpu" else batch
 
     def _arrived(self) -> Iterator[np.ndarray]:
-        """Yield the rows of each batch once its segments are at hand, if they are to be brought ahead."""
+        """Yield the rows of each batch, once its segments are local if they are fetched in advance."""
         if not self._read_ahead or not isinstance(self.source, Reader):
             yield from self._epoch
             return
@@ -204,7 +204,7 @@ class Loader:
                 yield rows
 
     def _share(self, place_of_row: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return this process's share of the rows of a batch, and where in it the share of each process is."""
+        """Return this process's share of the rows of a batch, and the indices of each process's share."""
         by_place = np.argsort(self._codes[place_of_row[rows]], kind="stable")
         places = shares(len(rows), self._world)
         return rows[by_place[places[self._rank]]], places
@@ -240,7 +240,7 @@ def _checked_target(name: str, values: Prepared, n_rows: int) -> Prepared:
 
 
 def _ahead(read: Callable[[np.ndarray], Batch], batches: Iterable[np.ndarray], depth: int) -> Iterator[Batch]:
-    """Yield `read` of each batch, in order; with a `depth` that many are read by a thread before they are asked for."""
+    """Yield `read(rows)` of each batch, in order; a thread reads up to `depth` batches in advance."""
     if depth == 0:
         yield from map(read, batches)
         return
@@ -259,7 +259,7 @@ def _ahead(read: Callable[[np.ndarray], Batch], batches: Iterable[np.ndarray], d
 
 
 def can_pin(device: torch.device) -> bool:
-    """Say whether copies to `device` gain from page-locked memory: it is an accelerator, whose backend has some."""
+    """Return whether `device` is an accelerator whose backend supports page-locked memory."""
     if device.type == "cpu":
         return False
     try:
@@ -269,6 +269,6 @@ def can_pin(device: torch.device) -> bool:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Return the free memory of `device` in bytes, 0 where its backend does not tell: "auto" then stays on the host."""
-    tell = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return 0 if tell is None else int(tell(device)[0])
+    """Return the free memory of `device` in bytes, 0 where it is unknown: "auto" then keeps states on the host."""
+    mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return 0 if mem_get_info is None else int(mem_get_info(device)[0])

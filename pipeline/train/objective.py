@@ -1,4 +1,4 @@
-"""A batch -> its loss, batches -> their scores: of the samples of all processes, as one process would have them."""
+"""Loss of a batch and metrics of many, over the samples of all processes, as a single process computes them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipeline.train import processes
 from pipeline.train.loader import Batch
 
 ONE_VALUE = "more than 1 value per channel"
-"""In the message of torch's batch norms, all of which check this."""
+"""Part of the message of torch's batch norms on a single value."""
 
 
 class Objective(nn.Module):
-    """Batch -> loss: the one module that is trained, with the loss's own parameters where it has any."""
+    """The module that is trained: batch -> loss, with the parameters of the loss if it has any."""
 
     def __init__(self, suffix: nn.Module, task: Task) -> None:
         super().__init__()
@@ -28,16 +28,16 @@ class Objective(nn.Module):
         self.loss = task.loss_module
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the mean loss of `batch`, a scalar: of the shares of all processes, the same on each."""
+        """Return the mean loss of a step, a scalar, over the shares of all processes and the same on each."""
         output, targets = of_all_processes(self.suffix(batch.state, **batch.inputs), batch)
         loss: Tensor = self.task.loss(output, targets)
         return loss
 
 
 def trains_on_one(suffix: nn.Module, batch: Batch) -> bool:
-    """Say whether a step of `suffix` in training mode can have the one sample of `batch`, on the CPU.
+    """Return whether `suffix` can run in training mode on the single sample of `batch`, on the CPU.
 
-    It cannot where a batch norm would take statistics of a single value. Nothing of `suffix` is changed.
+    It cannot where a batch norm would compute statistics of a single value. `suffix` is not changed.
     """
     before = {name: buffer.clone() for name, buffer in suffix.named_buffers()}
     try:
@@ -70,9 +70,9 @@ def evaluate(suffix: nn.Module, task: Task, batches: Iterable[Batch], accelerato
 
 
 def of_all_processes(output: Any, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
-    """Return the outputs and the targets of all processes' shares of a step, in the order that one process has them.
+    """Return the outputs and the targets of a step of all processes, in the order of a single process.
 
-    Of an output, these are its tensors with a row per sample; anything else stays this process's own.
+    Tensors of the output with a row per sample are gathered; everything else stays that of this process.
     """
     if len(batch.places) < 2:
         return output, batch.targets
@@ -82,7 +82,7 @@ def of_all_processes(output: Any, batch: Batch) -> tuple[Any, dict[str, Tensor]]
 
     own: list[Tensor] = []
     recursively_apply(own.append, output, test_type=has_rows)
-    fill = [0.0] * len(own) + [batch.fill.get(name, 0.0) for name in batch.targets]
-    joined = iter(processes.gather([*own, *batch.targets.values()], batch.places, fill))
-    output = recursively_apply(lambda _: next(joined), output, test_type=has_rows)
-    return output, dict(zip(batch.targets, joined, strict=True))
+    padding = [0.0] * len(own) + [batch.padding.get(name, 0.0) for name in batch.targets]
+    gathered = iter(processes.gather([*own, *batch.targets.values()], batch.places, padding))
+    output = recursively_apply(lambda _: next(gathered), output, test_type=has_rows)
+    return output, dict(zip(batch.targets, gathered, strict=True))

@@ -1,4 +1,4 @@
-"""What an optimiser is given: groups of parameters, and the course of their learning rates."""
+"""Parameter groups of the optimizer, and the schedule of their learning rates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig, fresh: frozenset[str
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
-    """Return the learning rate's course over so many steps."""
+    """Return the learning-rate schedule over `steps` steps."""
     warmup = round(config.warmup * steps)
     rest = max(1, steps - warmup)
     after: LRScheduler

@@ -1,4 +1,4 @@
-"""Which rows are trained on at which step, in which view, by which process: pure functions of seed, epoch and sizes.
+"""The rows, the views and the processes of every step: pure functions of seed, epoch and sizes.
 
 A unit is a set of rows that stay together: one row for classification, anchor and positive for pairs.
 """
@@ -15,10 +15,10 @@ import numpy as np
 ViewOrder: TypeAlias = Literal["cycle", "random"]
 
 VIEWS = 1
-"""Keeps the draw of views apart from that of batches, which has the same seed and epoch."""
+"""Separates the random numbers for views from those for batches, which have the same seed and epoch."""
 
 POOLED_STEPS = 50
-"""Batches whose units are sorted by length together: more save more padding, fewer mix better."""
+"""Number of batches sorted by length together: more save padding, fewer mix better."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ def batches(
 
 
 def shares(count: int, world: int) -> list[np.ndarray]:
-    """Return for each of `world` processes which samples of a batch of `count` it has: places in it, int64.
+    """Return for each of `world` processes the indices of its samples in a batch of `count`, int64.
 
-    The shares are of consecutive samples and as even as can be. Where there are fewer samples than processes, some
-    have the same one: none is without.
+    Shares are consecutive and as even as possible. With fewer samples than processes, some processes share one: no
+    share is empty.
     """
     places = np.array_split(np.arange(count), world)
     return [own if len(own) or not count else np.array([rank % count]) for rank, own in enumerate(places)]
@@ -89,7 +89,7 @@ def shares(count: int, world: int) -> list[np.ndarray]:
 def views(n_rows: int, count: int, *, seed: int, epoch: int, how: ViewOrder) -> np.ndarray:
     """Return which of `count` views of each row this epoch takes, (n_rows,) int64, the same on every rank.
 
-    "cycle" takes view `epoch` mod `count` of all rows; "random" draws one for each row, whatever rows come after it.
+    "cycle" takes view `epoch` mod `count` of all rows; "random" draws one for each row, independent of later rows.
 
     Raises:
         ValueError: a size is out of its range.
@@ -111,7 +111,7 @@ def _windowed(window: Window, rng: np.random.Generator) -> np.ndarray:
 
 
 def _by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Sort each pool of an order by length, and put its batches in random order; what fills none stays at the end."""
+    """Sort each pool of an order by length and shuffle its batches; an incomplete batch stays at the end."""
     full = len(order) // batch_size * batch_size
     pools = []
     for begin in range(0, full, POOLED_STEPS * batch_size):

@@ -1,4 +1,4 @@
-"""What is trained, made ready for several processes: gradients and batch statistics are those of all samples."""
+"""A module prepared for training in several processes: gradients and batch statistics over all samples."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ log = logging.getLogger("recycle")
 
 
 def prepare(objective: Objective, batches: Iterable[Batch], accelerator: Accelerator) -> nn.Module:
-    """Return `objective` on its device; where there are several processes, its gradients are the mean of theirs.
+    """Return `objective` on its device; with several processes, its gradients are averaged over them.
 
-    `batches` are those that it will be trained on.
+    `batches` are the training batches.
     """
     to_device(objective, accelerator.device)
     if accelerator.num_processes > 1:
@@ -40,7 +40,7 @@ def prepare(objective: Objective, batches: Iterable[Batch], accelerator: Acceler
 
 
 def to_device(model: nn.Module, device: torch.device) -> None:
-    """Move `model` in place. What several of its modules share stays shared, also where moving makes new parameters."""
+    """Move `model` in place; shared parameters stay shared on backends that replace parameters when moving."""
     names: dict[int, list[str]] = {}
     for name, item in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(item), []).append(name)
@@ -51,9 +51,9 @@ def to_device(model: nn.Module, device: torch.device) -> None:
 
 
 def _leaves_parameters_out(objective: Objective, batch: Batch) -> bool:
-    """Say whether a step may leave a parameter without gradient: a pooler that nobody reads, a layer that is dropped.
+    """Return whether a step may leave a parameter without gradient: an unused pooler, or a dropped layer.
 
-    DDP must know, and pays for it by looking through every step.
+    DDP has to be told, and then searches the graph at every step.
     """
     if any(_drops_layers(module) for module in objective.modules()):
         return True
@@ -66,26 +66,26 @@ def _leaves_parameters_out(objective: Objective, batch: Batch) -> bool:
 
 
 def _drops_layers(module: nn.Module) -> bool:
-    """Say whether whole layers are left out at random, which transformers' settings call `layerdrop`."""
+    """Return whether whole layers are dropped at random (`layerdrop` in transformers)."""
     settings = vars(module) | getattr(getattr(module, "config", None), "__dict__", {})
     return any("layerdrop" in name and value for name, value in settings.items())
 
 
 def _share_statistics(module: nn.Module, device: torch.device) -> None:
-    """Have the batch norms that train take their statistics of all processes' samples, where torch can: not on CPUs."""
+    """Synchronise the statistics of trained batch norms over processes where torch can; it cannot on CPUs."""
     module.train()
     norms = [one for one in module.modules() if isinstance(one, _BatchNorm) and one.training]
-    alone = [one for one in norms if device.type == "cpu" or not _synchronise(one)]
-    if alone:
+    unsynchronised = [one for one in norms if device.type == "cpu" or not _synchronise(one)]
+    if unsynchronised:
         log.warning(
             "%d batch norms, such as %s, take the statistics of each process's own samples on %s: the run differs from "
             "that of one process",
-            *(len(alone), type(alone[0]).__name__, device.type),
+            *(len(unsynchronised), type(unsynchronised[0]).__name__, device.type),
         )
 
 
 def _synchronise(norm: Any) -> bool:
-    """Make a batch norm a synchronised one, in place: others hold on to it. Say whether there is one of its kind."""
+    """Turn a batch norm into a synchronised one in place; return whether its type has one."""
     for plain, synchronised in _kinds():
         if type(norm) is plain:
             norm.process_group = None  # that of all processes

@@ -1,7 +1,7 @@
-"""The processes that train one run, as `torchrun` or `accelerate launch` start them: who does what, what they exchange.
+"""The processes of one run, started by `torchrun` or `accelerate launch`: their ranks and what they exchange.
 
-Each process, by its rank, has a share of the samples of every step. What a step gives is put together on all of them,
-so that losses and scores are those of one process, whatever they compare. The main process alone writes.
+Each process has a share of the samples of every step. Outputs are gathered on all processes, so that losses and scores
+equal those of a single process. Only the main process writes.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ T = TypeVar("T")
 log = logging.getLogger("recycle")
 
 FAILED = "recycle/failed"
-"""Where the processes count those of them that met an error."""
+"""Key of the counter of processes that failed."""
 
 
 def state() -> PartialState:
-    """Return what accelerate knows of the processes; the first call of several meets the others.
+    """Return accelerate's state of the processes; the first call of each process waits for the others.
 
-    It must be told where there is no accelerator: else each process would take itself for the only one.
+    Without an accelerator, accelerate needs `cpu=True`, or each process takes itself for the only one.
     """
     return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def rank() -> int:
-    """Return which of the processes this is, counted from 0."""
+    """Return the rank of this process, from 0."""
     found: int = state().process_index
     return found
 
 
 def world() -> int:
-    """Return how many processes there are."""
+    """Return the number of processes."""
     found: int = state().num_processes
     return found
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Have what all processes run here appear as the work of one: it is logged once, and an error is told once.
+    """Log on rank 0 only, and report only the first failure.
 
-    The first process that meets an error raises it; the others, which cannot go on without it, exit with 1.
+    The first process that fails raises its error; the others, which cannot continue without it, exit with 1.
 
     Raises:
-        TrainError: another process was lost, and has not said why.
+        TrainError: another process was lost without a message.
     """
     if world() == 1:
         yield
@@ -82,7 +82,7 @@ def together() -> Iterator[None]:
 
 
 def on_main(compute: Callable[[], T]) -> T:
-    """Return on every process what `compute` gives on the main one, where alone it runs."""
+    """Run `compute` on the main process only; return its result on every process."""
     found = [compute() if rank() == 0 else None]
     if world() > 1:
         broadcast_object_list(found)
@@ -90,22 +90,21 @@ def on_main(compute: Callable[[], T]) -> T:
 
 
 def wait() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this."""
     state().wait_for_everyone()
 
 
-def gather(tensors: Sequence[Tensor], places: Sequence[np.ndarray], fill: Sequence[float]) -> list[Tensor]:
-    """Return the tensors (N, ...) of a step, of each of which every process has its share (B, ...).
+def gather(tensors: Sequence[Tensor], places: Sequence[np.ndarray], padding: Sequence[float]) -> list[Tensor]:
+    """Gather the tensors (N, ...) of a step, of which every process has its share (B, ...).
 
-    Shares that differ in further sizes are filled up with `fill`, a value per tensor. Gradients of a loss that all
-    processes compute of the result find their way back: with DDP, which takes the mean over processes, they are those
-    of one process.
+    Shares that differ in other sizes are padded with `padding`, one value per tensor. Gradients flow back to each
+    share: with DDP, which averages over processes, they equal those of a single process.
 
     Args:
         tensors: this process's shares, in the same order on every process.
-        places: for each process, where among the N samples its own are, (B,) int64; where several have a sample, the
-            first one counts.
-        fill: what stands where a share is smaller than another.
+        places: for each process, the indices of its samples among the N, (B,) int64; the first process with a sample
+            counts.
+        padding: value for each tensor where one share is smaller than another.
     """
     most = max(map(len, places))
     sizes = torch.tensor([size for tensor in tensors for size in tensor.shape[1:]])
@@ -113,22 +112,22 @@ def gather(tensors: Sequence[Tensor], places: Sequence[np.ndarray], fill: Sequen
         dist.all_reduce(sizes, dist.ReduceOp.MAX, group=_hosts())
     longest = iter(sizes.tolist())
     first = torch.from_numpy(np.unique(np.concatenate(places), return_index=True)[1])
-    joined = []
-    for tensor, value in zip(tensors, fill, strict=True):
+    gathered = []
+    for tensor, value in zip(tensors, padding, strict=True):
         parts = _Shares.apply(_padded(tensor, [most, *(next(longest) for _ in tensor.shape[1:])], value))
         whole = torch.cat([part[: len(own)] for part, own in zip(parts, places, strict=True)])
-        joined.append(whole[first.to(whole.device)])
-    return joined
+        gathered.append(whole[first.to(whole.device)])
+    return gathered
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give every process the main one's buffers: running statistics, which each takes of its own samples."""
+    """Copy the buffers of the main process to all others: running statistics differ between processes."""
     if world() > 1:
         broadcast([buffer for buffer in module.buffers() if buffer.is_contiguous()])
 
 
 class _Shares(torch.autograd.Function):
-    """The tensors of all processes, equal in shape."""
+    """All-gather of tensors of one shape, with gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -143,14 +142,14 @@ class _Shares(torch.autograd.Function):
 
 
 def _padded(tensor: Tensor, sizes: Sequence[int], value: float) -> Tensor:
-    """Return `tensor` filled up to `sizes` on the right."""
+    """Return `tensor` padded to `sizes` on the right."""
     missing = [(0, size - own) for size, own in zip(sizes, tensor.shape, strict=True)]
     return F.pad(tensor, [side for sides in reversed(missing) for side in sides], value=value).contiguous()
 
 
 @functools.cache
 def _hosts() -> dist.ProcessGroup:
-    """Return the group in which sizes are compared: off the accelerators, which need not be waited for."""
+    """Return a CPU process group to compare sizes, which does not synchronise accelerators."""
     return dist.new_group(backend="gloo")  # type: ignore[return-value]  # every process is in it
 
 

@@ -161,10 +161,10 @@ def _cached(loaded: LoadedModel, store: Views, suffix: Suffix, row: np.ndarray) 
 def _compare(full: Tensor, live: Tensor, cached: list[Tensor]) -> Parity:
     """Compare outputs; where they are as long as the batch is padded, up to the length that each sample has alone."""
     scale = full.abs().max().clamp(min=1e-12)
-    pairs = [(whole[tuple(map(slice, alone.shape))], alone) for whole, alone in zip(full, cached, strict=True)]
+    pairs = [(whole[tuple(map(slice, single.shape))], single) for whole, single in zip(full, cached, strict=True)]
     return Parity(
         samples=len(full),
         merged=float((full - live).abs().max() / scale),
-        stored=max(float((whole - alone).abs().max() / scale) for whole, alone in pairs),
+        stored=max(float((whole - single).abs().max() / scale) for whole, single in pairs),
         agreement=float(torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs]).float().mean()),
     )

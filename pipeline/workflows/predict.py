@@ -29,7 +29,7 @@ from pipeline.encode.unit import plan
 from pipeline.keys import KEY_BYTES
 from pipeline.project import Project
 from pipeline.runs.finished import FinishedRun, open_run
-from pipeline.runs.predictions import DESCRIBED, Predictions, check_format, described, joined, open_output
+from pipeline.runs.predictions import DESCRIBED, Predictions, check_format, described, merged_schema, open_output
 from pipeline.store import KeySet, Reader, Store, discard, sweep, temporary_folder
 from pipeline.tasks import Column, Kind, PredictionContext
 from pipeline.train.loader import Batch, Loader, StoredRows
@@ -142,14 +142,14 @@ class SharedStates:
     def _predict(self, store: Store, reader: Reader, rows: np.ndarray) -> None:
         for batch in self.batches(store, reader, rows):
             numbers = rows[batch.rows.numpy()]
-            asked = PredictionContext(batch.targets, partial(self._targets, numbers))
+            context = PredictionContext(batch.targets, partial(self._targets, numbers))
             columns: dict[str, Column] = {}
             for beginning, run in self.runs.items():
                 precision = PRECISIONS[run.loaded.project.train.precision]
                 with torch.no_grad(), autocast(precision, self.device):
                     output = run.suffix(batch.state, **batch.inputs)
-                said = run.loaded.task.predictions(output, asked, run.legend)
-                columns |= {beginning + name: values for name, values in said.items()}
+                predicted = run.loaded.task.predictions(output, context, run.legend)
+                columns |= {beginning + name: values for name, values in predicted.items()}
             self.predictions.add(numbers, columns)
 
     def _targets(self, rows: np.ndarray) -> list[Mapping[str, Any]]:
@@ -175,7 +175,7 @@ def predict_spans(source: Source, keyed: KeyedSamples, shared: Sequence[SharedSt
     last = numbers.copy()
     last[first] = numbers
     new = np.logical_or.reduce([states.missing() for states in shared]) & (first == numbers)
-    schema = joined([DESCRIBED, *(states.predictions.schema for states in shared)])
+    schema = merged_schema([DESCRIBED, *(states.predictions.schema for states in shared)])
     with (
         open_output(output, schema) as append,
         tqdm(total=len(first), desc="predict", unit="sample", disable=None) as progress,
@@ -184,8 +184,8 @@ def predict_spans(source: Source, keyed: KeyedSamples, shared: Sequence[SharedSt
             for states in shared:
                 bad = [sample.row for sample in states.result.keyed.bad]
                 states.predict(np.setdiff1d(rows[first[rows] == rows], bad))
-            said = [states.predictions.take(first[rows]) for states in shared]
-            append([described(*_told(source, keyed, rows, _bad(shared))), *said])
+            predicted = [states.predictions.take(first[rows]) for states in shared]
+            append([described(*_describe_rows(source, keyed, rows, _bad(shared))), *predicted])
             for states in shared:
                 states.predictions.keep(np.flatnonzero(last[: rows[-1] + 1] > rows[-1]))
             progress.update(len(rows))
@@ -199,7 +199,7 @@ def _spans(new: np.ndarray, most: int) -> Iterator[np.ndarray]:
     return iter(np.split(np.arange(len(new)), begins[1:]))
 
 
-def _told(
+def _describe_rows(
     source: Source, keyed: KeyedSamples, rows: np.ndarray, bad: Mapping[int, BadSample]
 ) -> tuple[list[str], list[str | None], list[str | None]]:
     """Return what each row is called, its key in hex and what is wrong with it."""

@@ -52,10 +52,10 @@ def local_stores(project: Project, named: Sequence[Path | str], verb: str) -> li
         ConfigError: there is none yet.
         StoreError: one of them lies elsewhere.
     """
-    elsewhere = [place for place in named if isinstance(place, str)]
-    if elsewhere or (project.remote is not None and not named):
+    remote_stores = [place for place in named if isinstance(place, str)]
+    if remote_stores or (project.remote is not None and not named):
         raise StoreError(
-            f"{elsewhere[0] if elsewhere else project.encode.store}: recycle store {verb} changes stores on this "
+            f"{remote_stores[0] if remote_stores else project.encode.store}: recycle store {verb} changes stores on this "
             "machine's disk alone; recycle store info and verify also read those that lie elsewhere"
         )
     return [Path(place) for place in named or stores_of(project)]
