@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 
 
 class Section(BaseModel):
-    """One section of params.yaml. Unknown keys are faults, no value is coerced, nothing changes later."""
+    """One section of params.yaml, frozen: unknown keys are errors, and values are not coerced."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
@@ -27,7 +27,7 @@ class Section(BaseModel):
 def load_sections(
     path: Path, schema: Mapping[str, type[Section]], overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Section]:
-    """Return the sections of `path` named in `schema`, validated; `overrides` ("train.lr": 0.1) replace what it says.
+    """Return the sections of `path` named in `schema`, validated; `overrides` ("train.lr": 0.1) replace its values.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or breaks the schema; the message has one line per fault,
@@ -48,7 +48,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Return the setting and the value of "train.lr=0.001"; the value is read as YAML, as in the file.
 
     Raises:
-        ConfigError: it is not written so.
+        ConfigError: it does not have this form.
     """
     setting, equals, value = text.partition("=")
     if not equals or "" in setting.split(".") or "." not in setting:
@@ -80,7 +80,7 @@ def check_sections(raw: Mapping[str, Any], schema: Mapping[str, type[Section]], 
 
 
 def _parse(text: str) -> Any:
-    """Read YAML 1.2, as DVC does: 1e-5 is a number, and a key that is there twice an error."""
+    """Read YAML 1.2, as DVC does: 1e-5 is a number, and a duplicate key is an error."""
     return YAML(typ="safe", pure=True).load(text)
 
 

@@ -1,8 +1,8 @@
-"""What can go wrong, as one tree.
+"""The tree of errors.
 
 RecyclingError
 ├── ConfigError            a setting is wrong: params.yaml, or an argument of a command
-│   └── AbsentError        what a setting names is not on this machine
+│   └── AbsentError        the setting names something that is not on this machine
 ├── DataError              a data source cannot be read as described
 │   └── BadSampleError     one sample cannot be used; the run sets it aside and goes on
 ├── ModelError             a backbone cannot be built, or its weights do not fit
@@ -12,8 +12,8 @@ RecyclingError
 ├── StoreError             a store cannot be read or written
 │   ├── StaleStoreError    the store was encoded under another recipe
 │   ├── MissingKeysError   samples that were never encoded
-│   └── CorruptStoreError  bytes of a store are not those that were written
-├── ClusterError           workers cannot be reached, or do not do what they are asked
+│   └── CorruptStoreError  the bytes of a store are damaged
+├── ClusterError           workers cannot be reached, or fail
 └── TrainError             training cannot start, or cannot go on
 
 Every message gives the setting or place, the value met, the bound it broke, and the remedy.
@@ -31,7 +31,7 @@ class ConfigError(RecyclingError):
 
 
 class AbsentError(ConfigError):
-    """What a setting names is not on this machine; where it is, the setting may be right."""
+    """A setting names something that is not on this machine; on another one it may be valid."""
 
 
 class DataError(RecyclingError):
@@ -79,11 +79,11 @@ class MissingKeysError(StoreError):
 
 
 class CorruptStoreError(StoreError):
-    """Bytes of a store are not those that were written."""
+    """The bytes of a store are damaged."""
 
 
 class ClusterError(RecyclingError):
-    """The workers of an encode cannot be reached, or do not do what they are asked."""
+    """The workers of an encode cannot be reached, or fail."""
 
 
 class TrainError(RecyclingError):

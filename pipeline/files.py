@@ -1,6 +1,6 @@
-"""Where settings point: files on disk, files inside installed packages, and functions of the user's own modules.
+"""Files and functions that settings name: on disk, in installed packages, and in the user's own modules.
 
-Data and weights are both found through here, so that a path means the same in every section of params.yaml.
+Data and weights are both located here, so that a path means the same in every section of params.yaml.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def check_sha256(file: Path, expected: str | None, setting: str) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Return the SHA-256 digest of a file's bytes, in hex, read a piece at a time."""
+    """Return the SHA-256 digest of a file in hex, read in chunks."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
@@ -83,7 +83,7 @@ def sha256(file: Path) -> str:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a file to write, which takes the place of `path` at the end unless something is raised; makes the folder."""
+    """Give a temporary file that replaces `path` at the end unless an error is raised; create the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -94,7 +94,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all; the folder is made."""
+    """Write `text` to `path` atomically; create the folder."""
     with whole(path) as beside:
         # A file name that is not UTF-8 is written with escapes: what tells of it must be readable.
         beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")

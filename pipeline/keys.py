@@ -1,4 +1,4 @@
-"""What names a sample and what names a store: content keys, weight digests and the recipe.
+"""Digests: content keys of samples, digests of weights and settings, and the recipe of a store.
 
 Every digest is BLAKE2b with 128 bits over an encoding that cannot be read in two ways: canonical JSON for settings,
 type-tagged and length-prefixed fields for contents and weights.
@@ -44,7 +44,7 @@ def digest(value: JSON) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Return what JSON of an unknown origin says.
+    """Parse JSON from an untrusted source.
 
     Raises:
         ValueError: the text is not JSON, names a field of an object twice, or is nested more than 64 deep.
@@ -101,8 +101,8 @@ class Recipe:
         format: version of the store's layout.
         weights: digest of every parameter and buffer read before the cut (`tensors_digest`).
         architecture: digest of the modules called before the cut.
-        cut: where the network was split, readable.
-        preprocessing: what turns a content into inputs of the prefix.
+        cut: place of the split, readable.
+        preprocessing: everything that decides the inputs of the prefix.
         view: name of the augmented view; None for the plain one.
         compute_dtype: dtype the prefix ran in.
         storage: codec and dtype of the stored states, such as "raw:float16".

@@ -1,10 +1,12 @@
-"""Executors of encode beyond this process: the same units, run by workers that have an encoder each.
+"""Executors of encode units in other processes: local ones, dask workers, Slurm tasks.
 
-job.py         what a worker must know; it builds its encoder from that, and proves that it is the coordinator's
-worker.py      runs units, skips those that are there, and sets aside one that keeps killing its process
-dask.py        processes of this machine, a dask scheduler's workers, or those of a batch system
-schedulers.py  the scheduler of these: found, or started with its workers
-slurm.py       a job array
+job.py         what a worker needs to build the same encoder as the coordinator, and to check that it is the same
+worker.py      runs units, skips committed ones, sets aside a unit that keeps killing its process
+dask.py        units on dask workers: local processes, an existing scheduler, or batch jobs
+schedulers.py  the dask scheduler: found, or started with its workers
+slurm.py       units as the tasks of a Slurm job array
+task.py        one task of such an array
+rates.py       samples per second by worker
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ __all__ = ["Job", "open_executor"]
 
 
 def open_executor(job: Job, config: ExecutorConfig) -> Executor:
-    """Return what runs units as `config` says; nothing is started before there are any.
+    """Return the executor that `config` describes; it starts nothing before there are units.
 
     Raises:
         ClusterError: a package that it needs is not installed.

@@ -1,7 +1,7 @@
-"""Units on the workers of a dask scheduler: one of this machine's processes, one that runs elsewhere, or batch jobs.
+"""Units on the workers of a dask scheduler: local processes, an existing scheduler, or batch jobs.
 
 A task runs a few units, so that reading, computing and writing overlap; its worker keeps the encoder from task to task.
-Where a worker is lost, dask gives its task to another, which goes on behind what is committed.
+Where a worker is lost, dask gives its task to another one, which skips the committed units.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ log = logging.getLogger("recycle")
 
 UNITS_PER_TASK = 8
 TASKS_PER_WORKER = 2
-"""Tasks that are given out for each worker: enough that none is idle, and few enough for the scheduler's memory."""
+"""Tasks submitted per worker: enough that none is idle, few enough for the scheduler's memory."""
 ONE_AT_A_TIME = threading.Lock()
-"""A process has one working folder, and one accelerator: of all runs that share a worker, one is at it."""
+"""Lock: a process has one working folder and one accelerator, so one run uses it at a time."""
 WAIT_SECONDS = 10
-"""How long no worker may be there before it is said."""
+"""Time without any worker after which a warning is logged."""
 
 
 class DaskWorkers:
@@ -102,9 +102,9 @@ class UnitTask:
 
     numbers: Sequence[int]
     deaths: int = 0
-    """Processes that had died at these units when the task was given out."""
+    """Number of processes that had died at these units when the task was submitted."""
     in_vain: int = 0
-    """How often it was given up since, without one that died at them."""
+    """Number of retries since, without a process that died at them."""
 
     def again(self, job: Job) -> UnitTask:
         """Return the task to give out once more, after dask has lost too many workers with it.
@@ -153,7 +153,7 @@ class EncoderPlugin(WorkerPlugin):  # type: ignore[misc]
         return lines
 
     def teardown(self, worker: distributed.Worker) -> None:
-        """Let go of the encoder, once the task that is at it notices."""
+        """Drop the encoder once the running task has ended."""
         self.has_ended.set()
         self.worker.leave()
         del self.worker
@@ -167,7 +167,7 @@ def run_units(plugin: str, units: Mapping[int, Unit]) -> list[str]:
 
 @contextmanager
 def _back_at_the_end() -> Iterator[None]:
-    """Leave the process in the folder it was in."""
+    """Restore the working folder at the end."""
     before = Path.cwd()
     try:
         yield
@@ -186,7 +186,7 @@ class _Workers:
             log.info("%s has no workers yet; waiting for them", self.address)
 
     def look(self) -> int:
-        """Return how many there are; tell of those that left."""
+        """Return the number of workers; log those that left."""
         now = set(self.client.nthreads())
         for name in sorted(self.known - now):
             log.warning("worker %s left; what it had begun goes to another", name)
@@ -209,6 +209,6 @@ def _lost(address: str) -> ClusterError:
 
 
 def _shares(units: int, workers: int) -> Iterator[range]:
-    """Divide units into tasks: small enough that all workers have some until the end."""
+    """Divide units into tasks small enough to keep all workers busy until the end."""
     size = max(1, min(UNITS_PER_TASK, units // (TASKS_PER_WORKER * 2 * max(1, workers))))
     return (range(begin, min(begin + size, units)) for begin in range(0, units, size))

@@ -1,6 +1,6 @@
-"""What a worker must know to run units: small, plain, and enough to build the coordinator's encoder again.
+"""The description of an encode for workers: small JSON, enough to build the coordinator's encoder again.
 
-A worker reads no sample table and holds no keys: a unit brings its own.
+A worker reads no sample table and holds no keys: a unit contains its own.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ KEPT_SECONDS = 7 * 24 * 3600
 
 
 class Job(BaseModel):
-    """The encoder of a project, or of one of its towers, as a worker is told of it."""
+    """The description of the encoder of a project, or of one of its towers, for a worker."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
     """The project's, absolute: all paths of its settings are relative to it. Workers must see it."""
     home: Path
-    """Folder below it where the workers of this run leave what they tell."""
+    """Folder below it for the reports of the workers of this run."""
     sections: dict[str, dict[str, Any]]
-    """The settings, as far as they were set."""
+    """The settings that were set."""
     tower: str | None
     head: Head
-    """What the task asked for on the sample table."""
+    """The head that the task needs."""
     rows: int
     """Rows of the data set."""
     example: list[int]
-    """The two on which the splits are proved."""
+    """Rows of the two samples on which the splits are proved."""
     probes: list[int]
-    """Those on which it is found out how states are trimmed."""
+    """Rows of the samples that determine how states are trimmed."""
     recipes: list[list[str]]
-    """What the encoder must make, as JSON, by view and cut."""
+    """The expected recipes as JSON, by view and cut."""
     retries: int
     threads: int | None
-    """Of torch in each worker; None leaves it to the environment there."""
+    """Threads of torch in each worker; None leaves it to the worker's environment."""
 
     @classmethod
     def of(
@@ -75,7 +75,7 @@ class Job(BaseModel):
         probes: np.ndarray,
         recipes: Sequence[Sequence[Recipe]],
     ) -> Job:
-        """Return the job of the coordinator's model `loaded`, of which `recipes[view][cut]` were read."""
+        """Return the job of the coordinator's model `loaded` with its `recipes[view][cut]`."""
         project, folder = loaded.project, Path.cwd()
         sections = {name: getattr(project, name) for name in SECTIONS}
         return cls(
@@ -94,7 +94,7 @@ class Job(BaseModel):
 
     @contextmanager
     def at_home(self) -> Iterator[None]:
-        """Have the folder of the job while it runs; after a failure it stays for a look at it."""
+        """Create the folder of the job while it runs; it is kept after a failure."""
         _remove_old(self.home.parent)
         write_whole(self.home / FILE, self.model_dump_json())
         with _letting_go():
@@ -159,7 +159,7 @@ class Job(BaseModel):
 
 @contextmanager
 def _letting_go() -> Iterator[None]:
-    """End at SIGTERM as at Ctrl-C: a batch job that is ended takes the workers with it that it asked for."""
+    """Handle SIGTERM like Ctrl-C: a cancelled batch job cancels the workers that it started."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""How fast each worker is, as the terminal tells it at the end."""
+"""Samples per second of each worker, logged at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.cluster.worker import WorkerReport
 log = logging.getLogger("recycle")
 
 REPORTS = 16
-"""Workers that are told one by one; of more the slowest and the fastest are."""
+"""Number of workers logged one by one; of more, only the slowest and the fastest."""
 
 
 class Rates:
@@ -21,7 +21,7 @@ class Rates:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def add(self, report: WorkerReport, samples: int) -> None:
-        """Count a report on so many samples; what was there already took no time."""
+        """Add a report on `samples` samples; those that were stored already took no time."""
         if report.seconds:
             self.samples[report.worker] += samples
             self.seconds[report.worker] += report.seconds

@@ -1,4 +1,4 @@
-"""The dask scheduler of a run: one that runs already, or one that is started with its workers and ends with the run."""
+"""The dask scheduler of a run: an existing one, or one started with its workers and ended with the run."""
 
 from __future__ import annotations
 

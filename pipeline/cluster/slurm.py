@@ -1,8 +1,7 @@
 """Units as the tasks of a Slurm job array.
 
-All that passes between the coordinator and the tasks are files in the job's folder: the units of a round on the way
-there, lines of reports on the way back. A round ends when all its tasks have; what a task that was killed left undone
-makes the next round.
+The coordinator and the tasks exchange only files in the job's folder: the units of a round, and lines of reports. A
+round ends when all its tasks have ended; the units that killed tasks left form the next round.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ log = logging.getLogger("recycle")
 
 POLL_SECONDS, POLL_SECONDS_PER_TASK = 0.5, 0.005
 LATE_SECONDS, LATE_SECONDS_OF_KILLED = 30.0, 2.0
-"""How long a network file system may take to show the last lines of a task that has ended. Lines of one that was killed
-may be lost as well: what they would have told of is there, and costs nothing to ask for again."""
+"""Time a network file system may take to show the last lines of an ended task. Lines of a killed task may be lost;
+its units are committed, and are skipped in the next round."""
 LOG_LINES = 10
 OURS = frozenset({"array", "chdir", "error", "job-name", "output", "parsable", "wait", "wrap"})
 """Options of sbatch that are set here."""
@@ -81,7 +80,7 @@ class SlurmArray:
         rates.log_rates()
 
     def _round(self, folder: Path, waiting: dict[int, Unit]) -> Iterator[WorkerReport]:
-        """Submit an array for the units `waiting`; yield their reports, and take out those of which all is told.
+        """Submit an array for the units `waiting`; yield their reports, and remove the finished units.
 
         Raises:
             RecyclingError: a task gave up; it is the task's own error.
@@ -130,7 +129,7 @@ class _Array:
 
 @contextmanager
 def _submitted(command: Sequence[str]) -> Iterator[_Array]:
-    """Submit a job array; what still runs of it at the end is cancelled.
+    """Submit a job array; tasks still running at the end are cancelled.
 
     Raises:
         ClusterError: it is refused.
@@ -152,7 +151,7 @@ def _submitted(command: Sequence[str]) -> Iterator[_Array]:
 
 
 def _reports(folder: Path, array: _Array, tasks: int) -> Iterator[WorkerReport | Failure]:
-    """Yield what the tasks tell, until the array has ended and no more is to be expected."""
+    """Yield the reports of the tasks until the array has ended and no more can come."""
     lines, last = Lines(folder), float("inf")
     while time.monotonic() < last:
         code = array.process.poll()

@@ -1,7 +1,7 @@
 """One task of a job array: `python -m pipeline.cluster.task FOLDER TASK` runs its share of the units of a round.
 
-FOLDER holds the units of each task, and takes what is told of them: a file of JSON lines for each task, of which the
-coordinator reads whole lines alone.
+FOLDER has the units of each task and receives their reports: a file of JSON lines per task, of which the coordinator
+reads complete lines only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Failure:
     message: str
 
     def to_raise(self) -> RecyclingError:
-        """Return the error, of its own kind."""
+        """Return the error, of its original type."""
         kind: type[RecyclingError] = getattr(errors, self.error)
         return kind(self.message)
 
@@ -46,14 +46,14 @@ LINE: TypeAdapter[WorkerReport | Failure] = TypeAdapter(WorkerReport | Failure)
 
 
 class Lines:
-    """What the tasks of a round have told, read as it comes."""
+    """The reports of the tasks of a round, read as they are written."""
 
     def __init__(self, folder: Path) -> None:
         """Begin at the first line of each file in `folder`."""
         self.folder, self.read = folder, defaultdict[Path, int](int)
 
     def new(self) -> Iterator[WorkerReport | Failure]:
-        """Yield the lines that were not there before; of a line that is being written nothing is read."""
+        """Yield the new complete lines."""
         for file in sorted(self.folder.glob(f"*{REPORTS}")):
             with file.open("rb") as stream:
                 stream.seek(self.read[file])

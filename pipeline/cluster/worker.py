@@ -1,8 +1,8 @@
-"""The worker's side of every executor: run units, and tell what became of each part.
+"""The worker's side of every executor: run units, and report the outcome of each part.
 
-A unit may be asked for again, because the worker that had it died or was given up. So one that is committed is not run
-again, and one that keeps killing its process is set aside: a worker marks the unit that it is at by a file in the job's
-folder, and the marks of the dead stay.
+A unit may be requested again because its worker died or was given up. So committed units are skipped, and a unit that
+keeps killing its process is set aside: a worker marks its current unit by a file in the job's folder, and the marks of
+dead workers stay.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ POISON = "its unit killed the process that ran it"
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """What a worker tells of one part of a unit."""
+    """A worker's report on one part of a unit."""
 
     worker: str
     unit: int
@@ -53,7 +53,7 @@ class WorkerReport:
     costs: EncodeCosts = field(default_factory=EncodeCosts)
 
     def outcome(self, part: Part) -> Outcome:
-        """Return what became of `part`, the one that this tells of."""
+        """Return the outcome of `part`, which this reports on."""
         return Outcome(part, self.bad, self.cut_off, self.promoted, self.costs)
 
 
@@ -62,7 +62,7 @@ REPORT = TypeAdapter(WorkerReport)
 
 
 class Worker:
-    """An encoder that was built on this machine, and runs units here until the process ends."""
+    """An encoder built on this machine, which runs units until the process ends."""
 
     def __init__(self, job: Job, name: str, own: Mapping[str, JSON] | None = None) -> None:
         """Take note of what to do; the encoder is built with the first unit.
@@ -94,7 +94,7 @@ class Worker:
             self.leave()
 
     def leave(self) -> None:
-        """Take the mark away: the unit that this worker is at did not kill it."""
+        """Remove the mark: the current unit did not kill this worker."""
         if self._mark is not None:
             self._mark.unlink(missing_ok=True)
             self._mark = None
@@ -132,7 +132,7 @@ class Worker:
         return self._encoder
 
     def _enter(self, number: int) -> None:
-        """Mark the unit that begins as the one this process is at."""
+        """Mark the unit that begins as the current one of this process."""
         marks = self.job.home / MARKS
         mark = marks / f"{number}.{secrets.token_hex(4)}.{self.name}"
         if self._mark is None:
@@ -152,7 +152,7 @@ class Worker:
 
 
 def deaths(home: Path) -> defaultdict[int, list[str]]:
-    """Return which workers died at each unit, by its number; those that are alive are at units of their own."""
+    """Return the workers that died at each unit, by its number."""
     found: defaultdict[int, list[str]] = defaultdict(list)
     marks = home / MARKS
     for mark in sorted(os.listdir(marks)) if marks.is_dir() else []:

@@ -47,7 +47,7 @@ class Arrays(Source):
         return sample
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy maps the file itself: what is mapped may be larger than memory."""
+        """Pickle the path only: a copy maps the file again, which may be larger than memory."""
         mapped = isinstance(self.samples, np.memmap)
         return self.__dict__ | {"samples": None} if mapped else self.__dict__
 
@@ -67,7 +67,7 @@ def open_arrays(config: DataConfig, path: Path) -> Arrays:
 
 
 def _from_npy(config: DataConfig, path: Path) -> Arrays:
-    """Take what belongs to the samples from files beside theirs."""
+    """Read labels, splits and groups from the files beside that of the samples."""
 
     def beside(setting: str, name: str) -> np.ndarray:
         file = path.parent / name
@@ -80,7 +80,7 @@ def _from_npy(config: DataConfig, path: Path) -> Arrays:
 
 
 def _from_npz(config: DataConfig, path: Path) -> Arrays:
-    """Take what belongs to the samples by name; the one other array holds them."""
+    """Read labels, splits and groups by name; the remaining array has the samples."""
     arrays = _load(path)
     label = config.label if isinstance(config.label, str) else "y"
     named = {"label": label, "split": config.split, "group": config.group}

@@ -1,4 +1,4 @@
-"""A source seen otherwise: the samples in one role alone, or with keys that the user's own functions make."""
+"""A view of another source: the samples in one role, or with keys from the user's own functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.files import load_function
 from pipeline.keys import content_key
 
 KeyFunction: TypeAlias = Callable[[Content], Any]
-"""Content -> what stands for it in its key: text, bytes, a number, an array, or lists and mappings of these."""
+"""Content -> the value that its key digests: text, bytes, a number, an array, or lists and mappings of these."""
 
 
 class Chosen(Source):
@@ -67,7 +67,7 @@ def with_keys(source: Source, functions: Mapping[str | None, str], setting: str)
 
 
 def in_role(source: Source, role: str) -> Source:
-    """Return the samples of `source` in one role alone.
+    """Return the samples of `source` in one role.
 
     Raises:
         DataError: there are none.

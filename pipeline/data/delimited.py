@@ -1,4 +1,4 @@
-"""CSV and TSV: which of their quotation marks enclose a cell, and which of their labels are numbers."""
+"""CSV and TSV: whether quotation marks enclose cells, and whether labels are numbers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _BOM = b"\xef\xbb\xbf"
 _QUOTED = rb'"[^"]*+(?:""[^"]*+)*+"(?=[%s\r\n]|\Z)'
 _OPENING = rb'(?:\A|[%s\r\n])"'
 _NOTHING = frozenset({"", "#N/A", "N/A", "NA", "NaN", "nan", "NULL", "null", "None", "<NA>", "n/a"})
-"""What stands for no number in a column of numbers."""
+"""Texts for a missing number in a numeric column."""
 
 
 @dataclass
 class _Quotes:
-    """What a file is like if its quotation marks enclose cells."""
+    """The structure of a file, read with quotation marks that enclose cells."""
 
     count: int = 0
-    """Cells that begin with one."""
+    """Number of cells that begin with a quotation mark."""
     needed: int = 0
     """Those of them that hold quotation marks, delimiters or line breaks."""
     doubled: int = 0
@@ -37,7 +37,7 @@ class _Quotes:
     fault: int | None = None
     """The line of the first cell that is not enclosed as a whole."""
     rest: bytes = b""
-    """The file with every enclosed cell cut down to one character."""
+    """The file with every enclosed cell replaced by one character."""
 
 
 def read_delimited(path: Path, data: bytes, delimiter: bytes, texts: Collection[str]) -> pa.Table:

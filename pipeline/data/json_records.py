@@ -1,4 +1,4 @@
-"""JSON and JSON Lines as tables; a text that is none is one bad sample, or named with its record."""
+"""JSON and JSON Lines as tables; a content that is not text is one bad sample, other faults name the record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.errors import ConfigError, DataError
 
 Faults: TypeAlias = dict[str, dict[int, str]]
-"""Field -> record -> what is wrong with the content it holds."""
+"""Faults: field -> record number -> reason."""
 
 _SHOWN = 40
 
@@ -44,10 +44,10 @@ def read_list(path: Path, text: str, records: str | None) -> list[Any]:
 
 
 def parse(text: str, where: str) -> Any:
-    """Return what JSON says.
+    """Parse JSON.
 
     Raises:
-        DataError: it is none, is nested too deep, or has a number too long to read; the message begins with `where`.
+        DataError: it is not JSON, is nested too deeply, or has too long a number; the message begins with `where`.
     """
     try:
         return json.loads(text)
@@ -103,7 +103,7 @@ def _column(path: Path, name: str, values: list[Any]) -> pa.ChunkedArray:
 
 
 def _wrong(values: list[Any]) -> dict[int, str]:
-    """Return what is wrong with each value that no table can hold."""
+    """Return the fault of each value that a table cannot hold."""
     try:
         if not pa.types.is_unsigned_integer(pa.array(values).type):
             return {}

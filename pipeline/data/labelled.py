@@ -1,4 +1,4 @@
-"""Labelled samples in a table with named fields: what every such source shares, whatever its contents are."""
+"""Labelled samples in a table with named fields: the base of sources with different contents."""
 
 from __future__ import annotations
 

@@ -106,6 +106,6 @@ def _holds_files(kind: pa.DataType) -> bool:
 
 
 def _is_below(path: str) -> bool:
-    """Say whether a relative path from a table stays below the folder it is relative to, on any system."""
+    """Return whether a relative path from a table stays below its folder, on any operating system."""
     windows = PureWindowsPath(path)
     return not (PurePosixPath(path).is_absolute() or windows.anchor or ".." in windows.parts or "\0" in path)

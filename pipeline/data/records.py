@@ -22,7 +22,7 @@ from pipeline.errors import BadSampleError, ConfigError, DataError
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 DELIMITERS = {".csv": COMMA, ".tsv": TAB}
 CONTENTS = frozenset({"text", "text_pair", "anchor", "positive", "image", "audio"})
-"""Settings of fields that hold contents: of these one may be bad, and the record is set aside."""
+"""Settings of fields with contents: where one is bad, its record is set aside."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Records:
     """N records of a file, or of a folder with a file per split."""
 
     columns: Mapping[str, pa.ChunkedArray]
-    """What was asked for, by setting."""
+    """The requested columns, by setting."""
     files: Sequence[tuple[str, int]]
-    """Name of each file, and how many records it has."""
+    """Name and number of records of each file."""
     splits: Sequence[str] | None
-    """The split of each file, where there are files of splits."""
+    """The split of each file, if there is a file per split."""
     left_out: LeftOut
-    """What the folder holds beside them."""
+    """Other files of the folder."""
     faults: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    """Setting -> record -> what is wrong with its content, where that is known before it is read."""
+    """Faults of contents known before reading: setting -> record number -> reason."""
 
     def __len__(self) -> int:
         return sum(count for _, count in self.files)
@@ -69,7 +69,7 @@ class Records:
         return value
 
     def fault(self, setting: str, i: int) -> str | None:
-        """Return what is wrong with the content of record `i`, if that is known."""
+        """Return the fault of the content of record `i`, if one is known."""
         return self.faults.get(setting, {}).get(i)
 
     @cached_property
@@ -89,8 +89,7 @@ def read_records(
     labels_as_text: bool = False,
     any_of: Collection[str] = (),
 ) -> Records:
-    """Return the columns that `fields` (setting -> field name) asks for, of a file or of a folder; of `any_of` those
-    that exist.
+    """Return the columns `fields` (setting -> field name) of a file or a folder; those in `any_of` are optional.
 
     A folder has files of splits (`files_by_split`), or is a data set saved by Hugging Face datasets. Class numbers that
     have names are these names. Labels of CSV and TSV are numbers where `read_labels` takes them for such, unless
@@ -128,7 +127,7 @@ def read_records(
 
 
 def _read_labels(columns: Sequence[dict[str, pa.ChunkedArray]]) -> None:
-    """Make numbers of the labels of all files that are such."""
+    """Convert the labels of all files to numbers if all are numeric."""
     for setting in [name for name in (columns[0] if columns else ()) if name.partition(".")[0] == "label"]:
         for of_file, labels in zip(columns, read_labels([of_file[setting] for of_file in columns]), strict=True):
             of_file[setting] = labels
@@ -143,7 +142,7 @@ def _kind(file: Path) -> str:
 
 
 def _choose(file: Path, table: pa.Table, fields: dict[str, str], any_of: Collection[str]) -> dict[str, pa.ChunkedArray]:
-    """Return the columns of a table that were asked for, by setting."""
+    """Return the requested columns of a table, by setting."""
     if table.num_rows == 0:
         raise DataError(f"data.path {file} holds no records")
     if any(fields[setting] in table.column_names for setting in any_of):

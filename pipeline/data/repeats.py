@@ -1,4 +1,4 @@
-"""What a sample table says twice and differently: one content under two labels, or in training and held out."""
+"""Contradictions in a sample table: one content under two labels, or in both training and held-out splits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _LABELS = ("label", "tags", "belongs")
 
 
 def remarks(table: SampleTable) -> list[str]:
-    """Return what is to be said of contents that occur more than once, a sentence each; of pairs, whole pairs count.
+    """Return a sentence about each kind of repeated content; of pairs, whole pairs are compared.
 
-    Contents are one where their keys are equal. A million samples take about two seconds.
+    Contents are equal where their keys are. A million samples take about two seconds.
     """
     rows, keys = _of_pairs(table) if {"pair", "role"} <= table.targets.keys() else (np.arange(len(table)), table.keys)
     what = "pairs" if len(rows) < len(table) else "contents"

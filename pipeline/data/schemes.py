@@ -18,13 +18,13 @@ Tag: TypeAlias = tuple[str, str]
 
 TAG = re.compile(r"(O)|([BIESLU])(?:-(.+))?")
 UNNAMED = "entity"
-"""Type of entities where the data has one kind and leaves its name out, as in B and I alone."""
+"""Type of entities in data with a single type that is left out, as in plain B and I."""
 LETTERS = {"iob1": "OBI", "iob2": "OBI", "bioes": "OBIES"}
 _SAME = {"L": "E", "U": "S"}
 
 
 def parse(tag: str) -> Tag | None:
-    """Return the letter and the type of a tag, None where it is none of any scheme."""
+    """Return the letter and the type of a tag; None if it belongs to no scheme."""
     if (found := TAG.fullmatch(tag)) is None:
         return None
     outside, letter, kind = found.groups()

@@ -1,4 +1,4 @@
-"""What a data source is: rows with targets, and the content of each row on demand."""
+"""The interface of a data source: rows with targets, and the content of each row on demand."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Content = bytes | np.ndarray | str | tuple[str, str] | list[str]
 
 Scalar = str | int | float
 Target = Scalar | list[str] | list[int] | list[float]
-"""What is known of a sample under one name: a value, or any number of them (a tag per word, several labels)."""
+"""A target: a value, or a list of them (a tag per word, several labels)."""
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"}
 
 
 class Row(NamedTuple):
-    """What is known of a sample without reading it."""
+    """What is known about a sample without reading its content."""
 
     source: str
-    """Where it comes from, in the user's words: a path below the data set, or file and row number."""
+    """Name of the sample for people: a path below the data set, or file and row number."""
     split: str | None
     """One of `SPLITS`, or None where the data set leaves the choice to the held-out rule of the sample table."""
     targets: Mapping[str, Target]
@@ -38,11 +38,11 @@ class Row(NamedTuple):
 
 
 SETTLED_NS = 2_000_000_000
-"""The coarsest clock of a file system (FAT): a file younger than that may change once more and look the same."""
+"""Resolution of the coarsest file-system clock (FAT): a younger file may change without a new mtime."""
 
 
 class Stamp(NamedTuple):
-    """What tells, without reading a file, that it is the one that was read before."""
+    """Identity of a file (path, size, mtime, inode), known without reading it."""
 
     path: str
     size: int
@@ -61,19 +61,19 @@ class Stamp(NamedTuple):
         return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
     def settled(self, now_ns: int) -> bool:
-        """Say whether the file, seen at `now_ns`, cannot have changed since without looking different."""
+        """Return whether the file, seen at `now_ns`, cannot change without a new stamp."""
         return self.mtime_ns < now_ns - SETTLED_NS
 
 
 def is_missing(value: object) -> bool:
-    """Say whether a value says nothing: None, a text of blanks, or NaN."""
+    """Return whether a value is missing: None, a blank text, or NaN."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 class LeftOut(dict[str, tuple[int, str]]):
-    """What lies beside the samples and is none: how many of each kind, and the first of them."""
+    """Files and records that are not samples: the count of each kind, and the first one."""
 
     def add(self, kind: str, where: str) -> None:
         """Count one more of a kind."""
@@ -121,7 +121,7 @@ class Source(ABC):
         return None
 
     def left_out(self) -> LeftOut:
-        """Return what the data set holds that is no row of it: files of other kinds, say. Here: nothing."""
+        """Return the files and records of the data set that are not rows. Default: none."""
         return LeftOut()
 
 
@@ -129,7 +129,7 @@ def split_named(name: object, where: str) -> str:
     """Return the split that a folder or a cell of the split column names ("val" is "validation").
 
     Raises:
-        DataError: it names none.
+        DataError: it names no split.
     """
     if (known := find_split(str(name))) is None:
         raise DataError(f"{where}: split {name!r}; expected one of {', '.join([*SPLITS, *_SPLIT_NAMES])}")

@@ -56,7 +56,7 @@ def plan(
     size: int,
     groups: np.ndarray | None = None,
 ) -> list[Unit]:
-    """Return the units that encode the rows `wanted[view]` missing in `stores[view][cut]`, in the order of the data set.
+    """Return the units that encode the rows `wanted[view]` missing in `stores[view][cut]`, in data-set order.
 
     `keys` (N, 16) uint8 are those of all rows; `wanted[view]` (n,) int64 are row numbers. A unit has rows of one group
     only, where `groups` (N,) int64 gives the group of each row. Identical samples are encoded once. The missing rows of

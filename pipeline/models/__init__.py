@@ -1,6 +1,6 @@
-"""Pretrained networks by name, with the head a task asks for and what makes their inputs.
+"""Backbones: pretrained networks by name, with the head of a task, and their preprocessing.
 
-Each library has its own module, imported when a backbone of it is asked for: they are slow to import.
+Each library has its own module, imported on demand: the libraries are slow to import.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def load(
 ) -> Backbone:
     """Return the backbone that `model` names, ending in `head`, in fp32 on the CPU, with its preprocessing.
 
-    `state` takes the place of the weights that `model` names. A tensor of it that is on the meta device has no values:
-    the network keeps those it was built with, drawn from `model.seed`.
+    `state` replaces the weights that `model` names. For tensors on the meta device the network keeps its initial
+    values, drawn from `model.seed`.
 
     Raises:
-        AbsentError: the weights, or what describes the network, are not on this machine and cannot be fetched.
+        AbsentError: the weights or the configuration are not on this machine and cannot be downloaded.
         ConfigError: a setting is wrong, or names nothing that exists.
         ModelError: the network cannot be built, or its weights do not fit.
     """
@@ -75,9 +75,9 @@ def _load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, state: M
 
 
 def describe(model: ModelConfig, backbone: Backbone, folder: Path) -> None:
-    """Write to the existing `folder` what `as_described` reads: all that builds the network but its weights.
+    """Write the configuration of the network to the existing `folder`, for `as_described`.
 
-    A network of Hugging Face is built from its configuration; of others the name says all.
+    Networks of Hugging Face are built from their configuration; others from their name.
     """
     if backbone.preprocess.recipe().get("kind") != "image":
         backbone.preprocess.save(folder)
@@ -90,10 +90,10 @@ def describe(model: ModelConfig, backbone: Backbone, folder: Path) -> None:
 def as_described(
     model: ModelConfig, preprocess: PreprocessConfig, folder: Path
 ) -> tuple[ModelConfig, PreprocessConfig]:
-    """Return the settings under which `load` builds the network of `model` from what `describe` wrote to `folder`.
+    """Return the settings for `load` to build the network of `model` from the files of `describe` in `folder`.
 
     Raises:
-        ModelError: the network is made by code that its repository brings.
+        ModelError: the network needs code of its repository.
     """
     if model.trust_remote_code:
         raise ModelError(f"{model.backbone} is made by code of its own repository, which is not carried; fetch that")

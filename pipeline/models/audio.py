@@ -1,4 +1,4 @@
-"""Sounds: encoded bytes or a waveform -> one channel at the network's rate -> what its library makes of that."""
+"""Sounds: encoded bytes or a waveform -> one channel at the network's rate -> features of its library."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.models.preprocess import Preprocess
 MAX_VALUES = 1 << 28
 """Longer sounds are taken for decompression bombs: 1 GiB in float32, all channels together."""
 SHORTEST = 0.025
-"""Seconds that networks take for one frame; of less there is nothing to hear."""
+"""Shortest sound in seconds: one frame of usual networks."""
 MASK = "attention_mask"
 IRRELEVANT: Irrelevant = {"transformers.FeatureExtractionMixin": frozenset({"name_or_path", "_processor_class"})}
 
@@ -100,7 +100,7 @@ class AudioPreprocess(Preprocess):
 
 
 def make_audio_preprocess(config: PreprocessConfig, model: nn.Module, extractor: Any = None) -> AudioPreprocess:
-    """Return what makes the inputs of `model` from a sound, by the feature `extractor` of Hugging Face if there is one.
+    """Return the preprocessing of sounds for `model`, with the feature `extractor` of Hugging Face if there is one.
 
     Raises:
         ConfigError: the rate is not known, or not the one of the extractor; or what decodes sounds is not installed.

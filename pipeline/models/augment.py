@@ -21,7 +21,7 @@ KNOWN: Mapping[str, type[v2.Transform]] = {
     for name, kind in vars(v2).items()
     if inspect.isclass(kind) and issubclass(kind, v2.Transform) and kind is not v2.Transform and name[0] != "_"
 }
-"""What may be named: nothing else of torchvision, or of Python, can be reached from a setting."""
+"""Names allowed in settings; nothing else of torchvision, or of Python, can be reached."""
 ENUMS = {"interpolation": v2.InterpolationMode, "policy": v2.AutoAugmentPolicy}
 """Arguments that are written as text and read as a constant."""
 INNER = "transforms"
@@ -44,8 +44,7 @@ class Augment:
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Return `image` (3, H, W), uint8 or float32, changed: (3, H', W') of the same type.
 
-        Nothing else's randomness moves: these transforms draw from torch's generator of the CPU alone, which is put
-        back as it was.
+        The transforms draw only from torch's CPU generator, whose state is restored.
 
         Raises:
             BadSampleError: a transform cannot be used on this image.

@@ -1,4 +1,4 @@
-"""A backbone as the pipeline uses it, and the head that makes an embedding of its features."""
+"""A backbone with its preprocessing, and the head that pools features into an embedding."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from pipeline.tasks.heads import Layer, build_head, last_width
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network with its head, in fp32 on the CPU, and what makes its inputs."""
+    """A network with its head, in fp32 on the CPU, and its preprocessing."""
 
     model: nn.Module
-    """`model(**inputs)` gives logits or embeddings, as the head asked."""
+    """`model(**inputs)` returns logits or embeddings, depending on the head."""
     preprocess: Preprocess
     name: str
     fresh: frozenset[str] = frozenset()
-    """Parameters of the head that no file of weights gave, by their names in `model`."""
+    """Names in `model` of the head's parameters that were not pretrained."""
 
     @property
     def width(self) -> int | None:
@@ -38,9 +38,9 @@ class Backbone:
         return self.model.width if isinstance(self.model, Embedder) else None
 
     def pretrained(self, library: str) -> tuple[nn.Module, frozenset[str]]:
-        """Return the network that a file of weights is for, and the names of those of its tensors that are pretrained.
+        """Return the network that files of weights match, and the names of its pretrained tensors.
 
-        `library` is the one that made it: what a user's own function returns is for a file as it is.
+        `library` is the one that built it; a network of the user's own function matches files as it is.
         """
         embedded = isinstance(self.model, Embedder) and library != "function"
         network: Any = self.model.backbone if embedded else self.model
@@ -136,7 +136,7 @@ def embed(backbone: nn.Module, head: Head, pooling: str, example: Mapping[str, T
 
 
 def projection_names(embedder: Embedder) -> frozenset[str]:
-    """Return the names of the parameters that come after pooling: all of them are fresh."""
+    """Return the names of the parameters after pooling, none of which is pretrained."""
     return frozenset(f"projection.{name}" for name, _ in embedder.projection.named_parameters())
 
 

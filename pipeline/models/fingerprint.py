@@ -1,8 +1,8 @@
-"""A digest of any Python value, by everything it computes with: attributes, containers, tensors, functions and classes.
+"""A digest of any Python value, over everything it computes with: attributes, containers, tensors, functions, classes.
 
-Nothing is listed by hand. An object is what `pickle` would save of it (`__reduce_ex__`, which runs no code of a file);
-a function or a class of the user's own is its source, with what that source refers to by name. What comes from an
-installed package is its name. Only what a caller declares irrelevant is left out.
+Nothing is listed by hand. An object is described by what `pickle` would save (`__reduce_ex__`, which runs no code of a
+file); a function or class of the user's own by its source and the globals that the source names; one of an installed
+package by its name. Only what a caller declares irrelevant is left out.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ Irrelevant: TypeAlias = Mapping[str, frozenset[str]]
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 HOUSE = frozenset({"pipeline", "stages", "layer_recycling"})
-"""Packages of this project: they count as installed, wherever they lie."""
+"""Packages of this project, which count as installed."""
 INSTALLED = {"site-packages", "dist-packages"}
 DEEPEST = 150
-"""Objects inside one another that are looked into; Python's stack bears some two hundred."""
+"""Maximum depth of nested objects; Python's stack allows about two hundred."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"training"}
-"""What every module has: children and weights are described by whoever walks the network; the mode is always eval."""
+"""Attributes of every module that are left out: children and weights are described separately; the mode is eval."""
 CLASS_ATTRIBUTES = frozenset(
     {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__qualname__", "__parameters__"}
     | {"__abstractmethods__", "_abc_impl", "__orig_bases__", "__firstlineno__", "__static_attributes__"}
     | {"__annotate_func__", "__annotations_cache__"}
 )
-"""What Python keeps of a class besides what it computes."""
+"""Attributes of every class that do not affect what it computes."""
 
 
 def fingerprint(value: Any, irrelevant: Irrelevant | None = None) -> str:
@@ -50,9 +50,9 @@ def fingerprint(value: Any, irrelevant: Irrelevant | None = None) -> str:
 
 
 def module_fingerprints(model: nn.Module, irrelevant: Irrelevant) -> dict[str, str]:
-    """Return for each module of `model`, by its path, the digest of what it computes besides its children and weights.
+    """Return the digest of each module of `model` by path, without its children and weights.
 
-    To be called before the model has run: many modules keep what they computed last among their attributes.
+    Must be called before the first forward pass: many modules keep computed values as attributes.
     """
     names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
     names |= {id(item): name for name, item in model.named_parameters(remove_duplicate=False)}
@@ -62,7 +62,7 @@ def module_fingerprints(model: nn.Module, irrelevant: Irrelevant) -> dict[str, s
 
 
 class _Describer:
-    """Describes values as JSON; an object that is met again is named by its digest."""
+    """Describes values as JSON; an object that occurs again is replaced by its digest."""
 
     def __init__(self, irrelevant: Irrelevant, names: Mapping[int, str]) -> None:
         self.irrelevant, self.names = irrelevant, names

@@ -34,7 +34,7 @@ from pipeline.tasks.base import Head
 log = logging.getLogger("recycle")
 
 KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}
-"""What a network takes, by the name of its main input; texts have several."""
+"""Kind of content by the name of the network's main input; texts have several inputs."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
 
 
 def _stored_labels(origin: Origin) -> list[str]:
-    """Return what the checkpoint calls its head's outputs, in their order."""
+    """Return the names of the outputs of the checkpoint's head, in order."""
     stored = PreTrainedConfig.get_config_dict(origin.source, **origin.arguments)[0].get("id2label") or {}
     return [str(stored[number]) for number in sorted(stored, key=int)]
 
@@ -160,7 +160,7 @@ def _usual_pooling(blueprint: Any) -> str:
 
 
 def _without_pooler(blueprint: nn.Module) -> dict[str, Any]:
-    """Leave out a pooler that nothing reads: its weights would train on no gradient."""
+    """Remove an unused pooler, whose weights would get no gradient."""
     accepts = "add_pooling_layer" in inspect.signature(type(blueprint).__init__).parameters
     return {"add_pooling_layer": False} if accepts else {}
 
@@ -168,7 +168,7 @@ def _without_pooler(blueprint: nn.Module) -> dict[str, Any]:
 def _fill(
     auto: Any, origin: Origin | None, config: ModelConfig, arguments: Mapping[str, Any]
 ) -> tuple[nn.Module, frozenset[str]]:
-    """Return the network with its weights, and the names of those that nothing gave."""
+    """Return the network with its weights, and the names of those that are not in the checkpoint."""
     options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         model, info = auto.from_pretrained(origin and origin.source, **options, **arguments)
@@ -190,7 +190,7 @@ def _completed(
 
 
 def _cannot(what: str, error: Exception, origin: Origin | None) -> RecyclingError:
-    """What a hub does not give may lie in another machine's cache."""
+    """Return the error of a failed load: a repository that cannot be downloaded may be in another machine's cache."""
     is_download = isinstance(error, OSError) and origin is not None and origin.folder is None
     return (AbsentError if is_download else ModelError)(f"{what}: {_first_line(error)}")
 
@@ -207,7 +207,7 @@ def _check_digest(origin: Origin, config: ModelConfig) -> None:
 
 
 def _check_fit(model: Any, info: Mapping[str, Any], config: ModelConfig) -> frozenset[str]:
-    """Let heads alone be missing or left over: what lies outside the base model, and its pooler. Return the fresh."""
+    """Check that only tensors of heads and poolers are missing or unused; return the names of the missing ones."""
     base = model.base_model
     prefix = f"{model.base_model_prefix}."
     trunk = {name for name, _ in base.named_children()} | {model.base_model_prefix}
@@ -255,7 +255,7 @@ def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, bl
 
 
 def _positions(blueprint: nn.Module, settings: Any) -> int | None:
-    """Return how many tokens a network can number; RoBERTa and its kin count from the one after the padding token."""
+    """Return the maximum number of positions; RoBERTa-like networks count from after the padding token's id."""
     stated: int | None = getattr(settings, "max_position_embeddings", None)
     for path, module in blueprint.named_modules():
         if isinstance(module, nn.Embedding) and "position" in path and module.num_embeddings == stated:
@@ -279,7 +279,7 @@ def _example(preprocess: Preprocess) -> object:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the library's own report: what it would say is checked here, and raised where it matters."""
+    """Silence the library's own report of missing weights, which is checked here."""
     control: Any = transformers_log
     verbosity, bars = control.get_verbosity(), control.is_progress_bar_enabled()
     control.set_verbosity_error()

@@ -28,11 +28,11 @@ HEADS = {
 }
 """Kind of the head -> the library's classes that have it, each with its mapping from the configurations it is for."""
 GENERIC = re.compile(r"LABEL_\d+")
-"""What Hugging Face calls outputs that nobody has named."""
+"""Hugging Face's default names of outputs."""
 
 
 def label_settings(head: Head) -> dict[str, Any]:
-    """Return the settings that say how many outputs there are, and what they are called."""
+    """Return the settings for the number and the names of the outputs."""
     if head.kind == "embedding":
         return {}
     problem = {} if head.problem is None else {"problem_type": head.problem}

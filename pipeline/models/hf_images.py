@@ -1,4 +1,4 @@
-"""Image processors of Hugging Face: what size and scale of images a network wants."""
+"""Image processors of Hugging Face: the size and the scale of a network's images."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def _triple(values: Any, whole: float) -> tuple[float, float, float]:
 
 
 def _made_size(processor: Any) -> int | None:
-    """Return the side of the square that an image processor makes of images, wide and tall; None if it makes others."""
+    """Return the side of the square that an image processor returns for any image; None if it returns none."""
     output = {_process(processor, np.zeros((*shape, 3), np.uint8)).shape[1:] for shape in ((40, 60), (60, 40))}
     height, width = output.pop() if len(output) == 1 and len(min(output)) == 2 else (0, 1)
     return int(height) if height == width else None
 
 
 def _compare_colours(processor: Any, defaults: ImageDefaults, source: str) -> None:
-    """Warn where the processor makes other values of a colour than scaling and normalising gives."""
+    """Warn if the processor's values of a colour differ from scaling and normalising it."""
     colour = np.array([200, 100, 50], np.uint8)
     output = _process(processor, np.broadcast_to(colour, (64, 64, 3)))
     expected = (colour / 255 - np.array(defaults.mean)) / np.array(defaults.std)
@@ -66,7 +66,7 @@ def _compare_colours(processor: Any, defaults: ImageDefaults, source: str) -> No
 
 
 def _process(processor: Any, image: np.ndarray) -> np.ndarray:
-    """Return what an image processor makes of an image, (C, H, W); nothing where it cannot."""
+    """Return the output of an image processor for an image, (C, H, W); empty if it fails."""
     try:
         output = processor(Image.fromarray(np.ascontiguousarray(image)), return_tensors="np")
         return np.asarray(output["pixel_values"][0])

@@ -26,7 +26,7 @@ from pipeline.models.preprocess import Preprocess
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(["AVIF"] if "avif" in features.modules else []))
 """Formats that are decoded. PIL knows more, some of which start other programs (EPS)."""
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""PIL's numbers, in which Hugging Face's image processors say how they resize."""
+"""Resampling filters by PIL's numbers, which Hugging Face's image processors use."""
 PHOTOMETRIC, BITS = 262, 258
 """Tags of TIFF: what black is, and how many bits a sample has."""
 Opened: TypeAlias = tuple[Tensor, bytes]
@@ -35,13 +35,13 @@ Opened: TypeAlias = tuple[Tensor, bytes]
 MAX_PIXELS = 89_478_485
 """Larger images are taken for decompression bombs: 256 MiB in RGB."""
 LONGEST = 16
-"""An image whose one side is longer than this many times the other is a strip: of it a square shows the middle alone,
-and enlarging the rest would take gigabytes."""
+"""Maximum ratio of the sides: a square crop of a longer strip shows only its middle, and resizing the rest would take
+gigabytes."""
 
 
 @dataclass(frozen=True)
 class ImageDefaults:
-    """How a backbone wants its images, as its library says."""
+    """The image preprocessing of a backbone, from its library."""
 
     image_size: int = 224
     interpolation: str = "bilinear"

@@ -1,6 +1,6 @@
-"""Texts -> token ids, by the tokenizer of a Hugging Face directory; no padding, that is the batch's affair.
+"""Texts -> token ids, by the tokenizer of a Hugging Face directory, without padding.
 
-Where a task asks about words or characters, the extras say which of them each token stands for.
+For tasks on words or characters, extras map each token to its word or characters.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ PROBE_TEXTS = (
     "[CLS] one [SEP] <s> two </s> [MASK] <pad> <|endoftext|> <unk>",
     "Привет мир 你好世界 こんにちは 안녕하세요 مرحبا שלום नमस्ते 🙂👍🏽",
 )
-"""Case, accents, spaces, digits, special tokens, scripts: what tokenizers treat differently."""
+"""Texts with case, accents, spaces, digits, special tokens and scripts, which tokenizers treat differently."""
 UNBOUNDED = 1_000_000
-"""A tokenizer that states no longest input gives a number far above this."""
+"""A tokenizer without a maximum length has a number far above this one."""
 
 
 class TextPreprocess(Preprocess):
@@ -49,7 +49,7 @@ class TextPreprocess(Preprocess):
         return self._inputs(self._tokenize(self.texts(content)))
 
     def texts(self, content: object) -> tuple[str, ...]:
-        """Return what is tokenized of a content: one text, or two.
+        """Return the texts of a content: one or two.
 
         Raises:
             BadSampleError: the content is something else, or empty.
@@ -100,7 +100,7 @@ class TextPreprocess(Preprocess):
         )
 
     def probe_contents(self) -> Sequence[object]:
-        """Return texts in which tokenizers differ, and one that is too long."""
+        """Return texts on which tokenizers differ, and one that is too long."""
         return *PROBE_TEXTS, " ".join(map(str, range(self.max_length + 1)))
 
     def save(self, folder: Path) -> None:
@@ -195,7 +195,7 @@ def _word_of_tokens(words: Sequence[str], encoded: BatchEncoding) -> list[int]:
 
 
 PREPROCESS: Mapping[str, type[TextPreprocess]] = {"tokens": WordPreprocess, "span": SpanPreprocess}
-"""Kind of the head -> what makes its inputs; any other head takes whole texts."""
+"""Preprocessing by the kind of the head; other heads take whole texts."""
 
 
 def load_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
@@ -224,10 +224,10 @@ def make_text_preprocess(
     tokenizer: PreTrainedTokenizerBase | None = None,
     positions: int | None = None,
 ) -> TextPreprocess:
-    """Return what makes the inputs of `model` from a content, with the tokenizer of `config` unless one is given.
+    """Return the preprocessing of texts for `model`, with the tokenizer of `config` unless one is given.
 
-    `head` decides what a content is: a text or two, words (tokens), a question and a text (span). `positions` is how
-    many tokens the network can tell apart, where it is known.
+    `head` decides the kind of content: one or two texts, words (tokens), a question and a text (span). `positions` is
+    the maximum number of tokens of the network, if known.
     """
     if tokenizer is None:
         if config.tokenizer is None:
@@ -247,10 +247,10 @@ def make_text_preprocess(
 
 
 def longest_input(requested: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int:
-    """Return the longest input in tokens: what was asked for, or what the tokenizer states.
+    """Return the maximum length in tokens: the `requested` one, or that of the tokenizer.
 
     Raises:
-        ConfigError: neither says, or it was asked for more than the network has positions.
+        ConfigError: neither is known, or more were requested than the network has positions.
     """
     stated = tokenizer.model_max_length if tokenizer.model_max_length < UNBOUNDED else None
     length = requested or stated
@@ -269,11 +269,11 @@ IRRELEVANT = frozenset(
     {"name_or_path", "vocab_file", "merges_file", "init_inputs", "init_kwargs", "files_loaded"}  # whence it was loaded
     | {"model_max_length", "_processor_class", "verbose", "deprecation_warnings", "_in_target_context_manager"}
 )
-"""Attributes of a tokenizer that decide no ids: paths and names, and the longest input, which a recipe says itself."""
+"""Attributes of a tokenizer that do not affect ids: paths, names, and the maximum length, which is in the recipe."""
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of all that decides the ids of a text, but for the longest input."""
+    """Return a digest of everything that decides the ids of a text, except the maximum length."""
     own = {name: value for name, value in vars(tokenizer).items() if name not in IRRELEVANT and name != "_tokenizer"}
     return fingerprint([type(tokenizer), own, _backend(tokenizer) if tokenizer.is_fast else None])
 
@@ -285,7 +285,7 @@ def _former_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the state of a fast tokenizer, without truncation and padding: these are settings of its last call."""
+    """Return the state of a fast tokenizer without truncation and padding, which are settings of its last call."""
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return state | {"truncation": None, "padding": None}
 

@@ -27,7 +27,7 @@ class Library(ABC):
 
     @abstractmethod
     def build(self, classes: int) -> nn.Module:
-        """Return the network with random weights and a classifier of so many classes; 0: without, it gives features."""
+        """Return the network with random weights and a classifier of `classes` outputs; with 0, it returns features."""
 
     @abstractmethod
     def pretrained(self) -> Mapping[str, Tensor]:
@@ -35,7 +35,7 @@ class Library(ABC):
 
     @abstractmethod
     def defaults(self, model: nn.Module) -> ImageDefaults:
-        """Return how the network wants its images."""
+        """Return the image preprocessing of the network."""
 
 
 class Torchvision(Library):
@@ -146,7 +146,7 @@ def _pretrained(library: Library, config: ModelConfig) -> Mapping[str, Tensor]:
 def finish(
     model: nn.Module, preprocess: ImagePreprocess, config: ModelConfig, head: Head, fresh: frozenset[str]
 ) -> Backbone:
-    """Add the embedding head where one is asked for."""
+    """Return the backbone, with an embedding head if `head` is one."""
     if head.kind == "classes":
         return Backbone(model, preprocess, config.backbone, fresh)
     example = preprocess(np.zeros((preprocess.size, preprocess.size), np.uint8))

@@ -27,7 +27,7 @@ NAMED = 5
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw random numbers from `seed` inside, and leave those outside as they were."""
+    """Seed torch's random numbers inside, and restore their state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -103,9 +103,9 @@ def _read_torch(path: Path) -> Mapping[str, object]:
 
 
 def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: CheckpointLayout, where: str) -> frozenset[str]:
-    """Copy `state` into `model`; return the names of the classifier's tensors of which `state` has none of their size.
+    """Copy `state` into `model`; return the names of head tensors whose shape differs in `state`, or that it lacks.
 
-    Those keep their fresh weights, and so do tensors of `state` that are on the meta device. `model` may lack the
+    These keep their initial weights, as do tensors that are on the meta device in `state`. `model` may lack the
     classifier of `layout`.
 
     Raises:
@@ -154,6 +154,6 @@ def _by_position(state: Mapping[str, Tensor], layout: CheckpointLayout) -> dict[
 
 
 def first(names: Iterable[str]) -> str:
-    """Join the first few of `names`, and say whether there are more."""
+    """Return the first few of `names`, joined, with "..." if there are more."""
     known = list(names)
     return ", ".join(known[:NAMED]) + (", ..." if len(known) > NAMED else "")

@@ -143,7 +143,7 @@ class PretrainedSuffix:
         suffix.constants = load_file(file) if file.exists() else {}
 
     def prove(self, recipe: Recipe) -> Recipe:
-        """Return `recipe`, computed on such a backbone, with the digest of the weights that the store was encoded with."""
+        """Return `recipe`, computed on such a backbone, with the weights' digest of the store."""
         return replace(recipe, weights=self.recipe.weights)
 
 

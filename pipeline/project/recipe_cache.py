@@ -40,8 +40,8 @@ IRRELEVANT: Mapping[str, frozenset[str]] = {
     "data": frozenset(SECTIONS["data"].model_fields),
     "towers": frozenset(SECTIONS["towers"].model_fields),
 }
-"""Settings that decide no recipe. Those of the data decide keys and targets, which are in the digest; those of a tower are
-in the other sections of its project."""
+"""Settings that decide no recipe. Those of the data decide keys and targets, which are in the digest; those of a tower
+are in the other sections of its project."""
 LIBRARIES = ("numpy", "safetensors", "timm", "tokenizers", "torch", "torchvision", "transformers")
 
 

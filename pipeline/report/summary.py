@@ -65,8 +65,7 @@ class ResultRow:
     speedup_over_full: float | None
     """Seconds per epoch of full fine-tuning over those of this run; None without a run of cut 0."""
     speedup_over_frozen: float | None
-    """Seconds per epoch with the frozen prefix run every time, over those of this run; None if `encode` did not time the
-    prefix."""
+    """Seconds per epoch with the frozen prefix run every time, over those of this run; None if it was not timed."""
     break_even_epoch: int | None
     """First epoch after which encode + training took less time than training with the frozen prefix run every time."""
     bounded: list[str]
@@ -136,7 +135,7 @@ def _row(group: Sequence[Run], cost: CutCost, full: Sequence[Run] | None) -> Res
 
 
 def _allowed(run: Run, cost: CutCost) -> tuple[float | None, float | None]:
-    """Return the bounds from operation counts of the speed-ups over full fine-tuning and frozen layers; None: unknown."""
+    """Return the bounds, from operation counts, of the two speed-ups: over full fine-tuning and over frozen layers."""
     if cost.flops_before is None or cost.flops_after is None:
         return None, None
     adapts = run.made_of.get("train", {}).get("adapter") is not None

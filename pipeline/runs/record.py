@@ -1,7 +1,7 @@
 """The record of a finished run: its files, its identity, and whether it is current.
 
-The run NAME is in results/runs/NAME: `model.safetensors` has the trained weights, `run.json` the scores, and the settings
-that replaced those of params.yaml.
+The run NAME is in results/runs/NAME: `model.safetensors` has the trained weights, `run.json` the scores and the
+settings that replaced those of params.yaml.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What is learnt: heads, targets, losses and scores.
+"""Tasks: heads, targets, losses and scores.
 
-Each task has its own module, imported when it is asked for: the libraries of losses and scores are slow to import.
+Each task has its own module, imported on demand: the libraries of losses and scores are slow to import.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Answers that are spans of a text: cross entropy on where they begin and end; exact match and F1 as SQuAD has them."""
+"""Answers that are spans of a text: cross entropy on start and end; exact match and F1 as in SQuAD."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pipeline.tasks.config import SCORES, TaskConfig
 # B batch, T token, A tokens of an answer
 
 NOWHERE = 0
-"""Token that stands for "no answer here": the first one, where BERT and its kin have their own ([CLS])."""
+"""Token for "no answer here": the first one, which is [CLS] in BERT-like networks."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What is known of N windows of texts, each with a question."""
+    """The targets of N windows of texts, each with a question."""
 
     text: Sequence[str]
     question: Sequence[str]
-    """Names of the questions: a long text has several windows with one question."""
+    """Names of the questions; several windows of a long text share a question."""
     answers: Sequence[Sequence[str]]
-    """Right answers; none to a question that the text does not answer."""
+    """Right answers; empty if the text has none."""
 
 
 class Answers(Task):
@@ -73,7 +73,7 @@ class Answers(Task):
         return {"question": str, "answer": str, "start": int, "end": int, "margin": float}
 
     def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
-        """Return the best answer in each window, where it lies in it, and how far it is preferred to "no answer here".
+        """Return the best answer in each window, its position, and its margin over "no answer here".
 
         A question's answer is the one with the largest margin among its windows.
         """
@@ -140,7 +140,7 @@ def at_tokens(start_B: Tensor, end_B: Tensor, chars_BT2: Tensor) -> Tensor:
 
 
 def best_answers(output: Any, chars_BT2: Tensor, longest: int) -> tuple[list[int], list[int], list[float]]:
-    """Return where the best answer of each window begins and ends, in characters, and its margin over `NOWHERE`."""
+    """Return start and end of the best answer of each window, in characters, and its margin over `NOWHERE`."""
     logits_B2T, chars_BT2 = read_tensor(output).detach().float().cpu(), chars_BT2.cpu()
     scores_B, first_B, last_B = best_spans(logits_B2T, chars_BT2, longest)
     every = torch.arange(len(scores_B))
@@ -159,7 +159,7 @@ def best_spans(logits_B2T: Tensor, chars_BT2: Tensor, longest: int) -> tuple[Ten
 
 
 def _choices(chars_BT2: Tensor) -> Tensor:
-    """Say which tokens a place may be: those of the text, and `NOWHERE`; not the question, not the padding. (B, T)."""
+    """Return which tokens may start or end an answer, (B, T) bool: those of the text, and `NOWHERE`."""
     allowed_BT = chars_BT2[..., 0] >= 0
     allowed_BT[:, NOWHERE] = True
     return allowed_BT

@@ -1,4 +1,4 @@
-"""What a task is: it asks for a head, turns labels into numbers, groups rows, and scores outputs."""
+"""The interface of a task: its head, numeric targets, units of rows, loss, scores and predictions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pipeline.tasks.config import LOWER_IS_BETTER
 from pipeline.tasks.heads import Layer
 
 Kind: TypeAlias = "type | list[Kind] | dict[str, Kind]"
-"""What a column of predictions holds: `str`, `int`, `float` or `bool`; any number of one kind, as `[str]`; or a value
-under each name, as `{"cat": float, "dog": float}`."""
+"""Type of a column of predictions: `str`, `int`, `float` or `bool`; a list of one type, as `[str]`; or a value per
+name, as `{"cat": float, "dog": float}`."""
 
 Column: TypeAlias = np.ndarray | Sequence[Any]
 """Predictions for B samples: (B,), (B, n) for lists of n or for n names in their order, or a sequence of B values."""
@@ -28,31 +28,31 @@ Column: TypeAlias = np.ndarray | Sequence[Any]
 
 @dataclass(frozen=True)
 class PredictionContext:
-    """What is known of B samples whose outputs are read."""
+    """Data of B samples, beside the outputs, that predictions may need."""
 
     extras: Mapping[str, Tensor]
-    """What is stored of them beside the state and the inputs, each (B, ...)."""
+    """Extras stored beside the state and the inputs, each (B, ...)."""
     look_up: Callable[[], Sequence[Mapping[str, Any]]]
-    """Returns what their source says of each, which takes time; labels may be missing."""
+    """Returns the targets of each sample from its source, which is slow; labels may be missing."""
 
 
 ALONE: Mapping[str, Any] = {"sync_on_compute": False}
-"""For the scores of torchmetrics: one process has the outputs of all, and asks no other."""
+"""Arguments of torchmetrics' scores: one process has all outputs, so they need no synchronisation."""
 
 IGNORED = -100
-"""A target that counts for nothing; the losses of torch know it."""
+"""A target that losses ignore (`ignore_index` of torch)."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the suffix must end in."""
+    """The head that the network must end in."""
 
     kind: Literal["classes", "embedding", "tokens", "span"]
     """"classes": logits, or numbers to regress, (B, size), from the architecture's own classifier. "embedding": one
     vector per sample (B, D). "tokens": logits of each token (B, T, size). "span": logits of each token as the first and
     as the last of a span, (B, 2, T) or an output with `start_logits` and `end_logits`."""
     size: int | None = None
-    """classes, tokens: how many classes."""
+    """classes, tokens: number of classes."""
     pooling: Literal["mean", "cls", "max", "pooled"] | None = None
     """embedding: how the vectors of a sample become one: the mean or the largest over its unmasked tokens, the first
     token, or what the backbone itself pools. None takes the usual one: mean for texts, the backbone's own for images.
@@ -60,19 +60,19 @@ class Head:
     layers: tuple[Layer, ...] = ()
     """embedding: the layers after pooling, for `build_head`; without, D is the backbone's."""
     labels: tuple[str, ...] = ()
-    """classes, tokens: what each output stands for, in their order; none where they are numbers to regress."""
+    """classes, tokens: name of each output, in order; none for numbers to regress."""
     problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
-    """classes: how the outputs are read, in the words of Hugging Face's configurations."""
+    """classes: the problem type in Hugging Face's configurations."""
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Whole numbers of N rows, not equally many in each; in a batch, rows are filled up with `IGNORED`."""
+    """Lists of integers of different lengths, one for each of N rows; batches are padded with `IGNORED`."""
 
     values: np.ndarray
-    """Those of all rows, end to end, (V,) int64."""
+    """The values of all rows, concatenated, (V,) int64."""
     offsets: np.ndarray
-    """Where each row begins in `values`, and where the last one ends, (N + 1,) int64."""
+    """Start of each row in `values`, and the end of the last, (N + 1,) int64."""
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]]) -> Self:
@@ -99,7 +99,7 @@ Prepared: TypeAlias = np.ndarray | Ragged
 
 
 class Table(Protocol):
-    """What a task reads of a sample table: N rows."""
+    """The part of a sample table that a task reads: N rows."""
 
     @property
     def split(self) -> np.ndarray:
@@ -113,11 +113,11 @@ class Table(Protocol):
 class Metrics(Protocol):
     """A running score over batches; on the CPU, whatever device the outputs are on.
 
-    Of several processes the main one alone scores, with the outputs of all of them.
+    With several processes, only the main one scores, with the outputs of all.
     """
 
     def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
-        """Take in one batch: the model's output, and the prepared targets of its rows."""
+        """Add one batch: the model's output, and the prepared targets of its rows."""
 
     def compute(self) -> dict[str, float]:
         """Return the scores over all batches since `reset`."""
@@ -133,19 +133,19 @@ class Task(ABC):
     monitor: str
     """Name of the score that decides which epoch is best."""
     minimum_units: int = 1
-    """Units that a training batch must have for the loss to mean something."""
+    """Minimum number of units in a training batch for a meaningful loss."""
     width: int | None = None
-    """Size D of the embeddings that the model gives, where it gives some and it is known; set before `prepare`."""
+    """Size D of the model's embeddings, if it has any and the size is known; set before `prepare`."""
 
     @property
     def higher_is_better(self) -> bool:
-        """Say in which direction `monitor` is better: the lower, where it is an error."""
+        """Whether a higher value of `monitor` is better; False for errors."""
         return self.monitor not in LOWER_IS_BETTER
 
     @property
     def loss_module(self) -> nn.Module | None:
-        """What a checkpoint must hold of the loss: parameters that train along (class weights of ArcFace) and other
-        state (a memory of earlier batches); None if it has none. It is complete after `prepare`.
+        """The module with the parameters (class weights of ArcFace) and other state (a memory of earlier batches) of
+        the loss, which checkpoints save; None if it has none. It is complete after `prepare`.
         """
         return None
 
@@ -185,9 +185,9 @@ class Task(ABC):
         """Return fresh scores."""
 
     def legend(self, table: Table) -> list[Any]:
-        """Return what the outputs of a model that is trained on `table` mean: names of classes, say. A run keeps it.
+        """Return the meaning of the outputs of a model trained on `table`, such as class names; a run keeps it.
 
-        It holds what JSON can hold. Empty where outputs speak for themselves, as here.
+        It is JSON. Default: empty.
         """
         return []
 
@@ -196,9 +196,9 @@ class Task(ABC):
         return {"output": [float]}
 
     def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
-        """Return what the model's `output` for a batch of B samples says, by column.
+        """Return predictions by column from the model's `output` for a batch of B samples.
 
-        `legend` is the run's. Here: the numbers of the output as they come.
+        `legend` is that of the run. Default: the numbers of the output.
         """
         numbers = read_tensor(output).float().cpu()
         return {"output": numbers.reshape(len(numbers), -1).numpy()}
@@ -218,19 +218,19 @@ def column(table: Table, name: str, task: str) -> np.ndarray:
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Silence what a library of scores warns of, where it is what this code means to do."""
+    """Silence warnings of a library of scores about intended use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def read_tensor(output: Any) -> Tensor:
-    """Return the tensor that a model's output carries: itself, its `logits`, or the first of a tuple.
+    """Return the tensor in a model's output: itself, its `logits`, or the first of a tuple.
 
     Of a span's logits, `start_logits` and `end_logits` (B, T), it is both, (B, 2, T).
 
     Raises:
-        TrainError: it carries none.
+        TrainError: there is none.
     """
     if isinstance(output, Mapping) and "start_logits" in output:
         return torch.stack([output["start_logits"], output["end_logits"]], dim=1)

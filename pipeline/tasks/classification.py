@@ -126,10 +126,10 @@ class ClassificationScores:
 
 
 def refuse_unseen(labels: list[Any]) -> None:
-    """Refuse labels that the training split lacks; each stands here once for every sample that has it.
+    """Check that the training split has all `labels`, given once per sample.
 
     Raises:
-        DataError: there are such labels; the message names up to five.
+        DataError: it lacks some; the message names up to five.
     """
     if labels:
         names = sorted(set(labels))

@@ -17,7 +17,7 @@ SCORES = {
     "tagging": ("f1", "precision", "recall", "accuracy"),
     "answers": ("f1", "exact_match"),
 }
-"""What each task is scored by; the first is its `monitor` unless another is set. Of similarity: `retrieval_scores`."""
+"""Scores of each task; the first is the default `monitor`. Those of similarity: `retrieval_scores`."""
 
 LOWER_IS_BETTER = frozenset({"rmse", "mae"})
 """Scores that are errors."""
@@ -56,7 +56,7 @@ Layers: TypeAlias = Annotated[tuple[Annotated[Layer, BeforeValidator(_checked)],
 
 
 class TaskConfig(Section):
-    """What is learnt, by which loss, and what decides which epoch is best."""
+    """The task, its loss, and the score that selects the best epoch."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 

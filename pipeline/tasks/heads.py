@@ -1,4 +1,4 @@
-"""The layers of an embedding head: each has a name and options in params.yaml, and they stand in a list, in order.
+"""The layers of an embedding head, listed in params.yaml by name and options.
 
 A layer is written `name`, `{name: value}` (the value of its first option) or `{name: {option: value}}`. A bare number
 is a linear layer of that width, with a ReLU between two numbers in a row: `[512, 256]` is a small MLP.
@@ -41,7 +41,7 @@ class LayerConfig(Section):
 
 
 class Identity(LayerConfig):
-    """Nothing: what was pooled is the embedding."""
+    """No layer: the pooled vector is the embedding."""
 
     def build(self, width: int) -> nn.Module:
         return nn.Identity()
@@ -141,7 +141,7 @@ class ActivationLayer(LayerConfig):
 
 
 class Stack(nn.Sequential):
-    """Layers one after another. A type of its own tells them from a backbone's blocks, which a cut counts."""
+    """Layers in sequence. The type distinguishes them from a backbone's blocks, which a cut counts."""
 
 
 class Gate(nn.Module):
@@ -183,7 +183,7 @@ LAYERS: dict[str, type[LayerConfig]] = {
 
 
 def build_head(layers: Sequence[Layer], width: int) -> nn.Module:
-    """Return the layers one after another, for inputs (B, width); without any, the identity.
+    """Return the layers in sequence, for inputs (B, width); the identity if there are none.
 
     Raises:
         ValueError: a layer does not exist, or does not take its options.
@@ -199,7 +199,7 @@ def build_head(layers: Sequence[Layer], width: int) -> nn.Module:
 
 
 def last_width(layers: Sequence[Layer]) -> int | None:
-    """Return the width that the layers end in, or None where it is that of what comes in."""
+    """Return the output width of the layers; None if it is the input width."""
     width = 0
     for layer in layers:
         width = parse(layer).width_after(width)

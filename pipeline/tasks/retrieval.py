@@ -118,7 +118,7 @@ class Members:
 
     @property
     def relevant(self) -> Tensor:
-        """How many references belong to each query, (Q,); itself does not."""
+        """Number of references that belong to each query, without itself, (Q,)."""
         return self.count - 1 if self.itself else self.count
 
     def rows(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ def _sums(
 
 
 def _ready(embeddings: Tensor, measure: Any) -> Tensor:
-    """Return embeddings as they are compared; what is no number is far from everything by being nothing."""
+    """Return embeddings prepared for comparison; NaN rows become zero vectors and match nothing."""
     if not torch.isfinite(embeddings).all():
         embeddings = torch.nan_to_num(embeddings, posinf=0.0, neginf=0.0)
     ready: Tensor = measure.maybe_normalize(embeddings)
@@ -164,7 +164,7 @@ def _ready(embeddings: Tensor, measure: Any) -> Tensor:
 
 
 def _cat(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return embeddings and groups of all batches, which the list holds as one from now on."""
+    """Concatenate the embeddings and groups of all batches, in the list too."""
     embeddings, groups = zip(*batches, strict=True)
     batches[:] = [(torch.cat(embeddings), torch.cat(groups))]
     return batches[0]

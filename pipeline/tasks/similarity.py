@@ -1,4 +1,4 @@
-"""An embedding in which what belongs together is near: pairs of texts, or samples under one label."""
+"""Metric learning: embeddings in which pairs, or samples with one label, are near each other."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Similarity(Task):
         return make_loss(self.config.loss, self.config.loss_options, self.config.distance, **sizes)
 
     def _make_state_once(self, labels: int, sides: int) -> None:
-        """Make what the loss has of its own: later calls must leave weights and memories in training as they are."""
+        """Create the loss's own parameters and memory once: later calls must not reset them."""
         config = self.config
         if self._loss is None:
             with torch.random.fork_rng(devices=[]):

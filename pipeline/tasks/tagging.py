@@ -143,7 +143,7 @@ class TaggingScores:
 
 
 def at_words(values_BT: Tensor, word_BT: Tensor, words: int, absent: int) -> Tensor:
-    """Return the values at the first token of each of so many words, (B, W); `absent` for a word without any."""
+    """Return the values at the first token of each word, (B, W); `absent` for a word without tokens."""
     values_BW = torch.full((len(values_BT), words + 1), absent)
     return values_BW.scatter(1, word_BT.masked_fill(word_BT < 0, words), values_BT)[:, :words]
 

@@ -27,7 +27,7 @@ BY_OBSTORE: Mapping[str, Mapping[str, str]] = {
     "gs": {"credentialpath": "service_account"},
     "azure": {"account_name": "account_name", "account_key": "account_key", "sas_token": "sas_token"},
 }
-"""Service -> what DVC calls the settings with which obstore reads there, and what obstore does."""
+"""Per service: DVC's names of the settings that obstore needs -> obstore's names."""
 SCHEMES = {"s3": "s3", "gs": "gs", "azure": "az"}
 IRRELEVANT = re.compile(r"acl|grant_|sse$|sse_kms|listobjects|cache_regions|projectname|.*timeout|jobs|checksum_jobs")
 """Settings of a remote that change nothing about how its objects are read."""
@@ -37,10 +37,10 @@ class Files(Protocol):
     """The objects of a remote, by their paths below it."""
 
     def size(self, path: str) -> int:
-        """Return the bytes of an object; raises FileNotFoundError where there is none."""
+        """Return the size of an object in bytes; raises FileNotFoundError if it does not exist."""
 
     def read(self, path: str) -> bytes:
-        """Return an object, whole; raises FileNotFoundError where there is none."""
+        """Return the whole object; raises FileNotFoundError if it does not exist."""
 
     def read_part(self, path: str, begin: int, end: int) -> memoryview:
         """Return the bytes `begin` to `end` of an object that has at least so many."""
@@ -54,11 +54,11 @@ class ThroughDvc:
         self._fs, self._root, self._remote = file_system, root, remote
 
     def size(self, path: str) -> int:
-        """Return the bytes of an object."""
+        """Return the size of an object in bytes."""
         return int(self._persist(path, lambda where: self._fs.info(where)["size"]))
 
     def read(self, path: str) -> bytes:
-        """Return an object, whole."""
+        """Return the whole object."""
         found: bytes = self._persist(path, self._fs.cat_file)
         return found
 
@@ -84,7 +84,7 @@ class ThroughDvc:
 
 
 def files_of(file_system: Any, root: str, remote: str) -> Files:
-    """Return what reads the objects below `root`: obstore, where its settings can be the remote's."""
+    """Return a reader of the objects below `root`: obstore if it supports the settings of the remote."""
     service = file_system.protocol
     if service == "local":
         if not Path(root).is_dir():
@@ -103,7 +103,7 @@ def files_of(file_system: Any, root: str, remote: str) -> Files:
 
 
 def _has_credentials(service: str, options: Mapping[str, str]) -> bool:
-    """Say whether obstore would have credentials; DVC's clients find them in more places."""
+    """Return whether obstore has credentials; DVC's clients find them in more places."""
     needed = {
         "s3": ("access_key_id", "AWS_ACCESS_KEY_ID"),
         "gs": ("service_account", "GOOGLE_APPLICATION_CREDENTIALS"),
@@ -118,6 +118,6 @@ def object_path(md5: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says of itself without quoting a server: that may repeat what was signed."""
+    """Return the reason of an error without quoting the server, which may repeat signed requests."""
     message = getattr(error, "strerror", None) or getattr(error, "reason", None)
     return f"{type(error).__name__}: {message}" if isinstance(message, str) else type(error).__name__

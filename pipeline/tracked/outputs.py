@@ -2,11 +2,11 @@
 
     dvc://REVISION:PATH[?remote=NAME]
 
-The revision is any that git knows, or nothing for dvc.lock as it lies here. DVC keeps a folder as one object that lists
-its files by their digests, and each file as an object named by its digest. So the list is all that must be read to know
-where everything is; what a digest names never changes, and neither does what is mirrored of it.
+The revision is any that git knows, or empty for dvc.lock in the working tree. DVC stores a folder as one object that
+lists its files by their digests, and each file as an object named by its digest. So reading the list suffices to find
+every file, and mirrored files never change.
 
-Settings and credentials are those that DVC has.
+Settings and credentials are those of DVC.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from pipeline.tracked.files import Files, files_of, object_path
 
 SCHEME = "dvc://"
 REQUESTS = 32
-"""Objects whose sizes are asked for at a time."""
+"""Number of objects whose sizes are requested at a time."""
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _URL = re.compile(r"dvc://(?P<revision>[^:]*):(?P<path>[^?]+?)/*(?:\?remote=(?P<remote>[^?&]+))?")
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a URL says."""
+    """The parts of a URL."""
 
     url: str
     revision: str
-    """Of git; empty for what lies here."""
+    """Revision of git; empty for the working tree."""
     path: str
     remote: str | None
-    """The remote's name; None for the one that DVC would take."""
+    """Name of the remote; None for DVC's default."""
 
     @classmethod
     def of(cls, url: str) -> Place:
@@ -63,7 +63,7 @@ class Tracked:
 
     Attributes:
         url: the place.
-        digest: names what lies there.
+        digest: identifies the content.
     """
 
     def __init__(self, place: Place, remote: str, files: Files, found: Mapping[str, str], sizes: Path) -> None:
@@ -123,7 +123,7 @@ class Tracked:
 
 
 def open_tracked(url: str, sizes: Path) -> Tracked:
-    """Find what DVC tracks at a URL, in the project that the current folder is in.
+    """Find the files that DVC tracks at a URL, in the project of the current folder.
 
     `sizes` is a file for the sizes of objects, which are asked for once.
 
@@ -193,7 +193,7 @@ def _below(prefix: str, found: Mapping[str, str]) -> dict[str, str]:
 
 
 def _message(error: Exception, place: Place) -> str:
-    """Say in one line what DVC found wrong, and what to do."""
+    """Return DVC's fault and the remedy in one line."""
     from dvc.config import NoRemoteError, RemoteNotFoundError  # noqa: PLC0415
     from dvc.exceptions import NotDvcRepoError, OutputNotFoundError  # noqa: PLC0415
     from dvc.scm import RevError  # noqa: PLC0415

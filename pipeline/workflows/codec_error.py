@@ -1,4 +1,4 @@
-"""What each codec would change: in the states of some samples, and in what the layers after the cut make of them.
+"""The error of each codec: in the states of some samples, and in the outputs of the layers after the cut.
 
 N samples, B batch.
 """
@@ -30,7 +30,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True)
 class CodecDeviation:
-    """What one codec would cost and change.
+    """Size and error of one codec.
 
     Attributes:
         storage: codec and dtype, `int8:float16`.
@@ -53,20 +53,20 @@ class CodecDeviation:
 
 @dataclass(frozen=True)
 class CodecReport:
-    """The deviations of one store from what it gives now."""
+    """Errors of all codecs, relative to the current content of a store."""
 
     cut: str
     samples: int
     storage: str
     kind: str
-    """What the outputs are, as `Head.kind` names it."""
+    """Kind of the outputs, as `Head.kind`."""
     is_trained: bool
     """Whether the weights after the cut are those of a finished run."""
     deviations: list[CodecDeviation]
 
 
 class _InMemory:
-    """Samples in memory, gathered as a reader gathers them from disk."""
+    """Samples in memory, with the interface of a reader."""
 
     def __init__(self, places: Rows, samples: Mapping[str, Sequence[Tensor]]) -> None:
         self._number = {place: i for i, place in enumerate(_places(places))}
@@ -80,9 +80,9 @@ class _InMemory:
 
 
 def measure(project: Project, name: str, count: int, tower: str | None = None) -> CodecReport:
-    """Try every codec on `count` samples of a cut's store, drawn from the sample table; nothing is written.
+    """Apply every codec to `count` samples of a cut's store, drawn from the sample table; nothing is written.
 
-    Where there is an encoder for each role, `tower` says whose store.
+    With towers, `tower` is the role of the encoder.
 
     Memory: the states of these samples, three times in float32.
 
@@ -118,7 +118,7 @@ def measure(project: Project, name: str, count: int, tower: str | None = None) -
 
 
 def table(report: CodecReport) -> str:
-    """Return the report for people."""
+    """Return the report as text."""
     dtype = report.storage.partition(":")[2]
     lost = {"float32": "those the prefix gave"}.get(dtype, f"already rounded to {dtype}")
     if report.storage.startswith("int8"):
@@ -145,7 +145,7 @@ def table(report: CodecReport) -> str:
 
 
 def _storages(own: str) -> list[str]:
-    """Every dtype as it is, and the other codecs in the store's dtype."""
+    """Return all dtypes uncompressed, and the other codecs in the dtype of the store."""
     dtype = own.partition(":")[2]
     return [*(f"raw:{other}" for other in DTYPES), *(f"{codec}:{dtype}" for codec in CODECS if codec != "raw")]
 
@@ -217,7 +217,7 @@ def _compare_outputs(before: list[Tensor], after: list[Tensor], kind: str) -> tu
 
 
 def _nearest(vectors_ND: Tensor) -> Tensor:
-    """Return for each vector which other one is nearest by cosine."""
+    """Return the index of the nearest other vector by cosine."""
     unit_ND = torch.nn.functional.normalize(vectors_ND, dim=-1)
     return (unit_ND @ unit_ND.T).fill_diagonal_(-torch.inf).argmax(-1)
 

@@ -1,4 +1,4 @@
-"""What each place to cut costs and gains, and which of them are sensible: the table of `recycle cuts`."""
+"""The table of `recycle cuts`: costs and speed-ups of every cut, and which cuts are sensible."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pipeline.tasks import read_tensor
 LITTLE = 0.1
 """Share of the operations that a cut must save, unless its state is smaller than the inputs."""
 ALIKE = 0.75
-"""A cut stands for another where it saves, and trains, at least this share of the operations that the other does."""
+"""A cut replaces another if it saves and trains at least this share of the operations that the other does."""
 
 
 @dataclass(frozen=True)
 class CutOption:
-    """A place to cut, as the table shows it. What is not known because the cut is refused is None."""
+    """A line of the table. Figures unknown because the cut is refused are None."""
 
     at: str | int
-    """What to write into `encode.cuts`: a module path, or 0 for the inputs."""
+    """The value for `encode.cuts`: a module path, or 0 for the inputs."""
     blocks: int
-    """Blocks before it; from 2 on this number names the cut as well."""
+    """Number of blocks before it; from 2 on it names the cut as well."""
     blocks_share: float
-    """This number over that of all blocks, which names the cut too."""
+    """Share of the blocks before it, which names the cut as well."""
     parameters_share: float | None
     """Share of the model's parameters that are frozen."""
     flops_share: float
@@ -38,9 +38,9 @@ class CutOption:
     state_bytes: int | None
     """Size of one sample's state in 16 bits per number."""
     over_full: float | None
-    """Expected speed-up of a training step over full fine-tuning; None also where no operation comes after the cut."""
+    """Expected speed-up of a training step over full fine-tuning; None also if no operation follows the cut."""
     over_frozen: float | None
-    """Expected speed-up over the same layers frozen, but run at every step."""
+    """Expected speed-up over frozen layers that run in every step."""
     sensible: bool
     refused: str | None
     """Why the model cannot be split there, or None."""
@@ -76,7 +76,7 @@ def choose(model: nn.Module, example: Mapping[str, Tensor]) -> list[CutOption]:
 
 
 def find_sensible(places: Sequence[Candidate], parameters: int) -> list[Candidate]:
-    """Return the places worth a try, of a model with so many parameters.
+    """Return the cuts worth trying, for a model with so many parameters.
 
     A place must leave something to train, and save a tenth of the operations or store less than the inputs. Of places
     that are alike the one with the smallest state stands for the others, of equal states the deepest: a place is passed
@@ -149,5 +149,5 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def _times(value: float | None) -> str:
-    """A factor of hundreds says that computation is no longer the bound, not how much faster a step is."""
+    """Format a factor; above 100, computation is no longer the bound, and the value means nothing."""
     return ">100" if value is not None and value > 100 else _shown(value, "{:.1f}")

@@ -25,9 +25,9 @@ from pipeline.tasks import read_tensor
 
 PROVED_ON = 32
 MERGED_TOLERANCE = 1e-5
-"""Largest difference between the merged model and prefix + suffix in fp32, relative to the largest output."""
+"""Largest difference of the merged model from prefix + suffix in fp32, relative to the largest output."""
 STORED_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""The same between the merged model and the suffix on stored states, by the type they were stored in."""
+"""The same from the suffix on stored states, by the type of the stored states."""
 
 
 class ParityError(RecyclingError):
@@ -36,7 +36,7 @@ class ParityError(RecyclingError):
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the exported model is from the cached path on some samples."""
+    """Differences of the exported model from the cached path on some samples."""
 
     samples: int
     merged: float
@@ -44,11 +44,11 @@ class Parity:
     stored: float
     """Largest output difference to the suffix on stored states, relative to the largest output."""
     agreement: float
-    """Share of samples (of tokens, where each has its outputs) whose largest output is the same one."""
+    """Share of samples, or of tokens that have outputs, whose largest output is the same."""
 
     @classmethod
     def worst(cls, parities: Sequence[Parity]) -> Parity:
-        """Return what holds of all of several models."""
+        """Return the worst figures of several models."""
         return cls(
             samples=sum(one.samples for one in parities),
             merged=max(one.merged for one in parities),
@@ -142,7 +142,7 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return the outputs (B, ...) of the full model, of prefix + suffix, and of the suffix on stored states one by one.
 
-    The model is merged in place: the last thing that needs the prefix runs before.
+    The model is merged in place, after everything that needs the prefix has run.
     """
     batch = network_inputs(pad_batch(samples, loaded.backbone.preprocess.pad))
     suffix.eval()
@@ -159,7 +159,7 @@ def _cached(loaded: LoadedModel, store: Views, suffix: Suffix, row: np.ndarray) 
 
 
 def _compare(full: Tensor, live: Tensor, cached: list[Tensor]) -> Parity:
-    """Compare outputs; where they are as long as the batch is padded, up to the length that each sample has alone."""
+    """Compare outputs; padded outputs are compared up to the length of each sample."""
     scale = full.abs().max().clamp(min=1e-12)
     pairs = [(whole[tuple(map(slice, single.shape))], single) for whole, single in zip(full, cached, strict=True)]
     return Parity(

@@ -1,8 +1,8 @@
-"""Reuse at inference: inputs -> keys -> states, known or new -> suffixes of finished runs -> predictions.
+"""Predict: inputs -> keys -> states, stored or new -> suffixes of finished runs -> predictions.
 
-Inputs go by in spans, in their order, with a bounded number of new samples in each. New ones are encoded as `encode`
-does it, into the store or into one that is emptied after every span, and are read back from there: a sample's
-prediction does not depend on whether it was known.
+Inputs are processed in order, in spans with a bounded number of new samples. New samples are encoded as by `encode`,
+into the store or into a temporary one that is emptied after every span, and are read back from there: the prediction of
+a sample does not depend on whether it was stored.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from pipeline.train.loader import Batch, Loader, StoredRows
 log = logging.getLogger("recycle")
 
 ROWS_AT_ONCE = 1 << 13
-"""Inputs whose predictions wait in memory."""
+"""Number of inputs whose predictions are held in memory."""
 HEX = 2 * KEY_BYTES
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""What training calls a precision -> what encoding does."""
+"""Precisions by their names in training -> in encoding."""
 
 
 def predict_project(
@@ -52,7 +52,7 @@ def predict_project(
     write: bool = False,
     tower: str | None = None,
 ) -> bool:
-    """Write what the finished runs `names` say of every input to the file `output`, a row for each, in their order.
+    """Write the predictions of the finished runs `names` to the file `output`, a row for each input, in order.
 
     Inputs are the project's own data set, or data of the same kind at the path `inputs`, whose labels are not read.
     Where there is an encoder for each role, they are the samples in the role `tower`, which must be named. With
@@ -87,12 +87,12 @@ def predict_project(
 
 
 class SharedStates:
-    """The states of inputs, and the runs of one store that start from them: the prefix runs once for all."""
+    """The states of inputs, shared by the runs of one store: the prefix runs once for all of them."""
 
     def __init__(
         self, runs: Mapping[str, FinishedRun], source: Source, keyed: KeyedSamples, folder: Path | None
     ) -> None:
-        """Prepare to predict on `source`; `runs` by how the names of their columns begin.
+        """Prepare to predict on `source`; `runs` are by the prefix of their column names.
 
         The states of new samples join the store, or lie in `folder` until they are forgotten.
         """
@@ -116,7 +116,7 @@ class SharedStates:
         self.predictions = Predictions(self._columns())
 
     def missing(self) -> np.ndarray:
-        """Return (N,) bool: which of all inputs have no state in the store."""
+        """Return which of all inputs have no state in the store, (N,) bool."""
         return self.known.missing(self.keys)
 
     def encode(self, rows: np.ndarray) -> None:
@@ -128,7 +128,7 @@ class SharedStates:
             self.known.refresh()
 
     def predict(self, rows: np.ndarray) -> None:
-        """Add what the runs say of `rows` (n,) int64, all distinct, to the predictions; bad ones are left out."""
+        """Add the runs' predictions for `rows` (n,) int64, all distinct; bad samples are left out."""
         new = rows[self.known.missing(self.keys[rows])]
         self._predict(self.known, self.reader, np.setdiff1d(rows, new, assume_unique=True))
         if self.forgets and len(new):
@@ -156,7 +156,7 @@ class SharedStates:
         return [self.encoder.source.row(row).targets for row in rows.tolist()]
 
     def batches(self, store: Store, reader: Reader, rows: np.ndarray) -> Iterator[Batch]:
-        """Yield `rows` in batches of states of similar size, and within these as they lie in the store."""
+        """Yield `rows` in batches of states of similar size, each in the order of the store."""
         places = store.rows(self.keys[rows])
         by_place = np.argsort(places.codes)
         order = by_place[np.argsort(reader.sizes(places[by_place]), kind="stable")]
@@ -170,7 +170,7 @@ class SharedStates:
 
 
 def predict_spans(source: Source, keyed: KeyedSamples, shared: Sequence[SharedStates], output: Path) -> None:
-    """Write the predictions of all inputs, span by span; of equal inputs the first one's are everyone's."""
+    """Write the predictions of all inputs, span by span; equal inputs share the predictions of the first."""
     first, numbers = KeySet(keyed.keys).find(keyed.keys), np.arange(len(keyed.keys))
     last = numbers.copy()
     last[first] = numbers
@@ -192,7 +192,7 @@ def predict_spans(source: Source, keyed: KeyedSamples, shared: Sequence[SharedSt
 
 
 def _spans(new: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """Divide all rows into stretches of at most `ROWS_AT_ONCE`, and of at most `most` that are `new` (N,) bool."""
+    """Divide all rows into spans of at most `ROWS_AT_ONCE` rows, of which at most `most` are `new` (N,) bool."""
     stretch = np.maximum(np.cumsum(new) - 1, 0) // most
     by_count = np.arange(len(new)) // ROWS_AT_ONCE
     begins = np.flatnonzero((np.diff(stretch, prepend=-1) != 0) | (np.diff(by_count, prepend=-1) != 0))
@@ -202,7 +202,7 @@ def _spans(new: np.ndarray, most: int) -> Iterator[np.ndarray]:
 def _describe_rows(
     source: Source, keyed: KeyedSamples, rows: np.ndarray, bad: Mapping[int, BadSample]
 ) -> tuple[list[str], list[str | None], list[str | None]]:
-    """Return what each row is called, its key in hex and what is wrong with it."""
+    """Return the name of each row, its key in hex and, for a bad one, the reason."""
     keys, has_key = keyed.keys[rows].tobytes().hex(), keyed.keys[rows].any(axis=1).tolist()
     in_hex = [keys[i * HEX : (i + 1) * HEX] if has_key[i] else None for i in range(len(rows))]
     reasons = [bad[row].reason if row in bad else None for row in rows.tolist()]
@@ -214,7 +214,7 @@ def _bad(shared: Sequence[SharedStates]) -> dict[int, BadSample]:
 
 
 def _tell(project: Project, keyed: KeyedSamples, shared: Sequence[SharedStates], output: Path) -> bool:
-    """Say what was done; return whether no more is bad than allowed."""
+    """Log what was done; return whether at most as many inputs are bad as allowed."""
     for states in shared:
         log.info(
             "%s: the prefix ran on %d of %d inputs%s",

@@ -1,4 +1,4 @@
-"""The stores of a project, and what its sample tables say about them."""
+"""Maintenance of a project's stores: find them, compare them with the sample tables, remove samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.store import KeySet, Store, find_stores
 
 @dataclass(frozen=True)
 class Used:
-    """What sample tables refer to.
+    """The samples that sample tables refer to.
 
     Attributes:
         keys: of all their samples.
@@ -46,23 +46,23 @@ def open_store(project: Project, place: Path | str, *, named: bool) -> Store:
 
 
 def local_stores(project: Project, named: Sequence[Path | str], verb: str) -> list[Path]:
-    """Return the folders of the stores that `verb` is to change: those named, or those of all cuts, views and towers.
+    """Return the folders of the local stores to change: the named ones, or those of all cuts, views and towers.
 
     Raises:
         ConfigError: there is none yet.
-        StoreError: one of them lies elsewhere.
+        StoreError: one of them is remote.
     """
     remote_stores = [place for place in named if isinstance(place, str)]
     if remote_stores or (project.remote is not None and not named):
         raise StoreError(
-            f"{remote_stores[0] if remote_stores else project.encode.store}: recycle store {verb} changes stores on this "
-            "machine's disk alone; recycle store info and verify also read those that lie elsewhere"
+            f"{remote_stores[0] if remote_stores else project.encode.store}: recycle store {verb} changes only local "
+            "stores; recycle store info and verify also read remote ones"
         )
     return [Path(place) for place in named or stores_of(project)]
 
 
 def stores_of(project: Project) -> list[Path]:
-    """Return the folders of the stores of all cuts, views and towers of params.yaml, in a mirror if they lie elsewhere.
+    """Return the folders of the stores of all cuts, views and towers of params.yaml; of remote stores, their mirrors.
 
     Raises:
         ConfigError: there is none yet.
@@ -81,7 +81,7 @@ def unnamed_stores(project: Project) -> list[Path]:
 
 
 def _named(project: Project) -> dict[Path, str | None]:
-    """The folders that params.yaml names, with the tower that each is of."""
+    """Return the folders of the stores that params.yaml names, with their towers."""
     return {
         part.store_path(cut, view): part.tower
         for part in project.parts
@@ -91,13 +91,13 @@ def _named(project: Project) -> dict[Path, str | None]:
 
 
 def wanted_keys(project: Project, store: Path) -> np.ndarray:
-    """Return the keys (n, 16) uint8 of the sample table that belong in the folder `store`: a tower has its role's."""
+    """Return the keys (n, 16) uint8 of the samples that belong in the store; a tower has those of its role."""
     table, tower = SampleTable.read(project.samples), _named(project).get(store)
     return table.keys if tower is None else table.keys[table.targets["role"] == tower]
 
 
 def used_by(table: Path, others: Sequence[Path]) -> Used:
-    """Return what the sample table that `encode` writes and `others` refer to.
+    """Return the samples of the sample table of `encode` and of `others`.
 
     Raises:
         DataError: one of them is missing, or is no sample table.
@@ -107,7 +107,7 @@ def used_by(table: Path, others: Sequence[Path]) -> Used:
 
 
 def find_samples(table: SampleTable, keys: Sequence[str], sources: Sequence[str]) -> np.ndarray:
-    """Return the keys (n, 16) uint8 of samples named by key, in hex, or by what the table calls their source.
+    """Return the keys (n, 16) uint8 of samples given by key, in hex, or by their source in the table.
 
     Raises:
         ConfigError: a key is no key, or no sample has the source; one line for each.
@@ -134,7 +134,7 @@ def find_samples(table: SampleTable, keys: Sequence[str], sources: Sequence[str]
 
 
 def without(table: SampleTable, keys: np.ndarray) -> SampleTable:
-    """Return `table` without the samples `keys` (n, 16) uint8, and without what is left of a pair that loses one half.
+    """Return `table` without the samples `keys` (n, 16) uint8 and without the other halves of their pairs.
 
     Raises:
         DataError: nothing would be left.
@@ -150,13 +150,13 @@ def without(table: SampleTable, keys: np.ndarray) -> SampleTable:
 
 
 def rewrite(table: SampleTable, path: Path) -> None:
-    """Write `table` to `path` as old as what it replaces: it says nothing of segments committed since."""
+    """Write `table` to `path` with the times of the file it replaces: segments committed since stay protected."""
     before = path.stat()
     table.write(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def forget(project: Project, keys: np.ndarray) -> None:
-    """Remove the samples `keys` (n, 16) uint8 where they lie beside the stores: unpacked copies, rows set aside."""
+    """Remove the samples `keys` (n, 16) uint8 from the unpacked copies and from the quarantine."""
     shutil.rmtree(project.work_dir / UNPACKED, ignore_errors=True)
     quarantine.forget(project.quarantine, {key.tobytes().hex() for key in keys})
