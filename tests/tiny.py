@@ -28,8 +28,9 @@ from pipeline.split import Capture
 from pipeline.tasks import Head
 
 TESTS = Path(__file__).parent
-IMPORTS = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-"""For PYTHONPATH: what is tested is this checkout, whatever is installed."""
+FOLDERS = sorted({file.parent for file in TESTS.rglob("test_*.py")} - {TESTS})
+IMPORTS = os.pathsep.join(map(str, [TESTS.parent, TESTS, *FOLDERS]))
+"""For PYTHONPATH: this checkout is tested, even where another one is installed; modules of tests can be named."""
 CLASSES = ("circle", "square", "stripe")
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "good", "bad"]
 

@@ -40,8 +40,8 @@ class Decoded:
     rows: np.ndarray
     """Rows of the good samples, (n,) int64."""
     inputs: dict[str, Tensor] | list[Sample]
-    """Where all are alike, stacked along a new first axis and still to be finished (`Preprocess.finish`), on whatever
-    device the batch goes to. Else one by one, finished."""
+    """Not finished yet (`Preprocess.finish`): stacked along a new first axis if shapes and types agree, else
+    sample by sample."""
     bad: list[BadSample]
     cut_off: list[int] = field(default_factory=list)
     """Number of tokens truncated, for each text that is too long."""
@@ -90,11 +90,11 @@ def decode_rows(source: Source, chunk: Chunk) -> list[Decoded]:
     keys = [None] * len(rows) if chunk.keys is None else [key.tobytes() for key in chunk.keys]
     by_row = [_in_views(source, chunk.views, row, key) for row, key in zip(rows, keys, strict=True)]
     decoded = []
-    for number, view in enumerate(chunk.views):
+    for number in range(len(chunk.views)):
         of_view = [in_views[number] for in_views in by_row]
         good = [(row, one) for row, one in zip(rows, of_view, strict=True) if not isinstance(one, BadSample)]
         bad = [one for one in of_view if isinstance(one, BadSample)]
-        inputs = _stacked(view, [sample for _, (sample, _) in good])
+        inputs = _stacked([sample for _, (sample, _) in good])
         cut_off = [excess for _, (_, excess) in good if excess]
         decoded.append(Decoded(np.asarray([row for row, _ in good], np.int64), inputs, bad, cut_off))
     return decoded
@@ -104,7 +104,7 @@ def decode_samples(source: Source, preprocess: Preprocess, rows: np.ndarray) -> 
     """Read and preprocess `rows` in this process, sample by sample, without the bad ones."""
     (decoded,) = decode_rows(source, Chunk(rows, [preprocess]))
     if isinstance(decoded.inputs, list):
-        return decoded.inputs
+        return [finish_sample(preprocess, sample) for sample in decoded.inputs]
     batch = preprocess.finish(decoded.inputs)
     return [dict(zip(batch, tensors, strict=True)) for tensors in zip(*batch.values(), strict=True)]
 
@@ -135,14 +135,15 @@ def _start(source: Source, view: Preprocess, row: int, content: Any, opened: Any
         return set_aside(source, row, error)
 
 
-def _stacked(preprocess: Preprocess, samples: list[Sample]) -> dict[str, Tensor] | list[Sample]:
+def _stacked(samples: list[Sample]) -> dict[str, Tensor] | list[Sample]:
     kinds = {(shapes(sample), tuple(tensor.dtype for tensor in sample.values())) for sample in samples}
     if len(kinds) == 1:
         stacked: dict[str, Tensor] = default_collate(samples)
         return stacked
-    return [_finished(preprocess, sample) for sample in samples]
+    return samples
 
 
-def _finished(preprocess: Preprocess, sample: Sample) -> Sample:
+def finish_sample(preprocess: Preprocess, sample: Sample) -> Sample:
+    """Return the inputs of one sample, finished as a batch of one."""
     batch = preprocess.finish({name: tensor.unsqueeze(0) for name, tensor in sample.items()})
     return {name: tensor.squeeze(0) for name, tensor in batch.items()}

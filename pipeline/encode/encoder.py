@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.data.source import Source
 from pipeline.encode.config import EncodeConfig
-from pipeline.encode.decoding import Chunk, Decoded, decode, decode_samples
+from pipeline.encode.decoding import Chunk, Decoded, decode, decode_samples, finish_sample
 from pipeline.encode.quarantine import BadSample, name_of
 from pipeline.encode.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
 from pipeline.encode.result import EncodeCosts, Outcome
@@ -120,7 +120,8 @@ class Encoder:
             if isinstance(chunk.inputs, dict):
                 self._forward(buffers, chunk.rows, chunk.inputs, None, costs)
             else:
-                ragged += zip(chunk.rows.tolist(), chunk.inputs, strict=True)
+                finished = (finish_sample(self.preprocess, sample) for sample in chunk.inputs)
+                ragged += zip(chunk.rows.tolist(), finished, strict=True)
         for pads, alike in self._by_padding(buffers) if ragged else []:
             for rows, samples in self._by_length(ragged, pads=pads):
                 self._forward(alike, rows, pad_batch(samples, self.preprocess.pad), samples, costs)

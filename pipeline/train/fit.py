@@ -167,13 +167,14 @@ def train_epoch(
     hidden = None if accelerator.is_main_process else True
     for batch in tqdm(batches, desc=label, unit="batch", disable=hidden, leave=False):
         count += 1
-        if count == len(batches):  # the epoch ends with a step: what a killed run goes on from has no gradients
-            accelerator.step = config.gradient_accumulation - 1
-        with accelerator.accumulate(objective):
+        # An epoch ends with a step: a killed run resumes without accumulated gradients.
+        steps = count % config.gradient_accumulation == 0 or count == len(batches)
+        with nullcontext() if steps else accelerator.no_sync(objective):
             with accelerator.autocast():
                 loss = objective(batch)
             accelerator.backward(loss)
-            if config.max_grad_norm is not None and accelerator.sync_gradients:
+        if steps:
+            if config.max_grad_norm is not None:
                 accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
             optimizer.step()
             scheduler.step()

@@ -283,9 +283,9 @@ def test_a_source_may_raise_anything(folder: Path, caplog: pytest.LogCaptureFixt
         10: "its state holds NaN or infinity",
         11: "its state holds NaN or infinity",
     }
-    assert found["row 8"]["traceback"].startswith("test_bad_input.py:")
-    assert " row < feed.py:" in found["row 8"]["traceback"]
-    assert found["shot 4"]["traceback"].startswith("test_bad_input.py:")
+    assert found["row 8"]["traceback"].startswith("test_quarantine.py:")
+    assert " row < keying.py:" in found["row 8"]["traceback"]
+    assert found["shot 4"]["traceback"].startswith("test_quarantine.py:")
     assert [found[f"shot {i}"]["key"] != "" for i in (4, 10, 11)] == [False, True, True]
     assert found["shot 10"]["traceback"] == ""
     assert stored(folder) == 9

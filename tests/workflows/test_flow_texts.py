@@ -66,7 +66,7 @@ def assert_stored_as_alone(project: Project, cut: float) -> None:
     for i in range(len(source)):
         sample = loaded.backbone.preprocess(source.content(i))
         alone = prefix(**pad_batch([sample, sample], loaded.backbone.preprocess.pad))
-        stored = reader.gather(store.rows(table.keys[i : i + 1]))
+        stored = reader.gather(store.first_places(np.array([i])))
         assert stored["input.input_ids"].tolist() == [sample["input_ids"].tolist()]
         for name, tensor in alone.items():
             kept = stored[f"state.{name}"].float()[0]

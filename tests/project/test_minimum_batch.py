@@ -38,7 +38,7 @@ def pooled(head: Head) -> nn.Module:
     return Pooled(head.size or 6)
 
 
-POOLED = {"model": {"backbone": "test_last_batch:pooled"}}
+POOLED = {"model": {"backbone": "test_minimum_batch:pooled"}}
 PAIRS = {
     "data": {"source": "pairs", "path": "pairs.jsonl", "validation": 0, "anchor": "q", "positive": "a"},
     "preprocess": {"kind": "text", "image_size": None},
@@ -152,7 +152,7 @@ def test_too_few_for_any_batch_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, validation: float, size: int, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    data = {"source": "test_last_batch:Numbers", "path": None, "options": {"rows": rows}, "validation": validation}
+    data = {"source": "test_minimum_batch:Numbers", "path": None, "options": {"rows": rows}, "validation": validation}
     params = tiny.write_params(
         tmp_path,
         **POOLED,
