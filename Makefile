@@ -4,7 +4,7 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 RUN := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 
-.PHONY: demo demo-text test faults check zoo format bench clean
+.PHONY: demo demo-text test quick faults check zoo format bench clean
 
 demo: $(VENV)/installed data/mnist_5k.csv.gz
 	$(RUN) dvc repro
@@ -19,7 +19,11 @@ example-%: $(VENV)/installed
 
 # A process for each core; those of one file stay together.
 test: $(VENV)/installed
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+# A subset for the loop of editing, in less than two minutes.
+quick: $(VENV)/installed
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile -m 'not slow'
 
 # 210 kills, every bit of a small store, full disks, 10 minutes of hostile stores.
 faults: $(VENV)/installed

@@ -18,6 +18,8 @@ from tiny import IMPORTS, TESTS, write_images, write_params
 from pipeline.project import Project
 from pipeline.workflows.encode import encode_project
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = TESTS.parent / "benchmarks"
 SHARED = {"common", "measuring", "peers"}  # what benchmarks import
 NUMBER = r"[\d,]+(?:\.\d+)?"

@@ -18,6 +18,8 @@ from zoo.catalogue import Entry, entries
 from zoo.proof import prove
 from zoo.runner import run
 
+pytestmark = pytest.mark.slow
+
 CATALOGUE = {(entry.group, entry.name): entry for entry in entries()}
 
 SAMPLE = {

@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file
 from test_flow_texts import WORDS
 
+pytestmark = pytest.mark.slow
+
 LONG = ["train", "--cut", "0.5", "--set", "train.epochs=12", "--name", "killed"]
 IMAGES = [
     ["encode"],

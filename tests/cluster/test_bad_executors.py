@@ -16,6 +16,8 @@ from pipeline.errors import ClusterError, ConfigError, RecyclingError
 from pipeline.project import Project
 from pipeline.workflows.encode import encode_project
 
+pytestmark = pytest.mark.slow
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"kind": "ray"}, "encode.executor.kind: 'ray': Input should be 'local', 'dask' or 'slurm'"),
     ({"proceses": 2}, "encode.executor.proceses: unknown setting (did you mean processes?); encode.executor has kind"),

@@ -23,6 +23,8 @@ from pipeline.errors import ClusterError
 from pipeline.project import Project
 from pipeline.workflows.encode import encode_project
 
+pytestmark = pytest.mark.slow
+
 ROWS, UNITS = 26, 7
 STORES = ("0.5", "1.0")
 TEN = (1, 2, 5, 6, 9, 10, 13, 14, 17, 18)

@@ -13,6 +13,8 @@ import tiny
 from pipeline.project import Project
 from pipeline.workflows.encode import encode_project
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs/sweeps.md"
 SCRIPT = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

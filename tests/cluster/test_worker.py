@@ -29,6 +29,8 @@ from pipeline.project import Project
 from pipeline.store import Store
 from pipeline.workflows.encode import encode_project
 
+pytestmark = pytest.mark.slow
+
 HERE: dict[str, Any] = {}
 ELSEWHERE = {"kind": "local", "processes": 2}
 Changes = dict[str, dict[str, Any]]

@@ -29,6 +29,8 @@ from pipeline.keys import content_key
 from pipeline.store import Store
 from stages import cli
 
+pytestmark = pytest.mark.slow
+
 ARRAYS = {"kind": "array", "image_size": None}
 
 

@@ -20,6 +20,8 @@ from pipeline.errors import StoreError
 from pipeline.store import Reader, Store, verify
 from pipeline.store.materialise import Scratch
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "golden/stores"
 NOBODY = 65534
 IMAGES, MORE_IMAGES = 12, 24

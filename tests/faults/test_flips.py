@@ -22,6 +22,8 @@ from pipeline.errors import StoreError
 from pipeline.keys import Recipe
 from pipeline.store import FORMAT, Reader, Store, verify
 
+pytestmark = pytest.mark.slow
+
 FEW, MANY = 300, 3_000
 """Flips tried of a store, in `make test` and of the larger one in `make faults`."""
 

@@ -21,6 +21,8 @@ from pipeline.store import Store
 from pipeline.store.format import ArraySpec
 from pipeline.store.metadata import read_array_spec
 
+pytestmark = pytest.mark.slow
+
 MINUTES = 10
 """Of fuzzing in `make faults`; `make test` runs `SEEDS` cases and the corpus."""
 SEEDS = 60

@@ -18,6 +18,8 @@ import tiny
 
 from pipeline.store import Store, verify
 
+pytestmark = pytest.mark.slow
+
 KILLS, MORE_KILLS = 4, 50
 """Kills in each of the four settings below, in `make test` and in `make faults`: there 200 in all."""
 

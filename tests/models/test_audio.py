@@ -31,6 +31,8 @@ from pipeline.tasks import Head
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 RATE = 8000
 
 

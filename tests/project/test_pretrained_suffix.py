@@ -27,6 +27,8 @@ from pipeline.workflows.encode import encode_project
 from pipeline.workflows.export import export_run
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 texts = texts_folder
 
 

@@ -45,6 +45,8 @@ from pipeline.split.record import Tap, record
 from pipeline.split.trace import trace
 from pipeline.tasks import Head
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 1, 1], [9, 8, 7, 6, 5, 12, 11, 10, 9, 13]])
 MASK = (IDS != 1).long()
 TEXT = {"input_ids": IDS, "attention_mask": MASK}

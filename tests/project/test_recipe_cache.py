@@ -23,6 +23,8 @@ from pipeline.store import Store
 from pipeline.workflows.encode import encode_project
 from stages import cli
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["one", "two three", "good good good", "bad", "one two", "three bad", "good one", "two two two two"]
 
 

@@ -37,6 +37,8 @@ from pipeline.workflows.store_upkeep import stores_of, unnamed_stores
 from pipeline.workflows.train import train_project
 from stages.cli import recycle
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("one", "two", "three", "good", "bad")
 CPU = torch.device("cpu")
 ANCHOR = "data/activations/0.5/anchor"

@@ -29,6 +29,8 @@ from pipeline.workflows.export import export_run
 from pipeline.workflows.report import report_project
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 AUGMENT = [{"RandomResizedCrop": {"size": 16, "scale": [0.5, 1.0]}}, "RandomHorizontalFlip"]
 STORE = Path("data/activations/0.5")
 N, COUNT = 30, 3

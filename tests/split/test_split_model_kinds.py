@@ -12,6 +12,8 @@ from torch import distributed, nn
 from pipeline.errors import InputRefusedError, SplitError
 from pipeline.split import candidates, merge, split
 
+pytestmark = pytest.mark.slow
+
 
 def net():
     torch.manual_seed(0)

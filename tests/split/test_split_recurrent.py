@@ -9,6 +9,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 from pipeline.errors import SplitError
 from pipeline.split import split
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = torch.tensor([5, 7, 3, 6])
 
 

@@ -23,6 +23,8 @@ from pipeline.errors import SplitError
 from pipeline.split import merge, split
 from pipeline.split.tree import as_call, map_tensors, tensors
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-6
 SEED = 5
 

@@ -18,6 +18,8 @@ from pipeline.project import Project
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 100
 INTERRUPTED = "recycle: interrupted; "
 

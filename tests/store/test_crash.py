@@ -17,6 +17,8 @@ from pipeline.keys import Recipe
 from pipeline.store import Store, verify
 from pipeline.store.scratch import FOREIGN_STALE_SECONDS, PREFIX, scratch, sweep
 
+pytestmark = pytest.mark.slow
+
 UNITS = 40
 # A server that has imported everything forks each writer, so that a kill does not land in the imports.
 WRITERS = multiprocessing.get_context("forkserver")

@@ -18,6 +18,8 @@ from zarr.storage import ObjectStore
 from pipeline.errors import ConfigError, CorruptStoreError, StaleStoreError, StoreError
 from pipeline.store import Ahead, Bucket, Patience, Reader, Remote, Resident, Scratch, Store, describe, tell, verify
 
+pytestmark = pytest.mark.slow
+
 HASTY = Patience(retries=1, stalled=1.0, pauses=(0.01, 0.01, 0.01))
 SAMPLES = 5
 

@@ -20,6 +20,8 @@ from pipeline.tasks import TaskConfig, open_task
 from pipeline.tasks import retrieval as scores
 from pipeline.tasks.similarity import draw_groups
 
+pytestmark = pytest.mark.slow
+
 ROLES = torch.tensor([0, 1] * 4)
 
 

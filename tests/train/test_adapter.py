@@ -41,6 +41,8 @@ from pipeline.workflows.encode import encode_project
 from pipeline.workflows.export import export_run
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0], [9, 4, 3, 2, 0]])
 TEXT = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
 PIXELS = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))

@@ -27,6 +27,8 @@ from pipeline.train.checkpoint import exclusive
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("one", "two", "three", "good", "bad")
 WEIGHTS, RUN = "results/runs/shared/model.safetensors", "results/runs/shared/run.json"
 EPOCHS = 20

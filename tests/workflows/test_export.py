@@ -23,6 +23,8 @@ from pipeline.workflows.export import ParityError, export_run
 from pipeline.workflows.predict import predict_project
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:

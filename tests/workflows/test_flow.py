@@ -22,6 +22,8 @@ from pipeline.workflows.encode import encode_project
 from pipeline.workflows.report import report_project
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:

@@ -27,6 +27,8 @@ from pipeline.workflows.export import export_run
 from pipeline.workflows.predict import predict_project
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 OTHERS = ("one", "two", "three")
 TAGGED = {"task": {"kind": "tagging"}, "data": {"source": "conll", "path": "words.conll"}}
 ASKED = {"task": {"kind": "answers"}, "data": {"source": "squad", "path": "asked.json", "window": 7, "overlap": 3}}

@@ -26,6 +26,8 @@ from pipeline.workflows.predict import predict_project
 from pipeline.workflows.train import train_project
 from stages import cli
 
+pytestmark = pytest.mark.slow
+
 STORED = 2e-2
 """How far the rounding of stored states may take an output, relative to the largest."""
 

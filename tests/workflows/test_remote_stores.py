@@ -23,6 +23,8 @@ from pipeline.workflows.export import export_run
 from pipeline.workflows.train import train_project
 from stages.cli import recycle
 
+pytestmark = pytest.mark.slow
+
 ENCODE = {"cuts": [0.5], "segment_samples": 8}
 TRAIN = {"epochs": 2, "batch_size": 4}
 
