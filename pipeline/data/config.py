@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config import Section
 from pipeline.files import is_function
@@ -36,8 +36,6 @@ Names = Annotated[tuple[str, ...], Field(strict=False, min_length=2)]
 
 class DataConfig(Section):
     """The data set: its source, the names of its fields, and the validation split."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     source: str
     """Kind of data set: "images" or "audio" (a folder per class, or a table that names or contains the files), "text"

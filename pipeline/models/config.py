@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.config import Section
 from pipeline.files import is_function
@@ -28,8 +28,6 @@ Steps = Annotated[list[dict[str, dict[str, Any]]], BeforeValidator(_as_steps), F
 
 class ModelConfig(Section):
     """The pretrained network and the source of its weights."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     backbone: str
     """"torchvision:NAME", "timm:NAME", "hf:DIRECTORY" or "hf:HUB/NAME" (the directory may be in a package:
@@ -97,8 +95,6 @@ class ModelConfig(Section):
 
 class PreprocessConfig(Section):
     """How a content becomes the network's inputs. Unset values are those of the backbone."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     kind: Literal["image", "audio", "text", "array"] | None = None
     """What contents are. Library backbones define it; a "module:function" needs it. "array" passes an array on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import ConfigDict, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from pipeline.config import Section
 from pipeline.encode.config import check_cut
@@ -16,8 +16,6 @@ from pipeline.train.loader import Residency
 
 class TowerConfig(Section):
     """How the encoder of one role differs from the other sections; unset values are theirs."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
 
     model: ModelConfig | None = None
     """Its network, as in the section `model`."""
@@ -54,8 +52,6 @@ class TowerConfig(Section):
 
 class TowersConfig(Section):
     """One encoder per role; if none is set, one encoder embeds all samples."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     anchor: TowerConfig | None = None
     """Encoder of anchors (questions)."""

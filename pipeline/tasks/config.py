@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config import Section
 from pipeline.files import is_function
@@ -57,8 +57,6 @@ Layers: TypeAlias = Annotated[tuple[Annotated[Layer, BeforeValidator(_checked)],
 
 class TaskConfig(Section):
     """The task: what is learnt, with which loss, and the score that selects the best epoch."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     kind: str = "classification"
     """"classification" (one label per sample), "multi-label" (any number of labels), "regression" (one number or

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from pipeline.config import Section
@@ -28,8 +28,6 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "s
 
 class LayerConfig(Section):
     """Options of one kind of layer."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     @abstractmethod
     def build(self, width: int) -> nn.Module:
