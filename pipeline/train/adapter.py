@@ -38,10 +38,10 @@ through many layers stays far below; a weight that the model also reads otherwis
 
 
 class AdapterConfig(Section):
-    """Which adapter trains in place of the pretrained weights after the cut; fresh layers train in full beside it.
+    """Adapters that train in place of the pretrained weights after the cut; new layers train in full beside them.
 
     Everything else after the cut is frozen: weights, biases, and the running statistics of batch normalisation, which
-    stays in eval mode as it does before the cut. What training changes is thus the adapters and the head, no more.
+    stays in eval mode as it does before the cut.
     """
 
     kind: Literal["lora", "peanut"] = "lora"
