@@ -25,10 +25,10 @@ from PIL import Image
 
 from pipeline.data import Row, Source
 from pipeline.encode.config import EncodeConfig
-from pipeline.encode.encoded import Encoded
+from pipeline.encode.decoding import Chunk, Decoded, decode
 from pipeline.encode.encoder import Encoder
-from pipeline.encode.feed import Chunk, Decoded, decode, key_contents
-from pipeline.encode.flow import encode
+from pipeline.encode.keying import key_contents
+from pipeline.encode.run import encode
 from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.project.recipe import recipe_of
 from pipeline.split import split
@@ -99,7 +99,7 @@ def measure(
         keyed = key_contents(source, workers=workers or 1)
         stores = [[Store.create(folder / "store", recipe)]]
         encoder = Encoder(source, [backbone.preprocess], [prefix], stores, config, keyed.probes)
-        encode(encoder, source, stores, config.segment_samples, [keyed.good], Encoded.begun(keyed, cuts=1))
+        encode(encoder, source, keyed, stores, [keyed.good], segment_samples=config.segment_samples)
         end = time.perf_counter()
         shutil.rmtree(folder)
         if repeat:

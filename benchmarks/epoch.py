@@ -27,11 +27,11 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.data import SampleTable
-from pipeline.epochs import open_loaders
 from pipeline.project import CutName, Project
-from pipeline.project.towers import open_tower, to_train
-from pipeline.train.flow import train_epoch
-from pipeline.train.loader import Batch, Loader
+from pipeline.project.loaders import open_loaders
+from pipeline.project.towers import open_tower, trainable_suffix
+from pipeline.train.fit import Batches, train_epoch
+from pipeline.train.loader import Batch
 from pipeline.train.objective import Objective
 from pipeline.train.optimizer import parameter_groups, schedule
 
@@ -39,7 +39,7 @@ from pipeline.train.optimizer import parameter_groups, schedule
 class FirstBatches:
     """The first batches of a loader's epoch, as often as asked for."""
 
-    def __init__(self, loader: Loader, count: int) -> None:
+    def __init__(self, loader: Batches, count: int) -> None:
         self.loader, self.count = loader, min(count, len(loader))
 
     def __len__(self) -> int:
@@ -81,20 +81,20 @@ class Side:
             mixed_precision=self.config.precision, gradient_accumulation_steps=self.config.gradient_accumulation
         )
         tower = open_tower(project, cut, table)
-        bench, views, self.prefix, suffix = tower.bench, tower.store, tower.prefix, to_train(tower)
+        loaded, views, self.prefix, suffix = tower.loaded, tower.store, tower.prefix, trainable_suffix(tower)
         if self.config.channels_last:
             suffix.to(memory_format=torch.channels_last)
-            bench.backbone.model.to(memory_format=torch.channels_last)
-        loader, _ = open_loaders(bench, table, views, self.accelerator.device)
+            loaded.backbone.model.to(memory_format=torch.channels_last)
+        loader, _ = open_loaders([tower], table, self.accelerator.device)
         self.steps_per_epoch = len(loader)
         self.batches = FirstBatches(loader, steps)
         self.in_ram = list(self.batches)
         # The loss's own weights are made by `prepare`, which `open_loaders` called.
-        self.objective = Objective(suffix, bench.task).train()
-        optimizer = torch.optim.AdamW(parameter_groups(self.objective, self.config, bench.backbone.fresh))
+        self.objective = Objective(suffix, loaded.task).train()
+        optimizer = torch.optim.AdamW(parameter_groups(self.objective, self.config, loaded.backbone.fresh))
         self.scheduler = schedule(optimizer, self.config, steps=10**6)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.inputs = [bench.stored_inputs(views, table, batch.rows.numpy()) for batch in self.in_ram]
+        self.inputs = [loaded.stored_inputs(views, batch.rows.numpy()) for batch in self.in_ram]
 
     def measured(self) -> None:
         """Train as `recycle` does."""

@@ -23,10 +23,10 @@ import torch
 import yaml
 
 from pipeline.data import DataConfig, Row, Source
-from pipeline.encode.encoded import Encoded, Outcome
-from pipeline.flow import encode_project
+from pipeline.encode.result import EncodeResult, Outcome
 from pipeline.memory import keep_freed_memory
 from pipeline.project import Project
+from pipeline.workflows.encode import encode_project
 
 HERE = Path(__file__).parent
 EXECUTORS = ("{}", "{kind: local, processes: 2}")
@@ -61,9 +61,9 @@ def settings(samples: int, executor: dict[str, Any]) -> dict[str, Any]:
 def measure(samples: int, executor: dict[str, Any]) -> tuple[float, float, dict[str, bytes]]:
     """Encode in a new folder; return the rate in samples per second, the whole time, and the files."""
     told: list[tuple[float, int]] = []
-    add = Encoded.add
+    add = EncodeResult.add
 
-    def timed(self: Encoded, outcome: Outcome) -> None:
+    def timed(self: EncodeResult, outcome: Outcome) -> None:
         told.append((time.perf_counter(), len(outcome.part.rows)))
         add(self, outcome)
 
@@ -72,14 +72,14 @@ def measure(samples: int, executor: dict[str, Any]) -> tuple[float, float, dict[
         os.chdir(folder)
         try:
             Path("params.yaml").write_text(yaml.safe_dump(settings(samples, executor)))
-            Encoded.add = timed  # type: ignore[method-assign]
+            EncodeResult.add = timed  # type: ignore[method-assign]
             start = time.perf_counter()
             encode_project(Project.load(Path("params.yaml")))
             whole = time.perf_counter() - start
             root = Path("data/activations")
             files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
         finally:
-            Encoded.add = add  # type: ignore[method-assign]
+            EncodeResult.add = add  # type: ignore[method-assign]
             os.chdir(before)
     return sum(count for _, count in told[1:]) / (told[-1][0] - told[0][0]), whole, files
 

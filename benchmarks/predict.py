@@ -31,10 +31,11 @@ from common import digits
 from PIL import Image
 
 from pipeline.data.chosen import Chosen
-from pipeline.flow import encode_project, train_project
-from pipeline.predict import flow as predict
 from pipeline.project import Project
-from pipeline.report.runs import open_run
+from pipeline.runs.finished import open_run
+from pipeline.workflows import predict
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.train import train_project
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "data": {"source": "images", "path": "digits"},
@@ -123,7 +124,7 @@ def measure(project: Project, name: str, rounds: int) -> tuple[int, float, float
             if round_:
                 rates["suffix"].append(len(known) / (middle - start))
                 rates["predict"].append(len(known) / (end - middle))
-    return len(known), statistics.median(rates["suffix"]), statistics.median(rates["predict"]), states.done.new[0]
+    return len(known), statistics.median(rates["suffix"]), statistics.median(rates["predict"]), states.result.new[0]
 
 
 if __name__ == "__main__":

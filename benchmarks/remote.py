@@ -29,7 +29,7 @@ from services.s3 import running_server
 
 from pipeline.keys import Recipe
 from pipeline.store import FORMAT, Bucket, Reader, Remote, Scratch, Store
-from pipeline.train.loader import Loader
+from pipeline.train.loader import Loader, StoredRows
 from pipeline.train.order import Window, batches
 
 SEGMENT = 256
@@ -114,7 +114,7 @@ def load(store: Store, keys: np.ndarray, reader: Reader, room: int, options: arg
     def order(epoch: int) -> list[np.ndarray]:
         return batches(np.arange(len(keys)), options.batch, seed=0, epoch=epoch, shuffle=True, window=window)
 
-    return Loader(store, keys, {}, order, source=reader, read_ahead=room)
+    return Loader(StoredRows.of(store, keys, reader), {}, order, read_ahead=room)
 
 
 def step(seconds: float) -> Callable[[torch.Tensor], None]:

@@ -26,7 +26,7 @@ from numcodecs import blosc
 
 from pipeline.memory import keep_freed_memory
 from pipeline.store import Reader, Scratch, Store
-from pipeline.train.loader import Loader
+from pipeline.train.loader import Loader, StoredRows
 from pipeline.train.order import Window, batches
 
 SHAPE = (256, 14, 14)
@@ -143,14 +143,8 @@ def cold(folder: Path, options: argparse.Namespace) -> None:
             gc.collect()
             forget(files)
             source = Reader(store.path, check=check)
-            loader = Loader(
-                store,
-                store_keys(options),
-                {"label": labels},
-                order,
-                source=source,
-                read_ahead=4 * SEGMENT * states[0].nbytes,
-            )
+            samples = StoredRows.of(store, store_keys(options), source)
+            loader = Loader(samples, {"label": labels}, order, read_ahead=4 * SEGMENT * states[0].nbytes)
             start = time.perf_counter()
             for _ in read(loader)(turn):
                 pass
@@ -263,7 +257,7 @@ def random_order(options: argparse.Namespace) -> Order:
 
 
 def a_loader(store: Store, labels: np.ndarray, order: Order, source: Reader | None = None) -> Loader:
-    return Loader(store, some_keys(0, len(labels)), {"label": labels}, order, source=source)
+    return Loader(StoredRows.of(store, some_keys(0, len(labels)), source), {"label": labels}, order)
 
 
 def read(loader: Loader) -> Batches:

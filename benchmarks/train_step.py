@@ -22,17 +22,17 @@ from torch.utils.data import default_collate
 
 from pipeline.data import build
 from pipeline.encode.config import EncodeConfig
-from pipeline.encode.encoded import Encoded
+from pipeline.encode.decoding import decode_samples
 from pipeline.encode.encoder import Encoder
-from pipeline.encode.feed import decode_samples, key_contents
-from pipeline.encode.flow import encode
+from pipeline.encode.keying import key_contents
+from pipeline.encode.run import encode
 from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.project.recipe import recipe_of
 from pipeline.split import split
 from pipeline.store import Store
 from pipeline.tasks import TaskConfig, open_task
 from pipeline.train import order
-from pipeline.train.loader import Batch, Loader
+from pipeline.train.loader import Batch, Loader, StoredRows
 from pipeline.train.objective import Objective
 
 
@@ -77,9 +77,9 @@ def measure(cut: float, options: argparse.Namespace) -> tuple[float, float]:
         store = Store.create(Path(folder, "store"), recipe)
         config = EncodeConfig(cuts=[cut])
         encoder = Encoder(source, [backbone.preprocess], [prefix], [[store]], config, keyed.probes)
-        encode(encoder, source, [[store]], config.segment_samples, [keyed.good], Encoded.begun(keyed, cuts=1))
+        encode(encoder, source, keyed, [[store]], [keyed.good], segment_samples=config.segment_samples)
         batches = order.batches(np.arange(len(table)), options.batch, seed=0, epoch=0, shuffle=True)
-        loader = Loader(store, table.keys, task.prepare(table), batches)
+        loader = Loader(StoredRows.of(store, table.keys), task.prepare(table), batches)
         in_ram = list(loader)
         objective = Objective(suffix, task).train()
         optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)

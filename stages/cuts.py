@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from pipeline.cuts import choose, measure, table
 from pipeline.project import Project
-from pipeline.subject import from_name, from_project
+from pipeline.project.model_example import from_name, from_project
+from pipeline.workflows.cuts import choose, measure, table
 from stages.options import params_option
 
 LEGEND = """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from pipeline.flow import encode_project
 from pipeline.project import Project
+from pipeline.workflows.encode import encode_project
 from stages.options import TOO_MANY_BAD, params_option
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from pipeline.export import export_run
 from pipeline.project import Project
+from pipeline.workflows.export import export_run
 from stages.options import params_option
 
 

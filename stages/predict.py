@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from pipeline.predict.flow import predict_project
 from pipeline.project import Project
+from pipeline.workflows.predict import predict_project
 from stages.options import TOO_MANY_BAD, params_option
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from pipeline.flow import report_project
 from pipeline.project import Project
 from pipeline.report.summary import table
+from pipeline.workflows.report import report_project
 from stages.options import params_option
 
 

@@ -32,7 +32,7 @@ from pipeline.store import (
     tell,
     verify,
 )
-from pipeline.stores import (
+from pipeline.workflows.store_upkeep import (
     find_samples,
     forget,
     local_stores,
@@ -237,7 +237,7 @@ def error(cuts: tuple[str, ...], count: int, params: Path) -> None:
 
     Nothing is written. The deviations are those from what the store gives now.
     """
-    from pipeline.deviation import measure, table  # noqa: PLC0415 the model's libraries are slow to import
+    from pipeline.workflows.codec_error import measure, table  # noqa: PLC0415 the model's libraries are slow to import
 
     project = Project.load(params)
     for cut in cuts or [str(cut) for cut in project.encode.cuts]:

@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from pipeline.config import parse_override
-from pipeline.flow import train_project
 from pipeline.project import Project
-from pipeline.report.summary import STORE
+from pipeline.runs.record import STORE
 from pipeline.train.processes import together
+from pipeline.workflows.train import train_project
 from stages.options import params_option
 
 

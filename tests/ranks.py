@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.flow import train_project
 from pipeline.project import Project
 from pipeline.tasks import Head
 from pipeline.train.processes import together
+from pipeline.workflows.train import train_project
 
 NAME = "shared"
 

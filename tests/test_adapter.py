@@ -27,18 +27,19 @@ from transformers import (
     ViTForImageClassification,
 )
 
-import pipeline.train.flow
+import pipeline.train.fit
 from pipeline.data import SampleTable
-from pipeline.epochs import open_loaders
 from pipeline.errors import ConfigError, TrainError
-from pipeline.export import export_run
-from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.project.workbench import Workbench
+from pipeline.project.loaders import open_loaders
+from pipeline.project.towers import open_tower
 from pipeline.split import merge, split
 from pipeline.train.adapter import AdapterConfig, adapt, merged
 from pipeline.train.config import TrainConfig
 from pipeline.train.objective import evaluate
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.train import train_project
 
 IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0], [9, 4, 3, 2, 0]])
 TEXT = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
@@ -328,11 +329,10 @@ def test_the_value_is_that_of_the_kept_weights(folder: Path) -> None:
     made = project(folder, epochs=6, lr=0.1)
     run = train_project(made, "0.5")
     table = SampleTable.read(made.samples)
-    bench = Workbench.open(made, table)
-    store, _, suffix = bench.open_store(0.5, table)
-    suffix.load_state_dict(load_file("results/runs/0.5/model.safetensors"))
-    _, batches = open_loaders(bench, table, store, torch.device("cpu"))
-    assert evaluate(suffix, bench.task, batches, Accelerator())[run.metric] == pytest.approx(run.value)
+    tower = open_tower(made, 0.5, table)
+    tower.suffix.load_state_dict(load_file("results/runs/0.5/model.safetensors"))
+    _, batches = open_loaders([tower], table, torch.device("cpu"))
+    assert evaluate(tower.suffix, tower.loaded.task, batches, Accelerator())[run.metric] == pytest.approx(run.value)
 
 
 class Killed(BaseException):
@@ -343,7 +343,7 @@ class Killed(BaseException):
 def saves(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Count the epochs that runs commit, and let one die right after its `last`."""
     counter = SimpleNamespace(done=0, last=None)
-    save = pipeline.train.flow.save
+    save = pipeline.train.fit.save
 
     def counting(*args: object, **kwargs: object) -> None:
         save(*args, **kwargs)  # type: ignore[arg-type]
@@ -351,7 +351,7 @@ def saves(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if counter.done == counter.last:
             raise Killed
 
-    monkeypatch.setattr(pipeline.train.flow, "save", counting)
+    monkeypatch.setattr(pipeline.train.fit, "save", counting)
     return counter
 
 

@@ -15,8 +15,8 @@ import pytest
 from services import s3
 from tiny import IMPORTS, TESTS, write_images, write_params
 
-from pipeline.flow import encode_project
 from pipeline.project import Project
+from pipeline.workflows.encode import encode_project
 
 BENCHMARKS = TESTS.parent / "benchmarks"
 SHARED = {"common", "measuring", "peers"}  # what benchmarks import

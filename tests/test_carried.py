@@ -17,14 +17,15 @@ from test_flow_texts import project as text_project
 from torchvision.models import squeezenet1_1
 
 from pipeline.errors import AbsentError, CorruptStoreError, StaleStoreError
-from pipeline.export import export_run
-from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.project.carried import Carried
-from pipeline.report.runs import open_run
+from pipeline.project.pretrained_suffix import PretrainedSuffix
 from pipeline.report.summary import Run
+from pipeline.runs.finished import open_run
 from pipeline.store import Store, find_stores, verify
 from pipeline.tasks import Head
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.train import train_project
 
 texts = texts_folder
 
@@ -182,7 +183,7 @@ def test_weights_of_other_settings_do_not_stand_in(images: Path) -> None:
     with pytest.raises(StaleStoreError, match=r"preprocessing.image_size"):
         train_project(project(preprocess={"kind": "image", "image_size": 12}), "0.5")
     with pytest.raises(AbsentError, match=r"head\.size = 3, today's is 4"):
-        Carried.of(Store.open(Path("data/activations/0.5")), project().model, Head("classes", 4))
+        PretrainedSuffix.of(Store.open(Path("data/activations/0.5")), project().model, Head("classes", 4))
 
 
 def test_damage_is_told(images: Path) -> None:

@@ -12,13 +12,13 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from pipeline.cuts import choose, find_sensible, measure, speed_ups, table
 from pipeline.errors import ConfigError, RecyclingError
-from pipeline.flow import encode_project
 from pipeline.models.preprocess import ArrayPreprocess
 from pipeline.project import Project
+from pipeline.project.model_example import draw_inputs
 from pipeline.split import Candidate, Cut
-from pipeline.subject import draw_inputs
+from pipeline.workflows.cuts import choose, find_sensible, measure, speed_ups, table
+from pipeline.workflows.encode import encode_project
 from stages import cli
 
 

@@ -15,11 +15,12 @@ from click.testing import CliRunner
 from services.s3 import SECRET_KEY, Bucket
 
 from pipeline.errors import ConfigError, StaleStoreError, StoreError
-from pipeline.export import export_run
-from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.report.runs import open_run
+from pipeline.runs.finished import open_run
 from pipeline.store import Bucket as Objects
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.train import train_project
 from stages.cli import recycle
 
 ENCODE = {"cuts": [0.5], "segment_samples": 8}

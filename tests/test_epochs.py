@@ -11,12 +11,14 @@ import tiny
 import torch
 
 from pipeline.data import SampleTable
-from pipeline.epochs import open_loaders
 from pipeline.errors import CorruptStoreError
-from pipeline.flow import encode_project, train_project
 from pipeline.memory import memory_bytes
 from pipeline.project import Project
-from pipeline.project.workbench import Workbench
+from pipeline.project.loaders import open_loaders
+from pipeline.project.model import LoadedModel
+from pipeline.project.towers import open_tower
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.train import train_project
 
 CPU = torch.device("cpu")
 
@@ -38,9 +40,8 @@ def prepared(folder: Path, encode: dict[str, object], train: dict[str, object]) 
 
 def loaders(project: Project, memory: int | None = None):
     table = SampleTable.read(project.samples)
-    bench = Workbench.open(project, table)
-    views, _, _ = bench.open_store(0.5, table)
-    return table, views, *open_loaders(bench, table, views, CPU, memory)
+    tower = open_tower(project, 0.5, table)
+    return table, tower.store, *open_loaders([tower], table, CPU, memory)
 
 
 @pytest.mark.parametrize("encode", [{}, {"codec": "zstd"}])
@@ -51,7 +52,7 @@ def test_a_store_beyond_memory_is_drawn_from_in_windows(folder, caplog, encode) 
         assert "batches are drawn from" not in caplog.text
         table, views, training, _ = loaders(project, memory=1000)
     assert "batches are drawn from 1 segments at a time" in caplog.text
-    segments = views.rows(table.keys).segment
+    segments = views.places.segment
     for epoch in range(2):
         training.set_epoch(epoch)
         seen = [batch.rows.numpy() for batch in training]
@@ -62,7 +63,7 @@ def test_a_store_beyond_memory_is_drawn_from_in_windows(folder, caplog, encode) 
 
 def views_of(project: Project):
     table = SampleTable.read(project.samples)
-    return Workbench.open(project, table).open_store(0.5, table)[0].stores
+    return LoadedModel.open(project, table).open_store(0.5, table)[0].stores
 
 
 def test_windows_do_not_change_what_batches_hold(folder) -> None:

@@ -16,11 +16,12 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassificati
 from transformers import pipeline as transformers_pipeline
 
 from pipeline.errors import DataError
-from pipeline.export import ParityError, export_run
-from pipeline.flow import encode_project, train_project
-from pipeline.predict.flow import predict_project
 from pipeline.project import Project
 from pipeline.store import Reader, Store
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import ParityError, export_run
+from pipeline.workflows.predict import predict_project
+from pipeline.workflows.train import train_project
 
 
 @pytest.fixture

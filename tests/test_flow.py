@@ -16,9 +16,11 @@ import torch
 
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, DataError, StaleStoreError
-from pipeline.flow import encode_project, report_project, train_project
 from pipeline.project import Project
 from pipeline.store import Store
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.report import report_project
+from pipeline.workflows.train import train_project
 
 
 @pytest.fixture

@@ -13,14 +13,15 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-import pipeline.train.flow
+import pipeline.train.fit
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, TrainError
-from pipeline.export import export_run
-from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.project.workbench import Workbench
+from pipeline.project.model import LoadedModel
 from pipeline.tasks.heads import build_head
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.train import train_project
 
 WORDS = ("one", "two", "three", "good", "bad")
 
@@ -66,12 +67,12 @@ def test_a_head_is_trained_exported_and_built_again(folder: Path, pooling: str) 
     described = json.loads((folder / "model/backbone.json").read_text())
     again = build_head(described["layers"], described["features"])
     again.load_state_dict(load_file(folder / "model/projection.safetensors"))
-    bench = Workbench.open(project(folder, **head), SampleTable.read(Path("data/samples.parquet")))
+    loaded = LoadedModel.open(project(folder, **head), SampleTable.read(Path("data/samples.parquet")))
     trained = load_file("results/runs/0.5/model.safetensors")
     assert {f"projection.{name}" for name in again.state_dict()} < trained.keys()
     assert all(torch.equal(trained[f"projection.{name}"], weight) for name, weight in again.state_dict().items())
     assert described["pooling"] == pooling
-    assert bench.task.width == bench.backbone.width == 5
+    assert loaded.task.width == loaded.backbone.width == 5
 
 
 class Killed(BaseException):
@@ -90,7 +91,7 @@ STATEFUL: list[dict[str, Any]] = [
 def test_a_killed_run_goes_on_with_the_losses_own_state(
     folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    weights, save, committed = Path("results/runs/0.5/model.safetensors"), pipeline.train.flow.save, []
+    weights, save, committed = Path("results/runs/0.5/model.safetensors"), pipeline.train.fit.save, []
     encode_project(project(folder, **settings))
     undisturbed = train_project(project(folder, **settings), "0.5")
     expected = weights.read_bytes()
@@ -101,7 +102,7 @@ def test_a_killed_run_goes_on_with_the_losses_own_state(
         if len(committed) == 2:
             raise Killed
 
-    monkeypatch.setattr(pipeline.train.flow, "save", dying)
+    monkeypatch.setattr(pipeline.train.fit, "save", dying)
     with pytest.raises(Killed):
         train_project(project(folder, **settings), "0.5")
     resumed = train_project(project(folder, **settings), "0.5")

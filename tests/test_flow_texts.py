@@ -12,11 +12,12 @@ import torch
 
 from pipeline.data import SampleTable, open_source
 from pipeline.encode.ragged import pad_batch
-from pipeline.export import export_run
-from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.project.workbench import Workbench
+from pipeline.project.model import LoadedModel
 from pipeline.store import Reader
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.train import train_project
 
 WORDS = ("one", "two", "three", "good", "bad")
 
@@ -58,13 +59,13 @@ def pairs(folder: Path, **task: object) -> Project:
 def assert_stored_as_alone(project: Project, cut: float) -> None:
     """What the store holds of every sample is what the prefix gives for it alone, to float16's rounding."""
     table = SampleTable.read(project.samples)
-    bench = Workbench.open(project, table)
-    store, prefix, _ = bench.open_store(cut, table)
+    loaded = LoadedModel.open(project, table)
+    store, prefix, _ = loaded.open_store(cut, table)
     source, reader = open_source(project.data), Reader(store.path)
     lengths = set()
     for i in range(len(source)):
-        sample = bench.backbone.preprocess(source.content(i))
-        alone = prefix(**pad_batch([sample, sample], bench.backbone.preprocess.pad))
+        sample = loaded.backbone.preprocess(source.content(i))
+        alone = prefix(**pad_batch([sample, sample], loaded.backbone.preprocess.pad))
         stored = reader.gather(store.rows(table.keys[i : i + 1]))
         assert stored["input.input_ids"].tolist() == [sample["input_ids"].tolist()]
         for name, tensor in alone.items():

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from pipeline.data import SampleTable, open_source
-from pipeline.deviation import measure
 from pipeline.encode.ragged import pad_batch
 from pipeline.errors import StaleStoreError
-from pipeline.export import export_run
-from pipeline.flow import encode_project, train_project
-from pipeline.predict.flow import predict_project
 from pipeline.project import Project
-from pipeline.project.workbench import Workbench
+from pipeline.project.model import LoadedModel
+from pipeline.project.model_example import from_project
 from pipeline.store import Reader
-from pipeline.subject import from_project
 from pipeline.tasks import read_tensor
-from pipeline.train.loader import Loader
+from pipeline.train.loader import Loader, StoredRows
+from pipeline.workflows.codec_error import measure
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.predict import predict_project
+from pipeline.workflows.train import train_project
 
 OTHERS = ("one", "two", "three")
 TAGGED = {"task": {"kind": "tagging"}, "data": {"source": "conll", "path": "words.conll"}}
@@ -78,13 +79,13 @@ def test_what_tokens_stand_for_is_stored_as_the_preprocessing_says(folder: Path,
     settings = project(folder, given)
     assert encode_project(settings)
     table = SampleTable.read(settings.samples)
-    bench = Workbench.open(settings, table)
-    store, prefix, _ = bench.open_store(0.5, table)
+    loaded = LoadedModel.open(settings, table)
+    store, prefix, _ = loaded.open_store(0.5, table)
     assert store.plain.recipe.preprocessing["extra"] == extra
     source, reader = open_source(settings.data), Reader(store.path)
     for i in range(0, len(source), 7):
-        sample = bench.backbone.preprocess(source.content(i))
-        stored = reader.gather(store.rows(table.keys[i : i + 1]))
+        sample = loaded.backbone.preprocess(source.content(i))
+        stored = reader.gather(store.first_places(np.array([i])))
         assert torch.equal(stored[f"extra.{extra}"][0], sample[f"extra.{extra}"])
         assert f"input.extra.{extra}" not in stored
         alone = prefix(**{name: torch.stack([t, t]) for name, t in sample.items() if name != f"extra.{extra}"})
@@ -97,20 +98,20 @@ def test_cached_losses_are_those_of_the_live_model(folder: Path, given, extra: s
     settings = project(folder, given, encode={"dtype": "float32"})
     encode_project(settings)
     table = SampleTable.read(settings.samples)
-    bench = Workbench.open(settings, table)
-    store, _, suffix = bench.open_store(0.5, table)
-    rows, targets = np.arange(0, 24), bench.task.prepare(table)
-    pad = bench.backbone.preprocess.pad
-    (cached,) = Loader(store, table.keys, targets, [rows], pad=pad)
+    loaded = LoadedModel.open(settings, table)
+    store, _, suffix = loaded.open_store(0.5, table)
+    rows, targets = np.arange(0, 24), loaded.task.prepare(table)
+    pad = loaded.backbone.preprocess.pad
+    (cached,) = Loader(StoredRows(store.places, Reader(store.path)), targets, [rows], pad=pad)
     source = open_source(settings.data)
-    samples = [bench.backbone.preprocess(source.content(row)) for row in cached.rows.tolist()]
+    samples = [loaded.backbone.preprocess(source.content(row)) for row in cached.rows.tolist()]
     batch = pad_batch(samples, pad)
     told = {name: torch.from_numpy(values[cached.rows.numpy()]) for name, values in targets.items()}
     told[extra] = batch.pop(f"extra.{extra}")
     assert all(torch.equal(cached.targets[name], tensor) for name, tensor in told.items())
-    live = bench.task.loss(bench.backbone.model.eval()(**batch), told)
+    live = loaded.task.loss(loaded.backbone.model.eval()(**batch), told)
     assert torch.allclose(
-        bench.task.loss(suffix.eval()(cached.state, **cached.inputs), cached.targets), live, rtol=1e-4, atol=1e-5
+        loaded.task.loss(suffix.eval()(cached.state, **cached.inputs), cached.targets), live, rtol=1e-4, atol=1e-5
     )
 
 

@@ -14,8 +14,9 @@ import pytest
 import tiny
 from test_processes import torchrun
 
-from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.train import train_project
 
 EPOCHS = 100
 INTERRUPTED = "recycle: interrupted; "
@@ -37,9 +38,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def interrupt(started: subprocess.Popen[str], number: int, begun: Callable[[], object]) -> str:
-    """Send a signal to all processes of a session, as a terminal does, once it has `begun`; return what was said."""
-    while not begun():
+def interrupt(started: subprocess.Popen[str], number: int, empty: Callable[[], object]) -> str:
+    """Send a signal to all processes of a session, as a terminal does, once it has `empty`; return what was said."""
+    while not empty():
         assert started.poll() is None, started.communicate()
         time.sleep(0.01)
     os.killpg(started.pid, number)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from pipeline.data import DataConfig, Row, SampleTable, Source
 from pipeline.encode.encoder import Encoder
-from pipeline.flow import encode_project
 from pipeline.project import Project
 from pipeline.tasks import Head
+from pipeline.workflows.encode import encode_project
 
 Settings = dict[str, Any]
 LABELS = ["a", "b"] * 6

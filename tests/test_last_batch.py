@@ -13,12 +13,13 @@ import torch
 from test_processes import torchrun
 from torch import Tensor, nn
 
-import pipeline.flow
+import pipeline.workflows.train
 from pipeline.data import DataConfig, Row, Source
 from pipeline.errors import TrainError
-from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
 from pipeline.tasks import Head
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.train import train_project
 
 
 class Pooled(nn.Module):
@@ -48,7 +49,7 @@ PAIRS = {
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Units of every batch that is trained on, in their order."""
     found: list[int] = []
-    fit = pipeline.flow.fit
+    fit = pipeline.workflows.train.fit
 
     def noted(suffix: nn.Module, task: Any, training: Any, *args: Any, **settings: Any) -> Any:
         found.extend(len(batch.rows) for batch in training)
@@ -108,7 +109,7 @@ def test_trying_one_sample_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     settings = project(tmp_path, samples=4, model={"backbone": "tiny:conv_net"}, train={"batch_size": 3})
     seen: list[tuple[dict[str, Tensor], Tensor]] = []
-    look = pipeline.flow.least_units
+    look = pipeline.workflows.train.minimum_units
 
     def watched(towers: Any, suffix: nn.Module, *args: Any) -> int:
         before, state = {k: v.clone() for k, v in suffix.state_dict().items()}, torch.get_rng_state()

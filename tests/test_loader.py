@@ -13,7 +13,7 @@ from pipeline.keys import Recipe
 from pipeline.store import FORMAT, Reader, Resident, Store
 from pipeline.tasks import Ragged
 from pipeline.train import order
-from pipeline.train.loader import Loader, place
+from pipeline.train.loader import Loader, StoredRows, choose_source
 
 N = 50
 SEGMENT = 8
@@ -52,7 +52,13 @@ def make(store, size=6, **options):
     def batches(epoch):
         return order.batches(np.arange(len(keys)), size, seed=0, epoch=epoch, shuffle=True)
 
-    return Loader(store, keys, targets, **{"batches": batches} | options)
+    return Loader(StoredRows.of(store, keys, options.pop("source", None)), targets, **{"batches": batches} | options)
+
+
+def prefetching(loader, count):
+    """Return `loader`, which reads so many batches ahead in a thread, as for an accelerator."""
+    loader._prefetch = count
+    return loader
 
 
 @pytest.fixture(params=["maps", "prefetched", "resident"])
@@ -61,7 +67,7 @@ def loader(request, store):
         _, keys, _ = table()
         source = Resident(Reader(store.path), store.rows(keys), torch.device("cpu"))
         return make(store, pad={"ids": -1}, source=source)
-    return make(store, pad={"ids": -1}, prefetch=2 if request.param == "prefetched" else 0)
+    return prefetching(make(store, pad={"ids": -1}), 2 if request.param == "prefetched" else 0)
 
 
 def test_everything_in_a_batch_is_of_the_same_samples(loader):
@@ -122,7 +128,7 @@ def test_pairs_keep_their_targets(store):
     units = np.arange(50).reshape(25, 2)
     targets = {"pair": np.append(np.repeat(np.arange(25), 2), 99), "role": np.append(np.tile([0, 1], 25), 0)}
     _, keys, _ = table()
-    for batch in Loader(store, keys, targets, order.batches(units, 4, seed=0, epoch=0, shuffle=True)):
+    for batch in Loader(StoredRows.of(store, keys), targets, order.batches(units, 4, seed=0, epoch=0, shuffle=True)):
         pairs, roles = batch.targets["pair"], batch.targets["role"]
         assert torch.equal(batch.rows, pairs * 2 + roles)
         assert sorted(pairs[roles == 0].tolist()) == sorted(pairs[roles == 1].tolist())
@@ -140,7 +146,7 @@ def test_extras_and_ragged_targets_are_of_the_same_samples(tmp_path, resident):
     source = Resident(Reader(store.path), store.rows(keys), torch.device("cpu")) if resident else None
     targets = {"tags": Ragged.of([[i] * (i % 3) for i in range(N)])}
     pad = {"extra.word": -1, "extra.chars": -1}
-    for batch in Loader(store, keys, targets, np.array_split(np.arange(N), 7), pad=pad, source=source):
+    for batch in Loader(StoredRows.of(store, keys, source), targets, np.array_split(np.arange(N), 7), pad=pad):
         assert batch.inputs == {}
         assert set(batch.targets) == {"tags", "word", "chars"}
         for at, i in enumerate(batch.rows.tolist()):
@@ -150,23 +156,16 @@ def test_extras_and_ragged_targets_are_of_the_same_samples(tmp_path, resident):
             assert [tag for tag in batch.targets["tags"][at].tolist() if tag != -100] == [i] * (i % 3)
 
 
-def test_float_inputs_are_shapes_without_memory(store):
-    loader = make(store, floats={"image": ((3, 224, 224), torch.bfloat16)})
-    image = next(iter(loader)).inputs["image"]
-    assert (image.shape, image.dtype) == ((6, 3, 224, 224), torch.bfloat16)
-    assert image.untyped_storage().nbytes() == 2
-
-
 def test_stopping_early_leaves_no_thread(store):
     before = threading.active_count()
-    for _ in make(store, prefetch=3):
+    for _ in prefetching(make(store), 3):
         break
     assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_fault_while_reading_is_raised_where_batches_are_asked_for(store, prefetch):
-    loader = make(store, prefetch=prefetch, batches=[np.array([0]), np.array([999])])
+    loader = prefetching(make(store, batches=[np.array([0]), np.array([999])]), prefetch)
     batches = iter(loader)
     next(batches)
     with pytest.raises(IndexError):
@@ -177,7 +176,7 @@ def test_samples_that_were_never_encoded_are_named(store):
     _, keys, targets = table()
     keys[3] = 0
     with pytest.raises(MissingKeysError, match=r"1 of 51 samples were never encoded: 0{32}"):
-        Loader(store, keys, targets, [np.array([0])])
+        Loader(StoredRows.of(store, keys), targets, [np.array([0])])
 
 
 @pytest.mark.parametrize(
@@ -187,7 +186,7 @@ def test_samples_that_were_never_encoded_are_named(store):
 def test_targets_that_do_not_fit_are_named(store, target, message):
     _, keys, _ = table()
     with pytest.raises(TrainError, match=message):
-        Loader(store, keys, {"label": target}, [np.array([0])])
+        Loader(StoredRows.of(store, keys), {"label": target}, [np.array([0])])
 
 
 @pytest.mark.parametrize(
@@ -198,22 +197,25 @@ def test_samples_live_on_the_device_when_they_fit(store, monkeypatch, residency,
     # The meta device stands for an accelerator: copies to it go through, and keep nothing.
     monkeypatch.setattr("pipeline.train.loader._free_memory", lambda device: free)
     _, keys, _ = table()
-    assert type(place(store, keys, torch.device("meta"), residency)) is expected
-    assert type(place(store, keys, torch.device("cpu"), residency)) is Reader
+    places, reader = store.rows(keys), Reader(store.path)
+    assert type(choose_source(places, reader, torch.device("meta"), residency)) is expected
+    assert choose_source(places, reader, torch.device("cpu"), residency) is reader
 
 
 def test_a_device_that_is_too_small_is_named_with_both_sizes(store, monkeypatch):
     monkeypatch.setattr("pipeline.train.loader._free_memory", lambda device: 10)
     _, keys, _ = table()
     with pytest.raises(TrainError, match=r"the samples need .* GB and meta has .* GB free; set it to auto"):
-        place(store, keys, torch.device("meta"), "device")
+        choose_source(store.rows(keys), Reader(store.path), torch.device("meta"), "device")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("residency", ["device", "host"])
 def test_the_same_batches_on_a_gpu(store, residency):
     on_host = list(make(store, pad={"ids": -1}))
-    on_device = list(make(store, pad={"ids": -1}, device="cuda", residency=residency))
+    places = store.rows(table()[1])
+    source = choose_source(places, Reader(store.path), torch.device("cuda"), residency)
+    on_device = list(make(store, pad={"ids": -1}, device="cuda", source=source))
     for expected, got in zip(on_host, on_device, strict=True):
         assert torch.equal(got.rows, expected.rows)
         for name in ("state", "inputs", "targets"):

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 
 from pipeline.data import open_source
 from pipeline.errors import ConfigError, DataError, StaleStoreError
-from pipeline.export import export_run
-from pipeline.flow import encode_project, train_project
-from pipeline.predict import flow as predict
-from pipeline.predict.flow import predict_project
-from pipeline.predict.predictions import Predictions
 from pipeline.project import Project
+from pipeline.runs.predictions import Predictions
 from pipeline.store import Store
+from pipeline.workflows import predict
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.predict import predict_project
+from pipeline.workflows.train import train_project
 from stages import cli
 
 STORED = 2e-2
@@ -69,7 +70,7 @@ def rows_of(project: Project, inputs: str | None = None, *models: str, **options
 def logits(project: Project, source: list[Any], network: torch.nn.Module) -> torch.Tensor:
     """What the full model gives for contents, one by one."""
     table = predict.open_run(project, "0.5")
-    samples = [table.bench.backbone.preprocess(content) for content in source]
+    samples = [table.loaded.backbone.preprocess(content) for content in source]
     return torch.cat([network(*(tensor[None] for tensor in sample.values())) for sample in samples])
 
 
@@ -340,11 +341,11 @@ def test_texts_of_every_length(texts: Path, encoded: list[int]) -> None:
     assert {row["label"] for row in rows if row["reason"] is None} <= {0, 1}
     network = predict.open_run(project, "0.5")
     export_run(project, "0.5", Path("model"))
-    full = network.bench.backbone.model.eval()
+    full = network.loaded.backbone.model.eval()
     full.load_state_dict(load_file("model/model.safetensors"))
     with torch.no_grad():
         for text, row in zip(TEXTS, rows, strict=False):
-            sample = {name: tensor[None] for name, tensor in network.bench.backbone.preprocess(text).items()}
+            sample = {name: tensor[None] for name, tensor in network.loaded.backbone.preprocess(text).items()}
             expected = full(**sample).logits[0].softmax(-1).tolist()
             assert list(row["probabilities"].values()) == pytest.approx(expected, abs=STORED)
 

@@ -16,17 +16,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import StaleStoreError
-from pipeline.export import export_run
-from pipeline.flow import encode_project, train_project
 from pipeline.models.images import ImagePreprocess
 from pipeline.models.preprocess import Preprocess
 from pipeline.models.texts import TextPreprocess
-from pipeline.predict.flow import predict_project
 from pipeline.project import Project
+from pipeline.project.model import LoadedModel
 from pipeline.project.recipe import former_recipe
-from pipeline.project.workbench import Workbench
 from pipeline.split import Prefix
 from pipeline.store import Store, find_stores, verify
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.predict import predict_project
+from pipeline.workflows.train import train_project
 
 
 @pytest.fixture
@@ -163,14 +164,14 @@ def test_a_preprocessing_of_ones_own_is_in_the_recipe_by_its_code_and_attributes
 @pytest.fixture
 def former(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Makes recipes what version 0.1.0 made of them; what is returned ends that."""
-    recipes = Workbench.recipes
+    recipes = LoadedModel.recipes
 
-    def of_then(self: Workbench, prefix: Prefix) -> Any:
+    def of_then(self: LoadedModel, prefix: Prefix) -> Any:
         made = zip(self.project.views, recipes(self, prefix), strict=True)
         return [former_recipe(recipe, prefix, self.preprocess(view).former_recipe()) for view, recipe in made]
 
-    monkeypatch.setattr(Workbench, "recipes", of_then)
-    return lambda: monkeypatch.setattr(Workbench, "recipes", recipes)
+    monkeypatch.setattr(LoadedModel, "recipes", of_then)
+    return lambda: monkeypatch.setattr(LoadedModel, "recipes", recipes)
 
 
 def test_a_store_of_version_0_1_0_is_read_with_a_word_and_nothing_is_added(
@@ -202,11 +203,11 @@ def test_the_recipe_of_version_0_1_0_covered_less(folder: Path) -> None:
     encode_project(made)
     from pipeline.data import SampleTable  # noqa: PLC0415
 
-    bench = Workbench.open(made, SampleTable.read(made.samples))
-    prefix, _ = bench.split(0.5, {"x": torch.randn(2, 3, 16, 16)})
-    (recipe,) = bench.recipes(prefix)
-    bench.backbone.model.blocks[0].scales = [1.0]
-    changed = replace(bench, modules={**bench.modules, "blocks.0": "another"})
+    loaded = LoadedModel.open(made, SampleTable.read(made.samples))
+    prefix, _ = loaded.split(0.5, {"x": torch.randn(2, 3, 16, 16)})
+    (recipe,) = loaded.recipes(prefix)
+    loaded.backbone.model.blocks[0].scales = [1.0]
+    changed = replace(loaded, modules={**loaded.modules, "blocks.0": "another"})
     assert changed.recipes(prefix)[0] != recipe
     old = [former_recipe(one, prefix, {}) for one in (recipe, changed.recipes(prefix)[0])]
     assert old[0] == old[1]

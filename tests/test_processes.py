@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from test_flow_words import ASKED, TAGGED, write_words
 
 from pipeline.errors import ConfigError, TrainError
-from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
-from pipeline.report.runs import identity, made_of
+from pipeline.runs.finished import identity, made_of
 from pipeline.train.checkpoint import alone
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.train import train_project
 
 WORDS = ("one", "two", "three", "good", "bad")
 WEIGHTS, RUN = "results/runs/shared/model.safetensors", "results/runs/shared/run.json"

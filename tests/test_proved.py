@@ -16,11 +16,11 @@ from click.testing import CliRunner
 
 from pipeline.data import SampleTable, build, open_source
 from pipeline.data.folders import ImageFolder
-from pipeline.encode.feed import key_contents
-from pipeline.flow import encode_project
-from pipeline.project import Project, proved
-from pipeline.project.workbench import Workbench
+from pipeline.encode.keying import key_contents
+from pipeline.project import Project, recipe_cache
+from pipeline.project.model import LoadedModel
 from pipeline.store import Store
+from pipeline.workflows.encode import encode_project
 from stages import cli
 
 TEXTS = ["one", "two three", "good good good", "bad", "one two", "three bad", "good one", "two two two two"]
@@ -62,13 +62,13 @@ def outputs(folder: Path) -> dict[str, bytes]:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[Project]:
     """The projects whose model was built."""
     opened: list[Project] = []
-    build = Workbench.open
+    build = LoadedModel.open
 
-    def told(project: Project, table: SampleTable) -> Workbench:
+    def told(project: Project, table: SampleTable) -> LoadedModel:
         opened.append(project)
         return build(project, table)
 
-    monkeypatch.setattr(Workbench, "open", told)
+    monkeypatch.setattr(LoadedModel, "open", told)
     return opened
 
 
@@ -133,10 +133,10 @@ def test_what_is_no_longer_there_is_made_again(folder: Path, built: list[Project
         other = json.loads((store / "recipe.json").read_text()) | {"weights": "of another network"}
         (store / "recipe.json").write_text(json.dumps(other))
     elif lost == "notes":
-        (folder / ".recycle" / proved.FILE).unlink()
+        (folder / ".recycle" / recipe_cache.FILE).unlink()
     else:
-        text = '{"circumstances": ' if lost == "torn notes" else '["circumstances"]'
-        (folder / ".recycle" / proved.FILE).write_text(text)
+        text = '{"key": ' if lost == "torn notes" else '["key"]'
+        (folder / ".recycle" / recipe_cache.FILE).write_text(text)
     encode_project(project(folder), replace_stores=lost == "recipe")
     assert len(built) == 2
     kept = {name: content for name, content in outputs(folder).items() if not name.endswith("encode.json")}
@@ -164,15 +164,15 @@ def touch(name: str) -> Callable[[Path], object]:
 def test_files_that_decide_a_recipe_are_watched(folder: Path, change: Callable[[Path], object]) -> None:
     encode_project(project(folder))
     keys = SampleTable.read(folder / "data/samples.parquet").keys
-    assert proved.stores(project(folder), circumstances(project(folder)), [keys])
+    assert recipe_cache.complete_stores(project(folder), cache_key(project(folder)), [keys])
     change(folder)
-    assert proved.stores(project(folder), circumstances(project(folder)), [keys]) is None
+    assert recipe_cache.complete_stores(project(folder), cache_key(project(folder)), [keys]) is None
 
 
-def circumstances(given: Project) -> str | None:
+def cache_key(given: Project) -> str | None:
     source = open_source(given.data)
     keyed = key_contents(source, workers=1)
-    return proved.circumstances(given, build(source, keyed.keys, given.data))
+    return recipe_cache.cache_key(given, build(source, keyed.keys, given.data))
 
 
 CHANGES: list[dict[str, dict[str, Any]]] = [
@@ -190,32 +190,32 @@ CHANGES: list[dict[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_settings_that_may_decide_a_recipe_are_in_the_digest(folder: Path, change: dict[str, dict[str, Any]]) -> None:
-    known = circumstances(project(folder))
+    known = cache_key(project(folder))
     assert known is not None
-    assert circumstances(project(folder, **change)) not in (None, known)
+    assert cache_key(project(folder, **change)) not in (None, known)
 
 
 def test_settings_that_decide_none_are_not(folder: Path) -> None:
-    known = circumstances(project(folder))
+    known = cache_key(project(folder))
     free: dict[str, dict[str, Any]] = {
         "encode": {"batch_size": 3, "segment_samples": 7, "workers": 2, "device": "cpu", "max_bad": 5},
         "train": {"lr": 0.5, "epochs": 9},
     }
-    assert circumstances(project(folder, **free)) == known
+    assert cache_key(project(folder, **free)) == known
 
 
 def test_libraries_and_the_package_itself_are_in_the_digest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = circumstances(project(folder))
+    known = cache_key(project(folder))
     with monkeypatch.context() as patch:
-        patch.setattr(proved, "version", lambda name: "99" if name == "torch" else "1")
-        assert circumstances(project(folder)) != known
+        patch.setattr(recipe_cache, "version", lambda name: "99" if name == "torch" else "1")
+        assert cache_key(project(folder)) != known
     package = folder / "copy"
-    shutil.copytree(Path(proved.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(proved, "__file__", str(package / "project/proved.py"))
-    assert circumstances(project(folder)) == known
+    shutil.copytree(Path(recipe_cache.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(recipe_cache, "__file__", str(package / "project/recipe_cache.py"))
+    assert cache_key(project(folder)) == known
     with (package / "split/cut.py").open("a") as file:
         file.write("# changed\n")
-    assert circumstances(project(folder)) != known
+    assert cache_key(project(folder)) != known
 
 
 @pytest.mark.parametrize(
@@ -233,26 +233,26 @@ def test_libraries_and_the_package_itself_are_in_the_digest(folder: Path, monkey
 def test_what_cannot_be_known_without_building_is_not_vouched_for(
     folder: Path, change: dict[str, dict[str, Any]]
 ) -> None:
-    assert circumstances(project(folder)) is not None
-    assert circumstances(project(folder, **change)) is None
+    assert cache_key(project(folder)) is not None
+    assert cache_key(project(folder, **change)) is None
 
 
 def test_weights_that_may_still_change_unseen_are_not_vouched_for(folder: Path) -> None:
     os.utime(folder / "bert/model.safetensors")
-    assert circumstances(project(folder)) is None
+    assert cache_key(project(folder)) is None
 
 
 def test_weights_that_change_meanwhile_are_not_vouched_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch, built: list[Project]
 ) -> None:
-    build = Workbench.open
+    build = LoadedModel.open
 
-    def overtaken(project: Project, table: SampleTable) -> Workbench:
+    def overtaken(project: Project, table: SampleTable) -> LoadedModel:
         touch("model.safetensors")(folder)
         return build(project, table)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workbench, "open", overtaken)
+        patch.setattr(LoadedModel, "open", overtaken)
         encode_project(project(folder))
     os.utime(folder / "bert/model.safetensors", (1_600_000_000, 1_600_000_000))
     encode_project(project(folder))
@@ -299,4 +299,4 @@ def test_half_a_pair_counts_too(folder: Path, built: list[Project]) -> None:
 
 
 def test_nothing_known_vouches_for_nothing(folder: Path) -> None:
-    assert proved.stores(project(folder), None, [np.zeros((0, 16), np.uint8)]) is None
+    assert recipe_cache.complete_stores(project(folder), None, [np.zeros((0, 16), np.uint8)]) is None

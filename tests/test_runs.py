@@ -14,11 +14,13 @@ import tiny
 from pipeline.config import parse_override
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, DataError
-from pipeline.export import export_run
-from pipeline.flow import encode_project, report_project, train_project
 from pipeline.project import Project
-from pipeline.report import runs
 from pipeline.report.summary import table
+from pipeline.runs.record import read_run
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.report import report_project
+from pipeline.workflows.train import train_project
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def test_a_run_is_not_overwritten_by_one_of_other_settings_with_its_values(proje
         ConfigError, match=r"called 0\.5-1, .* sets train\.seed where this one sets data\.seed; .*--name"
     ):
         train_project(project.overridden({"data.seed": 1}), "0.5")
-    assert runs.read(project, "0.5-1") == first
+    assert read_run(project, "0.5-1") == first
     assert train_project(project.overridden({"data.seed": 1}), "0.5", "other").name == "other"
     assert train_project(project.overridden({"train.seed": 1}), "0.5").identity == first.identity
 
@@ -161,7 +163,7 @@ def test_a_run_is_exported_with_its_settings(project: Project, tmp_path: Path) -
     train_project(fraction, "0.5", "small")
     assert export_run(project, "small", tmp_path / "model").merged < 1e-5
     with pytest.raises(DataError, match=r"run large: .* does not exist; train it .*; finished runs: small"):
-        runs.read(project, "large")
+        read_run(project, "large")
 
 
 def test_a_run_is_not_opened_as_another_model(project: Project, tmp_path: Path) -> None:

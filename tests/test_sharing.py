@@ -19,9 +19,10 @@ from services.ssh import Host
 from test_dvc import ROOT, commit, run, set_param, stages
 
 from pipeline.errors import ConfigError, StoreError
-from pipeline.flow import encode_project, train_project
 from pipeline.project import Project
 from pipeline.store import SUFFIX, Reader, Store, read_attachment, write_attachment
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.train import train_project
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # of a library of DVC
 SHARED = ("data/activations", "data/samples.parquet")

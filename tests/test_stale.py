@@ -33,9 +33,9 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from pipeline.fingerprint import fingerprint, module_fingerprints
 from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.models.audio import AudioPreprocess
+from pipeline.models.fingerprint import fingerprint, module_fingerprints
 from pipeline.models.texts import TextPreprocess
 from pipeline.project.recipe import IRRELEVANT, recipe_of
 from pipeline.split import Prefix

@@ -13,7 +13,7 @@ import pytest
 from pipeline.data import DataConfig, Stamp, open_source
 from pipeline.data.folders import ImageFolder
 from pipeline.encode import stat_cache
-from pipeline.encode.feed import Keyed, key_contents
+from pipeline.encode.keying import KeyedSamples, key_contents
 from pipeline.encode.stat_cache import StatCache
 
 OLD = 1_600_000_000
@@ -43,12 +43,12 @@ def write(path: Path, text: str, seconds: int = OLD) -> None:
     os.utime(path, (seconds, seconds))
 
 
-def keyed(cache: StatCache | None = None, *, trust: bool = True) -> Keyed:
+def keyed(cache: StatCache | None = None, *, trust: bool = True) -> KeyedSamples:
     source = open_source(DataConfig(source="images", path="photos"))
     return key_contents(source, workers=2, cache=cache or StatCache(Path(".recycle/keys.sqlite")), trust=trust)
 
 
-def key_of(found: Keyed, row: int) -> bytes:
+def key_of(found: KeyedSamples, row: int) -> bytes:
     return found.keys[row].tobytes()
 
 

@@ -14,12 +14,12 @@ import tiny
 from click.testing import CliRunner, Result
 
 from pipeline.data import SampleTable
-from pipeline.deviation import measure
 from pipeline.errors import ConfigError, DataError
-from pipeline.flow import encode_project
 from pipeline.project import Project
 from pipeline.store import Store, verify
-from pipeline.stores import find_samples, without
+from pipeline.workflows.codec_error import measure
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.store_upkeep import find_samples, without
 from stages import cli
 
 

@@ -19,20 +19,22 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-import pipeline.epochs
-import pipeline.train.flow
+import pipeline.project.loaders
+import pipeline.train.fit
 from pipeline.data import Content, DataConfig, Row, SampleTable, Source
-from pipeline.epochs import open_joint_loaders
 from pipeline.errors import ConfigError, DataError, StaleStoreError, StoreError, TrainError
-from pipeline.export import export_run
-from pipeline.flow import encode_project, report_project, train_project
-from pipeline.predict.flow import predict_project
 from pipeline.project import Project
-from pipeline.project.towers import Towers, fresh, joined, open_tower
+from pipeline.project.loaders import open_loaders
+from pipeline.project.towers import Towers, new_parameters, open_tower, trainable_model
 from pipeline.store import Store
-from pipeline.stores import stores_of, unnamed_stores
 from pipeline.tasks import Head
 from pipeline.tasks.heads import build_head
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.predict import predict_project
+from pipeline.workflows.report import report_project
+from pipeline.workflows.store_upkeep import stores_of, unnamed_stores
+from pipeline.workflows.train import train_project
 from stages.cli import recycle
 
 WORDS = ("one", "two", "three", "good", "bad")
@@ -140,7 +142,7 @@ def test_a_frozen_tower_has_no_gradient_and_keeps_its_weights(folder: Path) -> N
     pretrained = {
         f"{tower.name}.{name}": one.clone() for tower in towers for name, one in tower.suffix.named_parameters()
     }
-    model, (training, _) = joined(towers), open_joint_loaders(towers, table, CPU)
+    model, (training, _) = trainable_model(towers), open_loaders(towers, table, CPU)
     model.train()
     batch = next(iter(training))
     assert isinstance(model, Towers)
@@ -163,8 +165,8 @@ def test_a_batch_has_the_states_and_targets_of_its_rows(folder: Path) -> None:
     encode_project(settings)
     table = SampleTable.read(settings.samples)
     towers = {str(part.tower): open_tower(part, 0.5, table) for part in settings.parts}
-    training, validation = open_joint_loaders(list(towers.values()), table, CPU, memory=40_000)
-    prepared = towers["anchor"].bench.task.prepare(table)
+    training, validation = open_loaders(list(towers.values()), table, CPU, memory=40_000)
+    prepared = towers["anchor"].loaded.task.prepare(table)
     for loader, split in ((training, "train"), (validation, "validation")):
         epochs = []
         for epoch in (0, 1):
@@ -179,7 +181,7 @@ def test_a_batch_has_the_states_and_targets_of_its_rows(folder: Path) -> None:
                 assert batch.targets["group"].tolist() == prepared["group"][rows].tolist()
                 assert batch.targets["role"].tolist() == [0] * len(pairs[0]) + [1] * len(pairs[0])
                 for (name, tower), own in zip(towers.items(), rows.reshape(2, -1), strict=True):
-                    alone = tower.bench.stored_batch(tower.store, tower.table, np.searchsorted(tower.rows, own))
+                    alone = tower.loaded.stored_batch(tower.store, np.searchsorted(tower.rows, own))
                     (state,) = alone.state
                     assert torch.equal(batch.state[f"{name}.{state}"], alone.state[state])
                     assert torch.equal(batch.inputs[f"{name}.input_ids"], alone.inputs["input_ids"])
@@ -192,7 +194,7 @@ def test_towers_that_share_keep_one_set_of_weights(folder: Path) -> None:
     settings = project(folder, {"shared": True, "anchor": longer})
     encode_project(settings)
     table = SampleTable.read(settings.samples)
-    model = joined([open_tower(part, 0.5, table) for part in settings.parts])
+    model = trainable_model([open_tower(part, 0.5, table) for part in settings.parts])
     assert model["anchor"] is model["positive"]
     train_project(settings, "0.5")
     kept = weights()
@@ -215,16 +217,16 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch, tow
     settings = project(folder, towers, train={"epochs": 3, "adapter": "lora"})
     encode_project(settings)
     train_project(settings, "0.5")
-    expected, save = weights(), pipeline.train.flow.save
+    expected, save = weights(), pipeline.train.fit.save
 
     def dying(*args: Any, **kwargs: Any) -> None:
         save(*args, **kwargs)
         raise Killed
 
-    monkeypatch.setattr(pipeline.train.flow, "save", dying)
+    monkeypatch.setattr(pipeline.train.fit, "save", dying)
     with pytest.raises(Killed):
         train_project(settings, "0.5")
-    monkeypatch.setattr(pipeline.train.flow, "save", save)
+    monkeypatch.setattr(pipeline.train.fit, "save", save)
     assert len(train_project(settings, "0.5").history) == 3
     assert not any("lora" in name for name in expected)
     assert all(torch.equal(one, expected[name]) for name, one in weights().items())
@@ -344,20 +346,20 @@ def test_embeddings_of_other_sizes_and_heads_that_would_stay_random(folder: Path
     frozen["positive"] = {"trains": False, "layers": []}
     settings = project(folder, frozen, task={"layers": [8]})
     towers = [open_tower(part, 0.5, SampleTable.read(settings.samples)) for part in settings.parts]
-    assert fresh(towers) == {"anchor.projection.0.weight", "anchor.projection.0.bias"}
-    assert fresh(towers) < dict(joined(towers).named_parameters()).keys()
+    assert new_parameters(towers) == {"anchor.projection.0.weight", "anchor.projection.0.bias"}
+    assert new_parameters(towers) < dict(trainable_model(towers).named_parameters()).keys()
     train_project(settings, "0.5")
 
 
 def test_each_tower_says_where_its_states_lie(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    place = pipeline.epochs.place
+    choose_source = pipeline.project.loaders.choose_source
 
-    def told(store: Any, keys: Any, device: Any, residency: Any, **options: Any) -> Any:
+    def noted(places: Any, reader: Any, device: Any, residency: Any) -> Any:
         asked.append(residency)
-        return place(store, keys, device, residency, **options)
+        return choose_source(places, reader, device, residency)
 
-    monkeypatch.setattr(pipeline.epochs, "place", told)
+    monkeypatch.setattr(pipeline.project.loaders, "choose_source", noted)
     settings = project(folder, {"positive": {"residency": "host"}}, train={"residency": "device", "epochs": 1})
     encode_project(settings)
     train_project(settings, "0.5")

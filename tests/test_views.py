@@ -16,16 +16,18 @@ import torch
 
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, MissingKeysError, StaleStoreError
-from pipeline.export import export_run
-from pipeline.flow import encode_project, report_project, train_project
 from pipeline.keys import Recipe
 from pipeline.models.images import decode
 from pipeline.project import Project
-from pipeline.project.workbench import Workbench
+from pipeline.project.model import LoadedModel
+from pipeline.project.views import Views, rows_by_view
 from pipeline.store import FORMAT, Reader, Resident, Store
 from pipeline.train import order
-from pipeline.train.loader import Loader, place
-from pipeline.views import Views, rows_by_view
+from pipeline.train.loader import Loader, StoredRows, choose_source
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.report import report_project
+from pipeline.workflows.train import train_project
 
 AUGMENT = [{"RandomResizedCrop": {"size": 16, "scale": [0.5, 1.0]}}, "RandomHorizontalFlip"]
 STORE = Path("data/activations/0.5")
@@ -267,7 +269,7 @@ def stored(path: Path) -> Views:
             rows = np.arange(begin, min(begin + 12, 20))
             values = rows + 100.0 * (view + 1)
             augmented[-1].write_segment(keys[rows], {"state.x": values[:, None].astype(np.float32)})
-    return Views(plain, augmented, in_views)
+    return Views(plain, augmented, keys, in_views)
 
 
 def sample_keys() -> np.ndarray:
@@ -277,7 +279,7 @@ def sample_keys() -> np.ndarray:
 @pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("how", ["cycle", "random"])
 def test_an_epoch_takes_its_views(tmp_path: Path, resident: bool, how: order.ViewOrder) -> None:
-    views, keys = stored(tmp_path / "store"), sample_keys()
+    views = stored(tmp_path / "store")
 
     def view(epoch: int) -> np.ndarray:
         return order.views(N, views.count, seed=5, epoch=epoch, how=how)
@@ -285,8 +287,9 @@ def test_an_epoch_takes_its_views(tmp_path: Path, resident: bool, how: order.Vie
     def batches(epoch: int) -> list[np.ndarray]:
         return order.batches(np.arange(N), 7, seed=5, epoch=epoch, shuffle=True)
 
-    source = Resident(Reader(views.path), views.rows(keys), torch.device("cpu")) if resident else None
-    loader = Loader(views, keys, {}, batches, view=view, source=source)
+    reader = Reader(views.path)
+    source = Resident(reader, views.places, torch.device("cpu")) if resident else reader
+    loader = Loader(StoredRows(views.places, source, COUNT), {}, batches, view=view)
     for epoch in (0, 1, 2, 4, 1):
         loader.set_epoch(epoch)
         seen = [(batch.rows.numpy(), batch.state["x"][:, 0].numpy()) for batch in loader]
@@ -302,7 +305,8 @@ def test_an_epoch_takes_its_views(tmp_path: Path, resident: bool, how: order.Vie
 
 def test_an_iteration_that_has_begun_keeps_its_epoch(tmp_path: Path) -> None:
     views = stored(tmp_path / "store")
-    loader = Loader(views, sample_keys(), {}, [np.array([0]), np.array([1])], view=lambda epoch: np.full(N, epoch))
+    samples = StoredRows(views.places, Reader(views.path), COUNT)
+    loader = Loader(samples, {}, [np.array([0]), np.array([1])], view=lambda epoch: np.full(N, epoch))
     batches = iter(loader)
     next(batches)
     loader.set_epoch(2)
@@ -311,20 +315,20 @@ def test_an_iteration_that_has_begun_keeps_its_epoch(tmp_path: Path) -> None:
 
 
 def test_residence_counts_all_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    views, keys = stored(tmp_path / "store"), sample_keys()
+    views = stored(tmp_path / "store")
     needed = 4 * (10 + 20 * COUNT)
-    assert Resident.nbytes(Reader(views.path), views.rows(keys)) == needed
+    assert Resident.nbytes(Reader(views.path), views.places) == needed
     for free, expected in ((2 * needed, Resident), (2 * needed - 1, Reader)):
         monkeypatch.setattr("pipeline.train.loader._free_memory", lambda device, free=free: free)
-        assert type(place(views, keys, torch.device("meta"))) is expected
+        assert type(choose_source(views.places, Reader(views.path), torch.device("meta"))) is expected
 
 
 def test_a_sample_that_a_view_lacks_is_named(tmp_path: Path) -> None:
-    views, keys = stored(tmp_path / "store"), sample_keys()
+    views = stored(tmp_path / "store")
     shutil.rmtree(views.augmented[1].path / views.augmented[1].segments()[0])
     views.augmented[1].refresh()
     with pytest.raises(MissingKeysError, match="of 20 samples were never encoded"):
-        views.rows(keys)
+        _ = views.places
 
 
 def test_with_every_view_there_no_model_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +343,7 @@ def test_with_every_view_there_no_model_is_built(folder: Path, monkeypatch: pyte
     def refuse(*_: object) -> None:
         raise AssertionError("a model is built")
 
-    monkeypatch.setattr(Workbench, "open", refuse)
+    monkeypatch.setattr(LoadedModel, "open", refuse)
     assert encode_project(settings(2))
     assert tiny.files(Path("data/activations")) == before
     with pytest.raises(AssertionError, match="a model is built"):

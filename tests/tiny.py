@@ -221,6 +221,8 @@ def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return run(self, **inputs)
 
     monkeypatch.setattr(Capture, "__call__", counted)
-    monkeypatch.setattr("pipeline.fill.keep_or_check_probes", lambda *_: None)  # it runs the prefix on fixed contents
-    monkeypatch.setattr("pipeline.report.runs.check_probe", lambda *_: None)
+    monkeypatch.setattr(
+        "pipeline.workflows.encode.keep_or_check_probes", lambda *_: None
+    )  # it runs the prefix on fixed contents
+    monkeypatch.setattr("pipeline.runs.finished.check_probe", lambda *_: None)
     return sizes

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pipeline.cluster.job import Job
 from pipeline.encode.config import ExecutorConfig
-from pipeline.encode.flow import Executor
+from pipeline.encode.run import Executor
 from pipeline.errors import ClusterError
 
 __all__ = ["Job", "open_executor"]

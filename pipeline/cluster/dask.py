@@ -27,7 +27,7 @@ from pipeline.cluster.rates import Rates
 from pipeline.cluster.schedulers import connected, scheduler_of
 from pipeline.cluster.worker import REPORT, Worker, deaths
 from pipeline.encode.config import ExecutorConfig
-from pipeline.encode.encoded import Outcome
+from pipeline.encode.result import Outcome
 from pipeline.encode.unit import Unit
 from pipeline.errors import ClusterError
 from pipeline.keys import JSON
@@ -71,8 +71,8 @@ class DaskWorkers:
 
     def _run(self, client: Client, units: Sequence[Unit], plugin: str) -> Iterator[Outcome]:
         workers, rates = _Workers(client), Rates()
-        waiting = [Task(numbers) for numbers in _shares(len(units), workers.look())]
-        running, tasks = distributed.as_completed(loop=client.loop), dict[Any, Task]()
+        waiting = [UnitTask(numbers) for numbers in _shares(len(units), workers.look())]
+        running, tasks = distributed.as_completed(loop=client.loop), dict[Any, UnitTask]()
         while waiting or tasks:
             while waiting and len(tasks) < TASKS_PER_WORKER * max(1, workers.look()):
                 task = waiting.pop(0)
@@ -97,7 +97,7 @@ class DaskWorkers:
 
 
 @dataclass(frozen=True)
-class Task:
+class UnitTask:
     """Units that one worker runs in a row."""
 
     numbers: Sequence[int]
@@ -106,7 +106,7 @@ class Task:
     in_vain: int = 0
     """How often it was given up since, without one that died at them."""
 
-    def again(self, job: Job) -> Task:
+    def again(self, job: Job) -> UnitTask:
         """Return the task to give out once more, after dask has lost too many workers with it.
 
         Raises:
@@ -119,7 +119,7 @@ class Task:
                 "the workers die before they begin a unit: out of memory as they build the model, or ended from "
                 "outside; look into their logs, and give them more memory"
             )
-        return Task(self.numbers, now, self.in_vain + 1 if now == self.deaths else 0)
+        return UnitTask(self.numbers, now, self.in_vain + 1 if now == self.deaths else 0)
 
 
 class EncoderPlugin(WorkerPlugin):  # type: ignore[misc]

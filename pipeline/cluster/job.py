@@ -25,13 +25,13 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.config import check_sections
 from pipeline.data import Source
 from pipeline.encode.config import ExecutorConfig
+from pipeline.encode.decoding import decode_samples
 from pipeline.encode.encoder import Encoder
-from pipeline.encode.feed import decode_samples
 from pipeline.errors import ClusterError
 from pipeline.files import write_whole
 from pipeline.keys import JSON, Recipe
 from pipeline.project import SECTIONS, Project
-from pipeline.project.workbench import Workbench
+from pipeline.project.model import LoadedModel
 from pipeline.store import Store
 from pipeline.tasks import Head
 
@@ -69,21 +69,21 @@ class Job(BaseModel):
     @classmethod
     def of(
         cls,
-        bench: Workbench,
+        loaded: LoadedModel,
         source: Source,
         example: list[int],
         probes: np.ndarray,
         recipes: Sequence[Sequence[Recipe]],
     ) -> Job:
-        """Return the job of the coordinator's model `bench`, of which `recipes[view][cut]` were read."""
-        project, folder = bench.project, Path.cwd()
+        """Return the job of the coordinator's model `loaded`, of which `recipes[view][cut]` were read."""
+        project, folder = loaded.project, Path.cwd()
         sections = {name: getattr(project, name) for name in SECTIONS}
         return cls(
             folder=folder,
-            home=folder / project.scratch / "jobs" / secrets.token_hex(4),
+            home=folder / project.work_dir / "jobs" / secrets.token_hex(4),
             sections={name: one.model_dump(mode="json", exclude_unset=True) for name, one in sections.items()},
             tower=project.tower,
-            head=replace(bench.head, labels=()),  # they decide no state
+            head=replace(loaded.head, labels=()),  # they decide no state
             rows=len(source),
             example=example,
             probes=probes.tolist(),
@@ -127,9 +127,11 @@ class Job(BaseModel):
                 f"the data set has {len(source)} samples there, {self.rows} here; let data.path name "
                 "the same files for all, and run again"
             )
-        bench = Workbench.with_head(project, self.head)
-        bench.to_device()
-        prefixes, recipes, _ = bench.freeze(decode_samples(source, bench.backbone.preprocess, np.asarray(self.example)))
+        loaded = LoadedModel.with_head(project, self.head)
+        loaded.to_device()
+        prefixes, recipes, _ = loaded.freeze(
+            decode_samples(source, loaded.backbone.preprocess, np.asarray(self.example))
+        )
         self._prove(recipes)
         stores = [
             [
@@ -138,7 +140,7 @@ class Job(BaseModel):
             ]
             for view, of_view in zip(project.views, recipes, strict=True)
         ]
-        return bench.encoder(source, prefixes, stores, np.asarray(self.probes))
+        return loaded.encoder(source, prefixes, stores, np.asarray(self.probes))
 
     def _settings(self, own: Mapping[str, JSON]) -> Mapping[str, Any]:
         encode = {**self.sections["encode"], **own}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 
-from pipeline.cluster.worker import Report
+from pipeline.cluster.worker import WorkerReport
 
 log = logging.getLogger("recycle")
 
@@ -20,7 +20,7 @@ class Rates:
         self.samples: defaultdict[str, int] = defaultdict(int)
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
-    def add(self, report: Report, samples: int) -> None:
+    def add(self, report: WorkerReport, samples: int) -> None:
         """Count a report on so many samples; what was there already took no time."""
         if report.seconds:
             self.samples[report.worker] += samples

@@ -24,9 +24,9 @@ from typing import Any
 from pipeline.cluster.job import Job
 from pipeline.cluster.rates import Rates
 from pipeline.cluster.task import Failure, Lines, save_units
-from pipeline.cluster.worker import Report, deaths
+from pipeline.cluster.worker import WorkerReport, deaths
 from pipeline.encode.config import ExecutorConfig
-from pipeline.encode.encoded import Outcome
+from pipeline.encode.result import Outcome
 from pipeline.encode.unit import Unit
 from pipeline.errors import ClusterError, ConfigError
 
@@ -80,7 +80,7 @@ class SlurmArray:
                     break
         rates.tell()
 
-    def _round(self, folder: Path, waiting: dict[int, Unit]) -> Iterator[Report]:
+    def _round(self, folder: Path, waiting: dict[int, Unit]) -> Iterator[WorkerReport]:
         """Submit an array for the units `waiting`; yield their reports, and take out those of which all is told.
 
         Raises:
@@ -151,7 +151,7 @@ def _submitted(command: Sequence[str]) -> Iterator[_Array]:
                 process.terminate()
 
 
-def _told(folder: Path, array: _Array, tasks: int) -> Iterator[Report | Failure]:
+def _told(folder: Path, array: _Array, tasks: int) -> Iterator[WorkerReport | Failure]:
     """Yield what the tasks tell, until the array has ended and no more is to be expected."""
     lines, last = Lines(folder), float("inf")
     while time.monotonic() < last:

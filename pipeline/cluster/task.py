@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from pipeline import errors
 from pipeline.cluster.job import FILE, Job
-from pipeline.cluster.worker import Report, Worker
+from pipeline.cluster.worker import Worker, WorkerReport
 from pipeline.encode.unit import Unit
 from pipeline.errors import RecyclingError
 from pipeline.files import whole
@@ -42,7 +42,7 @@ class Failure:
         return kind(self.message)
 
 
-LINE: TypeAdapter[Report | Failure] = TypeAdapter(Report | Failure)
+LINE: TypeAdapter[WorkerReport | Failure] = TypeAdapter(WorkerReport | Failure)
 
 
 class Lines:
@@ -52,7 +52,7 @@ class Lines:
         """Begin at the first line of each file in `folder`."""
         self.folder, self.read = folder, defaultdict[Path, int](int)
 
-    def new(self) -> Iterator[Report | Failure]:
+    def new(self) -> Iterator[WorkerReport | Failure]:
         """Yield the lines that were not there before; of a line that is being written nothing is read."""
         for file in sorted(self.folder.glob(f"*{TOLD}")):
             with file.open("rb") as stream:

@@ -21,10 +21,10 @@ import torch
 from pydantic import TypeAdapter
 
 from pipeline.cluster.job import Job
-from pipeline.encode.encoded import Costs, Outcome
+from pipeline.encode.decoding import explain_dead_workers
 from pipeline.encode.encoder import Encoder
-from pipeline.encode.feed import dead_workers_told
 from pipeline.encode.quarantine import ENDS_THE_RUN, BadSample, name_of
+from pipeline.encode.result import EncodeCosts, Outcome
 from pipeline.encode.unit import Part, Unit
 from pipeline.errors import ClusterError, RecyclingError
 from pipeline.keys import JSON
@@ -37,7 +37,7 @@ POISON = "its unit killed the process that ran it"
 
 
 @dataclass(frozen=True)
-class Report:
+class WorkerReport:
     """What a worker tells of one part of a unit."""
 
     worker: str
@@ -50,14 +50,14 @@ class Report:
     bad: list[BadSample] = field(default_factory=list)
     cut_off: list[int] = field(default_factory=list)
     promoted: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    costs: Costs = field(default_factory=Costs)
+    costs: EncodeCosts = field(default_factory=EncodeCosts)
 
     def outcome(self, part: Part) -> Outcome:
         """Return what became of `part`, the one that this tells of."""
         return Outcome(part, self.bad, self.cut_off, self.promoted, self.costs)
 
 
-REPORT = TypeAdapter(Report)
+REPORT = TypeAdapter(WorkerReport)
 """Reports as JSON: no pickle is read, and a worker of another version is refused."""
 
 
@@ -74,7 +74,7 @@ class Worker:
         self._encoder: Encoder | None = None
         self._mark: Path | None = None
 
-    def run(self, units: Mapping[int, Unit]) -> Generator[Report, None, None]:
+    def run(self, units: Mapping[int, Unit]) -> Generator[WorkerReport, None, None]:
         """Run `units`, by their numbers in the run; yield what became of each part.
 
         Raises:
@@ -99,7 +99,7 @@ class Worker:
             self._mark.unlink(missing_ok=True)
             self._mark = None
 
-    def _run(self, units: Mapping[int, Unit]) -> Iterator[Report]:
+    def _run(self, units: Mapping[int, Unit]) -> Iterator[WorkerReport]:
         self.job.enter()
         encoder = self._build()
         killed, waiting = deaths(self.job.home), dict(units)
@@ -107,17 +107,17 @@ class Worker:
             if len(killed[number]) > self.job.retries:
                 yield from self._poisonous(encoder, number, unit, killed[number])
             elif encoder.holds(unit):
-                yield from (Report(self.name, number, part, 0.0) for part in range(len(unit.parts)))
+                yield from (WorkerReport(self.name, number, part, 0.0) for part in range(len(unit.parts)))
             else:
                 continue
             del waiting[number]
         numbers, before = list(waiting), time.perf_counter()
         places = [(number, part) for number, unit in waiting.items() for part in range(len(unit.parts))]
-        with dead_workers_told(encoder.workers):
+        with explain_dead_workers(encoder.workers):
             running = encoder.run(list(waiting.values()), lambda place: self._enter(numbers[place]))
             for (number, part), outcome in zip(places, running, strict=True):
                 now = time.perf_counter()
-                yield Report(
+                yield WorkerReport(
                     *(self.name, number, part, now - before),
                     *(outcome.bad, outcome.cut_off, outcome.promoted, outcome.costs),
                 )
@@ -142,13 +142,13 @@ class Worker:
             self._mark.rename(mark)
         self._mark = mark
 
-    def _poisonous(self, encoder: Encoder, number: int, unit: Unit, killed: list[str]) -> Iterator[Report]:
+    def _poisonous(self, encoder: Encoder, number: int, unit: Unit, killed: list[str]) -> Iterator[WorkerReport]:
         reason = (
             f"{POISON}: {len(killed)} times ({', '.join(sorted(set(killed)))}); mend the sample, or give more memory"
         )
         for part in range(len(unit.parts)):
             bad = [BadSample(row, name_of(encoder.source, row), reason) for row in unit.rows.tolist()]
-            yield Report(self.name, number, part, 0.0, bad)
+            yield WorkerReport(self.name, number, part, 0.0, bad)
 
 
 def deaths(home: Path) -> defaultdict[int, list[str]]:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pipeline.data.source import Source
 from pipeline.encode.config import EncodeConfig
-from pipeline.encode.encoded import Costs, Outcome
-from pipeline.encode.feed import Chunk, Decoded, decode, decode_samples
+from pipeline.encode.decoding import Chunk, Decoded, decode, decode_samples
 from pipeline.encode.quarantine import BadSample, name_of
 from pipeline.encode.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
+from pipeline.encode.result import EncodeCosts, Outcome
 from pipeline.encode.unit import Unit, UnitBuffer
 from pipeline.errors import InputRefusedError, ModelError
 from pipeline.models import EXTRA, Preprocess, network_inputs
@@ -137,7 +137,7 @@ class Encoder:
         rows: np.ndarray,
         batch: dict[str, Tensor],
         samples: list[Sample] | None,
-        costs: Costs,
+        costs: EncodeCosts,
     ) -> None:
         cuts = tuple(buffers)
         if cuts not in self.captures:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import BadSampleError, ConfigError
-from pipeline.fingerprint import Irrelevant, fingerprint
 from pipeline.keys import JSON, digest
 from pipeline.models.backbone import first_input
 from pipeline.models.config import PreprocessConfig
+from pipeline.models.fingerprint import Irrelevant, fingerprint
 from pipeline.models.preprocess import Preprocess
 
 MAX_VALUES = 1 << 28

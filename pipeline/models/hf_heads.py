@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 from pipeline.errors import ModelError
 from pipeline.models.config import ModelConfig
-from pipeline.models.weights import Layout, first
+from pipeline.models.weights import CheckpointLayout, first
 from pipeline.tasks.base import Head
 
 HEADS = {
@@ -71,7 +71,7 @@ def arrange_head(
     """
     if not head.labels or len(names) != len(head.labels) or tuple(names) == head.labels:
         return fresh, None
-    sizes = Layout.of(lambda size: build(_sized(model.config, size))).sizes
+    sizes = CheckpointLayout.of(lambda size: build(_sized(model.config, size))).sizes
     if sizes.keys() & fresh or all(GENERIC.fullmatch(name) for name in names):
         return fresh, None
     places = {name: number for number, name in enumerate(names)}

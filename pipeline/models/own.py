@@ -15,7 +15,7 @@ from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
 from pipeline.models.preprocess import ArrayPreprocess, Preprocess
 from pipeline.models.texts import make_text_preprocess
-from pipeline.models.weights import Layout, fit_weights, read_weights, seeded
+from pipeline.models.weights import CheckpointLayout, fit_weights, read_weights, seeded
 from pipeline.tasks.base import Head
 
 
@@ -38,9 +38,9 @@ def load_own(
     if state is None and config.has_file:
         state = read_weights(config)
     if state is not None:
-        layout = Layout({name: tensor.shape for name, tensor in model.state_dict().items()}, frozenset())
+        layout = CheckpointLayout({name: tensor.shape for name, tensor in model.state_dict().items()}, frozenset())
         if head.size is not None:
-            layout = Layout.of(lambda classes: _network(function(replace(head, size=classes))))
+            layout = CheckpointLayout.of(lambda classes: _network(function(replace(head, size=classes))))
         fresh = fit_weights(model, state, layout, f"model.weights {config.weights}")
     if isinstance(made, Backbone):
         return replace(made, fresh=made.fresh | fresh)

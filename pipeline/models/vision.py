@@ -15,7 +15,7 @@ from pipeline.errors import AbsentError, ConfigError, ModelError
 from pipeline.models.backbone import Backbone, embed, first_input, projection_names
 from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
-from pipeline.models.weights import Layout, fit_weights, read_weights, seeded
+from pipeline.models.weights import CheckpointLayout, fit_weights, read_weights, seeded
 from pipeline.tasks.base import Head
 
 
@@ -59,7 +59,7 @@ class Torchvision(Library):
 
     def _headless(self) -> nn.Module:
         model = self.build(1)
-        for path in {name.rpartition(".")[0] for name in Layout.of(self.build).head}:
+        for path in {name.rpartition(".")[0] for name in CheckpointLayout.of(self.build).head}:
             model.set_submodule(path, nn.Identity())
         return model
 
@@ -128,7 +128,7 @@ def load_vision(
     if state is None and config.weights is not None:
         state = _pretrained(library, config) if config.weights == PRETRAINED else read_weights(config)
     if state is not None:
-        fresh = fit_weights(model, state, Layout.of(library.build), f"model.weights {config.weights}")
+        fresh = fit_weights(model, state, CheckpointLayout.of(library.build), f"model.weights {config.weights}")
     made = ImagePreprocess(preprocess, library.defaults(model), first_input(model))
     return finish(model, made, config, head, fresh)
 

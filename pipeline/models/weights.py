@@ -34,7 +34,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """Tensors of a network with its classifier, in the order of its state dict."""
 
     shapes: Mapping[str, torch.Size]
@@ -42,7 +42,7 @@ class Layout:
     """Names of the classifier's tensors: they may be absent from a file, or of another size."""
 
     @classmethod
-    def of(cls, build: Callable[[int], nn.Module]) -> Layout:
+    def of(cls, build: Callable[[int], nn.Module]) -> CheckpointLayout:
         """Find the classifier of what `build(classes)` makes: the tensors whose size follows the classes."""
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in build(2).state_dict().items()}
@@ -102,7 +102,7 @@ def _read_torch(path: Path) -> Mapping[str, object]:
     return loaded
 
 
-def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Layout, where: str) -> frozenset[str]:
+def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: CheckpointLayout, where: str) -> frozenset[str]:
     """Copy `state` into `model`; return the names of the classifier's tensors of which `state` has none of their size.
 
     Those keep their fresh weights, and so do tensors of `state` that are on the meta device. `model` may lack the
@@ -127,7 +127,7 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Layout, w
     return frozenset(fresh)
 
 
-def _name_faults(state: Mapping[str, Tensor], layout: Layout) -> list[str]:
+def _name_faults(state: Mapping[str, Tensor], layout: CheckpointLayout) -> list[str]:
     body = set(layout.shapes) - layout.head
     # Files from before batch norm counted its batches lack this count, which evaluation does not use.
     missing = [name for name in layout.shapes if name in body - set(state) and not name.endswith("num_batches_tracked")]
@@ -141,7 +141,7 @@ def _name_faults(state: Mapping[str, Tensor], layout: Layout) -> list[str]:
     return [f"{len(names)} {kind}: {first(names)}" for kind, names in kinds.items() if names]
 
 
-def _by_position(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor] | None:
+def _by_position(state: Mapping[str, Tensor], layout: CheckpointLayout) -> dict[str, Tensor] | None:
     """Rename `state` to the names of `layout` in order; None unless shapes and kinds (weight, bias, ...) all agree."""
     for names in (list(layout.shapes), [name for name in layout.shapes if name not in layout.head]):
         if len(names) == len(state) and all(

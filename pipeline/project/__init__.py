@@ -1,12 +1,18 @@
-"""params.yaml -> a project: its data, its networks split, its stores.
+"""params.yaml -> a project: its settings, its models split at their cuts, its stores opened.
 
-settings.py    the sections, and the places that follow from them
-roles.py       the section `towers:`
-recipe.py      what decides the values of a state, read off a split network
-workbench.py   one encoder's network: built, split, its stores opened
-towers.py      encoders as training and prediction open them, and several in one model
-carried.py     pretrained weights after a cut, beside its store
-proved.py      which stores are known to be of the recipe these settings make
+settings.py           the sections of params.yaml, and the paths that follow from them
+tower_config.py       the section `towers:`
+model.py              the model of one encoder: built, split, its stores opened
+recipe.py             the recipe of the states that a split model makes
+recipe_cache.py       recipes known from an earlier encode, so that no model is built where nothing is to do
+probe.py              a fixed input kept with its states: the proof that today's code still gives them
+stores.py             stores opened for writing
+views.py              the plain store of a cut and those of its augmented views, read as one
+pretrained_suffix.py  pretrained weights after a cut, kept beside its store
+towers.py             encoders as training and prediction open them, and several of them as one model
+minimum_batch.py      how small a training batch may be
+loaders.py            the batches of a run, and where they are read from
+model_example.py      a model and inputs to try it on, without stores
 """
 
 from pipeline.project.settings import SECTIONS, UNPACKED, CutName, Project

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from pipeline.fingerprint import Irrelevant, module_fingerprints
 from pipeline.keys import JSON, Recipe, digest, tensors_digest
+from pipeline.models.fingerprint import Irrelevant, module_fingerprints
 from pipeline.split import Prefix
-from pipeline.store import FORMAT
+from pipeline.store import FORMAT, Store
+
+log = logging.getLogger("recycle")
 
 IRRELEVANT: Irrelevant = {
     "transformers.PreTrainedConfig": frozenset(
@@ -94,4 +97,14 @@ def _former_architecture(modules: Iterable[tuple[str, nn.Module]]) -> str:
 
     return digest(
         [[name, type(module).__qualname__, module.extra_repr(), settings(module)] for name, module in modules]
+    )
+
+
+def warn_of_former_recipe(store: Store) -> None:
+    """Warn that the recipe of `store`, by version 0.1.0, covers less than today's."""
+    log.warning(
+        "%s was made by version 0.1.0, whose recipe covers less: it cannot be verified that the configuration of the "
+        "network, attributes that are lists or functions, and the settings of a slow tokenizer are still the same. It "
+        "is read; nothing is added to it (recycle encode --replace makes it anew)",
+        store.where,
     )

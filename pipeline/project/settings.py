@@ -11,30 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Section, load_sections
-from pipeline.data import ROLES, DataConfig, Source, in_role, open_source, with_keys
+from pipeline.data import ROLES, DataConfig, SampleTable, Source, in_role, open_source, with_keys
 from pipeline.encode.config import EncodeConfig
-from pipeline.encode.feed import Keyed, key_contents
+from pipeline.encode.keying import KeyedSamples, key_contents
 from pipeline.encode.stat_cache import StatCache
 from pipeline.errors import ConfigError
 from pipeline.files import is_function
 from pipeline.keys import JSON, Recipe
 from pipeline.models import ModelConfig, PreprocessConfig
-from pipeline.project.roles import TowersConfig
+from pipeline.project.tower_config import TowersConfig
+from pipeline.project.views import view_name
 from pipeline.store import Bucket, Reader, Remote, Scratch, Store, check_place
 from pipeline.tasks import TaskConfig
 from pipeline.tracked import SCHEME as TRACKED
 from pipeline.tracked import Place, open_tracked
 from pipeline.train.config import TrainConfig
-from pipeline.views import view_name
 
 CutName = float | int | str
 
 RUN_NAME = re.compile(r"\w[\w.#-]*")
 """What a run may be called: it is the name of a folder too."""
 UNPACKED = "unpacked"
-"""Folder below a project's scratch where segments are brought for training that are compressed or lie elsewhere."""
+"""Folder in `work_dir` with segments that training needs unpacked or fetched."""
 MIRRORS = "mirror"
-"""Folder below a project's scratch where the small files of stores lie that lie elsewhere."""
+"""Folder in `work_dir` with the small files of remote stores."""
 
 SECTIONS: dict[str, type[Section]] = {
     "data": DataConfig,
@@ -62,7 +62,7 @@ class Project:
     samples: Path = Path("data/samples.parquet")
     quarantine: Path = Path("data/quarantine.csv")
     results: Path = Path("results")
-    scratch: Path = Path(".recycle")
+    work_dir: Path = Path(".recycle")
     params: Path = Path("params.yaml")
     overrides: Mapping[str, JSON] = field(default_factory=dict)
     """Settings that replace those of the file for this run, as in {"train.seed": 1}."""
@@ -175,10 +175,10 @@ class Project:
             StoreError: what DVC tracks there is not on its remote.
         """
         if url.startswith(TRACKED):
-            tracked = open_tracked(url, self.scratch / MIRRORS / "dvc" / "sizes.json")
-            return Remote(tracked, self.scratch / MIRRORS / "dvc" / tracked.digest)
+            tracked = open_tracked(url, self.work_dir / MIRRORS / "dvc" / "sizes.json")
+            return Remote(tracked, self.work_dir / MIRRORS / "dvc" / tracked.digest)
         scheme, _, place = url.partition("://")
-        return Remote(Bucket(url, self.encode.store_options), self.scratch / MIRRORS / scheme / place.strip("/"))
+        return Remote(Bucket(url, self.encode.store_options), self.work_dir / MIRRORS / scheme / place.strip("/"))
 
     @property
     def stores(self) -> Path:
@@ -199,9 +199,18 @@ class Project:
             raise ConfigError(f"the run is called {name!r}; use letters, digits, '.', '_', '-' and '#'")
         return self.results / "runs" / name
 
-    def keys_of(self, source: Source, *, trust: bool = True) -> Keyed:
+    def training_table(self) -> SampleTable:
+        """Return the sample table with the share of training samples that `data.fraction` chooses.
+
+        Raises:
+            DataError: there is none, or it cannot be read.
+        """
+        table = SampleTable.read(self.samples)
+        return table.share(self.data.fraction, self.data.seed, by_label=self.task.kind != "regression")
+
+    def keys_of(self, source: Source, *, trust: bool = True) -> KeyedSamples:
         """Return the keys of `source`; files that were read before are read again only without `trust`."""
-        cache = StatCache(self.scratch / "keys.sqlite")
+        cache = StatCache(self.work_dir / "keys.sqlite")
         return key_contents(source, workers=self.encode.workers or 1, cache=cache, trust=trust)
 
     def reader(self, store: Path) -> Reader:
@@ -209,7 +218,7 @@ class Project:
 
         Of those that are compressed or lie elsewhere, segments are brought to scratch.
         """
-        scratch = _scratch((self.scratch / UNPACKED).absolute(), int(self.train.scratch_gb * 1e9))
+        scratch = _scratch((self.work_dir / UNPACKED).absolute(), int(self.train.scratch_gb * 1e9))
         return Reader(store, scratch=scratch, check=self.train.check, remote=self.remote)
 
     @property

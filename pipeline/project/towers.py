@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, DataError, TrainError
+from pipeline.project.model import LoadedModel
 from pipeline.project.settings import CutName, Project
-from pipeline.project.workbench import Workbench
+from pipeline.project.views import Views
 from pipeline.split import Prefix, State, Suffix
 from pipeline.tasks import read_tensor
 from pipeline.train.adapter import merged
 from pipeline.train.loader import Batch, Loader
-from pipeline.views import Views
 
 log = logging.getLogger("recycle")
 
@@ -35,7 +35,7 @@ log = logging.getLogger("recycle")
 class Tower:
     """An encoder with its samples: the only one of a project, or that of a role."""
 
-    bench: Workbench
+    loaded: LoadedModel
     table: SampleTable
     """Its samples alone, n of them."""
     rows: np.ndarray
@@ -48,14 +48,14 @@ class Tower:
     @property
     def name(self) -> str | None:
         """The role of its samples; None of the only encoder."""
-        return self.bench.project.tower
+        return self.loaded.project.tower
 
 
 def open_tower(project: Project, cut: CutName, table: SampleTable, *, to_train: bool = False) -> Tower:
     """Open the encoder of one of a project's `parts` for runs of `cut`, on its samples among those of `table`.
 
-    Neither raw data nor another recipe's store is read. `to_train` does without the weights before the cut where those
-    of params.yaml are not on this machine: its store carries the others.
+    Neither raw data nor another recipe's store is read. With `to_train`, the weights before the cut may be missing on
+    this machine: the pretrained suffix in the store has the others.
 
     Raises:
         AbsentError: the weights are not on this machine.
@@ -69,26 +69,26 @@ def open_tower(project: Project, cut: CutName, table: SampleTable, *, to_train: 
             raise DataError(f"the samples have {', '.join(table.targets)}; towers need roles: those of pairs")
         rows = np.flatnonzero(table.targets["role"] == project.tower)
         table = table.of(rows)
-    bench = Workbench.open(project, table, carrier=project.at(cut) if to_train else None)
-    views, prefix, suffix = bench.open_store(project.at(cut), table)
+    loaded = LoadedModel.open(project, table, carrier=project.at(cut) if to_train else None)
+    views, prefix, suffix = loaded.open_store(project.at(cut), table)
     if to_train and views.plain.is_linked:
         log.warning(
             "%s: its files are links to a cache; DVC copies the whole store before each encode then: dvc config "
             "cache.type reflink,copy (docs/sharing.md)",
             views.path,
         )
-    return Tower(bench, table, rows, views, prefix, suffix)
+    return Tower(loaded, table, rows, views, prefix, suffix)
 
 
-def to_train(tower: Tower) -> Suffix:
+def trainable_suffix(tower: Tower) -> Suffix:
     """Return the suffix that trains, with adapters in it where `train.adapter` asks for them; or the one that does not.
 
     Raises:
         ConfigError: it does not train, and its head has no weights of the pretrained network.
     """
-    if tower.bench.project.towers.of(tower.name).trains:
-        return tower.bench.adapt(tower.store, tower.table, tower.prefix, tower.suffix)
-    if untrained := sorted(tower.bench.backbone.fresh & dict(tower.suffix.named_parameters()).keys()):
+    if tower.loaded.project.towers.of(tower.name).trains:
+        return tower.loaded.adapt(tower.store, tower.prefix, tower.suffix)
+    if untrained := sorted(tower.loaded.backbone.fresh & dict(tower.suffix.named_parameters()).keys()):
         raise ConfigError(
             f"towers.{tower.name}.trains is false, but {untrained[0]} was not pretrained and would stay as it was "
             f"drawn; set towers.{tower.name}.layers: [], or let it train"
@@ -96,15 +96,15 @@ def to_train(tower: Tower) -> Suffix:
     return tower.suffix.requires_grad_(False)
 
 
-def joined(towers: Sequence[Tower]) -> nn.Module:
+def trainable_model(towers: Sequence[Tower]) -> nn.Module:
     """Return the one model that trains: the only suffix, or those of all towers."""
     first, *others = towers
     if not others:
-        return to_train(first)
-    config = first.bench.project.towers
-    suffixes = {str(first.name): to_train(first)}
+        return trainable_suffix(first)
+    config = first.loaded.project.towers
+    suffixes = {str(first.name): trainable_suffix(first)}
     for other in others:
-        suffixes[str(other.name)] = suffixes[str(first.name)] if config.shared else to_train(other)
+        suffixes[str(other.name)] = suffixes[str(first.name)] if config.shared else trainable_suffix(other)
     return Towers(suffixes)
 
 
@@ -134,7 +134,7 @@ class Towers(nn.ModuleDict):
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a run keeps of a model that `joined` gave: its weights, with adapters merged into them."""
+    """Return what a run keeps of a model that `trainable_model` gave: its weights, with adapters merged into them."""
     if isinstance(model, Suffix):
         return merged(model)
     return {f"{name}.{own}": tensor for name, of in model.named_children() for own, tensor in plain_weights(of).items()}
@@ -151,13 +151,13 @@ def load_weights(tower: Tower, file: Path) -> None:
     tower.suffix.load_state_dict(kept if tower.name is None else _of(tower.name, kept))
 
 
-def fresh(towers: Sequence[Tower]) -> frozenset[str]:
+def new_parameters(towers: Sequence[Tower]) -> frozenset[str]:
     """Return the names of the parameters that were not pretrained, as the joined model has them."""
-    own = ((tower.name, name) for tower in towers for name in tower.bench.backbone.fresh)
+    own = ((tower.name, name) for tower in towers for name in tower.loaded.backbone.fresh)
     return frozenset(name if tower is None else f"{tower}.{name}" for tower, name in own)
 
 
-class Abreast:
+class TowerLoader:
     """The batches of several towers' loaders, joined: of each the rows that are its own."""
 
     def __init__(self, loaders: Mapping[str, Loader], rows: Mapping[str, np.ndarray]) -> None:

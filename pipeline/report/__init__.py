@@ -1,6 +1,5 @@
-"""What finished runs and stores say of themselves, and the table, the curves and the plot made of it.
+"""Finished runs -> tables, curves and plots.
 
-runs.py     a run's identity, its files, and how it is opened again
-costs.py    results/encode.json
+costs.py    results/encode.json: what stores hold and cost
 summary.py  runs + costs -> table, curves, plot
 """

@@ -8,28 +8,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.encode.encoded import Encoded
+from pipeline.encode.result import EncodeResult
 from pipeline.project import Project
-from pipeline.report.summary import Cost
+from pipeline.report.summary import CutCost
 from pipeline.store import Store, first_rows
 
 FILE = "encode.json"
 
 
-class Made(NamedTuple):
-    """What became of one encoder's samples."""
+class EncoderResult(NamedTuple):
+    """The stores of one encoder after an encode."""
 
     project: Project
     """The encoder: one of a project's `parts`."""
     stores: Sequence[Sequence[Store]]
     """Its stores, `stores[view][cut]`."""
-    done: Encoded
-    """What was done to fill them."""
+    result: EncodeResult
+    """What encoding did."""
     flops: Sequence[tuple[int, int]] | None = None
     """Operations per sample before and after each of its cuts; None where they were not counted."""
 
 
-def write_costs(project: Project, made: Sequence[Made]) -> None:
+def write_costs(project: Project, made: Sequence[EncoderResult]) -> None:
     """Write what the encoders of a project hold and cost, by the names of their stores.
 
     Of all runs under a recipe, the one that encoded most says what a state costs.
@@ -40,10 +40,10 @@ def write_costs(project: Project, made: Sequence[Made]) -> None:
     for one in made:
         cuts |= _of_encoder(one, before)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"bad": len(made[-1].done.keyed.bad), "cuts": cuts}, indent=2) + "\n")
+    path.write_text(json.dumps({"bad": len(made[-1].result.keyed.bad), "cuts": cuts}, indent=2) + "\n")
 
 
-def read_costs(project: Project) -> dict[str, Cost]:
+def read_costs(project: Project) -> dict[str, CutCost]:
     """Return what runs of each cut start from, as far as this is known: stores may have been encoded elsewhere."""
     path = project.results / FILE
     known: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
@@ -56,19 +56,19 @@ def read_costs(project: Project) -> dict[str, Cost]:
     }
 
 
-def _of_encoder(made: Made, before: Mapping[str, Any]) -> dict[str, Any]:
+def _of_encoder(made: EncoderResult, before: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the stores of one encoder hold and cost; `before` is what an earlier run said.
 
     A sample has one state, or several where there are augmented views; all of them count.
     """
-    project, stores, done, flops = made
+    project, stores, result, flops = made
     cuts = {}
     for number, (cut, *by_view) in enumerate(zip(project.encode.cuts, *stores, strict=True)):
         name = project.store_name(cut)
         keys = np.concatenate([store.keys() for store in by_view])
         samples = len(first_rows(keys))
         training = (by_view[1:] or by_view)[0]
-        measured = {"recipe": training.recipe.digest, **done.costs.of(number)}
+        measured = {"recipe": training.recipe.digest, **result.costs.of(number)}
         known = before.get(name, {}).get("measured", measured)
         if known["recipe"] == measured["recipe"] and known["samples"] > measured["samples"]:
             measured = known
@@ -86,7 +86,7 @@ def _of_encoder(made: Made, before: Mapping[str, Any]) -> dict[str, Any]:
     return cuts
 
 
-def _sum(stores: Sequence[Mapping[str, Any]], *, is_bounded: bool) -> Cost:
+def _sum(stores: Sequence[Mapping[str, Any]], *, is_bounded: bool) -> CutCost:
     """Add up stores that one run starts from; what is known of some alone is not known.
 
     Operations bound the speed-ups only where everything after the cut trains (`is_bounded`).
@@ -100,7 +100,7 @@ def _sum(stores: Sequence[Mapping[str, Any]], *, is_bounded: bool) -> Cost:
         pairs = [(value, count) for value, count in zip(values, counts, strict=True) if value is not None]
         return sum(value * count for value, count in pairs) / total if len(pairs) == len(counts) else None
 
-    return Cost(
+    return CutCost(
         state_bytes_per_sample=mean([store["state_bytes_per_sample"] for store in stores]),
         encode_seconds=None if None in seconds else sum(seconds),
         frozen_seconds_per_sample=mean(forward),

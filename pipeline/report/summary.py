@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from pipeline.cuts import BACKWARD, speed_ups
+from pipeline.runs.record import STORE, Run
+from pipeline.split.costs import BACKWARD, speed_ups
 from pipeline.tasks.config import LOWER_IS_BETTER
 
 SEED = "train.seed"
 """The setting in which runs of one row may differ."""
-STORE = "encode.store"
-"""The setting that says where states lie, and decides nothing about a run."""
 TOLERANCE = 1.2
 """A speed-up may exceed what the operations allow by this factor: it was timed."""
 BOUNDED = (
@@ -29,35 +27,7 @@ MAX_INCHES = 100.0
 
 
 @dataclass(frozen=True)
-class Run:
-    """What `train` measured in one run; the fields of `run.json`."""
-
-    name: str
-    cut: float | int | str
-    overrides: Mapping[str, Any]
-    """Settings that replaced those of params.yaml, as in {"train.seed": 1}."""
-    identity: str
-    """Digest of all that decided the run."""
-    settings: Mapping[str, Any]
-    """What the trained model must be read with: the settings of its network and of its head."""
-    recycled: float
-    """Share of the blocks before the cut, 0..1; of several towers the smallest."""
-    metric: str
-    value: float
-    initial: float
-    """The metric before any training."""
-    best_epoch: int
-    train_samples: int
-    train_seconds_per_epoch: float
-    history: list[dict[str, float]]
-    legend: list[Any] = field(default_factory=list)
-    """What the model's outputs mean: the task reads them with it."""
-    made_of: Mapping[str, Any] = field(default_factory=dict)
-    """What `identity` is the digest of: settings, samples and stores; empty in runs of earlier versions."""
-
-
-@dataclass(frozen=True)
-class Cost:
+class CutCost:
     """What `encode` measured for one cut; None is not known."""
 
     state_bytes_per_sample: float | None = None
@@ -71,7 +41,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """Runs that differ in `train.seed` alone: one line of the result table; the fields of `results/summary.json`."""
 
     cut: float | int | str
@@ -103,13 +73,13 @@ class Row:
     """Speed-ups that are what the operations before and after the cut allow, because more was timed."""
 
 
-def summarise(runs: Sequence[Run], costs: Mapping[str, Cost]) -> list[Row]:
+def summarise(runs: Sequence[Run], costs: Mapping[str, CutCost]) -> list[ResultRow]:
     """Return a row per cut and settings, in the order of the recycled share; `costs` by the text of the cut."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.recycled, settings(run))):
         groups.setdefault((settings(run), str(run.cut)), []).append(run)
     full = {of: group for (of, _), group in groups.items() if group[0].recycled == 0}
-    return [_row(group, costs.get(cut, Cost()), full.get(of)) for (of, cut), group in groups.items()]
+    return [_row(group, costs.get(cut, CutCost()), full.get(of)) for (of, cut), group in groups.items()]
 
 
 def settings(run: Run) -> str:
@@ -131,7 +101,7 @@ def _kept(group: Sequence[Run], full: Sequence[Run]) -> float:
     return better / worse if worse else math.nan
 
 
-def _row(group: Sequence[Run], cost: Cost, full: Sequence[Run] | None) -> Row:
+def _row(group: Sequence[Run], cost: CutCost, full: Sequence[Run] | None) -> ResultRow:
     run, seconds = group[0], _seconds(group)
     values = [one.value for one in group]
     frozen = None if cost.frozen_seconds_per_sample is None else cost.frozen_seconds_per_sample * run.train_samples
@@ -143,7 +113,7 @@ def _row(group: Sequence[Run], cost: Cost, full: Sequence[Run] | None) -> Row:
     bounded = [name for name, value in timed.items() if value and value > TOLERANCE * (allowed[name] or math.inf)]
     factors = timed | {name: allowed[name] for name in bounded}
     saved = seconds * ((factors["speedup_over_frozen"] or 1) - 1)
-    return Row(
+    return ResultRow(
         cut=run.cut,
         settings=settings(run),
         recycled=run.recycled,
@@ -165,7 +135,7 @@ def _row(group: Sequence[Run], cost: Cost, full: Sequence[Run] | None) -> Row:
     )
 
 
-def _allowed(run: Run, cost: Cost) -> tuple[float | None, float | None]:
+def _allowed(run: Run, cost: CutCost) -> tuple[float | None, float | None]:
     """Return the speed-ups over full fine-tuning and over frozen layers that the operations allow; None: any."""
     if cost.flops_before is None or cost.flops_after is None:
         return None, None
@@ -173,7 +143,7 @@ def _allowed(run: Run, cost: Cost) -> tuple[float | None, float | None]:
     return speed_ups(cost.flops_before, cost.flops_after, backward=1 if adapts else BACKWARD)
 
 
-def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
+def table(rows: Sequence[ResultRow], *, markdown: bool = False) -> str:
     """Return the rows as text, aligned for a terminal, or as a table of Markdown."""
     frame = pd.DataFrame([asdict(row) for row in rows])
     shown = pd.DataFrame(
@@ -201,11 +171,11 @@ def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
     return f"{text}\n\n{BOUNDED}" if any(row.bounded for row in rows) else text
 
 
-def _factor(row: Row, name: str) -> str:
+def _factor(row: ResultRow, name: str) -> str:
     return ("<= " if name in row.bounded else "") + _rounded(getattr(row, name))
 
 
-def _with_spread(row: Row) -> str:
+def _with_spread(row: ResultRow) -> str:
     return f"{row.value:.3f}" if row.spread is None else f"{row.value:.3f} ± {row.spread:.3f} ({row.runs})"
 
 
@@ -213,11 +183,11 @@ def _rounded(value: float | None) -> str:
     return "-" if value is None or pd.isna(value) else f"{value:.1f}"
 
 
-def curves(runs: Sequence[Run], costs: Mapping[str, Cost]) -> pd.DataFrame:
+def curves(runs: Sequence[Run], costs: Mapping[str, CutCost]) -> pd.DataFrame:
     """Return metric and loss of every epoch of every run against the seconds spent until then, encode included."""
     lines = []
     for run in runs:
-        seconds = costs.get(str(run.cut), Cost()).encode_seconds or 0.0
+        seconds = costs.get(str(run.cut), CutCost()).encode_seconds or 0.0
         for epoch, row in enumerate(run.history, start=1):
             seconds += row["train/seconds"]
             lines.append(
@@ -234,7 +204,7 @@ def curves(runs: Sequence[Run], costs: Mapping[str, Cost]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def plot(runs: Sequence[Run], costs: Mapping[str, Cost], path: Path) -> None:
+def plot(runs: Sequence[Run], costs: Mapping[str, CutCost], path: Path) -> None:
     """Draw the metric against the seconds spent, encode included, and the training loss, a line per run, as a PNG.
 
     Cuts have colours; runs of other settings have a row of their own.

@@ -89,16 +89,23 @@ class Store:
         """
         if remote is not None:
             remote.open(path)
-        recipe = read_recipe(path)
-        difference = None if expected is None else recipe.first_difference(expected)
-        if difference is not None:
+        store = cls(path, read_recipe(path), remote)
+        if expected is not None:
+            store.check_recipe(expected)
+        return store
+
+    def check_recipe(self, expected: Recipe) -> None:
+        """Check that the states are of the recipe `expected`.
+
+        Raises:
+            StaleStoreError: they are not; the message names the first field that differs, and both values.
+        """
+        if (difference := self.recipe.first_difference(expected)) is not None:
             field, stored, wanted = difference
-            where = path if remote is None else remote.where(path)
             raise StaleStoreError(
-                f"{where} was encoded with {field} = {stored!r}, expected {wanted!r}",
+                f"{self.where} was encoded with {field} = {stored!r}, expected {wanted!r}",
                 "set it back, or encode anew (recycle encode --replace)",
             )
-        return cls(path, recipe, remote)
 
     @property
     def where(self) -> str:

@@ -9,11 +9,11 @@ from pipeline.errors import ConfigError
 from pipeline.files import load_function
 from pipeline.tasks.base import (
     IGNORED,
-    Asked,
     Column,
     Head,
     Kind,
     Metrics,
+    PredictionContext,
     Prepared,
     Ragged,
     Table,
@@ -24,7 +24,7 @@ from pipeline.tasks.config import Layers, Pooling, TaskConfig
 
 __all__ = [
     "IGNORED",
-    "Asked",
+    "PredictionContext",
     "Column",
     "Head",
     "Kind",

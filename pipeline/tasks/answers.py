@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.text import SQuAD
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import ALONE, Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import ALONE, Column, Head, Kind, Metrics, PredictionContext, Table, Task, column, read_tensor
 from pipeline.tasks.config import SCORES, TaskConfig
 
 # B batch, T token, A tokens of an answer
@@ -72,7 +72,7 @@ class Answers(Task):
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"question": str, "answer": str, "start": int, "end": int, "margin": float}
 
-    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         """Return the best answer in each window, where it lies in it, and how far it is preferred to "no answer here".
 
         A question's answer is the one with the largest margin among its windows.

@@ -27,7 +27,7 @@ Column: TypeAlias = np.ndarray | Sequence[Any]
 
 
 @dataclass(frozen=True)
-class Asked:
+class PredictionContext:
     """What is known of B samples whose outputs are read."""
 
     extras: Mapping[str, Tensor]
@@ -132,7 +132,7 @@ class Task(ABC):
     name: str
     monitor: str
     """Name of the score that decides which epoch is best."""
-    least_units: int = 1
+    minimum_units: int = 1
     """Units that a training batch must have for the loss to mean something."""
     width: int | None = None
     """Size D of the embeddings that the model gives, where it gives some and it is known; set before `prepare`."""
@@ -195,7 +195,7 @@ class Task(ABC):
         """Return the columns of `predictions`."""
         return {"output": [float]}
 
-    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         """Return what the model's `output` for a batch of B samples says, by column.
 
         `legend` is the run's. Here: the numbers of the output as they come.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import ALONE, Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import ALONE, Column, Head, Kind, Metrics, PredictionContext, Table, Task, column, read_tensor
 from pipeline.tasks.config import SCORES, TaskConfig
 
 NAMED = 5
@@ -89,7 +89,7 @@ class Classification(OfClasses):
         each: Kind = {str(label): float for label in legend}
         return {"label": type(legend[0]), "probability": float, "probabilities": each}
 
-    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         probabilities_BC = read_tensor(output).float().softmax(-1).cpu()
         highest_B, number_B = probabilities_BC.max(-1)
         return {

@@ -22,7 +22,7 @@ themselves alone; samples with vectors per label."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class LossSpec:
     """A loss or miner: its class, the defaults that are ours, and how it stands to `task.distance`."""
 
     make: Any
@@ -96,36 +96,36 @@ class Memory(losses.CrossBatchMemory):  # type: ignore[misc]
 _IN_BATCH = {"temperature": 0.05}  # a scale of 20 on the cosines, as sentence encoders are usually trained
 _MARGIN = {"margin": 0.2}
 
-_LOSSES: dict[str, Choice] = {
-    "multiple_negatives": Choice(losses.NTXentLoss, _IN_BATCH),
-    "ntxent": Choice(losses.NTXentLoss, _IN_BATCH),
-    "contrastive": Choice(losses.ContrastiveLoss),
-    "online_contrastive": Choice(losses.ContrastiveLoss, miner=("multi_similarity", {"epsilon": 0.0})),
-    "triplet_margin": Choice(losses.TripletMarginLoss, _MARGIN),
-    "multi_similarity": Choice(losses.MultiSimilarityLoss),
-    "circle": Choice(losses.CircleLoss, distance="cosine"),
-    "supcon": Choice(losses.SupConLoss),
-    "fastap": Choice(losses.FastAPLoss, compares="labels", distance="cosine"),
-    "arcface": Choice(losses.ArcFaceLoss, compares="vectors", distance="cosine"),
-    "cosface": Choice(losses.CosFaceLoss, compares="vectors", distance="cosine"),
-    "sub_center_arcface": Choice(losses.SubCenterArcFaceLoss, compares="vectors", distance="cosine"),
-    "normalized_softmax": Choice(losses.NormalizedSoftmaxLoss, compares="vectors", distance="cosine"),
-    "softmax": Choice(SoftmaxLoss, compares="vectors", distance="none"),
-    "center": Choice(CenterLoss, compares="vectors", distance="none"),
-    "proxy_anchor": Choice(losses.ProxyAnchorLoss, compares="vectors"),
-    "proxy_nca": Choice(losses.ProxyNCALoss, compares="vectors", distance="cosine"),
-    "soft_triple": Choice(losses.SoftTripleLoss, compares="vectors", distance="cosine"),
+_LOSSES: dict[str, LossSpec] = {
+    "multiple_negatives": LossSpec(losses.NTXentLoss, _IN_BATCH),
+    "ntxent": LossSpec(losses.NTXentLoss, _IN_BATCH),
+    "contrastive": LossSpec(losses.ContrastiveLoss),
+    "online_contrastive": LossSpec(losses.ContrastiveLoss, miner=("multi_similarity", {"epsilon": 0.0})),
+    "triplet_margin": LossSpec(losses.TripletMarginLoss, _MARGIN),
+    "multi_similarity": LossSpec(losses.MultiSimilarityLoss),
+    "circle": LossSpec(losses.CircleLoss, distance="cosine"),
+    "supcon": LossSpec(losses.SupConLoss),
+    "fastap": LossSpec(losses.FastAPLoss, compares="labels", distance="cosine"),
+    "arcface": LossSpec(losses.ArcFaceLoss, compares="vectors", distance="cosine"),
+    "cosface": LossSpec(losses.CosFaceLoss, compares="vectors", distance="cosine"),
+    "sub_center_arcface": LossSpec(losses.SubCenterArcFaceLoss, compares="vectors", distance="cosine"),
+    "normalized_softmax": LossSpec(losses.NormalizedSoftmaxLoss, compares="vectors", distance="cosine"),
+    "softmax": LossSpec(SoftmaxLoss, compares="vectors", distance="none"),
+    "center": LossSpec(CenterLoss, compares="vectors", distance="none"),
+    "proxy_anchor": LossSpec(losses.ProxyAnchorLoss, compares="vectors"),
+    "proxy_nca": LossSpec(losses.ProxyNCALoss, compares="vectors", distance="cosine"),
+    "soft_triple": LossSpec(losses.SoftTripleLoss, compares="vectors", distance="cosine"),
 }
 
-_MINERS: dict[str, Choice] = {
-    "angular": Choice(miners.AngularMiner, distance="cosine"),
-    "batch_easy_hard": Choice(miners.BatchEasyHardMiner),
-    "batch_hard": Choice(miners.BatchHardMiner),
-    "distance_weighted": Choice(miners.DistanceWeightedMiner, distance="cosine"),
-    "hdc": Choice(miners.HDCMiner),
-    "multi_similarity": Choice(miners.MultiSimilarityMiner),
-    "pair_margin": Choice(miners.PairMarginMiner),
-    "triplet_margin": Choice(miners.TripletMarginMiner),
+_MINERS: dict[str, LossSpec] = {
+    "angular": LossSpec(miners.AngularMiner, distance="cosine"),
+    "batch_easy_hard": LossSpec(miners.BatchEasyHardMiner),
+    "batch_hard": LossSpec(miners.BatchHardMiner),
+    "distance_weighted": LossSpec(miners.DistanceWeightedMiner, distance="cosine"),
+    "hdc": LossSpec(miners.HDCMiner),
+    "multi_similarity": LossSpec(miners.MultiSimilarityMiner),
+    "pair_margin": LossSpec(miners.PairMarginMiner),
+    "triplet_margin": LossSpec(miners.TripletMarginMiner),
 }
 
 _DISTANCES: dict[str, Any] = {
@@ -150,7 +150,7 @@ _NOT_FROM_YAML = frozenset(
 )
 
 
-def choose_loss(name: str, distance: str) -> Choice:
+def choose_loss(name: str, distance: str) -> LossSpec:
     """Return what the loss `name` is.
 
     Raises:
@@ -195,7 +195,7 @@ def make_miner(
     return _make(choice, {**shared, **options}, distance, "task.miner_options", {})
 
 
-def _choose(known: Mapping[str, Choice], name: str, distance: str, setting: str) -> Choice:
+def _choose(known: Mapping[str, LossSpec], name: str, distance: str, setting: str) -> LossSpec:
     if name not in known:
         raise ConfigError(f"task.{setting} is {name!r}; expected one of {', '.join(sorted(known))}")
     if known[name].distance == "cosine" and distance != "cosine":
@@ -208,7 +208,7 @@ def _choose(known: Mapping[str, Choice], name: str, distance: str, setting: str)
 
 
 def _make(
-    choice: Choice, options: Mapping[str, Any], distance: str, setting: str, others: Mapping[str, Any]
+    choice: LossSpec, options: Mapping[str, Any], distance: str, setting: str, others: Mapping[str, Any]
 ) -> nn.Module:
     known = _options(choice.make)
     for option, value in options.items():

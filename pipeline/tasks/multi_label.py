@@ -12,7 +12,17 @@ from torch import Tensor
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score, MultilabelStatScores
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import ALONE, Asked, Column, Kind, Metrics, Table, column, read_tensor, without_advice
+from pipeline.tasks.base import (
+    ALONE,
+    Column,
+    Kind,
+    Metrics,
+    PredictionContext,
+    Table,
+    column,
+    read_tensor,
+    without_advice,
+)
 from pipeline.tasks.classification import OfClasses, refuse_unseen
 from pipeline.tasks.config import SCORES
 
@@ -75,7 +85,7 @@ class MultiLabel(OfClasses):
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"labels": [type(legend[0])], "probabilities": {str(label): float for label in legend}}
 
-    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         probabilities_BC = read_tensor(output).float().sigmoid().cpu().numpy()
         given = [[legend[number] for number in np.flatnonzero(one > GIVEN).tolist()] for one in probabilities_BC]
         return {"labels": given, "probabilities": probabilities_BC}

@@ -13,11 +13,11 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef, R
 from pipeline.errors import ConfigError, DataError, TrainError
 from pipeline.tasks.base import (
     ALONE,
-    Asked,
     Column,
     Head,
     Kind,
     Metrics,
+    PredictionContext,
     Table,
     Task,
     column,
@@ -107,7 +107,7 @@ class Regression(Task):
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"value": float if len(legend) == 1 else [float]}
 
-    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         standard_BK = read_tensor(output).double().cpu().numpy().reshape(-1, len(legend))
         mean, deviation = (np.array([one[name] for one in legend]) for name in ("mean", "std"))
         values_BK = standard_BK * deviation + mean

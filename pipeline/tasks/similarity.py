@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Asked, Column, Head, Kind, Metrics, Table, Task, column, read_tensor
+from pipeline.tasks.base import Column, Head, Kind, Metrics, PredictionContext, Table, Task, column, read_tensor
 from pipeline.tasks.config import TaskConfig, retrieval_scores
 from pipeline.tasks.heads import last_width
 from pipeline.tasks.losses import Memory, choose_loss, make_loss, make_miner
@@ -35,7 +35,7 @@ class Similarity(Task):
                 f"task.memory is {config.memory}; loss {config.loss} compares no sample with another batch's: remove it"
             )
         # Without a memory, one pair or one label per batch leaves nothing to tell it from.
-        self.least_units = 2 if config.memory is None and self._kind.compares != "vectors" else 1
+        self.minimum_units = 2 if config.memory is None and self._kind.compares != "vectors" else 1
         self._miner = make_miner(
             config.miner, config.miner_options, config.distance, loss=config.loss, loss_options=config.loss_options
         )
@@ -141,7 +141,7 @@ class Similarity(Task):
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"embedding": [float]}
 
-    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         return {"embedding": read_tensor(output).float().cpu().numpy()}
 
 

@@ -16,11 +16,11 @@ from pipeline.errors import DataError
 from pipeline.tasks.base import (
     ALONE,
     IGNORED,
-    Asked,
     Column,
     Head,
     Kind,
     Metrics,
+    PredictionContext,
     Ragged,
     Table,
     Task,
@@ -98,7 +98,7 @@ class Tagging(Task):
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"tags": [str]}
 
-    def predictions(self, output: Any, asked: Asked, legend: Sequence[Any]) -> Mapping[str, Column]:
+    def predictions(self, output: Any, asked: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
         """Return the tag of each word; those at the end of a text that was cut off have none."""
         word_BT = asked.extras["word"].cpu()
         words_B = word_BT.amax(1) + 1

@@ -52,7 +52,7 @@ class Progress:
 
 
 @contextmanager
-def alone(checkpoint: Path) -> Iterator[Path]:
+def exclusive(checkpoint: Path) -> Iterator[Path]:
     """Give the folder of a run's checkpoints to this run alone; of several processes the main one has it for all.
 
     Raises:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from pipeline.errors import TrainError
 from pipeline.split import State
-from pipeline.store import EXTRA_PREFIX, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Ahead, Reader, Resident, Rows
+from pipeline.store import EXTRA_PREFIX, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Ahead, Reader, Resident, Rows, Store
 from pipeline.tasks import IGNORED, Prepared, Ragged
 from pipeline.train.order import shares
 
@@ -34,23 +33,8 @@ DEVICE_SHARE = 0.5
 PREFETCHED = 2
 
 
-class Stored(Protocol):
-    """Where samples lie: a store, or several that hold views of the same samples."""
-
-    @property
-    def path(self) -> Path:
-        """The folder that the segments lie in."""
-
-    def rows(self, keys: np.ndarray) -> Rows:
-        """Return the places of `keys` (N, 16) uint8, in their order, one view after the other where there are several.
-
-        Raises:
-            MissingKeysError: some samples were never encoded; the message names up to five.
-        """
-
-
-class Source(Protocol):
-    """Where batches are gathered from: memory maps, or the device's own memory."""
+class StateSource(Protocol):
+    """Gathers batches: from memory maps, or from the memory of the device."""
 
     def gather(self, rows: Rows, pad: Mapping[str, float] | None = None, *, pin: bool = False) -> dict[str, Tensor]:
         """Return the tensors of `rows` by name, each (B, ...)."""
@@ -85,28 +69,42 @@ class Batch:
         return replace(self, state=moved(self.state), inputs=moved(self.inputs), targets=moved(self.targets))
 
 
-def place(
-    store: Stored,
-    keys: np.ndarray,
-    device: torch.device,
-    residency: Residency = "auto",
-    *,
-    reader: Reader | None = None,
-) -> Source:
-    """Choose where the samples `keys` (N, 16) uint8 are gathered from. Loaders of one store may share the result.
+@dataclass(frozen=True)
+class StoredRows:
+    """N rows of a sample table, looked up in a store once, and what gathers their states."""
 
-    "auto" copies them, in all their views, to an accelerator when they fit in half of its free memory, and else reads
-    memory maps.
+    places: Rows
+    """Places of the rows in V views, V * N, view by view."""
+    source: StateSource
+    views: int = 1
+    """V."""
+
+    @classmethod
+    def of(cls, store: Store, keys: np.ndarray, source: StateSource | None = None) -> StoredRows:
+        """Look up `keys` (N, 16) uint8 in `store`, which is read through memory maps unless there is a `source`.
+
+        Raises:
+            MissingKeysError: some samples were never encoded; the message names up to five.
+        """
+        return cls(store.rows(keys), source or Reader(store.path))
+
+    def __len__(self) -> int:
+        return len(self.places) // self.views
+
+
+def choose_source(
+    places: Rows, reader: Reader, device: torch.device, residency: Residency = "auto"
+) -> Reader | Resident:
+    """Return what gathers the samples at `places`: their copies on the device, or the `reader` of their store.
+
+    "auto" copies them to an accelerator when they fit in half of its free memory.
 
     Raises:
-        MissingKeysError: some samples were never encoded; the message names up to five.
         TrainError: "device" was asked for and there is not enough memory; the message has both sizes.
     """
-    reader = reader or Reader(store.path)
     if residency == "host" or device.type == "cpu":
         return reader
-    rows = store.rows(keys)
-    needed, free = Resident.nbytes(reader, rows), _free_memory(device)
+    needed, free = Resident.nbytes(reader, places), _free_memory(device)
     if residency == "auto" and needed > DEVICE_SHARE * free:
         return reader
     if needed > free:
@@ -114,7 +112,7 @@ def place(
             f"residency is device; the samples need {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free; "
             "set it to auto"
         )
-    return Resident(reader, rows, device)
+    return Resident(reader, places, device)
 
 
 class Loader:
@@ -126,53 +124,40 @@ class Loader:
 
     def __init__(
         self,
-        store: Stored,
-        keys: np.ndarray,
+        samples: StoredRows,
         targets: Mapping[str, Prepared],
         batches: Order,
         *,
         view: View | None = None,
         pad: Mapping[str, float] | None = None,
-        floats: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
         device: torch.device | str = "cpu",
-        residency: Residency = "auto",
-        prefetch: int | None = None,
-        source: Source | None = None,
         read_ahead: int = 0,
-        rank: int = 0,
-        world: int = 1,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        """Prepare to load samples of a table; nothing of their states is read yet, unless they go to the device.
+        """Prepare to load `samples`, the N rows of a table; no state is read yet.
 
         Args:
-            store: holds the samples.
-            keys: (N, 16) uint8, the key of every row of the sample table.
+            samples: where the rows are stored. Loaders may share their source.
             targets: numeric, each (N, ...) or ragged, one entry for every row of the table.
             batches: rows of the table for every batch; see `pipeline.train.order`.
-            view: which view of each row an epoch takes, of those that `store` has; by default the first one.
+            view: which view of each row an epoch takes; by default the first one.
             pad: what ragged inputs and extras are padded with, by name; 0 where not given.
-            floats: floating-point inputs of which the suffix needs shape (without batch axis) and dtype alone; those
-                that the store has shapes of need not be named.
-            device: where batches are wanted.
-            residency: "device" holds all samples there, "host" none; "auto" decides by the free memory.
-            prefetch: batches read ahead by a thread; by default 2 for an accelerator, and none on the CPU, where
-                reading ahead takes a core from training.
-            source: shared with another loader (its `source`), instead of one made from `keys` and `residency`.
-            read_ahead: bytes of segments that may be at hand at a time, those that are read from and those that threads
-                bring, whole, before they are asked for; 0 brings none. Worth its while where batches are drawn from a
-                few segments at a time and a disk or a network is to be waited for.
-            rank: which of the processes this is, of `world` that share out every batch.
-            world: how many there are.
+            device: where batches are wanted. An accelerator has two batches read ahead by a thread; on the CPU that
+                would take a core from training.
+            read_ahead: bytes of segments held at a time: those being read, and those that threads fetch whole before
+                they are needed; 0 fetches none. It pays where batches are drawn from a few segments at a time, and a
+                disk or a network is slow.
+            share: rank of this process, and how many processes share every batch.
 
         Raises:
-            MissingKeysError: some samples were never encoded; the message names up to five.
-            TrainError: targets do not fit the table, or there is not enough device memory.
+            TrainError: targets do not fit the table.
         """
         self.device = torch.device(device)
-        self._places = store.rows(keys)
-        self._codes = self._places.codes
-        self._view: View = view or (lambda epoch: np.zeros(len(keys), np.int64))
-        self._targets = {name: _checked_target(name, values, len(keys)) for name, values in targets.items()}
+        self.source = samples.source
+        self._places = samples.places
+        self._codes = samples.places.codes
+        self._view: View = view or (lambda epoch: np.zeros(len(samples), np.int64))
+        self._targets = {name: _checked_target(name, values, len(samples)) for name, values in targets.items()}
         self._batches = batches
         self._pad = {
             name if name.startswith(EXTRA_PREFIX) else f"{INPUT_PREFIX}{name}": value
@@ -180,12 +165,10 @@ class Loader:
         }
         self._fill = {name: float(IGNORED) for name, values in targets.items() if isinstance(values, Ragged)}
         self._fill |= _with_prefix(self._pad, EXTRA_PREFIX)
-        self._rank, self._world = rank, world
-        self._floats = dict(floats or {})
-        self.source = place(store, keys, self.device, residency) if source is None else source
+        self._rank, self._world = share
         on_host = not isinstance(self.source, Resident)
         self._pin = on_host and can_pin(self.device)
-        self._prefetch = (PREFETCHED if on_host and self.device.type != "cpu" else 0) if prefetch is None else prefetch
+        self._prefetch = PREFETCHED if on_host and self.device.type != "cpu" else 0
         self._read_ahead = read_ahead if isinstance(self.source, Reader) else 0
         self.set_epoch(0)
 
@@ -230,20 +213,17 @@ class Loader:
         rows, places = self._share(place_of_row, rows)
         tensors = self.source.gather(self._places[place_of_row[rows]], self._pad, pin=self._pin)
         inputs = _with_prefix(tensors, INPUT_PREFIX)
-        for name, (shape, dtype) in self._floats.items():
-            inputs[name] = self._dummy(len(rows), shape, dtype)
         for name, shapes in _with_prefix(tensors, SHAPE_PREFIX).items():
-            if name not in inputs:
-                inputs[name] = self._dummy(len(rows), shapes.amax(0).tolist(), torch.float32)
+            inputs[name] = self._dummy(len(rows), shapes.amax(0).tolist())
         targets = {name: torch.from_numpy(values[rows]) for name, values in self._targets.items()}
         if self._pin:
             targets = {name: tensor.pin_memory() for name, tensor in targets.items()}
         targets |= _with_prefix(tensors, EXTRA_PREFIX)
         return Batch(_with_prefix(tensors, STATE_PREFIX), inputs, targets, torch.from_numpy(rows), places, self._fill)
 
-    def _dummy(self, n_rows: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An input that is never read: one zero, seen as the whole shape."""
-        return torch.zeros((), dtype=dtype, device=self.device).expand(n_rows, *shape)
+    def _dummy(self, n_rows: int, shape: Sequence[int]) -> Tensor:
+        """Return an input whose values are never read: one zero, expanded to the whole shape."""
+        return torch.zeros((), device=self.device).expand(n_rows, *shape)
 
 
 def _with_prefix(named: Mapping[str, T], prefix: str) -> dict[str, T]:

@@ -13,8 +13,8 @@ import tiny
 from services.loopback import free_port
 
 from pipeline.errors import ClusterError, ConfigError, RecyclingError
-from pipeline.flow import encode_project
 from pipeline.project import Project
+from pipeline.workflows.encode import encode_project
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"kind": "ray"}, "encode.executor.kind: 'ray': Input should be 'local', 'dask' or 'slurm'"),

@@ -20,8 +20,8 @@ import tiny
 from services.dask import DaskCluster, start_dask
 
 from pipeline.errors import ClusterError
-from pipeline.flow import encode_project
 from pipeline.project import Project
+from pipeline.workflows.encode import encode_project
 
 ROWS, UNITS = 26, 7
 STORES = ("0.5", "1.0")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pipeline.flow import encode_project
 from pipeline.project import Project
+from pipeline.workflows.encode import encode_project
 
 PAGE = Path(__file__).parents[2] / "docs/sweeps.md"
 SCRIPT = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -22,12 +22,12 @@ from pipeline.cluster import Job
 from pipeline.cluster.task import Lines, load_units, main, save_units
 from pipeline.cluster.worker import MARKS, REPORT, Worker
 from pipeline.encode.config import ExecutorConfig
-from pipeline.encode.encoded import Outcome
+from pipeline.encode.result import Outcome
 from pipeline.encode.unit import Unit
 from pipeline.errors import ClusterError, StoreError
-from pipeline.flow import encode_project
 from pipeline.project import Project
 from pipeline.store import Store
+from pipeline.workflows.encode import encode_project
 
 HERE: dict[str, Any] = {}
 ELSEWHERE = {"kind": "local", "processes": 2}
@@ -65,7 +65,7 @@ def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[ByWorker]:
     monkeypatch.chdir(tmp_path)
 
     own = type("Own", (ByWorker,), {"jobs": []})
-    monkeypatch.setattr("pipeline.fill.open_executor", own)
+    monkeypatch.setattr("pipeline.workflows.encode.open_executor", own)
     return own
 
 

@@ -13,13 +13,13 @@ import tiny
 from PIL import Image
 
 from pipeline.data import Content, DataConfig, in_role, open_source
-from pipeline.encode.feed import key_contents
+from pipeline.encode.keying import key_contents
 from pipeline.encode.stat_cache import StatCache
 from pipeline.errors import ConfigError, DataError
-from pipeline.flow import encode_project
 from pipeline.keys import content_key
 from pipeline.project import Project
 from pipeline.store import Store
+from pipeline.workflows.encode import encode_project
 
 
 def lower(text: Content) -> str:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from pipeline.data import DataConfig, Source, open_source
-from pipeline.encode.feed import key_contents
+from pipeline.encode.keying import key_contents
 from pipeline.errors import BadSampleError, DataError
 
 HALF = "\ud83d"

@@ -22,13 +22,14 @@ from transformers import (
 )
 
 from pipeline.errors import BadSampleError, ConfigError
-from pipeline.flow import encode_project, train_project
 from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.models.audio import AudioPreprocess
 from pipeline.project import Project
+from pipeline.project.model_example import draw_inputs
 from pipeline.store import Store
-from pipeline.subject import draw_inputs
 from pipeline.tasks import Head
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.train import train_project
 
 RATE = 8000
 

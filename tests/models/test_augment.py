@@ -143,6 +143,6 @@ def test_views_leave_the_image_they_share_as_it_is(content: Any) -> None:
     erasing = preprocess([{"RandomErasing": {"p": 1.0, "inplace": True}}]).view(0)
     opened = erasing.open(content)
     before = opened[0].clone()
-    begun = {name: tensor[None] for name, tensor in erasing.begin(opened).items()}
-    erasing.finish(begun)
+    empty = {name: tensor[None] for name, tensor in erasing.begin(opened).items()}
+    erasing.finish(empty)
     assert torch.equal(opened[0], before)

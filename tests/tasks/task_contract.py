@@ -17,15 +17,16 @@ from tiny import ConvNet
 from torch import Tensor, nn
 
 from pipeline.data import DataConfig, Row, Source, open_source
-from pipeline.export import export_run
-from pipeline.flow import encode_project, train_project
-from pipeline.predict.flow import predict_project
-from pipeline.predict.predictions import Predictions
 from pipeline.project import Project
-from pipeline.tasks import Asked, Head, Task, TaskConfig, open_task
+from pipeline.runs.predictions import Predictions
+from pipeline.tasks import Head, PredictionContext, Task, TaskConfig, open_task
 from pipeline.tasks.config import LOWER_IS_BETTER
 from pipeline.tasks.heads import last_width
 from pipeline.train.order import batches
+from pipeline.workflows.encode import encode_project
+from pipeline.workflows.export import export_run
+from pipeline.workflows.predict import predict_project
+from pipeline.workflows.train import train_project
 
 CUT = 0.5
 
@@ -195,7 +196,9 @@ class TaskContract:
         targets = self.batch(task, rows)
         legend = json.loads(json.dumps(task.legend(self.table)))  # as a run keeps it
         sources = [{name: values[row] for name, values in self.table.targets.items()} for row in rows.tolist()]
-        said = task.predictions(self.wrapped(self.right(targets).float()), Asked(targets, lambda: sources), legend)
+        said = task.predictions(
+            self.wrapped(self.right(targets).float()), PredictionContext(targets, lambda: sources), legend
+        )
         assert said.keys() == task.columns(legend).keys()
         assert all(len(values) == len(rows) for values in said.values())
         predictions = Predictions(task.columns(legend))

@@ -10,26 +10,52 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from pipeline.data import SampleTable
-from pipeline.errors import AbsentError, ConfigError, DataError, StoreError
+from pipeline.errors import ConfigError, DataError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, digest, first_difference
 from pipeline.project import CutName, Project
-from pipeline.project.probe import check_probe
-from pipeline.project.towers import Tower, load_weights, open_tower
-from pipeline.report.summary import STORE, Run
+from pipeline.store import Store
 from pipeline.tasks import open_task
 
 log = logging.getLogger("recycle")
 
+STORE = "encode.store"
+"""The setting that says where states lie, and decides nothing about a run."""
 FILE = "run.json"
 WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `train` measured in one run; the fields of `run.json`."""
+
+    name: str
+    cut: float | int | str
+    overrides: Mapping[str, Any]
+    """Settings that replaced those of params.yaml, as in {"train.seed": 1}."""
+    identity: str
+    """Digest of all that decided the run."""
+    settings: Mapping[str, Any]
+    """What the trained model must be read with: the settings of its network and of its head."""
+    recycled: float
+    """Share of the blocks before the cut, 0..1; of several towers the smallest."""
+    metric: str
+    value: float
+    initial: float
+    """The metric before any training."""
+    best_epoch: int
+    train_samples: int
+    train_seconds_per_epoch: float
+    history: list[dict[str, float]]
+    legend: list[Any] = field(default_factory=list)
+    """What the model's outputs mean: the task reads them with it."""
+    made_of: Mapping[str, Any] = field(default_factory=dict)
+    """What `identity` is the digest of: settings, samples and stores; empty in runs of earlier versions."""
 
 
 def run_name(project: Project, cut: CutName) -> str:
@@ -43,7 +69,7 @@ def run_name(project: Project, cut: CutName) -> str:
     own = _replaced(project.overrides)
     name = "-".join(map(str, [cut, *own.values()]))
     try:
-        others = _replaced(read(project, name).overrides)
+        others = _replaced(read_run(project, name).overrides)
     except DataError:  # there is none, or nothing reads it any more
         return name
     if own.keys() != others.keys():
@@ -55,11 +81,16 @@ def run_name(project: Project, cut: CutName) -> str:
     return name
 
 
-def made_of(project: Project, cut: CutName) -> dict[str, Any]:
-    """Return everything that decides a run: the recipes of its stores, its samples, and its settings by section."""
+def provenance(project: Project, cut: CutName, stores: Sequence[Store] | None = None) -> dict[str, Any]:
+    """Return everything that decides a run: the recipes of its `stores`, its samples, and its settings by section.
+
+    Without `stores`, those of all encoders and views are opened.
+    """
+    if stores is None:
+        stores = [part.open_store(part.at(cut), view) for part in project.parts for view in part.views]
     names = ("model", "task", "train", *(["towers"] if project.towers.is_set else []))
     return {
-        "stores": [part.open_store(part.at(cut), view).recipe.digest for part in project.parts for view in part.views],
+        "stores": [store.recipe.digest for store in stores],
         "samples": sha256(project.samples),
         "data": {"fraction": project.data.fraction, "seed": project.data.seed},
         **{name: getattr(project, name).model_dump(mode="json", exclude={"residency"}) for name in names},
@@ -85,12 +116,12 @@ def settings(project: Project, table: SampleTable) -> dict[str, JSON]:
     }
 
 
-def write(project: Project, run: Run) -> None:
+def write_run(project: Project, run: Run) -> None:
     """Write the run.json of a run whose folder exists."""
     (project.run_path(run.name) / FILE).write_text(json.dumps(dataclasses.asdict(run), indent=2) + "\n")
 
 
-def read(project: Project, name: str) -> Run:
+def read_run(project: Project, name: str) -> Run:
     """Return the run called `name`.
 
     Raises:
@@ -108,64 +139,7 @@ def read(project: Project, name: str) -> Run:
         raise DataError(f"{file} cannot be read ({error}); train the run again") from error
 
 
-@dataclass(frozen=True)
-class FinishedRun(Tower):
-    """An encoder of a finished run, on the samples it was trained on.
-
-    The suffix has the trained weights, and is in eval mode.
-    """
-
-    legend: Sequence[Any]
-    """What its outputs mean, as they did when it was trained."""
-
-
-def towers_of(project: Project, name: str) -> list[str | None]:
-    """Return how the encoders of the run `name` are called: [None] where there is one."""
-    return [part.tower for part in project.overridden(read(project, name).overrides).parts]
-
-
-def open_run(project: Project, name: str, tower: str | None = None) -> FinishedRun:
-    """Open the finished run `name`, or one tower of it; neither raw data nor another recipe's store is read.
-
-    Raises:
-        AbsentError: the weights that params.yaml names are not on this machine.
-        ConfigError: its cut was never encoded, or it has no such tower.
-        DataError: the run does not exist, or does not fit today's settings and sample table.
-        StaleStoreError: the store was encoded under another recipe; the message names the first field that differs.
-    """
-    run = read(project, name)
-    project = project.overridden(run.overrides)
-    table = SampleTable.read(project.samples).share(
-        project.data.fraction, project.data.seed, by_label=project.task.kind != "regression"
-    )
-    if changed := first_difference(run.settings, settings(project, table)):
-        setting, then, now = changed
-        raise DataError(
-            f"run {name} was trained with {setting} = {then!r}, {project.params} gives {now!r}; set it back, or train "
-            "again"
-        )
-    try:
-        opened = open_tower(project.part(tower), project.cut(str(run.cut)), table)
-    except AbsentError as absent:
-        raise AbsentError(
-            f"run {name}: {absent}; what a store carries is enough to train, an export and predictions take the layers "
-            "before the cut too"
-        ) from absent
-    weights = project.run_path(name) / WEIGHTS
-    try:
-        load_weights(opened, weights)
-    except (RuntimeError, SafetensorError) as error:
-        raise DataError(
-            f"run {name}: {weights} does not fit today's settings and labels; train it again "
-            f"({' '.join(str(error).split())})"
-        ) from error
-    opened.suffix.eval()
-    bench = opened.bench
-    check_probe(opened.store.plain, opened.prefix, bench.preprocess(None), bench.project.encode)
-    return FinishedRun(**vars(opened), legend=run.legend)
-
-
-def current(project: Project) -> list[Run]:
+def current_runs(project: Project) -> list[Run]:
     """Return the finished runs that today's settings, samples and stores would give again; log why others are not.
 
     Raises:
@@ -174,7 +148,7 @@ def current(project: Project) -> list[Run]:
     kept, left_out = list[Run](), list[str]()
     for file in sorted(_files(project)):
         try:
-            run = read(project, file.parent.name)
+            run = read_run(project, file.parent.name)
             reason = _difference(project, run)
         except DataError as error:
             left_out.append(f"{error}; it is left out")
@@ -210,7 +184,7 @@ def _difference(project: Project, run: Run) -> str | None:
     if str(run.cut) not in map(str, project.encode.cuts):
         return f"its cut {run.cut} is not among encode.cuts"
     try:
-        today = made_of(project.overridden(run.overrides), run.cut)
+        today = provenance(project.overridden(run.overrides), run.cut)
     except ConfigError as error:
         return f"its settings do not hold any more ({error})"
     except (OSError, StoreError) as error:

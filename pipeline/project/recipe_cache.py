@@ -28,11 +28,11 @@ from pipeline.errors import StoreError
 from pipeline.files import PACKAGE, is_function, locate, write_whole
 from pipeline.keys import JSON, content_key, digest
 from pipeline.models import PRETRAINED, ModelConfig
-from pipeline.project.carried import is_lacking
+from pipeline.project.pretrained_suffix import lacks_pretrained_suffix
 from pipeline.project.settings import SECTIONS, Project
 from pipeline.store import Store
 
-FILE = "proved.json"
+FILE = "recipes.json"
 IRRELEVANT: Mapping[str, frozenset[str]] = {
     "encode": frozenset(
         {"store", "store_options", "batch_size", "segment_samples", "workers", "executor", "device", "channels_last"}
@@ -47,7 +47,7 @@ sets is in the other sections of its project."""
 LIBRARIES = ("numpy", "safetensors", "timm", "tokenizers", "torch", "torchvision", "transformers")
 
 
-def circumstances(project: Project, table: SampleTable) -> str | None:
+def cache_key(project: Project, table: SampleTable) -> str | None:
     """Return the digest of everything that decides the recipes; None where some of it cannot be known."""
     now = time.time_ns()
     try:
@@ -71,19 +71,23 @@ def circumstances(project: Project, table: SampleTable) -> str | None:
     return digest(known)
 
 
-def stores(project: Project, circumstances: str | None, keys: Sequence[np.ndarray]) -> list[list[Store]] | None:
-    """Return the stores, `stores[view][cut]`, if they are known to be of these circumstances and lack nothing.
+def complete_stores(project: Project, key: str | None, keys: Sequence[np.ndarray]) -> list[list[Store]] | None:
+    """Return the stores, `stores[view][cut]`, if they lack nothing and have the recipes cached under `key`.
 
     `keys[view]` (n, 16) uint8 are those of the samples wanted in each view.
     """
-    recipes = _remembered(project, circumstances)
+    recipes = _remembered(project, key)
     found = []
     for view, wanted in zip(project.views, keys, strict=True):
         try:
             of_view = [project.open_store(cut, view) for cut in project.encode.cuts]
             if any(one.recipe.digest != recipes.get(_name(one)) or one.missing(wanted).any() for one in of_view):
                 return None
-            if view is None and project.encode.suffix and any(is_lacking(one, project.model) for one in of_view):
+            if (
+                view is None
+                and project.encode.suffix
+                and any(lacks_pretrained_suffix(one, project.model) for one in of_view)
+            ):
                 return None
         except StoreError:
             return None
@@ -91,26 +95,26 @@ def stores(project: Project, circumstances: str | None, keys: Sequence[np.ndarra
     return found
 
 
-def remember(project: Project, circumstances: str | None, stores: Sequence[Sequence[Store]]) -> None:
+def remember(project: Project, key: str | None, stores: Sequence[Sequence[Store]]) -> None:
     """Remember the recipes of `stores`, `stores[view][cut]`: the model has just given them."""
-    if circumstances is not None:
+    if key is not None:
         recipes = {_name(store): store.recipe.digest for of_view in stores for store in of_view}
-        text = json.dumps({"circumstances": circumstances, "recipes": recipes}, indent=2) + "\n"
+        text = json.dumps({"key": key, "recipes": recipes}, indent=2) + "\n"
         write_whole(_file(project), text)
 
 
 def _file(project: Project) -> Path:
-    return project.scratch / (FILE if project.tower is None else f"{project.tower}-{FILE}")
+    return project.work_dir / (FILE if project.tower is None else f"{project.tower}-{FILE}")
 
 
 def _name(store: Store) -> str:
     return store.path.as_posix()
 
 
-def _remembered(project: Project, circumstances: str | None) -> Mapping[str, str]:
+def _remembered(project: Project, key: str | None) -> Mapping[str, str]:
     try:
         known: Any = json.loads(_file(project).read_text(encoding="utf-8"))
-        if circumstances is not None and known["circumstances"] == circumstances:
+        if key is not None and known["key"] == key:
             return dict(known["recipes"])
     except (OSError, ValueError, TypeError, KeyError):
         pass

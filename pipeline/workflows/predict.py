@@ -20,19 +20,19 @@ from tqdm import tqdm
 
 from pipeline.data import Source
 from pipeline.encode import quarantine
-from pipeline.encode.encoded import Encoded
 from pipeline.encode.encoder import Encoder, autocast
-from pipeline.encode.feed import Keyed
-from pipeline.encode.flow import encode_units
+from pipeline.encode.keying import KeyedSamples
 from pipeline.encode.quarantine import BadSample
+from pipeline.encode.result import EncodeResult
+from pipeline.encode.run import encode_units
 from pipeline.encode.unit import plan
 from pipeline.keys import KEY_BYTES
-from pipeline.predict.predictions import DESCRIBED, Predictions, check_format, described, joined, open_output
 from pipeline.project import Project
-from pipeline.report.runs import FinishedRun, open_run
+from pipeline.runs.finished import FinishedRun, open_run
+from pipeline.runs.predictions import DESCRIBED, Predictions, check_format, described, joined, open_output
 from pipeline.store import KeySet, Reader, Store, discard, sweep, temporary_folder
-from pipeline.tasks import Asked, Column, Kind
-from pipeline.train.loader import Batch, Loader
+from pipeline.tasks import Column, Kind, PredictionContext
+from pipeline.train.loader import Batch, Loader, StoredRows
 
 log = logging.getLogger("recycle")
 
@@ -70,7 +70,7 @@ def predict_project(
         run = open_run(project, name, tower)
         by_store.setdefault(run.store.path, {})["" if len(set(names)) == 1 else f"{name}/"] = run
     keyed = project.keys_of(source)
-    home = project.scratch / "predict"
+    home = project.work_dir / "predict"
     home.mkdir(parents=True, exist_ok=True)
     sweep(home)
     with ExitStack() as folders:
@@ -89,28 +89,30 @@ def predict_project(
 class SharedStates:
     """The states of inputs, and the runs of one store that start from them: the prefix runs once for all."""
 
-    def __init__(self, runs: Mapping[str, FinishedRun], source: Source, keyed: Keyed, folder: Path | None) -> None:
+    def __init__(
+        self, runs: Mapping[str, FinishedRun], source: Source, keyed: KeyedSamples, folder: Path | None
+    ) -> None:
         """Prepare to predict on `source`; `runs` by how the names of their columns begin.
 
         The states of new samples join the store, or lie in `folder` until they are forgotten.
         """
         first = next(iter(runs.values()))
-        bench, self.known = first.bench, first.store.plain
-        self.runs, self.keys, self.config = runs, keyed.keys, bench.project.encode
-        self.device = bench.to_device()
+        loaded, self.known = first.loaded, first.store.plain
+        self.runs, self.keys, self.config = runs, keyed.keys, loaded.project.encode
+        self.device = loaded.to_device()
         for run in runs.values():
             run.suffix.to(self.device)
-        self.pad = bench.backbone.preprocess.pad
-        self.reader = bench.project.reader(self.known.path)
+        self.pad = loaded.backbone.preprocess.pad
+        self.reader = loaded.project.reader(self.known.path)
         self.forgets = folder is not None
         self.fresh = (
             Store.create(self.known.path, self.known.recipe, self.known.remote)
             if folder is None
             else Store.create(folder / "store", self.known.recipe)
         )
-        views = [bench.preprocess(None)]
+        views = [loaded.preprocess(None)]
         self.encoder = Encoder(source, views, [first.prefix], [[self.fresh]], self.config, keyed.probes)
-        self.done = Encoded.begun(keyed, cuts=1)
+        self.result = EncodeResult.empty(keyed, cuts=1)
         self.predictions = Predictions(self._columns())
 
     def missing(self) -> np.ndarray:
@@ -120,7 +122,8 @@ class SharedStates:
     def encode(self, rows: np.ndarray) -> None:
         """Run the prefix on those of `rows` (n,) int64 that are new."""
         units = plan(self.keys, [rows], [[self.fresh]], self.config.segment_samples)
-        encode_units(self.encoder, self.encoder.source, units, self.done)
+        more = encode_units(self.encoder, self.encoder.source, units, self.result.keyed, cuts=1)
+        self.result = self.result.followed_by(more)
         if not self.forgets:
             self.known.refresh()
 
@@ -139,13 +142,13 @@ class SharedStates:
     def _predict(self, store: Store, reader: Reader, rows: np.ndarray) -> None:
         for batch in self.batches(store, reader, rows):
             numbers = rows[batch.rows.numpy()]
-            asked = Asked(batch.targets, partial(self._targets, numbers))
+            asked = PredictionContext(batch.targets, partial(self._targets, numbers))
             columns: dict[str, Column] = {}
             for beginning, run in self.runs.items():
-                precision = PRECISIONS[run.bench.project.train.precision]
+                precision = PRECISIONS[run.loaded.project.train.precision]
                 with torch.no_grad(), autocast(precision, self.device):
                     output = run.suffix(batch.state, **batch.inputs)
-                said = run.bench.task.predictions(output, asked, run.legend)
+                said = run.loaded.task.predictions(output, asked, run.legend)
                 columns |= {beginning + name: values for name, values in said.items()}
             self.predictions.add(numbers, columns)
 
@@ -154,20 +157,19 @@ class SharedStates:
 
     def batches(self, store: Store, reader: Reader, rows: np.ndarray) -> Iterator[Batch]:
         """Yield `rows` in batches of states of similar size, and within these as they lie in the store."""
-        keys = self.keys[rows]
-        places = store.rows(keys)
+        places = store.rows(self.keys[rows])
         by_place = np.argsort(places.codes)
         order = by_place[np.argsort(reader.sizes(places[by_place]), kind="stable")]
         size = self.config.batch_size
         batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
-        return iter(Loader(store, keys, {}, batches, pad=self.pad, device=self.device, source=reader))
+        return iter(Loader(StoredRows(places, reader), {}, batches, pad=self.pad, device=self.device))
 
     def _columns(self) -> Mapping[str, Kind]:
-        kinds = {beginning: run.bench.task.columns(run.legend) for beginning, run in self.runs.items()}
+        kinds = {beginning: run.loaded.task.columns(run.legend) for beginning, run in self.runs.items()}
         return {beginning + name: kind for beginning, of in kinds.items() for name, kind in of.items()}
 
 
-def predict_spans(source: Source, keyed: Keyed, shared: Sequence[SharedStates], output: Path) -> None:
+def predict_spans(source: Source, keyed: KeyedSamples, shared: Sequence[SharedStates], output: Path) -> None:
     """Write the predictions of all inputs, span by span; of equal inputs the first one's are everyone's."""
     first, numbers = KeySet(keyed.keys).find(keyed.keys), np.arange(len(keyed.keys))
     last = numbers.copy()
@@ -180,7 +182,7 @@ def predict_spans(source: Source, keyed: Keyed, shared: Sequence[SharedStates], 
     ):
         for rows in _spans(new, shared[0].config.segment_samples):
             for states in shared:
-                bad = [sample.row for sample in states.done.keyed.bad]
+                bad = [sample.row for sample in states.result.keyed.bad]
                 states.predict(np.setdiff1d(rows[first[rows] == rows], bad))
             said = [states.predictions.take(first[rows]) for states in shared]
             append([described(*_told(source, keyed, rows, _bad(shared))), *said])
@@ -198,7 +200,7 @@ def _spans(new: np.ndarray, most: int) -> Iterator[np.ndarray]:
 
 
 def _told(
-    source: Source, keyed: Keyed, rows: np.ndarray, bad: Mapping[int, BadSample]
+    source: Source, keyed: KeyedSamples, rows: np.ndarray, bad: Mapping[int, BadSample]
 ) -> tuple[list[str], list[str | None], list[str | None]]:
     """Return what each row is called, its key in hex and what is wrong with it."""
     keys, has_key = keyed.keys[rows].tobytes().hex(), keyed.keys[rows].any(axis=1).tolist()
@@ -208,17 +210,17 @@ def _told(
 
 
 def _bad(shared: Sequence[SharedStates]) -> dict[int, BadSample]:
-    return {sample.row: sample for states in shared for sample in states.done.keyed.bad}
+    return {sample.row: sample for states in shared for sample in states.result.keyed.bad}
 
 
-def _tell(project: Project, keyed: Keyed, shared: Sequence[SharedStates], output: Path) -> bool:
+def _tell(project: Project, keyed: KeyedSamples, shared: Sequence[SharedStates], output: Path) -> bool:
     """Say what was done; return whether no more is bad than allowed."""
     for states in shared:
         log.info(
             "%s: the prefix ran on %d of %d inputs%s",
             *(
                 states.known.path,
-                states.done.new[0],
+                states.result.new[0],
                 len(keyed.keys),
                 "" if states.forgets else ", which joined the store",
             ),

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.split import Candidate, candidates, split
+from pipeline.split.costs import seconds_per_sample, speed_ups
 from pipeline.tasks import read_tensor
-from pipeline.timing import seconds_per_sample
 
-BACKWARD = 2
-"""Cost of a backward pass in forward passes: one for the gradients of the inputs, one for those of the weights."""
 LITTLE = 0.1
 """Share of the operations that a cut must save, unless its state is smaller than the inputs."""
 ALIKE = 0.75
@@ -24,7 +22,7 @@ ALIKE = 0.75
 
 
 @dataclass(frozen=True)
-class Choice:
+class CutOption:
     """A place to cut, as the table shows it. What is not known because the cut is refused is None."""
 
     at: str | int
@@ -51,7 +49,7 @@ class Choice:
     measured_over_frozen: float | None = None
 
 
-def choose(model: nn.Module, example: Mapping[str, Tensor]) -> list[Choice]:
+def choose(model: nn.Module, example: Mapping[str, Tensor]) -> list[CutOption]:
     """Return every block boundary of `model` in execution order; `example` is a batch of at least 2 samples."""
     places = candidates(model, example)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -61,7 +59,7 @@ def choose(model: nn.Module, example: Mapping[str, Tensor]) -> list[Choice]:
         total = place.flops + place.flops_after
         over_full, over_frozen = (None, None) if place.refused else speed_ups(place.flops, place.flops_after)
         choices.append(
-            Choice(
+            CutOption(
                 at=place.path or 0,
                 blocks=place.cut.blocks_before,
                 blocks_share=place.share,
@@ -75,19 +73,6 @@ def choose(model: nn.Module, example: Mapping[str, Tensor]) -> list[Choice]:
             )
         )
     return choices
-
-
-def speed_ups(flops: float, flops_after: float, *, backward: int = BACKWARD) -> tuple[float | None, float | None]:
-    """Return the expected speed-up of a training step over full fine-tuning, and over frozen layers run every time.
-
-    A step is taken to be bound by computation, and backward to cost `backward` times forward. With 2 of these, `flops`
-    operations before the cut and `flops_after` after it, recycling costs 3 x after, frozen layers cost
-    before + 3 x after, and full fine-tuning costs 3 x (before + after). None where no operation comes after the cut.
-    """
-    if not flops_after:
-        return None, None
-    step = (1 + backward) * flops_after
-    return (1 + backward) * (flops + flops_after) / step, (flops + step) / step
 
 
 def find_sensible(places: Sequence[Candidate], parameters: int) -> list[Candidate]:
@@ -114,13 +99,13 @@ def _stands_for(other: Candidate, place: Candidate) -> bool:
     return other.flops >= ALIKE * place.flops and other.flops_after >= ALIKE * place.flops_after
 
 
-def measure(model: nn.Module, example: Mapping[str, Tensor], choices: Sequence[Choice]) -> list[Choice]:
+def measure(model: nn.Module, example: Mapping[str, Tensor], choices: Sequence[CutOption]) -> list[CutOption]:
     """Time training steps on `example`, forward and backward, and add the speed-ups to the sensible choices."""
     full = seconds_per_sample(_step(model.train(), model), example)
     return [_measured(model, example, choice, full) if choice.sensible else choice for choice in choices]
 
 
-def _measured(model: nn.Module, example: Mapping[str, Tensor], choice: Choice, full: float) -> Choice:
+def _measured(model: nn.Module, example: Mapping[str, Tensor], choice: CutOption, full: float) -> CutOption:
     prefix, suffix = split(model, choice.at, dict(example))
     suffix.train()
     state = prefix(**example)
@@ -139,7 +124,7 @@ def _step(module: nn.Module, run: Callable[..., Any]) -> Callable[..., None]:
     return step
 
 
-def table(choices: Sequence[Choice]) -> str:
+def table(choices: Sequence[CutOption]) -> str:
     """Return the choices as text, aligned for a terminal; the reasons of refusals follow."""
     columns = {
         "": ["*" if choice.sensible else "" for choice in choices],

@@ -37,7 +37,7 @@ BACKBONE = "backbone"
 
 
 @dataclass(frozen=True)
-class Needed:
+class SuffixTensors:
     """What a suffix needs of the network that it was split off."""
 
     parameters: frozenset[str]
@@ -46,13 +46,15 @@ class Needed:
     """As `Suffix.constants`."""
 
     @classmethod
-    def of(cls, suffix: Suffix) -> Needed:
+    def of(cls, suffix: Suffix) -> SuffixTensors:
         """Return what `suffix` needs."""
         trained = (name for name, _ in suffix.named_parameters(remove_duplicate=False))
         return cls(frozenset(trained) | suffix.frozen.kept.keys(), suffix.constants)
 
 
-def carry(store: Store, backbone: Backbone, model: ModelConfig, head: Head, needed: Needed) -> None:
+def write_pretrained_suffix(
+    store: Store, backbone: Backbone, model: ModelConfig, head: Head, needed: SuffixTensors
+) -> None:
     """Put the pretrained weights that a suffix of `backbone` needs, and what describes the network, into `store`.
 
     Raises:
@@ -88,13 +90,13 @@ def carry(store: Store, backbone: Backbone, model: ModelConfig, head: Head, need
         log.info("%s carries the pretrained weights after the cut (%.1f MB)", store.where, written / 1e6)
 
 
-def is_lacking(store: Store, model: ModelConfig) -> bool:
+def lacks_pretrained_suffix(store: Store, model: ModelConfig) -> bool:
     """Say whether `store` carries nothing, although it could."""
     return _can_be_missed(model) and not has_attachment(store, SUFFIX)
 
 
 @dataclass(frozen=True)
-class Carried:
+class PretrainedSuffix:
     """What a store carries, proved to belong to it and to today's settings."""
 
     folder: Path
@@ -104,7 +106,7 @@ class Carried:
     """Shapes, by name, of the network's weights before the cut."""
 
     @classmethod
-    def of(cls, store: Store, model: ModelConfig, head: Head) -> Carried:
+    def of(cls, store: Store, model: ModelConfig, head: Head) -> PretrainedSuffix:
         """Open what `store` carries for the network and the head of today's settings.
 
         Raises:

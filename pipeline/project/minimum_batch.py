@@ -15,7 +15,7 @@ from pipeline.train import processes
 from pipeline.train.objective import trains_on_one
 
 
-def least_units(towers: Sequence[Tower], suffix: nn.Module, table: SampleTable, device: torch.device) -> int:
+def minimum_units(towers: Sequence[Tower], suffix: nn.Module, table: SampleTable, device: torch.device) -> int:
     """Return how many units every training batch must have for `suffix`, the joined model: 1 where all batches do.
 
     A batch norm needs two values of each channel, in each process that takes statistics of its own samples; a loss
@@ -24,7 +24,7 @@ def least_units(towers: Sequence[Tower], suffix: nn.Module, table: SampleTable, 
     Raises:
         TrainError: there are not so many, in a batch or in the training split.
     """
-    config, task = towers[0].bench.project.train, towers[0].bench.task
+    config, task = towers[0].loaded.project.train, towers[0].loaded.task
     units = task.units(table, "train", seed=config.seed, epoch=0)
     if not len(units):
         raise TrainError("the training split is empty; lower data.validation, or give samples the split train")
@@ -32,12 +32,12 @@ def least_units(towers: Sequence[Tower], suffix: nn.Module, table: SampleTable, 
     per_unit = 1 if len(towers) > 1 else min(np.atleast_1d(unit).size for unit in units)
     for_norms = -(-2 * apart // per_unit)
     if min(count % size or size, count) >= for_norms or _trains_on_one(towers, suffix):
-        return task.least_units
+        return task.minimum_units
     if size < for_norms:
         raise TrainError(f"train.batch_size is {size}; {_why(for_norms, apart)}")
     if count < for_norms:
         raise TrainError(f"the training split has {count} units; {_why(for_norms, apart)}")
-    return max(task.least_units, for_norms)
+    return max(task.minimum_units, for_norms)
 
 
 def _why(least: int, apart: int) -> str:
@@ -51,5 +51,5 @@ def _why(least: int, apart: int) -> str:
 def _trains_on_one(towers: Sequence[Tower], suffix: nn.Module) -> bool:
     suffix.train()
     parts = [suffix] if len(towers) == 1 else [suffix.get_submodule(str(tower.name)) for tower in towers]
-    firsts = [tower.bench.stored_batch(tower.store, tower.table, np.array([0])) for tower in towers]
+    firsts = [tower.loaded.stored_batch(tower.store, np.array([0])) for tower in towers]
     return all(trains_on_one(part, first) for part, first in zip(parts, firsts, strict=True))

@@ -15,18 +15,18 @@ from pipeline.data import SampleTable, Source
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, InputRefusedError, ModelError, StoreError
-from pipeline.fingerprint import fingerprint, is_installed, module_fingerprints
 from pipeline.keys import JSON, Recipe
 from pipeline.models import Backbone, Preprocess, load, network_inputs
-from pipeline.project.carried import Carried, Needed, carry
-from pipeline.project.recipe import IRRELEVANT, former_recipe, recipe_of
+from pipeline.models.fingerprint import fingerprint, is_installed, module_fingerprints
+from pipeline.project.pretrained_suffix import PretrainedSuffix, SuffixTensors, write_pretrained_suffix
+from pipeline.project.recipe import IRRELEVANT, former_recipe, recipe_of, warn_of_former_recipe
 from pipeline.project.settings import CutName, Project
+from pipeline.project.views import Views, view_name
 from pipeline.split import Prefix, Suffix, flops_around, split
 from pipeline.store import SHAPE_PREFIX, SUFFIX, Store, remove_attachment
 from pipeline.tasks import Head, Task, open_task
 from pipeline.train.adapter import adapt
-from pipeline.train.loader import Batch, Loader
-from pipeline.views import Views, view_name
+from pipeline.train.loader import Batch, Loader, StoredRows
 
 log = logging.getLogger("recycle")
 
@@ -35,7 +35,7 @@ MAX_VALUES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Workbench:
+class LoadedModel:
     """The task and the backbone of a project, with a head for the targets of its samples."""
 
     project: Project
@@ -47,11 +47,11 @@ class Workbench:
     """Digests of the network's modules, by path, taken before it first ran."""
     code: str | None
     """Digest of the preprocessing's own code and attributes, where it is of the user's own."""
-    carried: Carried | None = None
+    pretrained_suffix: PretrainedSuffix | None = None
     """What took the place of the weights that params.yaml names: then the layers before the cut have none."""
 
     @classmethod
-    def open(cls, project: Project, table: SampleTable, *, carrier: CutName | None = None) -> Workbench:
+    def open(cls, project: Project, table: SampleTable, *, carrier: CutName | None = None) -> LoadedModel:
         """Build the model that `project` describes; the head is drawn from `model.seed`.
 
         Where its weights are not on this machine, and the cut `carrier` is given, the suffix alone has weights: those
@@ -64,13 +64,13 @@ class Workbench:
         return cls._build(project, task, task.head(table), carrier)
 
     @classmethod
-    def with_head(cls, project: Project, head: Head) -> Workbench:
+    def with_head(cls, project: Project, head: Head) -> LoadedModel:
         """Build the model that `project` describes, ending in the `head` that its task asked for elsewhere."""
         return cls._build(project, open_task(project.task), head)
 
     @classmethod
-    def _build(cls, project: Project, task: Task, head: Head, carrier: CutName | None = None) -> Workbench:
-        carried = None
+    def _build(cls, project: Project, task: Task, head: Head, carrier: CutName | None = None) -> LoadedModel:
+        pretrained_suffix = None
         try:
             backbone = load(project.model, project.preprocess, head)
         except AbsentError as absent:
@@ -78,15 +78,17 @@ class Workbench:
                 raise
             try:
                 store = project.open_store(carrier)
-                carried = Carried.of(store, project.model, head)
+                pretrained_suffix = PretrainedSuffix.of(store, project.model, head)
             except (AbsentError, StoreError) as reason:
                 raise type(reason)(f"{absent}; {reason}") from absent
             log.warning("%s; training goes on from the pretrained weights that %s carries", absent, store.where)
-            backbone = carried.load(project.model, project.preprocess, head)
+            backbone = pretrained_suffix.load(project.model, project.preprocess, head)
         task.width = backbone.width
         own = not is_installed(type(backbone.preprocess).__module__)
         code = fingerprint(backbone.preprocess) if own else None
-        return cls(project, task, head, backbone, module_fingerprints(backbone.model, IRRELEVANT), code, carried)
+        return cls(
+            project, task, head, backbone, module_fingerprints(backbone.model, IRRELEVANT), code, pretrained_suffix
+        )
 
     def to_device(self) -> torch.device:
         """Move the model to where prefixes run, and return that device."""
@@ -107,27 +109,27 @@ class Workbench:
             prefix, suffix = split(self.backbone.model, at=cut, example=example)
         except InputRefusedError as error:
             raise ModelError(f"{self.backbone.name}: {error}; {self.backbone.preprocess.advice()}") from error
-        if self.carried:
-            self.carried.complete(suffix)
+        if self.pretrained_suffix:
+            self.pretrained_suffix.complete(suffix)
         return prefix, suffix
 
-    def carry(self, store: Store, needed: Needed) -> None:
-        """Let the plain `store` of a cut carry what its suffix needs, where `encode.suffix` asks for it."""
+    def keep_pretrained_suffix(self, store: Store, tensors: SuffixTensors) -> None:
+        """Write the pretrained suffix beside the plain `store` of a cut where `encode.suffix` asks for it."""
         if self.project.encode.suffix:
-            carry(store, self.backbone, self.project.model, self.head, needed)
+            write_pretrained_suffix(store, self.backbone, self.project.model, self.head, tensors)
         else:
             remove_attachment(store, SUFFIX)
 
-    def freeze(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[Needed]]:
+    def freeze(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[SuffixTensors]]:
         """Return the prefix of every cut of the project, proved on two `samples`, `recipes[view][cut]`, and what the
         suffix of every cut needs.
         """
         example = self._on_device(samples)
-        prefixes, needed = list[Prefix](), list[Needed]()
+        prefixes, needed = list[Prefix](), list[SuffixTensors]()
         for cut in self.project.encode.cuts:
             prefix, suffix = self.split(cut, example)
             prefixes.append(prefix)
-            needed.append(Needed.of(suffix))
+            needed.append(SuffixTensors.of(suffix))
         return prefixes, [list(of_view) for of_view in zip(*map(self.recipes, prefixes), strict=True)], needed
 
     def count_flops(self, prefixes: Sequence[Prefix], samples: list[Sample]) -> list[tuple[int, int]] | None:
@@ -153,30 +155,24 @@ class Workbench:
             ConfigError: the cut was never encoded.
             StaleStoreError: the store was encoded under another recipe; the message names the first field that differs.
         """
-        plain, *augmented = (self._open(cut, view) for view in self.project.views)
-        views = Views.of(plain, augmented, table)
-        prefix, suffix = self.split(cut, self._example(views, table))
-        recipes = zip(self.project.views, self.recipes(prefix), strict=True)
-        for store, (view, recipe) in zip([plain, *augmented], recipes, strict=True):
-            if not self.is_former(store, prefix, recipe, view):
-                Store.open(store.path, recipe, store.remote)
-        return views, prefix, suffix
+        views = self.project.views
+        stores = [self._open(cut, view) for view in views]
+        plain, *augmented = stores
+        opened = Views.of(plain, augmented, table)
+        prefix, suffix = self.split(cut, self._example(opened))
+        for store, view, recipe in zip(stores, views, self.recipes(prefix), strict=True):
+            if self.is_former(store, prefix, recipe, view):
+                warn_of_former_recipe(store)
+            else:
+                store.check_recipe(recipe)
+        return opened, prefix, suffix
 
     def is_former(self, store: Store, prefix: Prefix, recipe: Recipe, view: int | None) -> bool:
-        """Say whether `store` is one of version 0.1.0, of what that version's `recipe` covered, and warn if so."""
-        if store.recipe == recipe:
-            return False
-        if store.recipe != former_recipe(recipe, prefix, self.preprocess(view).former_recipe()):
-            return False
-        log.warning(
-            "%s was made by version 0.1.0, whose recipe covers less: that the network's configuration, attributes that "
-            "are lists or functions, and the settings of a slow tokenizer are those of then cannot be vouched for. It "
-            "is read; nothing is added to it (recycle encode --replace makes it anew)",
-            store.where,
-        )
-        return True
+        """Say whether `store` is of version 0.1.0 and of what that version's recipe covered of `recipe`."""
+        former = former_recipe(recipe, prefix, self.preprocess(view).former_recipe())
+        return store.recipe != recipe and store.recipe == former
 
-    def adapt(self, store: Views, table: SampleTable, prefix: Prefix, suffix: Suffix) -> Suffix:
+    def adapt(self, store: Views, prefix: Prefix, suffix: Suffix) -> Suffix:
         """Return the suffix that trains: with adapters in it where `train.adapter` asks for them.
 
         Raises:
@@ -186,24 +182,23 @@ class Workbench:
         train, backbone = self.project.train, self.backbone
         if train.adapter is None:
             return suffix
-        example = self._example(store, table)
+        example = self._example(store)
         return adapt(backbone.model, prefix, suffix, example, train.adapter, fresh=backbone.fresh, seed=train.seed)
 
-    def stored_batch(self, store: Views, table: SampleTable, rows: np.ndarray) -> Batch:
-        """Return the states and inputs of some rows of the table as one batch on the CPU, without targets."""
-        pad = self.backbone.preprocess.pad
-        source = self.project.reader(store.path)
-        return next(iter(Loader(store, table.keys, {}, [rows], pad=pad, device=torch.device("cpu"), source=source)))
+    def stored_batch(self, store: Views, rows: np.ndarray) -> Batch:
+        """Return the states and inputs of `rows` (n,) int64 of the table as one batch on the CPU, without targets."""
+        samples = StoredRows(store.first_places(rows), self.project.reader(store.path))
+        return next(iter(Loader(samples, {}, [np.arange(len(rows))], pad=self.backbone.preprocess.pad)))
 
-    def stored_inputs(self, store: Views, table: SampleTable, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return the model's inputs of some rows, on the CPU: ids and masks as stored.
+    def stored_inputs(self, store: Views, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return the inputs of the network for some rows of the table, on the CPU: ids and masks as stored.
 
-        Values of floating-point inputs are drawn: the store keeps their shape alone.
+        Values of floating-point inputs are drawn: the store keeps only their shapes.
 
         Raises:
-            CorruptStoreError: a shape claims more than any sample has.
+            CorruptStoreError: a shape is larger than that of any sample can be.
         """
-        inputs = self.stored_batch(store, table, rows).inputs
+        inputs = self.stored_batch(store, rows).inputs
         for name, tensor in inputs.items():
             if tensor.numel() > MAX_VALUES * len(rows):
                 raise CorruptStoreError(
@@ -223,8 +218,8 @@ class Workbench:
             compute_dtype=project.encode.precision,
             modules=self.modules,
         )
-        if self.carried:
-            plain = self.carried.prove(plain)
+        if self.pretrained_suffix:
+            plain = self.pretrained_suffix.prove(plain)
         return [self._of_view(plain, view) for view in project.views]
 
     def _on_device(self, samples: list[Sample]) -> dict[str, Tensor]:
@@ -233,8 +228,8 @@ class Workbench:
         batch = network_inputs(pad_batch(samples, self.backbone.preprocess.pad))
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
-    def _example(self, store: Views, table: SampleTable) -> dict[str, Tensor]:
-        return self.stored_inputs(store, table, np.asarray([0, len(table) - 1]))
+    def _example(self, store: Views) -> dict[str, Tensor]:
+        return self.stored_inputs(store, np.asarray([0, len(store.keys) - 1]))
 
     def _open(self, cut: CutName, view: int | None) -> Store:
         """Open a store; refuse one whose settings differ before the model is run on inputs of their shape."""
@@ -245,12 +240,10 @@ class Workbench:
         settings = dataclasses.replace(
             store.recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
         )
-        expected = self._of_view(settings, view)
-        if store.recipe != expected and store.recipe == dataclasses.replace(
-            settings, preprocessing=self.preprocess(view).former_recipe()
-        ):
-            return store  # of version 0.1.0, perhaps: `open_store` finds out
-        return self.project.open_store(cut, view, expected)
+        former = dataclasses.replace(settings, preprocessing=self.preprocess(view).former_recipe())
+        if store.recipe != former:  # `open_store` tells whether it is one of version 0.1.0
+            store.check_recipe(self._of_view(settings, view))
+        return store
 
     def _of_view(self, recipe: Recipe, view: int | None) -> Recipe:
         name = None if view is None else view_name(view)

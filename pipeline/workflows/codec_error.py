@@ -17,20 +17,19 @@ from pipeline.data import SampleTable
 from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import DataError
 from pipeline.project import Project
+from pipeline.project.model import LoadedModel, pick_device
 from pipeline.project.towers import Tower, load_weights, open_tower
-from pipeline.project.workbench import Workbench, pick_device
-from pipeline.report.runs import WEIGHTS
+from pipeline.runs.record import WEIGHTS
 from pipeline.split import Suffix
 from pipeline.store import CODECS, STATE_PREFIX, Reader, Rows, readable, through
 from pipeline.tasks import read_tensor
-from pipeline.train.loader import Loader
-from pipeline.views import Views
+from pipeline.train.loader import Loader, StoredRows
 
 DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
-class Deviation:
+class CodecDeviation:
     """What one codec would cost and change.
 
     Attributes:
@@ -53,7 +52,7 @@ class Deviation:
 
 
 @dataclass(frozen=True)
-class Report:
+class CodecReport:
     """The deviations of one store from what it gives now."""
 
     cut: str
@@ -63,10 +62,10 @@ class Report:
     """What the outputs are, as `Head.kind` names it."""
     is_trained: bool
     """Whether the weights after the cut are those of a finished run."""
-    deviations: list[Deviation]
+    deviations: list[CodecDeviation]
 
 
-class _Held:
+class _InMemory:
     """Samples in memory, gathered as a reader gathers them from disk."""
 
     def __init__(self, places: Rows, samples: Mapping[str, Sequence[Tensor]]) -> None:
@@ -80,7 +79,7 @@ class _Held:
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch
 
 
-def measure(project: Project, name: str, count: int, tower: str | None = None) -> Report:
+def measure(project: Project, name: str, count: int, tower: str | None = None) -> CodecReport:
     """Try every codec on `count` samples of a cut's store, drawn from the sample table; nothing is written.
 
     Where there is an encoder for each role, `tower` says whose store.
@@ -93,15 +92,16 @@ def measure(project: Project, name: str, count: int, tower: str | None = None) -
         DataError: the finished run does not fit the model.
     """
     opened = open_tower(project.part(tower), project.cut(name), SampleTable.read(project.samples))
-    bench, table, store, suffix = opened.bench, opened.table, opened.store, opened.suffix
+    loaded, store, suffix = opened.loaded, opened.store, opened.suffix
     is_trained = _load_run(project, name, opened)
     suffix.to(pick_device(project.encode.device)).eval()
-    drawn = np.sort(np.random.default_rng(0).permutation(len(table))[:count])
-    stored = _read(partial(bench.project.reader, store.path), store.rows(table.keys)[drawn])
-    kind = bench.task.head(table).kind
+    drawn = np.sort(np.random.default_rng(0).permutation(len(opened.table))[:count])
+    places = store.first_places(drawn)
+    stored = _read(partial(loaded.project.reader, store.path), places)
+    kind = loaded.task.head(opened.table).kind
 
     def outputs(samples: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
-        return _outputs(bench, store, table, drawn, suffix, samples)
+        return _outputs(loaded, places, suffix, samples)
 
     now = outputs(stored)
     deviations = []
@@ -112,12 +112,12 @@ def measure(project: Project, name: str, count: int, tower: str | None = None) -
             nbytes += size
         largest, mean = _compare_states(stored, tried)
         deviations.append(
-            Deviation(storage, nbytes / len(drawn), largest, mean, *_compare_outputs(now, outputs(tried), kind))
+            CodecDeviation(storage, nbytes / len(drawn), largest, mean, *_compare_outputs(now, outputs(tried), kind))
         )
-    return Report("/".join(filter(None, [name, tower])), len(drawn), project.storage, kind, is_trained, deviations)
+    return CodecReport("/".join(filter(None, [name, tower])), len(drawn), project.storage, kind, is_trained, deviations)
 
 
-def table(report: Report) -> str:
+def table(report: CodecReport) -> str:
     """Return the report for people."""
     dtype = report.storage.partition(":")[2]
     lost = {"float32": "those the prefix gave"}.get(dtype, f"already rounded to {dtype}")
@@ -179,23 +179,16 @@ def _read(opened: Callable[[], Reader], places: Rows) -> dict[str, list[Tensor]]
 
 
 def _outputs(
-    bench: Workbench,
-    store: Views,
-    table: SampleTable,
-    rows: np.ndarray,
-    suffix: Suffix,
-    samples: Mapping[str, Sequence[Tensor]],
+    loaded: LoadedModel, places: Rows, suffix: Suffix, samples: Mapping[str, Sequence[Tensor]]
 ) -> list[Tensor]:
-    """Return the outputs of rows of the table batch by batch, fp32 on the CPU; always in the same order."""
-    size = bench.project.encode.batch_size
+    """Return the outputs of the samples at `places` batch by batch, fp32 on the CPU; always in the same order."""
+    size = loaded.project.encode.batch_size
     loader = Loader(
-        store,
-        table.keys,
+        StoredRows(places, _InMemory(places, samples)),
         {},
-        [rows[begin : begin + size] for begin in range(0, len(rows), size)],
-        pad=bench.backbone.preprocess.pad,
-        device=pick_device(bench.project.encode.device),
-        source=_Held(store.rows(table.keys)[rows], samples),
+        [np.arange(begin, min(begin + size, len(places))) for begin in range(0, len(places), size)],
+        pad=loaded.backbone.preprocess.pad,
+        device=pick_device(loaded.project.encode.device),
     )
     with torch.no_grad():
         return [read_tensor(suffix(batch.state, **batch.inputs)).float().cpu() for batch in loader]

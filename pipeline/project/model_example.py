@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from pipeline.config import check_sections
 from pipeline.data import build, open_source
-from pipeline.encode.feed import decode_samples
+from pipeline.encode.decoding import decode_samples
 from pipeline.encode.ragged import pad_batch
 from pipeline.errors import ConfigError, DataError
 from pipeline.keys import KEY_BYTES
 from pipeline.models import ModelConfig, Preprocess, PreprocessConfig, load, network_inputs
 from pipeline.project import Project
-from pipeline.project.workbench import Workbench
+from pipeline.project.model import LoadedModel
 from pipeline.tasks import Head
 
 log = logging.getLogger("recycle")
@@ -32,7 +32,7 @@ SIDE = 256
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelExample:
     """A network and a batch of its inputs, on the CPU."""
 
     model: nn.Module
@@ -41,7 +41,7 @@ class Subject:
 
 def from_name(
     backbone: str, weights: str | None, preprocess: Mapping[str, Any], *, classes: int, batch: int
-) -> Subject:
+) -> ModelExample:
     """Return a network by its name (`model.backbone`) with a classifier, and a drawn batch.
 
     `preprocess` has settings of that section of params.yaml. A "module:function" is given images, or texts if their
@@ -64,7 +64,7 @@ def from_name(
 
 def from_project(
     project: Project, weights: str | None, preprocess: Mapping[str, Any], *, classes: int, batch: int
-) -> Subject:
+) -> ModelExample:
     """Return the network of params.yaml, and a batch of its data: samples spread over the data set.
 
     Where the data cannot be opened, the batch is drawn, and the head is a classifier. `weights` and `preprocess` take
@@ -87,17 +87,17 @@ def from_project(
     except (ConfigError, DataError) as error:
         log.warning("%s; so the example is drawn, and %d classes are assumed", error, classes)
         return _drawn(project.model, project.preprocess, classes=classes, batch=batch)
-    bench = Workbench.open(project, table)
-    made = bench.backbone.preprocess
+    loaded = LoadedModel.open(project, table)
+    made = loaded.backbone.preprocess
     samples = decode_samples(source, made, np.linspace(0, len(source) - 1, batch).astype(np.int64))
     if len(samples) < 2:
         raise DataError(f"fewer than 2 of {batch} samples of {project.data.path} can be decoded; see recycle encode")
-    return Subject(bench.backbone.model, network_inputs(pad_batch(samples, made.pad)))
+    return ModelExample(loaded.backbone.model, network_inputs(pad_batch(samples, made.pad)))
 
 
-def _drawn(model: ModelConfig, preprocess: PreprocessConfig, *, classes: int, batch: int) -> Subject:
+def _drawn(model: ModelConfig, preprocess: PreprocessConfig, *, classes: int, batch: int) -> ModelExample:
     backbone = load(model, preprocess, Head("classes", classes))
-    return Subject(backbone.model, draw_inputs(backbone.preprocess, batch, preprocess.max_length or TOKENS))
+    return ModelExample(backbone.model, draw_inputs(backbone.preprocess, batch, preprocess.max_length or TOKENS))
 
 
 def draw_inputs(preprocess: Preprocess, batch: int, tokens: int) -> dict[str, Tensor]:

@@ -17,11 +17,11 @@ from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import DataError, RecyclingError
 from pipeline.models import network_inputs
 from pipeline.project import Project
-from pipeline.project.workbench import Workbench
-from pipeline.report import runs
+from pipeline.project.model import LoadedModel
+from pipeline.project.views import Views
+from pipeline.runs.finished import open_run, towers_of
 from pipeline.split import Prefix, Suffix, merge
 from pipeline.tasks import read_tensor
-from pipeline.views import Views
 
 PROVED_ON = 32
 MERGED_TOLERANCE = 1e-5
@@ -77,7 +77,7 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
         raise DataError(f"{to} is not empty; name a new folder, an export overwrites nothing")
     beside = to.with_name(f".{to.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
-    parities = [_export(project, name, tower, beside / (tower or "")) for tower in runs.towers_of(project, name)]
+    parities = [_export(project, name, tower, beside / (tower or "")) for tower in towers_of(project, name)]
     if to.exists():
         to.rmdir()
     beside.rename(to)
@@ -86,32 +86,32 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
 
 def _export(project: Project, name: str, tower: str | None, to: Path) -> Parity:
     """Write one encoder of a run to the new folder `to`."""
-    run = runs.open_run(project, name, tower)
-    bench, store, table = run.bench, run.store, run.table
-    contents, rows = _samples(bench.project, bench, store, table)
-    outputs = _outputs(bench, store, table, run.prefix, run.suffix, contents, rows)
+    run = open_run(project, name, tower)
+    loaded, store, table = run.loaded, run.store, run.table
+    contents, rows = _samples(loaded, store, table)
+    outputs = _outputs(loaded, store, run.prefix, run.suffix, contents, rows)
     parity = _compare(*outputs)
-    bound = STORED_TOLERANCE[bench.project.encode.dtype]
+    bound = STORED_TOLERANCE[loaded.project.encode.dtype]
     if parity.merged > MERGED_TOLERANCE or parity.stored > bound:
         raise ParityError(
             f"run {name}: the full model's outputs are {parity.merged:.1e} from prefix + suffix (bound "
             f"{MERGED_TOLERANCE}) and {parity.stored:.1e} from the cached path (bound {bound}); nothing was exported"
         )
     to.mkdir(parents=True)
-    bench.backbone.save(to)
+    loaded.backbone.save(to)
     (to / "parity.json").write_text(json.dumps(asdict(parity), indent=2) + "\n")
     if run.legend:
         (to / "legend.json").write_text(json.dumps(run.legend, ensure_ascii=False) + "\n", encoding="utf-8")
     return parity
 
 
-def _samples(project: Project, bench: Workbench, store: Views, table: SampleTable) -> tuple[list[Sample], np.ndarray]:
+def _samples(loaded: LoadedModel, store: Views, table: SampleTable) -> tuple[list[Sample], np.ndarray]:
     """Return some samples of the data set as they are stored, and their rows in the sample table; held-out ones first.
 
     Where there are augmented views, a training sample is taken in the first of them.
     """
-    plain, first = bench.preprocess(None), bench.preprocess(0 if project.encode.views else None)
-    source = project.source()
+    plain, first = loaded.preprocess(None), loaded.preprocess(0 if loaded.project.encode.views else None)
+    source = loaded.project.source()
     row_of = {key.tobytes(): row for row, key in enumerate(table.keys)}
     wanted = {
         table.source[row]
@@ -133,9 +133,8 @@ def _samples(project: Project, bench: Workbench, store: Views, table: SampleTabl
 
 
 def _outputs(
-    bench: Workbench,
+    loaded: LoadedModel,
     store: Views,
-    table: SampleTable,
     prefix: Prefix,
     suffix: Suffix,
     samples: list[Sample],
@@ -145,17 +144,17 @@ def _outputs(
 
     The model is merged in place: the last thing that needs the prefix runs before.
     """
-    batch = network_inputs(pad_batch(samples, bench.backbone.preprocess.pad))
+    batch = network_inputs(pad_batch(samples, loaded.backbone.preprocess.pad))
     suffix.eval()
     with torch.no_grad():
         live = read_tensor(suffix(prefix(**batch), **batch))
-        cached = [_cached(bench, store, table, suffix, rows[i : i + 1]) for i in range(len(rows))]
-        full = read_tensor(merge(bench.backbone.model, suffix).eval()(**batch))
+        cached = [_cached(loaded, store, suffix, rows[i : i + 1]) for i in range(len(rows))]
+        full = read_tensor(merge(loaded.backbone.model, suffix).eval()(**batch))
     return full, live, cached
 
 
-def _cached(bench: Workbench, store: Views, table: SampleTable, suffix: Suffix, row: np.ndarray) -> Tensor:
-    batch = bench.stored_batch(store, table, row)
+def _cached(loaded: LoadedModel, store: Views, suffix: Suffix, row: np.ndarray) -> Tensor:
+    batch = loaded.stored_batch(store, row)
     return read_tensor(suffix(batch.state, **batch.inputs))[0]
 
 

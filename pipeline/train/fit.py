@@ -30,11 +30,11 @@ from pipeline.tasks import Task
 from pipeline.train import processes
 from pipeline.train.checkpoint import resume, save
 from pipeline.train.config import TrainConfig
-from pipeline.train.live import RunLog
 from pipeline.train.loader import Batch
 from pipeline.train.objective import Objective, evaluate
 from pipeline.train.optimizer import parameter_groups, schedule
 from pipeline.train.parallel import prepare
+from pipeline.train.run_log import RunLog
 
 log = logging.getLogger("recycle")
 

@@ -158,5 +158,5 @@ def rewrite(table: SampleTable, path: Path) -> None:
 
 def forget(project: Project, keys: np.ndarray) -> None:
     """Remove the samples `keys` (n, 16) uint8 where they lie beside the stores: unpacked copies, rows set aside."""
-    shutil.rmtree(project.scratch / UNPACKED, ignore_errors=True)
+    shutil.rmtree(project.work_dir / UNPACKED, ignore_errors=True)
     quarantine.forget(project.quarantine, {key.tobytes().hex() for key in keys})

@@ -1,0 +1,104 @@
+"""A project's stores opened for writing: created, kept or replaced, and marked for DVC where they are remote."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import StaleStoreError, StoreError
+from pipeline.files import write_whole
+from pipeline.keys import Recipe, digest
+from pipeline.project.model import LoadedModel
+from pipeline.project.recipe import warn_of_former_recipe
+from pipeline.project.settings import Project
+from pipeline.split import Prefix
+from pipeline.store import Remote, Store, remove
+
+log = logging.getLogger("recycle")
+
+MARKER = "elsewhere.json"
+"""File below data/activations that stands for a remote store."""
+
+
+def open_stores(
+    loaded: LoadedModel,
+    prefixes: Sequence[Prefix],
+    recipes: Sequence[Sequence[Recipe]],
+    wanted: Sequence[np.ndarray],
+    *,
+    replace_stores: bool,
+) -> list[list[Store]]:
+    """Open the stores of `recipes[view][cut]` for writing, as `stores[view][cut]`; create those that do not exist.
+
+    A store of another recipe is of no use to these settings, but may have taken hours: one with samples is removed only
+    if `replace_stores`, and only after all stores were checked. A store of version 0.1.0 that has all keys
+    `wanted[view]` (n, 16) uint8 is opened as it is.
+
+    Raises:
+        StaleStoreError: some stores have another recipe; the message names them and the ways out.
+    """
+    project, stale, former = loaded.project, dict[Path, str](), dict[Path, Store]()
+    for view, of_view, keys in zip(project.views, recipes, wanted, strict=True):
+        for cut, prefix, recipe in zip(project.encode.cuts, prefixes, of_view, strict=True):
+            path = project.store_path(cut, view)
+            try:
+                project.open_store(cut, view, recipe)
+            except StaleStoreError as error:
+                store = project.open_store(cut, view)
+                if loaded.is_former(store, prefix, recipe, view) and not store.missing(keys).any():
+                    warn_of_former_recipe(store)
+                    former[path] = store
+                elif not len(store.keys()) and project.remote is None:
+                    remove(path)
+                else:
+                    stale[path] = f"{error.difference} ({store.nbytes() / 1e6:.1f} MB)"
+            except StoreError:
+                continue  # it does not exist, or is broken: then `create` raises
+    if stale and (project.remote is not None or not replace_stores):
+        raise StaleStoreError(_refusal(project, list(stale.values())))
+    for path, told in stale.items():
+        log.warning("%s; it is replaced", told)
+        remove(path)
+    return [
+        [
+            former.get(path) or _create(path, recipe, project.remote)
+            for cut, recipe in zip(project.encode.cuts, of_view, strict=True)
+            for path in [project.store_path(cut, view)]
+        ]
+        for view, of_view in zip(project.views, recipes, strict=True)
+    ]
+
+
+def _refusal(project: Project, stale: Sequence[str]) -> str:
+    if project.remote is not None:
+        return "; ".join([*stale, "others may use that store, so it stays: change encode.store"])
+    return "\n  ".join(
+        [
+            "these settings make other states than the stores hold; nothing was changed:",
+            *stale,
+            "set it back; or replace these stores (recycle encode --replace, encode.replace: true for dvc repro); or "
+            "keep them and encode elsewhere (encode.store: file:///FOLDER)",
+        ]
+    )
+
+
+def _create(path: Path, recipe: Recipe, remote: Remote | None) -> Store:
+    if remote is None:
+        (path / MARKER).unlink(missing_ok=True)  # from now on the store itself is here
+    return Store.create(path, recipe, remote)
+
+
+def write_dvc_markers(project: Project, stores: Sequence[Sequence[Store]]) -> None:
+    """Write a local marker for each remote store, `stores[view][cut]`, so that DVC sees its changes."""
+    if project.remote is None:
+        return
+    for store in itertools.chain.from_iterable(stores):
+        segments = store.segments()
+        marker = {"recipe": store.recipe.digest, "segments": len(segments), "digest": digest(segments)}
+        path = project.activations / store.path.relative_to(project.remote.mirror) / MARKER
+        write_whole(path, json.dumps(marker, indent=2) + "\n")

@@ -1,0 +1,6 @@
+"""Finished runs: what a run leaves, and how it is found again.
+
+record.py       run.json, the identity of a run, and whether it is current
+finished.py     a finished run opened again, with its trained suffix
+predictions.py  the table that predictions are written to
+"""

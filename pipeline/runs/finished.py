@@ -1,0 +1,71 @@
+"""A finished run, opened again for an export or for predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pipeline.errors import AbsentError, DataError
+from pipeline.keys import first_difference
+from pipeline.project import Project
+from pipeline.project.probe import check_probe
+from pipeline.project.towers import Tower, load_weights, open_tower
+from pipeline.runs.record import WEIGHTS, read_run, settings
+
+
+@dataclass(frozen=True)
+class FinishedRun(Tower):
+    """An encoder of a finished run, on the samples it was trained on.
+
+    The suffix has the trained weights, and is in eval mode.
+    """
+
+    legend: Sequence[Any]
+    """What its outputs mean, as they did when it was trained."""
+
+
+def towers_of(project: Project, name: str) -> list[str | None]:
+    """Return how the encoders of the run `name` are called: [None] where there is one."""
+    return [part.tower for part in project.overridden(read_run(project, name).overrides).parts]
+
+
+def open_run(project: Project, name: str, tower: str | None = None) -> FinishedRun:
+    """Open the finished run `name`, or one tower of it; neither raw data nor another recipe's store is read.
+
+    Raises:
+        AbsentError: the weights that params.yaml names are not on this machine.
+        ConfigError: its cut was never encoded, or it has no such tower.
+        DataError: the run does not exist, or does not fit today's settings and sample table.
+        StaleStoreError: the store was encoded under another recipe; the message names the first field that differs.
+    """
+    run = read_run(project, name)
+    project = project.overridden(run.overrides)
+    table = project.training_table()
+    if changed := first_difference(run.settings, settings(project, table)):
+        setting, then, now = changed
+        raise DataError(
+            f"run {name} was trained with {setting} = {then!r}, {project.params} gives {now!r}; set it back, or train "
+            "again"
+        )
+    try:
+        opened = open_tower(project.part(tower), project.cut(str(run.cut)), table)
+    except AbsentError as absent:
+        raise AbsentError(
+            f"run {name}: {absent}; what a store carries is enough to train, an export and predictions take the layers "
+            "before the cut too"
+        ) from absent
+    weights = project.run_path(name) / WEIGHTS
+    try:
+        load_weights(opened, weights)
+    except (RuntimeError, SafetensorError) as error:
+        raise DataError(
+            f"run {name}: {weights} does not fit today's settings and labels; train it again "
+            f"({' '.join(str(error).split())})"
+        ) from error
+    opened.suffix.eval()
+    loaded = opened.loaded
+    check_probe(opened.store.plain, opened.prefix, loaded.preprocess(None), loaded.project.encode)
+    return FinishedRun(**vars(opened), legend=run.legend)

@@ -1,0 +1,11 @@
+"""One module per verb, told from top to bottom; `stages/X.py` parses and calls `workflows/X.py`.
+
+encode.py        raw data -> stores, sample table
+train.py         stores, sample table -> a finished run
+report.py        finished runs -> table, plot
+predict.py       finished runs, inputs -> predictions
+export.py        a finished run -> a plain model
+cuts.py          a model -> every place to cut it, with costs
+codec_error.py   a store -> what each codec would change
+store_upkeep.py  the stores of a project, and the samples that its tables refer to
+"""

@@ -1,0 +1,219 @@
+"""Encode: raw data -> keys -> sample table; what each store lacks -> prefixes -> states -> stores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from pipeline.cluster import Job, open_executor
+from pipeline.data import SampleTable, Source, build, remarks, rows_in_role
+from pipeline.encode import quarantine
+from pipeline.encode.decoding import Chunk, decode_rows, decode_samples
+from pipeline.encode.keying import KeyedSamples
+from pipeline.encode.quarantine import BadSample
+from pipeline.encode.ragged import Sample
+from pipeline.encode.result import EncodeResult
+from pipeline.encode.run import Executor, encode
+from pipeline.errors import DataError
+from pipeline.project import CutName, Project, recipe_cache
+from pipeline.project.model import LoadedModel
+from pipeline.project.probe import keep_or_check_probes
+from pipeline.project.stores import open_stores, write_dvc_markers
+from pipeline.project.views import rows_by_view, split_numbers
+from pipeline.report.costs import EncoderResult, write_costs
+from pipeline.store import Store, first_rows
+
+log = logging.getLogger("recycle")
+
+EXAMPLE = 2
+"""Number of samples on which a split is proved; a single one is taken twice."""
+
+
+def encode_project(project: Project, *, rehash: bool = False, replace_stores: bool = False) -> bool:
+    """Encode every sample that a store lacks; write the sample table, the quarantine and the costs.
+
+    Unchanged files are not read, and no model is built where nothing is to do; `rehash` reads all files and checks all
+    stores again. Returns whether the number of bad samples stays within `encode.max_bad`.
+
+    Raises:
+        StaleStoreError: a store has another recipe, and neither `replace_stores` nor `encode.replace` allows to remove
+            it.
+    """
+    replace_stores = replace_stores or project.encode.replace
+    source = project.source()
+    if left_out := source.left_out():
+        log.warning("left out of the data set: %s", left_out)
+    keyed = project.keys_of(source, trust=not rehash)
+    if not len(keyed.good):
+        quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # `sample_table` fails: no sample is left
+    table, bad = sample_table(project, source, keyed), keyed.bad
+    results: list[EncoderResult] = []
+    for part in project.parts:
+        rows = None if part.tower is None else rows_in_role(source, keyed.good, part.tower)
+        own = replace(keyed, bad=bad, rows=rows)
+        results.append(_encode_part(part, source, own, table, rehash=rehash, replace_stores=replace_stores))
+        bad = results[-1].result.keyed.bad
+    if len(bad) > len(keyed.bad):
+        table = sample_table(project, source, replace(keyed, bad=bad))
+    for remark in remarks(table):
+        log.warning("%s", remark)
+    if lost := len(keyed.keys) - len(bad) - len(table):
+        log.warning("%d samples left out: the other half of their pair is set aside", lost)
+    replace(table, views=project.encode.views).write(project.samples)
+    quarantine.write(project.quarantine, bad, keyed.keys)
+    write_costs(project, results)
+    for part_result in results:
+        write_dvc_markers(part_result.project, part_result.stores)
+    for part_result in results:
+        log_summary(part_result)
+    return _log_bad_samples(project, bad, len(keyed.keys))
+
+
+def sample_table(project: Project, source: Source, keyed: KeyedSamples) -> SampleTable:
+    """Return the sample table of the good rows."""
+    good = keyed.good
+    return build(source, keyed.keys[good], project.data, rows=good)
+
+
+def _encode_part(
+    project: Project, source: Source, keyed: KeyedSamples, table: SampleTable, *, rehash: bool, replace_stores: bool
+) -> EncoderResult:
+    """Encode what the stores of one encoder lack; build no model where they are known to lack nothing."""
+    cache_key = recipe_cache.cache_key(project, table)
+    wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
+    stores = None if rehash else recipe_cache.complete_stores(project, cache_key, wanted)
+    if stores is not None:
+        _warn_of_duplicate_cuts(project.encode.cuts, stores[0])
+        return EncoderResult(project, stores, EncodeResult.empty(keyed, len(project.encode.cuts)))
+    result = _encode_missing(project, source, keyed, table, replace_stores=replace_stores)
+    if recipe_cache.cache_key(project, table) == cache_key:
+        recipe_cache.remember(project, cache_key, result.stores)
+    return result
+
+
+def _encode_missing(
+    project: Project, source: Source, keyed: KeyedSamples, table: SampleTable, *, replace_stores: bool
+) -> EncoderResult:
+    """Build the model, split it at every cut, and encode what the stores of these recipes lack."""
+    loaded = LoadedModel.open(project, table)
+    if project.encode.executor.is_here:
+        loaded.to_device()
+    example, samples = _find_example(loaded, source, keyed)
+    prefixes, recipes, suffix_tensors = loaded.freeze(samples)
+    wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
+    stores = open_stores(loaded, prefixes, recipes, wanted, replace_stores=replace_stores)
+    for view, of_view in zip(project.views, stores, strict=True):
+        keep_or_check_probes(of_view, prefixes, loaded.preprocess(view), samples, project.encode)
+    for store, tensors in zip(stores[0], suffix_tensors, strict=True):
+        loaded.keep_pretrained_suffix(store, tensors)
+    _warn_of_duplicate_cuts(project.encode.cuts, stores[0])
+    if project.encode.executor.is_here:
+        executor: Executor = loaded.encoder(source, prefixes, stores, keyed.probes)
+    else:
+        executor = open_executor(Job.of(loaded, source, example, keyed.probes, recipes), project.encode.executor)
+    flops = loaded.count_flops(prefixes, samples)
+    return EncoderResult(project, stores, _encode_views(executor, project, source, keyed, table, stores), flops)
+
+
+def _find_example(loaded: LoadedModel, source: Source, keyed: KeyedSamples) -> tuple[list[int], list[Sample]]:
+    """Return the shortest and the longest sample that can be decoded, and their rows; a split is proved on them."""
+    preprocess = loaded.backbone.preprocess
+    rows: list[int] = []
+    samples: list[Sample] = []
+    for row in keyed.outside_in().tolist():
+        found = decode_samples(source, preprocess, np.asarray([row]))
+        rows, samples = rows + [row] * len(found), samples + found
+        if len(samples) == EXAMPLE:
+            return rows, samples
+    if samples:
+        return rows * EXAMPLE, samples * EXAMPLE
+    bad = decode_rows(source, Chunk(keyed.good, [preprocess]))[0].bad
+    quarantine.write(loaded.project.quarantine, [*keyed.bad, *bad], keyed.keys)
+    raise DataError(
+        f"none of the {len(bad)} samples can be decoded: {quarantine.summary(bad)}; see {loaded.project.quarantine}, "
+        "and what data.path and data.source say"
+    )
+
+
+def _encode_views(
+    executor: Executor,
+    project: Project,
+    source: Source,
+    keyed: KeyedSamples,
+    table: SampleTable,
+    stores: Sequence[Sequence[Store]],
+) -> EncodeResult:
+    """Encode what `stores[view][cut]` lack; return what was done.
+
+    With augmented views, a sample that turns out bad can move others (the rest of its group) to another split; what
+    the stores then lack is encoded too.
+    """
+    result = EncodeResult.empty(keyed, len(project.encode.cuts))
+    while True:
+        found = len(result.keyed.bad)
+        more = encode(
+            executor,
+            source,
+            result.keyed,
+            stores,
+            _rows_by_view(project, result.keyed, table),
+            segment_samples=project.encode.segment_samples,
+            groups=split_numbers(keyed.keys, table),
+        )
+        result = result.followed_by(more)
+        if len(project.views) == 1 or len(result.keyed.bad) == found:
+            return result
+        table = sample_table(project, source, replace(result.keyed, rows=None))
+
+
+def _rows_by_view(project: Project, keyed: KeyedSamples, table: SampleTable) -> list[np.ndarray]:
+    """Return the rows that each view stores: all rows if the plain view is the only one."""
+    if len(project.views) == 1:
+        return [keyed.good]
+    plain, augmented = map(keyed.selected, rows_by_view(keyed.keys, table))
+    return [plain, *[augmented] * (len(project.views) - 1)]
+
+
+def _warn_of_duplicate_cuts(names: Sequence[CutName], stores: Sequence[Store]) -> None:
+    """Warn of cuts that name one block boundary, as shares do in a shallow network; each has a store of its own."""
+    known: dict[str, CutName] = {}
+    for name, store in zip(names, stores, strict=True):
+        place = store.recipe.cut
+        if place in known:
+            log.warning("encode.cuts has %r and %r, which name one place: %s; keep one", known[place], name, place)
+        known[place] = name
+
+
+def log_summary(encoded: EncoderResult) -> None:
+    """Log what was encoded for each cut, and how many texts were truncated."""
+    project, stores, result, _ = encoded
+    keys = result.keyed.keys[result.keyed.good]
+    keys = keys[first_rows(keys)]
+    for cut, new, promoted, *by_view in zip(project.encode.cuts, result.new, result.promoted, *stores, strict=True):
+        there = sum(int((~store.missing(keys)).sum()) for store in by_view) - new
+        name = project.store_name(cut)
+        log.info("cut %s: %d samples encoded, %d were there", name, new, there)
+        if promoted:
+            log.info("cut %s: beyond float16, stored in a wider type: %s", name, ", ".join(sorted(promoted)))
+    if result.cut_off:
+        longest = stores[0][0].recipe.preprocessing.get("max_length")
+        log.warning(
+            "%d of the texts encoded now are longer than preprocess.max_length, %s tokens, and were cut off at the end "
+            "(the longest by %d); raise it as far as the backbone allows, or divide them",
+            *(len(result.cut_off), longest, max(result.cut_off)),
+        )
+
+
+def _log_bad_samples(project: Project, bad: Sequence[BadSample], total: int) -> bool:
+    """Log what was set aside; return whether at most as many of `total` samples are bad as allowed."""
+    allowed = project.encode.tolerated(total)
+    if bad:
+        log.warning("%d bad samples set aside in %s: %s", len(bad), project.quarantine, quarantine.summary(bad))
+    if len(bad) > allowed:
+        log.error(
+            "%d bad samples, encode.max_bad allows %d of %d; mend or remove them, or raise it", len(bad), allowed, total
+        )
+    return len(bad) <= allowed
