@@ -191,11 +191,11 @@ def sections_in(annotation: Any) -> Iterator[type[Section]]:
         yield from sections_in(part)
 
 
-def docstrings(path: Path) -> str:
-    """Return every string of a module that is a statement: docstrings, those of attributes too."""
+def prose(path: Path) -> str:
+    """Return the strings of a module that have several words: docstrings and messages."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    values = [node.value for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
-    return "\n\n".join(str(value.value) for value in values)
+    values = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    return "\n\n".join(value for value in values if isinstance(value, str) and " " in value)
 
 
 def comments(path: Path) -> str:
@@ -216,8 +216,8 @@ def test_what_comments_of_settings_name_exists(path: Path) -> None:
     assert faults(comments(path), path.parent) == []
 
 
-def test_what_docstrings_name_exists() -> None:
-    found = {relative(path): faults(docstrings(path), path.parent) for path in MODULES}
+def test_what_docstrings_and_messages_name_exists() -> None:
+    found = {relative(path): faults(prose(path), path.parent) for path in MODULES}
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
