@@ -23,7 +23,7 @@ LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FOLDER = r"(?:pipeline|stages|tests|docs|benchmarks|examples|\.ci)"
 PATH = re.compile(
-    rf"(?<![\w/.:*<-])({FOLDER}/[\w./*-]*|(?:data|results)/[\w./<>-]+|(?:[\w-]+/)*[\w-]+\.(?:py|md|svg))(?![\w/])"
+    rf"(?<![\w/.:*<-])({FOLDER}/[\w./*-]*|(?:data|results)/[\w./<>-]+|(?:[\w-]+/)*[\w-]+\.(?:py|md|svg|yaml|toml))(?![\w/])"
 )
 DOTTED = re.compile(r"(?<![\w/.:])(?:pipeline|stages)(?:\.[A-Za-z_]\w*)+(?![\w/])")
 SETTING = re.compile(rf"({'|'.join(SECTIONS)})\.(\w+)((?:\.\w+)*)(?![\w.])")
@@ -33,14 +33,10 @@ MAKE = re.compile(r"\bmake ([\w-]+)")
 
 PLACEHOLDERS = re.compile(r"\b(NAME|X)\b")
 """Stand-ins for a name: a path or target with one must match some that exists."""
-USERS_DATA = (
-    "data/photos",
-    "data/train-1.jsonl",
-    "data/cloud_faq_dataset.jsonl",
-    "data/text_classification",
-    "data/ner",
-)
-"""Data of the reader's own, or of repositories that examples take theirs from."""
+USERS_DATA = ("data/photos", "data/train-1.jsonl", "data/cloud_faq_dataset.jsonl")
+"""Data of the reader's own."""
+OTHERS_DATA = ("data/text_classification", "data/ner")
+"""Folders of the repositories that examples take their data from."""
 OTHERS_OPTIONS = {"--allow-missing", "--cloud", "--memory-limit", "--name", "--pull", "--resources"}
 """Options of DVC, dask and sbatch."""
 FILES = {"conll", "csv", "json", "jsonl", "npz", "parquet", "py", "safetensors", "yaml"}
@@ -56,7 +52,7 @@ def outputs() -> Iterator[str]:
                 yield name.partition("/$")[0]
 
 
-DATA = (*outputs(), *USERS_DATA, "data/mnist_5k.csv.gz")
+DATA = (*outputs(), *USERS_DATA, *OTHERS_DATA, "data/mnist_5k.csv.gz")
 TARGETS = re.findall(r"^([\w%-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
@@ -73,7 +69,12 @@ def faults(text: str, folder: Path) -> list[str]:
         *(f"command recycle {verb}" for verb in VERB.findall(text) if verb not in VERBS),
         *(f"target {name}" for part in code for name in MAKE.findall(part) if not is_target(name)),
         *(f"{fault} in {part}" for part in code for fault in command_faults(part)),
-        *(f"setting {''.join(found)}" for part in code for found in named_settings(part) if not is_setting(*found)),
+        *(
+            f"setting {found[0]}.{found[1]}{found[2]}"
+            for part in code
+            for found in named_settings(part)
+            if not is_setting(*found)
+        ),
     ]
 
 

@@ -51,8 +51,8 @@ def test_what_docstrings_and_messages_name_exists() -> None:
         ("`python -m stages.cli train --gone`", "option --gone in python -m stages.cli train --gone"),
         ("`--gone`", "option --gone in --gone"),
         ("`make gone`", "target gone"),
-        ("`train.gone`", "setting traingone"),
-        ("`recycle train --set train.gone=1`", "setting traingone"),
+        ("`train.gone`", "setting train.gone"),
+        ("`recycle train --set train.gone=1`", "setting train.gone"),
     ],
 )
 def test_what_does_not_exist_is_found(text: str, fault: str) -> None:
