@@ -31,7 +31,7 @@ LAYERS_INTRO = """
 ## Layers of a head
 
 The entries of `task.layers`: `name`, `{name: value}` (the value of its first option) or `{name: {option: value}}`. A
-number alone is a linear layer of that width.
+number is a linear layer of that width.
 
 | Layer | Options | Meaning |
 |---|---|---|
@@ -64,11 +64,11 @@ def described(name: str, section: type[Section]) -> Iterator[str]:
 
 def layer(name: str, options: type[Section]) -> str:
     """Return the row of one kind of layer."""
-    told = []
+    meanings = []
     for option, field in options.model_fields.items():
         value = "required" if field.is_required() else f"default {default(field)}"
-        told.append(f"`{option}` ({typed(field.annotation, field.metadata)}; {value}): {field.description}")
-    return f"| `{name}` | {cell(' '.join(told))} | {cell(paragraph(options))} |\n"
+        meanings.append(f"`{option}` ({typed(field.annotation, field.metadata)}; {value}): {field.description}")
+    return f"| `{name}` | {cell(' '.join(meanings))} | {cell(paragraph(options))} |\n"
 
 
 def typed(annotation: Any, bounds: list[Any]) -> str:
@@ -95,8 +95,8 @@ def typed(annotation: Any, bounds: list[Any]) -> str:
 
 def limits(bounds: list[Any]) -> str:
     """Return the bounds of a number."""
-    told = [f"{BOUNDS[type(mark)]} {astuple(mark)[0]}" for mark in bounds if type(mark) in BOUNDS]
-    return f" {', '.join(told)}" if told else ""
+    shown = [f"{BOUNDS[type(mark)]} {astuple(mark)[0]}" for mark in bounds if type(mark) in BOUNDS]
+    return f" {', '.join(shown)}" if shown else ""
 
 
 def lengths(annotation: Any, bounds: list[Any]) -> str:

@@ -138,7 +138,7 @@ EVERY_OPTION = every_option() | OTHERS_OPTIONS
 
 
 def command_faults(line: str) -> Iterator[str]:
-    """Yield what is wrong with a command line of `recycle`, or with an option that stands alone."""
+    """Yield what is wrong with a command line of `recycle`, or with a single option."""
     if line.startswith("--") and (option := re.split(r"[ =]", line)[0]) not in EVERY_OPTION:
         yield f"option {option}"
     if (called := COMMAND.search(line)) is None:

@@ -23,7 +23,7 @@ class TowerConfig(Section):
     """Its preprocessing, as in the section `preprocess`. `encode.views` applies to towers whose preprocessing has
     `augment`."""
     cut: float | int | str | None = None
-    """Its cut, whatever the cut of the run; 1.0 leaves only its head to train. As in `encode.cuts`."""
+    """Its cut, as in `encode.cuts`, in runs of every cut; 1.0 leaves only its head to train."""
     pooling: Pooling | None = None
     """Its pooling, as in `task.pooling`."""
     layers: Layers | None = None
