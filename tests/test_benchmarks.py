@@ -71,7 +71,7 @@ def test_a_benchmark_prints_its_table(name, tmp_path, request):
     project = request.getfixturevalue("encoded") if "{project}" in arguments else tmp_path
     output = tmp_path / "output"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.flow", "timm"])
+    context.set_forkserver_preload(["pipeline.workflows.encode", "pipeline.workflows.train", "timm"])
     process = context.Process(target=run, args=(name, arguments.format(project=project).split(), output))
     process.start()
     process.join()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.report.summary import Cost, Run, curves, plot, summarise, table
+from pipeline.runs.record import Run
+from pipeline.report.summary import CutCost, curves, plot, summarise, table
 
 FULL = Run(
     name="0",
@@ -26,7 +27,7 @@ FULL = Run(
     history=[{"train/loss": 1.0, "train/seconds": 40.0, "validation/accuracy": value} for value in (0.8, 0.9)],
 )
 HALF = dataclasses.replace(FULL, name="0.5", cut=0.5, recycled=0.5, train_seconds_per_epoch=10.0)
-COSTS = {"0": Cost(100.0, 3.0, 0.0), "0.5": Cost(2048.4, 12.0, 0.005)}
+COSTS = {"0": CutCost(100.0, 3.0, 0.0), "0.5": CutCost(2048.4, 12.0, 0.005)}
 
 
 def test_speedups_and_break_even() -> None:
@@ -47,7 +48,7 @@ def test_without_full_fine_tuning_there_is_nothing_to_compare_with() -> None:
 
 
 def test_an_encode_that_was_never_timed_says_nothing_of_break_even() -> None:
-    (half,) = summarise([HALF], {"0.5": Cost(2048.0)})
+    (half,) = summarise([HALF], {"0.5": CutCost(2048.0)})
     assert half.encode_seconds is None
     assert (half.speedup_over_frozen, half.break_even_epoch) == (None, None)
 

@@ -16,7 +16,7 @@ import pipeline
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import sha256
 from pipeline.models.config import ModelConfig
-from pipeline.models.weights import Layout, fit_weights, read_weights, seeded
+from pipeline.models.weights import CheckpointLayout, fit_weights, read_weights, seeded
 
 
 def build(classes: int) -> nn.Module:
@@ -30,7 +30,7 @@ def build(classes: int) -> nn.Module:
 
 def fit(state: dict[str, Tensor], classes: int = 2) -> nn.Module:
     model = build(classes)
-    fit_weights(model, state, Layout.of(build), "weights.pt")
+    fit_weights(model, state, CheckpointLayout.of(build), "weights.pt")
     return model
 
 
@@ -41,7 +41,7 @@ def state() -> dict[str, Tensor]:
 
 
 def test_classifier_is_found_by_its_size() -> None:
-    assert Layout.of(build).head == {"fc.weight", "fc.bias"}
+    assert CheckpointLayout.of(build).head == {"fc.weight", "fc.bias"}
 
 
 def test_by_name(state: dict[str, Tensor]) -> None:
