@@ -4,7 +4,7 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 RUN := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 
-.PHONY: demo demo-text test quick faults check zoo format bench clean
+.PHONY: demo demo-text test quick faults check docs zoo format bench clean
 
 demo: $(VENV)/installed data/mnist_5k.csv.gz
 	$(RUN) dvc repro
@@ -34,6 +34,10 @@ check: $(VENV)/installed
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(RUN) python -m pytest tests/test_layering.py
+
+# docs/settings.md, out of the classes that read params.yaml.
+docs: $(VENV)/installed
+	$(RUN) python docs/make_settings.py
 
 # Some models only: make zoo ZOO="--groups timm --names vit swin"; finished ones are not run again.
 zoo: $(VENV)/installed

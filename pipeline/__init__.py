@@ -1,7 +1,7 @@
-"""Layer recycling: run the frozen lower layers once, train the upper layers from what they gave.
+"""Layer recycling: run the frozen lower layers once, train the upper layers from their stored output.
 
-The data flow, top to bottom::
+    raw data -> sample -> key -> prefix -> state -> segment -> store         (workflows/encode.py)
+    store + sample table -> order -> loader -> suffix -> loss -> metrics     (workflows/train.py)
 
-    raw data -> sample -> key -> prefix -> state -> segment -> store         (encode.py)
-    store + sample table -> order -> loader -> suffix -> loss -> metrics     (train.py)
+ARCHITECTURE.md describes the packages, from the command line down.
 """

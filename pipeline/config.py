@@ -19,9 +19,14 @@ from pipeline.errors import ConfigError
 
 
 class Section(BaseModel):
-    """One section of params.yaml, frozen: unknown keys are errors, and values are not coerced."""
+    """One section of params.yaml, frozen: unknown keys are errors, and values are not coerced.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    A setting's docstring is its description, here and in docs/settings.md.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 def load_sections(

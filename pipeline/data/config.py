@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config import Section
 from pipeline.files import is_function
@@ -35,96 +35,94 @@ Names = Annotated[tuple[str, ...], Field(strict=False, min_length=2)]
 
 
 class DataConfig(Section):
-    """Where the samples come from, what their fields are called, and what is held out."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    """The data set: its source, the names of its fields, and the validation split."""
 
     source: str
-    """Kind of data set: "images" and "audio" (a folder per class, or a table that names or holds the files), "text" (a
-    table of labelled texts), "pairs" (a table of texts that belong together), "conll" (a word and its tag per line),
-    "tagged" (a table of lists of words and of tags), "squad" (questions on paragraphs, SQuAD's JSON), "pixels" (a table
-    with a column per pixel), "arrays" (numbers of any shape in NumPy's files), "torchvision" (a data set of
-    torchvision.datasets), or the user's own "module:function", which is called with this section and returns a
-    `Source`. A table is .csv, .tsv, .jsonl, .json (.gz too), .parquet, a folder with such a file, or its shards, per
-    split, or the folder of a data set that Hugging Face datasets saved by save_to_disk."""
+    """Kind of data set: "images" or "audio" (a folder per class, or a table that names or contains the files), "text"
+    (a table of labelled texts), "pairs" (a table of matching texts), "conll" (one word and its tag per line), "tagged"
+    (a table with lists of words and of tags), "squad" (questions on paragraphs, in SQuAD's JSON), "pixels" (a table
+    with one column per pixel), "arrays" (NumPy files with arrays of any shape), "torchvision" (a data set of
+    torchvision.datasets), or "module:function", your own function, which receives this section and returns a `Source`.
+    A table is a .csv, .tsv, .jsonl or .json file (also .gz), a .parquet file, a folder with one such file or its shards
+    per split, or a folder written by `save_to_disk` of Hugging Face datasets."""
     path: str | None = None
-    """File or folder; "package:PKG/inner/path" names one that an installed package ships. torchvision: the root that
-    its data sets lie in. "module:function" may do without."""
+    """File or folder; "package:PKG/inner/path" names a file in an installed package. torchvision: the root folder of
+    its data sets. Optional for "module:function"."""
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
     """SHA-256 digest of the file at `path`, in hex; checked before the file is read."""
     text: str | None = None
-    """text: name of the field that holds the text."""
+    """text: name of the field with the text."""
     text_pair: str | None = None
-    """text: name of the field of a second text, for tasks on two texts; both go into one input."""
+    """text: name of the field with a second text, for tasks on two texts; both become one input."""
     image: str | None = None
-    """images in a table: name of the field that holds its path, relative to the table's folder, or its bytes."""
+    """images in a table: name of the field with the file's path, relative to the table's folder, or with its bytes."""
     audio: str | None = None
-    """audio in a table: name of the field that holds its path, relative to the table's folder, or its bytes."""
+    """audio in a table: name of the field with the file's path, relative to the table's folder, or with its bytes."""
     labelled: bool = True
-    """Whether labels, splits and groups are read. Without them a data set is contents alone, as `recycle predict` reads
-    its input: files need no folder per class, tables no field of labels, pairs one half each."""
+    """Whether labels, splits and groups are read. If false, only contents are read, as `recycle predict` does: files
+    need no folder per class, tables no label field, and pairs only one of the two texts."""
     label: str | int | Names | None = None
-    """Tables: name of the label's field (it may hold a list), or names of several: a list of numbers to regress.
-    pairs: name of a field that says whether the two belong together (1, true) or do not (0, false), though they look
-    alike; without it all do. pixels: its column by name or by number (the default is -1, the last). arrays: in .npz
-    the name of its array (default "y"); for .npy the file beside it (default "<name>.labels.npy")."""
+    """Tables: name of the label field (its values may be lists), or names of several fields, to regress a list of
+    numbers. pairs: name of a field that says whether the two texts match (1, true) or not (0, false); without it, all
+    do. pixels: name or number of the label column (default: -1, the last). arrays: name of the array in an .npz file
+    (default "y"), or the file beside a .npy file (default "<name>.labels.npy")."""
     delimiter: str | None = Field(default=None, min_length=1)
-    """Tables: what stands between the labels of a sample, where its field holds several in one text ("a|b")."""
+    """Tables: separator of the labels in a field that holds several as one text ("a|b")."""
     split: str | None = None
-    """Tables: name of a field that says train, validation or test; a folder with a file per split needs none. arrays:
-    its array, as `label`. Without it `validation` decides."""
+    """Tables: name of a field whose values are train, validation or test; not needed for a folder with one file per
+    split. arrays: name of its array, as for `label`. Unset: `validation` decides."""
     group: str | None = None
-    """Tables: name of a field (patient, author, document); samples of one group are never parted by `validation`.
-    arrays: its array, as `label`."""
+    """Tables: name of a field (patient, author, document); `validation` keeps the samples of one group in one split.
+    arrays: name of its array, as for `label`."""
     anchor: str | None = None
-    """pairs: name of the field of the first text (a question)."""
+    """pairs: name of the field with the first text (a question)."""
     positive: str | None = None
-    """pairs: name of the field of the text that belongs to it (an answer)."""
+    """pairs: name of the field with the matching text (an answer)."""
     words: str | int | None = None
-    """conll: number of the column of words, from 0 on or from -1 back; the default is 0. tagged: name of the field that
-    holds the list of words."""
+    """conll: number of the column with the words, from 0, or backwards from -1 (default: 0). tagged: name of the field
+    with the list of words."""
     tags: str | int | None = None
-    """conll: number of the column of tags; the default is -1, the last. tagged: name of the field that holds the list
-    of tags."""
+    """conll: number of the column with the tags (default: -1, the last). tagged: name of the field with the list of
+    tags."""
     scheme: Literal["auto", "iob1", "iob2", "bioes"] = "auto"
-    """conll, tagged: how tags mark entities. iob1: I-, and B- where one follows another of its type. iob2: B-, then I-.
-    bioes: S- for a single word, else B-, I-, E-. "auto" reads whichever it is. All become iob2."""
+    """conll, tagged: how tags mark entities. iob1: I-, and B- only where an entity follows another of its type. iob2:
+    B-, then I-. bioes: S- for a single word, else B-, I-, E-. "auto" detects the scheme. All are converted to iob2."""
     window: int = Field(default=200, ge=1)
-    """squad: longest text that comes with a question, in words; a longer paragraph is given in several windows. 200
-    words of English and a question are some 300 tokens: compare preprocess.max_length."""
+    """squad: maximum number of words of a paragraph in one sample; a longer paragraph is split into overlapping
+    windows. 200 English words and a question are about 300 tokens: compare `preprocess.max_length`."""
     overlap: int = Field(default=50, ge=0)
-    """squad: words that a window shares with the one before; answers up to this length are whole in one of them."""
+    """squad: words shared by consecutive windows; an answer up to this length is complete in at least one window."""
     records: str | None = None
-    """Tables in a JSON object: the key that holds the list of records. Needed where several keys hold one."""
+    """Tables in a JSON object: the key of the list of records. Required if several keys hold lists."""
     shape: Annotated[tuple[int, ...], Field(strict=False, min_length=2, max_length=3)] | None = None
-    """pixels: [height, width] or [height, width, channels] of a row of a table. Without it rows are square images, grey
-    or RGB."""
+    """pixels: [height, width] or [height, width, channels] of an image. Unset: images are square, grey or RGB."""
     header: bool | None = None
-    """pixels: whether the first line of a table names the columns. Without it a line without any number does."""
+    """pixels: whether the first line of a table names the columns. Unset: a line without any number does."""
     name: str | None = None
     """torchvision: name of the data set in torchvision.datasets, such as Flowers102."""
     download: bool | None = None
-    """torchvision: fetch what is missing below `path`."""
+    """torchvision: download missing files to `path`."""
     key: str | None = None
-    """The user's own "module:function" that makes the sample key: it is given a content, and returns what stands for it
-    (a text, bytes, a number, an array, or lists and mappings of these). Contents for which it returns the same are one
-    sample to the store: the state of the first serves them all. Rename the function when it is to return something
-    else, because its name is in the keys and its code is not. Files are read at every run. Unset, the key is made of
-    the content as it is."""
+    """Your own function "module:function" that makes the sample key: it receives a content and returns what represents
+    it (a text, bytes, a number, an array, or lists and mappings of these). Contents with equal return values share one
+    state: that of the first one encoded. The key includes the function's name but not its code: rename the function
+    when it should return something else. Files are then read at every run. Unset: the key is the digest of the
+    content."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """torchvision: further arguments of the data set, such as {split: letters} of EMNIST. module:function: settings of
-    the user's own."""
+    """torchvision: further arguments of the data set, such as {split: letters} of EMNIST. module:function: your own
+    settings."""
     validation: float = Field(default=0.2, ge=0, lt=1)
-    """Share of the samples that is held out for validation, where the data set has no validation split of its own."""
+    """Share of the samples held out for validation if the data set has no validation split."""
     hold_out: Literal["samples", "labels"] = "samples"
-    """What is held out: samples, or all samples of some labels (to see how an embedding does on unseen classes)."""
+    """"samples" holds out single samples; "labels" holds out all samples of some labels, to score an embedding on
+    unseen classes."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the choice of held-out samples, and of those that `fraction` leaves. Held-out ones are chosen sample by
-    sample, so that adding some moves no other."""
+    """Seed of the choice of held-out samples, and of `fraction`. Each sample is chosen independently: adding some moves
+    no others."""
 
     fraction: float = Field(default=1.0, gt=0, le=1)
-    """Share of the training samples that is trained on: the same share of each label, chosen by `seed`. It decides
-    nothing but a run: the store and the sample table hold all samples. What a share has, a larger one has too."""
+    """Share of the training samples to train on, chosen by `seed`: the same share of each label. It changes only the
+    run; the store and the sample table hold all samples. A larger share contains every smaller one."""
 
     @model_validator(mode="after")
     def _fits_source(self) -> Self:

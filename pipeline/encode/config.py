@@ -14,31 +14,31 @@ CUT_PATH = re.compile(r"\w[\w-]*(\.[\w-]+)*(#\d+)?")
 
 
 class ExecutorConfig(Section):
-    """Who runs the units of an encode. None of these settings decides what is stored; docs/cluster.md has recipes."""
+    """Who runs the units of an encode. No effect on what is stored; docs/cluster.md has recipes."""
 
     kind: Literal["local", "dask", "slurm"] = "local"
-    """"local": processes on this machine. "dask": the workers of a `dask.distributed` scheduler. "slurm": the tasks of
-    a job array that sbatch submits. All workers must see the project's folder under the same path."""
+    """"local": processes on this machine. "dask": the workers of a dask.distributed scheduler. "slurm": the tasks of a
+    job array that sbatch submits. All workers must see the project's folder under the same path."""
     processes: int | None = Field(default=None, ge=1)
-    """local: how many, each with an accelerator of its own where there are any; they divide the cores. Unset it is 1:
+    """local: number of processes; each has its own accelerator if there are any, and they share the cores. Unset: 1,
     the process that was started."""
     address: str | None = Field(default=None, min_length=1)
-    """dask: of a scheduler that runs already, such as tcp://host:8786; the environment's DASK_SCHEDULER_ADDRESS does as
-    well."""
+    """dask: address of a running scheduler, such as tcp://host:8786. Unset: the environment variable
+    DASK_SCHEDULER_ADDRESS."""
     jobqueue: Literal["slurm", "pbs", "lsf", "sge", "oar", "moab", "htcondor"] | None = None
-    """dask: start a scheduler here, and workers as batch jobs of this kind (dask-jobqueue)."""
+    """dask: start a scheduler here, and its workers as batch jobs of this system (dask-jobqueue)."""
     jobs: int | None = Field(default=None, ge=1)
-    """slurm: tasks of the array; jobqueue: batch jobs, which may come and go. Unset it is 1."""
+    """slurm: tasks of the array. jobqueue: batch jobs, which may come and go. Unset: 1."""
     resources: dict[str, float] = Field(default_factory=dict)
-    """dask: what of a worker's declared resources a unit takes, as in {GPU: 1}; only workers that have it get any."""
+    """dask: worker resources that a unit takes, as in {GPU: 1}; only workers that declare them receive units."""
     threads: int | None = Field(default=None, ge=1)
-    """Threads of torch in each worker. Unset, local processes divide the cores, workers of a jobqueue have those of
-    `options`, and all others what their environment says: dask starts workers with OMP_NUM_THREADS=1."""
+    """Torch threads of each worker. Unset: local processes share the cores, workers of a jobqueue have the cores in
+    `options`, and all others follow their environment (dask starts workers with OMP_NUM_THREADS=1)."""
     retries: int = Field(default=2, ge=0)
-    """How often a unit that kills the process that runs it is tried again before its samples are set aside."""
+    """How often a unit that kills its process is tried again before its samples are set aside."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """The scheduler's own. slurm: of sbatch, as in {partition: gpu, gres: "gpu:1"}; true for one without a value.
-    jobqueue: arguments of dask-jobqueue's cluster, as in {cores: 8, memory: 32GB, queue: gpu}."""
+    """Options of the scheduler. slurm: of sbatch, as in {partition: gpu, gres: "gpu:1"}; true for an option without a
+    value. jobqueue: arguments of the dask-jobqueue cluster, as in {cores: 8, memory: 32GB, queue: gpu}."""
 
     @property
     def is_here(self) -> bool:
@@ -69,40 +69,40 @@ class ExecutorConfig(Section):
 
 
 class EncodeConfig(Section):
-    """How states are made. Of these settings cuts, `dtype`, `codec`, `precision` and `views` decide what is stored."""
+    """How states are made. Only `cuts`, `dtype`, `codec`, `precision` and `views` decide what is stored."""
 
     cuts: list[float | int | str] = Field(min_length=1)
-    """Where to split: a share of the blocks (0.5; 0 for the inputs, 1 for the head only), a number of blocks from 2 on
-    (6), or a module path ("layer3"; "layer#2" for its third call). `recycle cuts` lists what there is and its cost. One
-    pass serves all of them."""
+    """Where to split: a share of the blocks (0.5; 0 stores the inputs, 1 leaves only the head to train), a number of
+    blocks from 2 on (6), or a module path ("layer3"; "layer#2" for its third call). `recycle cuts` lists them with
+    their costs. One pass serves all cuts."""
     store: str | None = None
-    """Where states are stored: a URL below which each cut has its folder, `s3://BUCKET/PREFIX`, `gs://`, `az://` or
-    `file:///FOLDER`; null for the folder data/activations. Credentials come from the environment (AWS_ACCESS_KEY_ID,
-    ...), as do endpoint and region (AWS_ENDPOINT_URL, AWS_REGION). Training brings segments to local scratch
+    """Where states are stored: null for the folder data/activations, or a URL below which each cut has its folder:
+    `s3://BUCKET/PREFIX`, `gs://`, `az://` or `file:///FOLDER`. Credentials, endpoint and region come from the
+    environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_REGION, ...). Training downloads segments to local scratch
     (`train.scratch_gb`)."""
     store_options: dict[str, str | int | bool] = Field(default_factory=dict)
-    """obstore's options for that place where the environment does not have them: {endpoint: ..., region: ...}. What is
-    secret is refused here."""
+    """Options of obstore for `store` that the environment does not give: {endpoint: ..., region: ...}. Secrets are
+    refused."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Type states are stored in; a tensor that leaves float16's range is stored as bfloat16."""
+    """Stored type of floating-point values; a tensor that leaves the range of float16 is stored as bfloat16."""
     codec: Literal["raw", "zstd", "int8", "int8-channel"] = "raw"
-    """How states lie on disk. "raw": as they are, memory-mapped. "zstd": compressed without loss, unpacked to local
-    scratch for training. "int8": whole numbers of one byte and a scale per row (token, channel map), "int8-channel" per
-    channel; `recycle store error` tells what these two change."""
+    """How states are stored. "raw": uncompressed and memory-mapped. "zstd": compressed without loss, unpacked to local
+    scratch for training. "int8": one byte per value and one scale per row (token, channel map); "int8-channel": one
+    scale per channel. `recycle store error` measures what these two change."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type the prefix computes in: below float32 under autocast."""
+    """Compute type of the prefix: below float32 under autocast."""
     batch_size: int = Field(default=64, ge=1)
     """Samples per forward pass of the prefix."""
     views: int | None = Field(default=None, ge=1)
-    """Augmented views stored of each training sample, made by `preprocess.augment`; null for none. Each is a store of
-    its own beside the plain one, which then holds the held-out samples alone. More views encode only themselves, and
-    fewer leave the others where they are. While a segment is encoded, its samples' inputs wait in memory in all views
-    (0.15 MB each at 224 pixels)."""
+    """Augmented views stored of each training sample, made by `preprocess.augment`; null for none. Each view is a store
+    of its own beside the plain one, which then holds only the held-out samples. A larger number encodes only the new
+    views, a smaller one leaves the others in place. While a segment is encoded, the inputs of all its views stay in
+    memory (0.15 MB each at 224 pixels)."""
     segment_samples: int = Field(default=512, ge=1)
-    """Samples per segment: the unit of work that is committed whole."""
+    """Samples per segment, the unit of work that is committed as a whole."""
     workers: int | None = Field(default=None, ge=0)
-    """Processes that read and preprocess samples; 0 does it in this process. null: 0 where the prefix runs on the CPU,
-    whose cores it uses all by itself, else one for every core."""
+    """Processes that read and preprocess samples; 0 does it in the main process. null: 0 if the prefix runs on the CPU,
+    where it uses all cores itself, else one per core."""
     executor: ExecutorConfig = ExecutorConfig()
     """Who runs the units: this process, several, or a cluster."""
     device: str = "auto"
@@ -110,13 +110,13 @@ class EncodeConfig(Section):
     channels_last: bool = False
     """Run image backbones in channels-last memory format: faster on most accelerators."""
     suffix: bool = True
-    """Keep the pretrained weights after each cut beside its store (`<cut>/suffix`): who has the store alone, and not
-    the weights of `model`, can train from it. They take as much room as those weights do."""
+    """Store the pretrained weights after each cut beside its store (`<cut>/suffix`), so that the store can be trained
+    from without the weights of `model`. They take as much disk as those weights."""
     replace: bool = False
-    """Remove the stores of other settings that lie where this encode is to write. Without it, or `recycle encode
-    --replace`, such an encode is refused, and nothing is lost."""
+    """Remove stores of other settings that are in the way. If false, and without `recycle encode --replace`, such an
+    encode is refused and nothing is lost."""
     max_bad: int | float = Field(default=0, ge=0)
-    """Bad samples tolerated before the run ends with exit code 3: a count, or below 1 a fraction of the data set."""
+    """Bad samples tolerated before the run ends with exit code 3: a count, or, below 1, a fraction of the data set."""
 
     def tolerated(self, samples: int) -> int:
         """Return how many bad ones `max_bad` tolerates among so many samples."""

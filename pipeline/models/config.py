@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.config import Section
 from pipeline.files import is_function
@@ -27,29 +27,27 @@ Steps = Annotated[list[dict[str, dict[str, Any]]], BeforeValidator(_as_steps), F
 
 
 class ModelConfig(Section):
-    """Which pretrained network is fine-tuned, and where its weights come from."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    """The pretrained network and the source of its weights."""
 
     backbone: str
-    """"torchvision:NAME", "timm:NAME", "hf:DIRECTORY" or "hf:HUB/NAME" (the directory may be a package's:
-    "hf:package:PKG/inner/path"), or the user's own "module:function", which is called with the head and returns an
+    """"torchvision:NAME", "timm:NAME", "hf:DIRECTORY" or "hf:HUB/NAME" (the directory may be in a package:
+    "hf:package:PKG/inner/path"), or "module:function", your own function, which receives the head and returns an
     `nn.Module` or a `Backbone`."""
     weights: str | None = PRETRAINED
     """"pretrained" for the library's own weights of that name (hf: those of the directory or repository), a file
-    (.safetensors, .pth, .pt, .bin; "package:PKG/inner/path" for one that a package ships), or null for random weights
-    from `seed`. A "module:function" loads its own unless this is a file."""
+    (.safetensors, .pth, .pt, .bin; "package:PKG/inner/path" for one in an installed package), or null for random
+    weights drawn from `seed`. A "module:function" loads its own weights unless this names a file."""
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
-    """SHA-256 digest of the weights' file, in hex; checked before it is read."""
+    """SHA-256 digest of the weights file, in hex; checked before the file is read."""
     revision: str | None = None
-    """hf: commit, tag or branch of a hub repository."""
+    """hf: commit, tag or branch of the hub repository."""
     trust_remote_code: bool = False
-    """hf: run the Python code that the repository brings. It can do anything; leave it off unless you read it."""
+    """hf: run the Python code of the repository. It can do anything; leave this off unless you have read it."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further settings of the network, passed to the library: constructor arguments (torchvision, timm), or fields of
-    the configuration (hf), as in {hidden_dropout_prob: 0.0}."""
+    """Further arguments for the library: of the constructor (torchvision, timm), or fields of the configuration (hf),
+    as in {hidden_dropout_prob: 0.0}."""
     seed: int = Field(default=0, ge=0)
-    """Seed of every weight that no file gives: the new head's, or all of them."""
+    """Seed of all weights that no file provides: those of the new head, or all of them."""
 
     @field_validator("backbone")
     @classmethod
@@ -96,39 +94,38 @@ class ModelConfig(Section):
 
 
 class PreprocessConfig(Section):
-    """How a content becomes the network's inputs. What is not set is the backbone's own."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    """How a content becomes the network's inputs. Unset values are those of the backbone."""
 
     kind: Literal["image", "audio", "text", "array"] | None = None
-    """What contents are. The libraries' backbones know; for a "module:function" it must be set. "array" hands an array
-    on as it is, in float32."""
+    """What contents are. Library backbones define it; a "module:function" needs it. "array" passes an array on
+    unchanged, in float32."""
     image_size: int | None = Field(default=None, ge=1)
-    """image: side of the square that the network sees, in pixels."""
+    """image: side of the square input, in pixels."""
     resize: Literal["crop", "squash"] = "crop"
-    """image: "crop" keeps the proportions and cuts the centre out; "squash" keeps the whole image and not them."""
+    """image: "crop" keeps the proportions and cuts out the centre; "squash" keeps the whole image and changes its
+    proportions."""
     crop: float = Field(default=1.0, gt=0, le=1)
-    """image: share of the shorter side that the crop covers. Libraries evaluate with about 0.875."""
+    """image: share of the shorter side that the crop covers. Libraries commonly evaluate with about 0.875."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
-    """image: how pixels are interpolated."""
+    """image: how pixels are interpolated when resizing."""
     mean: Triple | None = None
-    """image: mean of the red, green and blue values (0..1), subtracted."""
+    """image: mean of the red, green and blue values (0..1), which is subtracted."""
     std: Triple | None = None
-    """image: their standard deviation, divided by."""
+    """image: standard deviation of these values, by which they are divided."""
     augment: Steps | None = None
-    """image: random changes of the training samples, in this order, by the names and arguments of
-    torchvision.transforms.v2: [{RandomResizedCrop: {size: 224, scale: [0.5, 1.0]}}, RandomHorizontalFlip]. They get the
-    whole decoded image (put a crop first: what follows then has less to do); what they leave is resized and cropped as
-    any image where it is not the network's square already. Needs `encode.views`."""
+    """image: random transforms of the training samples, in this order, by their names and arguments in
+    torchvision.transforms.v2: [{RandomResizedCrop: {size: 224, scale: [0.5, 1.0]}}, RandomHorizontalFlip]. They receive
+    the whole decoded image (a crop first makes the later ones cheaper); unless the result has the input size, it is
+    resized and cropped like any image. Needs `encode.views`."""
     rate: int | None = Field(default=None, ge=1)
-    """audio: samples per second that the network hears. hf: backbones state theirs."""
+    """audio: samples per second of the network's input; hf: backbones define it."""
     seconds: float | None = Field(default=None, gt=0)
-    """audio: length that the network hears; longer sounds are cut off at the end, shorter ones are followed by silence.
-    Without it a sound is as long as it is, and a batch is filled up to its longest: for backbones that take a mask."""
+    """audio: length of the input; longer sounds are cut off at the end, shorter ones are padded with silence. Unset:
+    sounds keep their length and a batch is padded to its longest, for backbones that take a mask."""
     tokenizer: str | None = None
-    """text: directory or hub name of the tokenizer. hf: backbones bring theirs."""
+    """text: directory or hub name of the tokenizer; hf: backbones include theirs."""
     max_length: int | None = Field(default=None, ge=2)
-    """text: longest input in tokens, special tokens included; longer texts are cut off at the end."""
+    """text: maximum input length in tokens, special tokens included; longer texts are truncated at the end."""
 
     @field_validator("augment")
     @classmethod

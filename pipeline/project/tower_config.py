@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import ConfigDict, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from pipeline.config import Section
 from pipeline.encode.config import check_cut
@@ -15,27 +15,25 @@ from pipeline.train.loader import Residency
 
 
 class TowerConfig(Section):
-    """How the encoder of one role differs; what is not set is what the other sections say."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
+    """How the encoder of one role differs from the other sections; unset values are theirs."""
 
     model: ModelConfig | None = None
-    """Its network, as the section `model` describes one."""
+    """Its network, as in the section `model`."""
     preprocess: PreprocessConfig | None = None
-    """How its contents become inputs, as the section `preprocess` says it. `encode.views` are those of towers whose
-    preprocessing has an `augment`."""
+    """Its preprocessing, as in the section `preprocess`. `encode.views` applies to towers whose preprocessing has
+    `augment`."""
     cut: float | int | str | None = None
-    """Where it is split, whatever the cut of the run: 1.0 leaves its head alone after the cut. As `encode.cuts`."""
+    """Its cut, as in `encode.cuts`, in runs of every cut; 1.0 leaves only its head to train."""
     pooling: Pooling | None = None
-    """How its vectors become one, as `task.pooling`."""
+    """Its pooling, as in `task.pooling`."""
     layers: Layers | None = None
-    """Its head, as `task.layers`; [] for none. All towers must end in embeddings of one size."""
+    """Its head, as in `task.layers`; [] for none. All towers must produce embeddings of one size."""
     trains: bool = True
-    """Whether what follows its cut is trained. If not, its embeddings are those of the pretrained network."""
+    """Whether its suffix is trained. If not, its embeddings are those of the pretrained network."""
     key: str | None = None
-    """Makes the keys of its samples, as `data.key`."""
+    """Function that makes the keys of its samples, as in `data.key`."""
     residency: Residency | None = None
-    """Where its states lie while training, as `train.residency`."""
+    """Where its states are during training, as in `train.residency`."""
 
     @field_validator("cut")
     @classmethod
@@ -53,17 +51,15 @@ class TowerConfig(Section):
 
 
 class TowersConfig(Section):
-    """Which encoder embeds the samples of each role; one embeds all of them where none is set."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    """One encoder per role; if none is set, one encoder embeds all samples."""
 
     anchor: TowerConfig | None = None
-    """The encoder of anchors (questions)."""
+    """Encoder of anchors (questions)."""
     positive: TowerConfig | None = None
-    """The encoder of positives (answers)."""
+    """Encoder of positives (answers)."""
     shared: bool = False
-    """Train one set of weights for both: towers of one model and cut, which differ in preprocessing, keys or residency.
-    """
+    """Train one set of weights for both roles. Their towers must have one model and cut; they may differ in
+    preprocessing, keys and residency."""
 
     @property
     def is_set(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config import Section
 from pipeline.files import is_function
@@ -56,73 +56,70 @@ Layers: TypeAlias = Annotated[tuple[Annotated[Layer, BeforeValidator(_checked)],
 
 
 class TaskConfig(Section):
-    """The task, its loss, and the score that selects the best epoch."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    """The task: what is learnt, with which loss, and the score that selects the best epoch."""
 
     kind: str = "classification"
-    """"classification" (one label per sample), "multi-label" (any number of them), "regression" (a number, or several),
-    "similarity" (an embedding in which what belongs together is near: pairs, or samples under one label), "tagging" (a
-    tag for every word: entities), "answers" (the span of a text that answers a question), or the user's own
-    "module:function", which is called with this section and returns a `Task`."""
+    """"classification" (one label per sample), "multi-label" (any number of labels), "regression" (one number or
+    several), "similarity" (an embedding in which matching samples are near: pairs, or samples of one label), "tagging"
+    (a tag per word, for entities), "answers" (the span of a text that answers a question), or "module:function", your
+    own function, which receives this section and returns a `Task`."""
     monitor: str | None = None
-    """Score on the validation split that decides which epoch is best. classification: accuracy (default) or macro_f1;
-    multi-label: average_precision (default), micro_f1 or macro_f1; regression: rmse (default), mae, r2, pearson or
-    spearman, of which the first two are better the lower; similarity: precision_at_1 (default; at whatever
-    `precision_at` names), reciprocal_rank or r_precision; tagging: f1 of entities (default), precision, recall or
-    accuracy of tags; answers: f1 of words (default) or exact_match."""
+    """Validation score that selects the best epoch. classification: accuracy (default) or macro_f1; multi-label:
+    average_precision (default), micro_f1 or macro_f1; regression: rmse (default), mae, r2, pearson or spearman, of
+    which the first two are better when lower; similarity: precision_at_1 (default; or another k of `precision_at`),
+    reciprocal_rank or r_precision; tagging: f1 of entities (default), precision, recall, or accuracy of tags; answers:
+    f1 of words (default) or exact_match."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """classification, tagging: share of each target that is spread over all classes. multi-label: share of each yes and
-    no that becomes a maybe."""
+    """classification, tagging: share of each target that is spread over all classes. multi-label: each target moves
+    from 0 or 1 towards one half by this share."""
     class_weights: Literal["balanced"] | None = None
-    """classification, multi-label: "balanced" weighs each class as if all were equally frequent in the training
-    split (multi-label: as if as many samples had a label as not)."""
+    """classification, multi-label: "balanced" weights each class as if all were equally frequent in the training split
+    (multi-label: as if half of the samples had each label)."""
     max_answer: int = Field(default=30, ge=1)
-    """answers: longest answer that is looked for, in tokens."""
+    """answers: maximum length of a predicted answer, in tokens."""
     loss: str = Field(default_factory=_default_loss)
-    """regression: "mse" (the default), "l1" or "huber", on standardised numbers. similarity: a loss of
-    pytorch-metric-learning. Of pairs and labels: "multiple_negatives" (the default: the others of the batch are the
-    negatives; also called "ntxent"), "contrastive", "online_contrastive" (of each sample the pairs alone that are
-    harder than the hardest of the other kind), "triplet_margin", "multi_similarity", "circle", "supcon". Of
-    labels: "fastap"; and with vectors per label that train along "arcface", "cosface", "sub_center_arcface",
-    "softmax", "normalized_softmax", "center" (softmax and a pull to the label's centre), "proxy_anchor", "proxy_nca",
-    "soft_triple"."""
+    """regression: "mse" (default), "l1" or "huber", on standardised numbers. similarity: a loss of
+    pytorch-metric-learning. For pairs and labels: "multiple_negatives" (default: the rest of the batch are the
+    negatives; also called "ntxent"), "contrastive", "online_contrastive" (only pairs harder than the hardest of the
+    other kind), "triplet_margin", "multi_similarity", "circle", "supcon". For labels: "fastap", and, with trained
+    vectors per label, "arcface", "cosface", "sub_center_arcface", "softmax", "normalized_softmax", "center" (softmax
+    plus a pull towards the label's centre), "proxy_anchor", "proxy_nca", "soft_triple"."""
     loss_options: dict[str, Any] = Field(default_factory=dict)
-    """regression, similarity: arguments of the loss, as in {delta: 0.5}, {temperature: 0.05} or {margin: 0.2}; a wrong
-    one is answered with those that exist."""
+    """regression, similarity: arguments of the loss, as in {delta: 0.5}, {temperature: 0.05} or {margin: 0.2}. The
+    message for an unknown argument lists the known ones."""
     distance: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"
-    """similarity: how two embeddings are compared, by the loss, the miner and the scores. All but "cosine" see the
-    embeddings' lengths. Losses that are made for cosines refuse others."""
+    """similarity: distance used by the loss, the miner and the scores. All but "cosine" depend on the embeddings'
+    lengths. Losses that are defined on cosines refuse the others."""
     miner: str | None = None
-    """similarity: what picks the informative pairs of a batch for the loss: "triplet_margin" (all triplets within the
-    margin; {type_of_triplets: hard} or semihard takes some), "batch_hard" (of each sample the furthest positive and
-    the nearest negative), "batch_easy_hard", "multi_similarity", "pair_margin", "hdc" (the hardest share), "angular"
+    """similarity: selects the informative pairs of a batch for the loss: "triplet_margin" (all triplets within the
+    margin, or those of {type_of_triplets: hard} or semihard), "batch_hard" (the furthest positive and the nearest
+    negative of each sample), "batch_easy_hard", "multi_similarity", "pair_margin", "hdc" (the hardest share), "angular"
     or "distance_weighted"."""
     miner_options: dict[str, Any] = Field(default_factory=dict)
-    """similarity: arguments of the miner, as in {type_of_triplets: semihard}. Its margin is the loss's, unless set."""
+    """similarity: arguments of the miner, as in {type_of_triplets: semihard}. Its margin is that of the loss unless
+    set."""
     memory: int | None = Field(default=None, ge=1)
-    """similarity: also compare each batch with so many embeddings of the steps before (cross-batch memory,
-    arXiv:1912.06798): many more negatives than fit in a batch. It holds a batch at least. For losses of pairs but
-    "fastap"."""
+    """similarity: compare each batch also with this many embeddings of earlier steps (cross-batch memory,
+    arXiv:1912.06798): many more negatives than fit in a batch. It must hold at least one batch. For losses on pairs
+    except "fastap"."""
     symmetric: bool = False
-    """similarity of pairs: also look for the anchor of each positive, and take the mean of both losses."""
+    """similarity of pairs: also retrieve the anchor of each positive, and average both losses."""
     pooling: Pooling | None = None
-    """similarity: how the vectors of a sample become one: the mean or the largest over its tokens, the first token, or
-    what the backbone itself pools. Unset: mean for texts, the backbone's own for images."""
+    """similarity: how the vectors of a sample become one: "mean" or "max" over its tokens, "cls" for the first token,
+    "pooled" for the backbone's own pooling. Unset: mean for texts, the backbone's own for images."""
     layers: Layers = ()
-    """similarity: the head, layers after pooling, in order. Numbers are widths of linear layers, ReLU between them, as
-    in [512, 256]. By name there are linear, mlp, gated, skip, widening, dropout, layer_norm, activation and identity,
-    as in [{skip: {dropout: 0.1}}, {linear: 256}]; pipeline/tasks/heads.py has their options. Empty: the embedding is
-    what was pooled."""
+    """similarity: layers of the head after pooling, in order. Numbers are widths of linear layers with ReLU between
+    them, as in [512, 256]; other layers have names, as in [{skip: {dropout: 0.1}}, {linear: 256}]. Empty: the pooled
+    vector is the embedding."""
     samples_per_label: int = Field(default=4, ge=2)
-    """similarity of labels: K samples of one label come together, so that each has positives. They are one of the P
-    units of a batch: `train.batch_size` is P, and a batch has P x K samples of up to P labels."""
+    """similarity of labels: K samples of one label form one unit, so that each sample has positives. `train.batch_size`
+    counts units: with P units a batch has P x K samples of up to P labels."""
     precision_at: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = (1,)
-    """similarity: of how many nearest neighbours the share that belongs to the query is scored, as in [1, 5, 10]."""
+    """similarity: the values of k for precision@k, as in [1, 5, 10]."""
     seed: int = Field(default=0, ge=0)
     """similarity: seed of the loss's own weights."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """module:function: settings of the user's own."""
+    """module:function: your own settings."""
 
     @model_validator(mode="after")
     def _fits_kind(self) -> Self:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from pipeline.config import Section
@@ -28,8 +28,6 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "s
 
 class LayerConfig(Section):
     """Options of one kind of layer."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     @abstractmethod
     def build(self, width: int) -> nn.Module:
@@ -61,14 +59,14 @@ class Linear(LayerConfig):
 
 
 class Mlp(LayerConfig):
-    """Linear layers, with an activation (and dropout) between them."""
+    """Linear layers with an activation, and optionally dropout, between them."""
 
     widths: Annotated[tuple[Width, ...], Field(strict=False, min_length=1)]
-    """Width of each layer's output."""
+    """Output width of each layer."""
     activation: Activation = "relu"
-    """relu, gelu, silu or tanh."""
+    """Function between the layers."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the values that is dropped after each activation."""
+    """Dropout probability after each activation."""
 
     def build(self, width: int) -> nn.Module:
         layers: list[nn.Module] = [nn.Linear(width, self.widths[0])]
@@ -84,29 +82,29 @@ class Mlp(LayerConfig):
 
 
 class Gated(LayerConfig):
-    """A learnt gate per feature, between 0 and 1: as few parameters as features, for little data."""
+    """A learnt gate between 0 and 1 per feature: as few parameters as features, for small data sets."""
 
     def build(self, width: int) -> nn.Module:
         return Gate(width)
 
 
 class Skip(LayerConfig):
-    """The input plus a linear layer of it, which starts at zero: training starts at the pretrained embedding."""
+    """The input plus a linear layer of it that starts at zero: training starts at the pretrained embedding."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the features that is dropped before the linear layer; the sum keeps them."""
+    """Dropout probability before the linear layer; the sum keeps the whole input."""
 
     def build(self, width: int) -> nn.Module:
         return Residual(width, self.dropout)
 
 
 class Widening(LayerConfig):
-    """A linear layer up, an activation, and a linear layer down to the width that came in."""
+    """A linear layer up, an activation, and a linear layer down to the width of the input."""
 
     factor: float = Field(default=4.0, gt=0)
-    """How many times wider the middle is."""
+    """Width of the middle, relative to the input."""
     activation: Activation = "relu"
-    """relu, gelu, silu or tanh."""
+    """Function in the middle."""
 
     def build(self, width: int) -> nn.Module:
         middle = max(1, round(width * self.factor))
@@ -114,17 +112,17 @@ class Widening(LayerConfig):
 
 
 class Dropout(LayerConfig):
-    """Drops features at random in training."""
+    """Dropout of features in training."""
 
     share: float = Field(ge=0, lt=1)
-    """Share of the features that is dropped."""
+    """Dropout probability."""
 
     def build(self, width: int) -> nn.Module:
         return nn.Dropout(self.share)
 
 
 class LayerNorm(LayerConfig):
-    """Mean 0 and variance 1 over the features, then a learnt scale and shift."""
+    """Layer normalisation over the features, with a learnt scale and shift."""
 
     def build(self, width: int) -> nn.Module:
         return nn.LayerNorm(width)
@@ -134,7 +132,7 @@ class ActivationLayer(LayerConfig):
     """A function of each feature."""
 
     function: Activation
-    """relu, gelu, silu or tanh."""
+    """The function."""
 
     def build(self, width: int) -> nn.Module:
         return _ACTIVATIONS[self.function]()

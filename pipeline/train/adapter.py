@@ -38,25 +38,25 @@ through many layers stays far below; a weight that the model also reads otherwis
 
 
 class AdapterConfig(Section):
-    """Which adapter trains in place of the pretrained weights after the cut; fresh layers train in full beside it.
+    """Adapters that train in place of the pretrained weights after the cut; new layers train in full beside them.
 
     Everything else after the cut is frozen: weights, biases, and the running statistics of batch normalisation, which
-    stays in eval mode as it does before the cut. What training changes is thus the adapters and the head, no more.
+    stays in eval mode as it does before the cut.
     """
 
     kind: Literal["lora", "peanut"] = "lora"
     """`lora` (arXiv:2106.09685) adds a low-rank product to the weights of linear layers and convolutions. `peanut`
-    (arXiv:2410.01870) is a bottleneck as Houlsby's adapters are (down-projection, ReLU, up-projection, zero at first),
-    for linear layers: it reads the frozen weight, not the activations, and can therefore be merged. It makes a whole
-    weight at every step, which costs more time than training that weight; `lora` costs less."""
+    (arXiv:2410.01870) is a bottleneck like Houlsby's adapters (down-projection, ReLU, up-projection that starts at
+    zero) for linear layers: it reads the frozen weight instead of the activations and can therefore be merged. It
+    builds a whole weight at every step, which takes longer than training that weight; `lora` is cheaper."""
     rank: int = Field(default=8, ge=1)
     """Width of the low-rank product or of the bottleneck."""
     alpha: int = Field(default=16, ge=1)
     """The adapter's output is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout of the adapter's input; lora alone has it."""
+    """Dropout of the adapter's input; only for lora."""
     targets: list[str] | None = None
-    """Layers to adapt: their paths, or the ends of them ("query" is every layer of that name). None: every layer after
+    """Layers to adapt, by path or by the end of the path ("query" is every layer of that name). null: every layer after
     the cut that the method can adapt."""
 
     @model_validator(mode="after")

@@ -36,5 +36,5 @@ def test_the_readme_s_settings_and_commands(tmp_path: Path) -> None:
     (tmp_path / "bin/recycle").chmod(0o755)
     for line in commands.splitlines():
         run(tmp_path, "sh", "-c", f'PATH="$PWD/bin:$PATH"; {line}')
-    assert (tmp_path / "said.parquet").is_file()
+    assert (tmp_path / "predictions.parquet").is_file()
     assert stages(run(tmp_path, "dvc", "repro")) == ["train@0", "train@layer4", "train@1.0", "report"]

@@ -24,7 +24,7 @@ from pipeline.store import SUFFIX, Reader, Store, read_attachment, write_attachm
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.train import train_project
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")]  # of a library of DVC
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")]
 SHARED = ("data/activations", "data/samples.parquet")
 
 
