@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import check_sha256, locate
 from pipeline.models.config import ModelConfig
+from pipeline.models.efficientnet_pytorch import with_timm_names
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Checkpoin
     Raises:
         ModelError: any other tensor is missing, unexpected or of another shape.
     """
+    state = with_timm_names(state, layout.shapes)
     faults = _name_faults(state, layout)
     if faults:
         renamed = _by_position(state, layout)

