@@ -15,7 +15,7 @@ PLAIN = {
     "_project_conv": "conv_pw",
     "_bn2": "bn2",
 }
-EXPANDING = PLAIN | {"_expand_conv": "conv_pw", "_bn0": "bn1", "_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3",}
+EXPANDING = PLAIN | {
     "_expand_conv": "conv_pw",
     "_bn0": "bn1",
     "_bn1": "bn2",
