@@ -21,6 +21,9 @@ Every message gives the setting or place, the value met, the bound it broke, and
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 
 class RecyclingError(Exception):
     """Root of all errors raised on purpose; the command line prints its message without a traceback."""
@@ -88,3 +91,9 @@ class ClusterError(RecyclingError):
 
 class TrainError(RecyclingError):
     """Training cannot start, or cannot go on."""
+
+
+def first_few(names: Iterable[str], count: int = 5) -> str:
+    """Return the first `count` of `names` for a message, with "..." if there are more."""
+    shown = list(itertools.islice(names, count + 1))
+    return ", ".join([*shown[:count], "..."] if len(shown) > count else shown)

@@ -51,7 +51,7 @@ _OPEN = {
 
 
 def open_source(config: DataConfig) -> Source:
-    """Open the data set that `config` describes; its digest is checked before a byte of it is read.
+    """Open the data set that `config` describes, after its digest is checked.
 
     Raises:
         ConfigError: a setting names nothing that exists; the message names what does.
@@ -71,7 +71,5 @@ def _open(config: DataConfig) -> Source:
         return _OPEN[config.source](config, path)
     source = load_function(config.source, "data.source", "config: DataConfig")(config)
     if not isinstance(source, Source):
-        raise ConfigError(
-            f"data.source is {config.source!r}, which returned {type(source).__name__}; expected a Source"
-        )
+        raise ConfigError(f"data.source {config.source!r} returned {type(source).__name__}; expected a Source")
     return source

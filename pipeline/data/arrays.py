@@ -43,8 +43,7 @@ class Arrays(Source):
         return Row(where, None if self.splits is None else split_named(self.splits[i], where), targets)
 
     def content(self, i: int) -> np.ndarray:
-        sample: np.ndarray = np.asarray(self.samples[i])
-        return sample
+        return np.asarray(self.samples[i])
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the path only: a copy maps the file again, which may be larger than memory."""
@@ -73,8 +72,7 @@ def _from_npy(config: DataConfig, path: Path) -> Arrays:
         file = path.parent / name
         if Path(name).name != name or not file.is_file():
             raise ConfigError(f"data.{setting}: {path} holds samples alone; {name} is missing beside it; name its .npy")
-        loaded: np.ndarray = _load(file)
-        return loaded
+        return np.asarray(_load(file))
 
     return _checked(config, path, _load(path), beside, label=f"{path.stem}.labels.npy")
 
@@ -103,13 +101,9 @@ def _checked(
         return Arrays(path, samples, None)
     labels = read("label", config.label if isinstance(config.label, str) else label)
     if samples.ndim < 2 or labels.ndim not in (1, 2) or len(labels) != len(samples):
-        raise DataError(
-            f"{path}: samples {samples.shape} and labels {labels.shape}; expected (N, ...) and (N,) or (N, K)"
-        )
+        raise DataError(f"{path}: samples {samples.shape}, labels {labels.shape}; expected (N, ...), (N,) or (N, K)")
     if samples.dtype.kind not in NUMBERS or labels.dtype.kind not in f"{NUMBERS}U":
-        raise DataError(
-            f"{path}: samples {samples.dtype}, labels {labels.dtype}; expected numbers, and numbers or text"
-        )
+        raise DataError(f"{path}: samples {samples.dtype}, labels {labels.dtype}; expected numbers, numbers or text")
     more = {setting: name for setting in ("split", "group") if (name := getattr(config, setting)) is not None}
     columns = {setting: read(setting, name) for setting, name in more.items()}
     for setting, column in columns.items():

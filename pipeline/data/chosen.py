@@ -35,7 +35,7 @@ class Chosen(Source):
         return self._source.content(int(self._rows[i]))
 
     def key(self, i: int, content: Content) -> bytes:
-        """Return the key that a function makes. Its name is in it: what two functions give is never taken for equal."""
+        """Return the key that a function makes; it includes the function's name."""
         found = self._function(i)
         if found is None:
             return self._source.key(int(self._rows[i]), content)
@@ -43,7 +43,7 @@ class Chosen(Source):
         return content_key([name, function(content)])
 
     def stamp(self, i: int) -> Stamp | None:
-        """Return None where a function makes the key: an unchanged file does not tell that it gives the same still."""
+        """Return None if a function makes the key: its result may change although the file has not."""
         return self._source.stamp(int(self._rows[i])) if self._function(i) is None else None
 
     def left_out(self) -> LeftOut:
@@ -52,8 +52,7 @@ class Chosen(Source):
     def _function(self, i: int) -> tuple[str, KeyFunction] | None:
         if not self._functions:
             return None
-        everyones = self._functions.get(None)
-        return self._functions.get(role_of(self._source, int(self._rows[i])), everyones)
+        return self._functions.get(role_of(self._source, int(self._rows[i])), self._functions.get(None))
 
 
 def with_keys(source: Source, functions: Mapping[str | None, str], setting: str) -> Source:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.config import Section
 from pipeline.files import is_function
@@ -124,38 +125,31 @@ class DataConfig(Section):
     """Share of the training samples to train on, chosen by `seed`: the same share of each label. It changes only the
     run; the store and the sample table hold all samples. A larger share contains every smaller one."""
 
-    @model_validator(mode="after")
-    def _fits_source(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         kind = "module:function" if is_function(self.source) else self.source
         if kind not in _USED_BY:
-            raise ValueError(f"source is {self.source!r}; expected one of {', '.join(_USED_BY)}")
-        faults = [
-            f"{name} is {getattr(self, name)!r}, which source {self.source} does not use; remove it"
-            for name in sorted((self.model_fields_set & _SPECIFIC) - _USED_BY[kind])
-            if getattr(self, name) not in (None, {})
-        ]
-        required = () if kind == "module:function" else ("path", *_REQUIRED_BY.get(kind, ()))
-        required = tuple(name for name in required if self.labelled or name not in ("label", "tags"))
-        faults += [
-            f"{name} is not set; source {self.source} needs it" for name in required if getattr(self, name) is None
-        ]
+            yield f"source is {self.source!r}; expected one of {', '.join(_USED_BY)}"
+            return
+        for name in sorted((self.model_fields_set & _SPECIFIC) - _USED_BY[kind]):
+            if getattr(self, name) not in (None, {}):
+                yield f"{name} is {getattr(self, name)!r}, which source {self.source} does not use; remove it"
+        for name in () if kind == "module:function" else ("path", *_REQUIRED_BY.get(kind, ())):
+            if getattr(self, name) is None and (self.labelled or name not in ("label", "tags")):
+                yield f"{name} is not set; source {self.source} needs it"
         if kind != "pixels" and isinstance(self.label, int):
-            faults.append(f"label is {self.label}; source {self.source} names its field")
+            yield f"label is {self.label}; source {self.source} names its field"
         if isinstance(self.label, tuple) and (kind not in ("images", "audio", "text") or self.delimiter is not None):
-            faults.append(f"label is {list(self.label)}; only tables have several fields, and without a delimiter")
+            yield f"label is {list(self.label)}; only tables have several fields, and without a delimiter"
         if kind == "conll" and (isinstance(self.words, str) or isinstance(self.tags, str)):
-            faults.append(f"words is {self.words!r} and tags is {self.tags!r}; source conll numbers its columns")
+            yield f"words is {self.words!r} and tags is {self.tags!r}; source conll numbers its columns"
         if kind == "tagged" and (isinstance(self.words, int) or isinstance(self.tags, int)):
-            faults.append(f"words is {self.words!r} and tags is {self.tags!r}; source tagged names its fields")
+            yield f"words is {self.words!r} and tags is {self.tags!r}; source tagged names its fields"
         if self.key is not None and not is_function(self.key):
-            faults.append(f"key is {self.key!r}; expected module:function")
+            yield f"key is {self.key!r}; expected module:function"
         if self.overlap >= self.window:
-            faults.append(f"overlap is {self.overlap}, window {self.window}; make the overlap smaller")
+            yield f"overlap is {self.overlap}, window {self.window}; make the overlap smaller"
         if self.shape is not None and (min(self.shape) < 1 or self.shape[2:] not in ((), (1,), (3,))):
-            faults.append(f"shape is {list(self.shape)}; expected positive [height, width] and at most 1 or 3 channels")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+            yield f"shape is {list(self.shape)}; expected positive [height, width] and at most 1 or 3 channels"
 
     def of_inputs(self, path: str) -> Self:
         """Return the settings of data of the same kind at `path`, without labels."""

@@ -28,10 +28,8 @@ class _Quotes:
 
     count: int = 0
     """Number of cells that begin with a quotation mark."""
-    needed: int = 0
-    """Those of them that hold quotation marks, delimiters or line breaks."""
     doubled: int = 0
-    """Those of them that hold quotation marks."""
+    """Number of those that contain quotation marks, too."""
     broken: tuple[int, int] | None = None
     """The first and the last line of the first cell that goes over several."""
     fault: int | None = None
@@ -43,9 +41,9 @@ class _Quotes:
 def read_delimited(path: Path, data: bytes, delimiter: bytes, texts: Collection[str]) -> pa.Table:
     """Return the table in `data`, the content of the file at `path`; the columns `texts` are read as texts.
 
-    In CSV a cell that begins with a quotation mark is enclosed in them, as RFC 4180 has it. In TSV it is where all such
-    cells are, and lines would break without them, each of them holds a doubled one, or there is one in every record;
-    else quotation marks are characters, and a line is a record.
+    In CSV a cell that begins with a quotation mark is enclosed in them (RFC 4180). In TSV quotation marks enclose cells
+    if that holds for all such cells, and lines would break otherwise, or each has a doubled mark, or every record has
+    one; else they are characters, and a line is a record.
 
     Raises:
         DataError: a cell is not enclosed as a whole, or a TSV can be read in two ways; the message names the lines.
@@ -114,19 +112,20 @@ def _is_even(data: bytes, delimiter: bytes) -> bool:
 def read_labels(columns: Sequence[pa.ChunkedArray]) -> list[pa.ChunkedArray]:
     """Return labels of text, of several files, as numbers where that loses nothing; nothing in such a column is null.
 
-    They are int64 where each is written as whole numbers are ("7", and not "007"), float64 where each is written as a
-    number is and no two are one number ("0.5", and not beside "5e-1"); else they stay texts: two texts are two classes.
+    They are int64 if all are written as whole numbers ("7", not "007"), float64 if all are written as numbers and no
+    two are equal ("0.5" beside "5e-1"); else they stay texts: two texts are two classes.
     """
     unique: list[str] = pc.unique(pa.chunked_array([c for column in columns for c in column.chunks])).to_pylist()
     labels = [text for text in unique if text.strip() not in _NOTHING]
-    if not labels or not all(_is_number(label) for label in labels):
+    if not labels or not all(is_number(label) for label in labels):
         return list(columns)
     blank = pa.array([text for text in unique if text.strip() in _NOTHING], pa.string())
     kind = _kind_of(labels)
     return [pc.if_else(pc.is_in(column, blank), None, column).cast(kind) for column in columns]
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Return whether a text is a number, in the digits of ASCII."""
     try:
         float(text)
     except ValueError:
@@ -135,10 +134,8 @@ def _is_number(text: str) -> bool:
 
 
 def _kind_of(labels: Sequence[str]) -> Any:
-    written = [repr(float(label)) for label in labels]
     if all(re.fullmatch("0|-?[1-9][0-9]{0,18}", label) and abs(int(label)) < 2**63 for label in labels):
         return pa.int64()
-    same = all(
-        label in (as_float, as_float.removesuffix(".0")) for label, as_float in zip(labels, written, strict=True)
-    )
-    return pa.float64() if same and len(set(written)) == len(labels) else pa.string()
+    written = {repr(float(label)) for label in labels}
+    same = all(repr(float(label)) in (label, f"{label}.0") for label in labels)
+    return pa.float64() if same and len(written) == len(labels) else pa.string()

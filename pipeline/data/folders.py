@@ -16,9 +16,9 @@ _SIGNATURE_BYTES = 16
 
 class ClassFolder(Source):
     """Files below `root`: `<class>/**/<file>`, or `<split>/<class>/**/<file>` with splits train, validation, test.
-    Where they are not `labelled`, `**/<file>`. A file is one of them by its extension or by its first bytes.
+    If they are not `labelled`, `**/<file>`. Files are recognised by their extension or their first bytes.
 
-    Content is the bytes of the file: it is decoded by preprocessing alone, so that a key costs no decoding.
+    Content is the bytes of the file; preprocessing decodes them.
     """
 
     holds: ClassVar[str]
@@ -42,10 +42,11 @@ class ClassFolder(Source):
             else [(file, None, {}) for file in self._below(root)]
         )
         if not self._files:
-            known = " ".join(sorted(self.extensions))
             where = " in folders named after their class" if labelled else ""
             others = f"; left out: {self._left_out}" if self._left_out else ""
-            raise DataError(f"data.path {root} holds no {self.holds} ({known}){where}{others}")
+            raise DataError(
+                f"data.path {root} holds no {self.holds} ({' '.join(sorted(self.extensions))}){where}{others}"
+            )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -58,9 +59,6 @@ class ClassFolder(Source):
 
     def stamp(self, i: int) -> Stamp | None:
         return stamp_file(self._below_root + self._files[i][0])
-
-    def left_out(self) -> LeftOut:
-        return self._left_out
 
     def _of_class(self, folder: Path) -> list[str]:
         files = self._below(folder)
@@ -90,9 +88,7 @@ class ImageFolder(ClassFolder):
         | {".ppm", ".tif", ".tiff", ".webp"}
     )
     # Files of raw photographs begin as TIFF does, and would give their small preview.
-    signature = re.compile(
-        rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavi[fs]|BM....\0{4}", re.DOTALL
-    )
+    signature = re.compile(rb"(?s)\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavi[fs]|BM....\0{4}")
 
 
 class AudioFolder(ClassFolder):
@@ -103,7 +99,7 @@ class AudioFolder(ClassFolder):
         {".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".w64"}
         | {".wav", ".wave"}
     )
-    signature = re.compile(rb"RIFF....WAVE|RF64....WAVE|FORM....AIF[FC]|fLaC|OggS|ID3|\.snd|caff", re.DOTALL)
+    signature = re.compile(rb"(?s)RIFF....WAVE|RF64....WAVE|FORM....AIF[FC]|fLaC|OggS|ID3|\.snd|caff")
 
 
 def read_file(path: Path) -> bytes:
@@ -127,7 +123,7 @@ def stamp_file(path: Path | str) -> Stamp | None:
 
 
 def _splits(root: Path, left_out: LeftOut) -> list[tuple[str | None, Path]]:
-    """Tell split folders from class folders: splits there are where one is called train and all are splits."""
+    """Return split folders, if one is called train and all are splits; else `root` as a folder of classes."""
     splits = {name: find_split(name) for name in _folders(root, root, LeftOut(), "")}
     found = {split for split in splits.values() if split}
     if "train" not in found or (None in splits.values() and found == {"train"}):

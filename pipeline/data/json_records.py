@@ -18,16 +18,13 @@ _SHOWN = 40
 
 
 def read_lines(path: Path, text: str) -> list[Any]:
-    """Return the values of JSON Lines; empty lines are none.
+    """Return the values of JSON Lines; empty lines are skipped.
 
     Raises:
         DataError: a line is not JSON; the message names it.
     """
-    objects = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            objects.append(parse(line, f"{path}, line {number}"))
-    return objects
+    lines = enumerate(text.split("\n"), 1)
+    return [parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
 def read_list(path: Path, text: str, records: str | None) -> list[Any]:
@@ -63,9 +60,9 @@ def parse(text: str, where: str) -> Any:
 def from_objects(
     path: Path, objects: Sequence[Any], wanted: Collection[str], contents: Collection[str]
 ) -> tuple[pa.Table, Faults]:
-    """Make a table of the `wanted` fields alone: the others may be nested, or of a type that differs between records.
+    """Return a table with values of the `wanted` fields only: others may be nested, or differ in type between records.
 
-    What is wrong with one record of a field of `contents` is returned, and the cell is empty.
+    A fault in one record of a field of `contents` is returned, and its cell is empty.
 
     Raises:
         DataError: a record is no object; or a field mixes types, or holds in one record what no table can.
@@ -83,12 +80,9 @@ def from_objects(
         if wrong:
             faults[name] = wrong
         column = _column(path, name, [None if i in wrong else value for i, value in enumerate(values)])
-        columns[_plain(name)] = column.cast(pa.string()) if wrong and pa.types.is_null(column.type) else column
+        plain = name.encode("utf-8", "backslashreplace").decode()
+        columns[plain] = column.cast(pa.string()) if wrong and pa.types.is_null(column.type) else column
     return pa.table(columns), faults
-
-
-def _plain(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _column(path: Path, name: str, values: list[Any]) -> pa.ChunkedArray:
@@ -97,9 +91,7 @@ def _column(path: Path, name: str, values: list[Any]) -> pa.ChunkedArray:
     except (pa.ArrowException, OverflowError) as error:
         kinds = [type(value) for value in values if value is not None]
         odd = next((i for i, value in enumerate(values) if value is not None and type(value) is not kinds[0]), 0)
-        raise DataError(
-            f"{path}: field {name} mixes types, from record {odd} on ({error}); give every record the same"
-        ) from error
+        raise DataError(f"{path}: field {name} mixes types, from record {odd} on ({error}); use one") from error
 
 
 def _wrong(values: list[Any]) -> dict[int, str]:

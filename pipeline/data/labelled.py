@@ -9,23 +9,21 @@ import pyarrow.compute as pc
 
 from pipeline.data.config import DataConfig
 from pipeline.data.records import Records
-from pipeline.data.source import LeftOut, Row, Source, Target, is_missing
-from pipeline.errors import DataError
+from pipeline.data.source import Row, Source, Target, is_missing
+from pipeline.errors import DataError, first_few
 
 LABEL = "label"
-NAMED = 5
 
 
 class Labelled(Source):
     """A labelled sample per record of a table. A subclass gives the content.
 
-    The target `label` is the cell of the label's field; the list of cells where several fields are named (numbers to
-    regress); or, with a `delimiter`, the list of the texts between the delimiters. With a field `group`, samples of one
-    group are never parted by a split. Where records have no labels, there is no target.
+    The target `label`, if there are labels, is the cell of the label's field; a list of cells if several fields are
+    named (numbers to regress); or, with a `delimiter`, the list of the texts between the delimiters.
     """
 
     def __init__(self, name: str, records: Records, delimiter: str | None = None) -> None:
-        self._records, self._delimiter = records, delimiter
+        self._records, self._delimiter, self._left_out = records, delimiter, records.left_out
         self._labels = [column for setting, column in records.columns.items() if setting.partition(".")[0] == LABEL]
         for setting, column in records.columns.items():
             if setting.partition(".")[0] in (LABEL, "group"):
@@ -41,9 +39,6 @@ class Labelled(Source):
             targets["group"] = str(self._records.columns["group"][i].as_py())
         return Row(self._records.where(i), self._records.split(i), targets)
 
-    def left_out(self) -> LeftOut:
-        return self._records.left_out
-
     def _label(self, i: int) -> Any:
         cells = [column[i].as_py() for column in self._labels]
         if self._delimiter is not None:
@@ -53,7 +48,7 @@ class Labelled(Source):
 
 
 def label_fields(config: DataConfig) -> dict[str, str]:
-    """Return the settings that every labelled table shares -> the names of their fields; none where not `labelled`."""
+    """Return the settings that all labelled tables share, with their fields; none if `config` is not `labelled`."""
     if not config.labelled:
         return {}
     labels = config.label if isinstance(config.label, tuple) else (config.label,)
@@ -66,7 +61,7 @@ def as_target(value: object, where: str) -> Any:
     """Return a cell as a target: a number, a text, or a list of these.
 
     Raises:
-        DataError: a list holds nothing in some place.
+        DataError: an item of a list is missing.
     """
     if isinstance(value, list):
         if any(is_missing(item) for item in value):
@@ -81,10 +76,10 @@ def as_target(value: object, where: str) -> Any:
 def refuse_missing(
     name: str, records: Records, column: pa.ChunkedArray, what: str, *, may_be_blank: bool = False
 ) -> None:
-    """Refuse a column that has nothing in some records: no value, a text of blanks (unless it `may_be_blank`), or NaN.
+    """Check that a column has a value in all records: no null or NaN, and no blank text unless it `may_be_blank`.
 
     Raises:
-        DataError: there are such records; the message has their count and names the first.
+        DataError: some records have none; the message has their count and names the first.
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -93,7 +88,6 @@ def refuse_missing(
         missing = column.is_null(nan_is_null=True)
     elif not may_be_blank and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         missing = pc.or_(missing, pc.fill_null(pc.equal(pc.ascii_trim_whitespace(column), ""), False))
-    rows = pc.indices_nonzero(missing).to_pylist()
-    if rows:
-        named = ", ".join(records.where(row) for row in rows[:NAMED]) + (", ..." if len(rows) > NAMED else "")
+    if rows := pc.indices_nonzero(missing).to_pylist():
+        named = first_few(map(records.where, rows))
         raise DataError(f"{name}: {len(rows)} records have no {what} ({named}); give each one, or leave them out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.data.config import DataConfig
 from pipeline.data.folders import AudioFolder, ClassFolder, ImageFolder, read_file, stamp_file
@@ -16,18 +17,16 @@ from pipeline.errors import BadSampleError, ConfigError, DataError
 
 
 class MediaTable(Labelled):
-    """A file and a label per record of a table. A cell of `setting` has a path below the folder `root`, or the bytes.
-
-    Hugging Face saves both, {bytes, path}: there the bytes come first.
+    """A file and a label per record of a table. A cell of `setting` has a path below the folder `root`, or the bytes;
+    of {bytes, path}, as Hugging Face saves it, the bytes come first.
     """
 
     def __init__(self, name: str, records: Records, setting: str, root: Path, delimiter: str | None) -> None:
         super().__init__(name, records, delimiter)
         self.root, self._files, self._setting = root, records.columns[setting], setting
-        if not _holds_files(self._files.type):
-            raise ConfigError(f"data.{setting}: the field holds {self._files.type}; expected paths, bytes, or both")
-        for i in range(len(self)):
-            if (path := self._path(i)) is not None and not _is_below(path):
+        self._paths = _paths(self._files, setting)
+        for i, path in enumerate(self._paths.to_pylist()):
+            if path is not None and not _is_below(path):
                 raise DataError(f"{records.where(i)}: {setting} is {path!r}; expected one relative to {root}, below it")
 
     def content(self, i: int) -> bytes:
@@ -35,34 +34,13 @@ class MediaTable(Labelled):
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if isinstance(data, bytes):
             return data
-        path = self._path(i)
-        if not path:
+        if not (path := self._paths[i].as_py()):
             raise BadSampleError(self._records.fault(self._setting, i) or "the field of the file is empty")
         return read_file(self.root / path)
 
     def stamp(self, i: int) -> Stamp | None:
-        path = self._path(i)
+        path = self._paths[i].as_py()
         return stamp_file(self.root / path) if path else None
-
-    def _path(self, i: int) -> str | None:
-        """Return the path that is read for row `i`; None where the table holds the bytes, or nothing."""
-        cell = self._files[i]
-        if pa.types.is_struct(cell.type):
-            if (
-                not cell.is_valid
-                or ("bytes" in self._members and cell["bytes"].is_valid)
-                or "path" not in self._members
-            ):
-                return None
-            cell = cell["path"]
-        path: str | None = (
-            None if pa.types.is_binary(cell.type) or pa.types.is_large_binary(cell.type) else cell.as_py()
-        )
-        return path
-
-    @property
-    def _members(self) -> set[str]:
-        return {field.name for field in self._files.type}
 
 
 def open_images(config: DataConfig, path: Path) -> Source:
@@ -76,8 +54,8 @@ def open_audio(config: DataConfig, path: Path) -> Source:
 
 
 def _open(config: DataConfig, path: Path, setting: str, folder: type[ClassFolder]) -> Source:
-    of_tables = (setting, "label", "split", "group", "records", "delimiter")
     if path.is_dir() and not is_saved(path):
+        of_tables = (setting, "label", "split", "group", "records", "delimiter")
         unused = [name for name in of_tables if getattr(config, name) is not None]
         if unused and config.labelled:
             raise ConfigError(
@@ -87,22 +65,26 @@ def _open(config: DataConfig, path: Path, setting: str, folder: type[ClassFolder
         return folder(path, labelled=config.labelled)
     needed = (setting, "label") if config.labelled else (setting,)
     if missing := [name for name in needed if getattr(config, name) is None]:
-        raise ConfigError(
-            f"data.{missing[0]} is not set; data.path {path} is a table; name the field, or give a folder of classes"
-        )
+        remedy = "name the field, or give a folder of classes"
+        raise ConfigError(f"data.{missing[0]} is not set; data.path {path} is a table; {remedy}")
     named = {setting: getattr(config, setting)} | label_fields(config)
     records = read_records(path, named, records=config.records, labels_as_text=config.delimiter is not None)
     root = path if path.is_dir() else path.parent
     return MediaTable(path.name, records, setting, root, config.delimiter)
 
 
-def _holds_files(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return bool({"bytes", "path"} & {field.name for field in kind})
-    return any(
-        holds(kind)
-        for holds in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    )
+def _paths(files: pa.ChunkedArray, setting: str) -> pa.ChunkedArray:
+    """Return the path that is read for each record; null where the table holds the bytes, or nothing."""
+    kind = files.type
+    members = {field.name for field in kind} if pa.types.is_struct(kind) else set[str]()
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return files
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or ("bytes" in members and "path" not in members):
+        return pa.nulls(len(files))
+    if "path" not in members:
+        raise ConfigError(f"data.{setting}: the field holds {kind}; expected paths, bytes, or both")
+    paths = pc.struct_field(files, "path")
+    return pc.if_else(pc.is_valid(pc.struct_field(files, "bytes")), None, paths) if "bytes" in members else paths
 
 
 def _is_below(path: str) -> bool:

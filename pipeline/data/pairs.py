@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.data.config import DataConfig
 from pipeline.data.records import Records, read_records
-from pipeline.data.source import LeftOut, Row, Source, Target
+from pipeline.data.source import Row, Source, Target
 from pipeline.errors import DataError
 
 ROLES = ("anchor", "positive")
@@ -16,12 +16,12 @@ _ANSWERS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 class Pairs(Source):
     """Two rows per record, the anchor and then its positive; the target `pair` is the record's number.
 
-    Where a label says whether the two belong together, the target `belongs` is 1 or 0. Where the records have one of
-    the two alone, a record is one row.
+    A label that says whether the two match becomes the target `belongs`, 1 or 0. Records that have only one of the two
+    give one row each.
     """
 
     def __init__(self, records: Records) -> None:
-        self._records = records
+        self._records, self._left_out = records, records.left_out
         self._roles = [role for role in ROLES if role in records.columns]
         answers = records.columns["label"].to_pylist() if "label" in records.columns else []
         self._belongs = [_belongs(answer, records.where(i)) for i, answer in enumerate(answers)]
@@ -39,9 +39,6 @@ class Pairs(Source):
     def content(self, i: int) -> str:
         pair, role = divmod(i, len(self._roles))
         return self._records.text(self._roles[role], pair)
-
-    def left_out(self) -> LeftOut:
-        return self._records.left_out
 
 
 def open_pairs(config: DataConfig, path: Path) -> Pairs:

@@ -11,12 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipeline.data.config import DataConfig
-from pipeline.data.delimited import read_labels
+from pipeline.data.delimited import is_number, read_labels
 from pipeline.data.source import Row, Source, Target, is_missing
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, first_few
 
 CHANNELS = (1, 3)
-NAMED = 5
 
 
 class Pixels(Source):
@@ -58,8 +57,7 @@ def open_pixels(config: DataConfig, path: Path) -> Pixels:
         return Pixels(path.name, images, None)
     labels = read_labels([table.column(column)])[0].to_pylist()
     if missing := [f"{path.name}#{row}" for row, label in enumerate(labels) if is_missing(label)]:
-        named = ", ".join(missing[:NAMED])
-        raise DataError(f"{path}: {len(missing)} rows have no label (column {column}; the first: {named})")
+        raise DataError(f"{path}: {len(missing)} rows have no label (column {column}; {first_few(missing)})")
     return Pixels(path.name, images, labels)
 
 
@@ -83,15 +81,7 @@ def _has_header(path: Path) -> bool:
             first = stream.read(1 << 20).split(b"\n", 1)[0].decode("utf-8", errors="replace")
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"data.path {path} cannot be read: {error}") from error
-    return not any(_is_number(field.strip().strip('"')) for field in first.split(","))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return not any(is_number(field.strip().strip('"')) for field in first.split(","))
 
 
 def _label_column(config: DataConfig, names: list[str], *, named: bool) -> int | None:
@@ -104,16 +94,13 @@ def _label_column(config: DataConfig, names: list[str], *, named: bool) -> int |
             return None
     if isinstance(label, str):
         if not named or label not in names:
-            known = f"the columns {_few(names)}" if named else f"{len(names)} columns without names; give its number"
+            shown = ", ".join(names if len(names) <= 12 else [*names[:6], "...", *names[-5:]])
+            known = f"the columns {shown}" if named else f"{len(names)} columns without names; give its number"
             raise ConfigError(f"data.label is {label!r}; {config.path} has {known}")
         return names.index(label)
     if not -len(names) <= label < len(names):
         raise ConfigError(f"data.label is {label}; {config.path} has {len(names)} columns")
     return label % len(names)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names if len(names) <= 12 else [*names[:6], "...", *names[-5:]])
 
 
 def _check_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:

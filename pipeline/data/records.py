@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, compress
+from itertools import accumulate
 from pathlib import Path
 
 import pyarrow as pa
@@ -91,9 +91,8 @@ def read_records(
 ) -> Records:
     """Return the columns `fields` (setting -> field name) of a file or a folder; those in `any_of` are optional.
 
-    A folder has files of splits (`files_by_split`), or is a data set saved by Hugging Face datasets. Class numbers that
-    have names are these names. Labels of CSV and TSV are numbers where `read_labels` takes them for such, unless
-    `labels_as_text`; all else there is text.
+    A folder has files of splits (`files_by_split`), or is a data set saved by Hugging Face datasets, whose class
+    numbers become names. In CSV and TSV all is text but labels, which `read_labels` converts unless `labels_as_text`.
 
     Raises:
         ConfigError: a field does not exist (the message names those that do), or the kind of file is unknown.
@@ -115,26 +114,19 @@ def read_records(
     if splits and "split" in fields:
         raise ConfigError(f"data.split is {fields['split']!r}, but {path} has a file per split; remove it")
     columns = [_choose(file, table, fields, any_of) for file, _, table in parts]
-    if not labels_as_text:
-        delimited = [_kind(file) in DELIMITERS for file, _, _ in parts]
-        _read_labels(list(compress(columns, delimited)))
+    delimited = [part for part, (file, _, _) in zip(columns, parts, strict=True) if _kind(file) in DELIMITERS]
+    for setting in [name for name in columns[0] if name.partition(".")[0] == "label"]:
+        if delimited and not labels_as_text:  # numbers in all files, or in none
+            labels = read_labels([part[setting] for part in delimited])
+            for part, column in zip(delimited, labels, strict=True):
+                part[setting] = column
     try:
         merged = {name: pa.chunked_array([c for part in columns for c in part[name].chunks]) for name in columns[0]}
     except pa.ArrowException as error:
         raise DataError(f"data.path {path}: a field differs in type between the files ({error})") from error
-    files = [(_name(file, path), table.num_rows) for file, _, table in parts]
+    names = [file.name if file == path else file.relative_to(path).as_posix() for file, _, _ in parts]
+    files = [(name, table.num_rows) for name, (_, _, table) in zip(names, parts, strict=True)]
     return Records(merged, files, splits or None, left_out, faults)
-
-
-def _read_labels(columns: Sequence[dict[str, pa.ChunkedArray]]) -> None:
-    """Convert the labels of all files to numbers if all are numeric."""
-    for setting in [name for name in (columns[0] if columns else ()) if name.partition(".")[0] == "label"]:
-        for of_file, labels in zip(columns, read_labels([of_file[setting] for of_file in columns]), strict=True):
-            of_file[setting] = labels
-
-
-def _name(file: Path, path: Path) -> str:
-    return file.name if file == path else file.relative_to(path).as_posix()
 
 
 def _kind(file: Path) -> str:
@@ -160,7 +152,7 @@ def _read_file(path: Path, fields: dict[str, str], records: str | None) -> tuple
     if kind not in KINDS or (kind == ".parquet" and path.suffix == ".gz"):
         raise ConfigError(
             f"data.path is {path}; expected a name that ends in {', '.join(KINDS)} (.gz but for the last), a folder "
-            "with such files of splits, or a data set that was saved by save_to_disk"
+            "with such files of splits, or a data set saved by save_to_disk"
         )
     try:
         if kind == ".parquet":
@@ -176,17 +168,13 @@ def _read_file(path: Path, fields: dict[str, str], records: str | None) -> tuple
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the content of a file, unpacked where its name says it is packed.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the content of a file, decompressed if its name says so; raises OSError if it cannot be read."""
     with pa.input_stream(str(path), compression="detect") as stream:
         return bytes(stream.read())
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, unpacked where its name says it is packed.
+    """Return the text of a file, decompressed if its name says so.
 
     Raises:
         OSError: it cannot be read.

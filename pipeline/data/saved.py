@@ -1,7 +1,7 @@
-"""Data sets that Hugging Face datasets wrote by `save_to_disk`: Arrow files, read where they lie.
+"""Data sets that Hugging Face datasets wrote by `save_to_disk`: Arrow streams and a list of their files.
 
-They are memory-mapped by pyarrow alone: the format is Arrow's own stream beside a list of its files, and nothing of a
-data set's code, cache or pickles is needed. Tables of that library, in Parquet too, say what their class numbers mean.
+They are memory-mapped by pyarrow, without the data set's code, cache or pickles. The metadata of that library's tables,
+in Parquet too, has the names of class numbers.
 """
 
 from __future__ import annotations
@@ -38,16 +38,14 @@ def read_saved(path: Path) -> list[tuple[Path, str | None, pa.Table]]:
 
 
 def with_class_names(table: pa.Table, name: str) -> pa.ChunkedArray:
-    """Return the column `name`; class numbers become the names that the table's metadata gives them, or nothing (-1).
+    """Return the column `name`, with the class numbers that the table's metadata name replaced by names, -1 by null.
 
     Raises:
         DataError: a number has no name.
     """
-    column = table.column(name)
-    names = _class_names(table, name)
-    if names is None:
-        return column
-    flat = column.combine_chunks()
+    if (names := _class_names(table, name)) is None:
+        return table.column(name)
+    flat = table.column(name).combine_chunks()
     numbers = flat.flatten() if pa.types.is_list(flat.type) else flat
     try:
         numbers = numbers.cast(pa.int64())
@@ -62,9 +60,8 @@ def with_class_names(table: pa.Table, name: str) -> pa.ChunkedArray:
 
 
 def _read_one(folder: Path) -> pa.Table:
-    files = _read_json(folder / STATE, "_data_files")
     tables = []
-    for item in files:
+    for item in _read_json(folder / STATE, "_data_files"):
         file = folder / _plain(item.get("filename") if isinstance(item, dict) else item, folder / STATE)
         try:
             tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all())

@@ -88,6 +88,9 @@ class LeftOut(dict[str, tuple[int, str]]):
 class Source(ABC):
     """A data set. Rows are in a fixed order; an instance can be pickled, because worker processes read from a copy."""
 
+    _left_out = LeftOut()
+    """Files and records of the data set that are not rows; a subclass that finds some assigns its own."""
+
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -105,24 +108,23 @@ class Source(ABC):
         """
 
     def key(self, i: int, content: Content) -> bytes:
-        """Return the sample key, 16 bytes, of row `i`, whose content is `content`: samples of one key share a state.
+        """Return the sample key, 16 bytes, of row `i` with `content`: samples with one key share a state.
 
         Raises:
-            TypeError: it can be made of no such content.
+            TypeError: content of this type has no key.
         """
         return content_key(content)
 
     def stamp(self, i: int) -> Stamp | None:
-        """Return the stamp of the file whose bytes, all of them and nothing else, are the content of row `i`.
+        """Return the stamp of the file whose bytes are the content of row `i`, so that it need not be read again.
 
-        It saves reading a file whose key is known from an earlier run. None, as here, where a content is anything
-        else, or the file cannot be seen: such a row is read at every run.
+        None (the default) if the content is not a whole file, or the file is missing: the row is read at every run.
         """
         return None
 
     def left_out(self) -> LeftOut:
         """Return the files and records of the data set that are not rows. Default: none."""
-        return LeftOut()
+        return self._left_out
 
 
 def split_named(name: object, where: str) -> str:

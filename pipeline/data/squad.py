@@ -1,7 +1,6 @@
 """Questions on paragraphs whose answers are spans of them: SQuAD's JSON, versions 1.1 and 2.0.
 
-Paragraphs that are too long for a network are given in overlapping windows of words: the windows belong to the data, so
-that they are the same for every tokenizer.
+Long paragraphs are split into overlapping windows of words, the same for every tokenizer.
 """
 
 from __future__ import annotations
@@ -40,9 +39,8 @@ class Question:
 class Questions(Source):
     """A row per window of a question's context; its content is (question, window).
 
-    Targets: `question` (its id), `window` (the text), `answers` (all right ones), `start` and `end` of the first of
-    them that lies in the window, in characters of it, -1 where none does; and `group`, the article: what is held out is
-    whole articles.
+    Targets: `question` (its id), `window` (the text), `answers` (all right ones), `start` and `end` of the first one in
+    the window, in characters, -1 if there is none; and `group`, the article, because whole articles are held out.
     """
 
     def __init__(self, name: str, questions: Sequence[Question], window: int, overlap: int, left_out: LeftOut) -> None:
@@ -85,9 +83,6 @@ class Questions(Source):
             raise BadSampleError(f"no text: question {question.name} is empty")
         return question.text, question.context[begin:end]
 
-    def left_out(self) -> LeftOut:
-        return self._left_out
-
 
 def open_squad(config: DataConfig, path: Path) -> Questions:
     """Read a file of articles, or a file per split."""
@@ -105,9 +100,9 @@ def open_squad(config: DataConfig, path: Path) -> Questions:
 
 
 def windows(text: str, size: int, overlap: int) -> list[tuple[int, int]]:
-    """Return where windows of at most `size` words begin and end in `text`, each sharing `overlap` with the one before.
+    """Return begin and end, in characters, of the windows of at most `size` words that cover `text`.
 
-    Together they cover all words; a text without any has no window.
+    Consecutive windows share `overlap` words; a text without words has no window.
     """
     words = [found.span() for found in WORD.finditer(text)]
     firsts = range(0, max(len(words) - overlap, min(1, len(words))), size - overlap)
@@ -115,10 +110,7 @@ def windows(text: str, size: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def _first_inside(answers: Sequence[tuple[int, str]], begin: int, end: int) -> tuple[int, int]:
-    """Return where the first answer that lies whole in a window begins and ends in it, (-1, -1) if there is none.
-
-    Space around an answer belongs to no token, and does not count.
-    """
+    """Return begin and end, in the window, of the first answer inside it without the space around; else (-1, -1)."""
     for start, answer in answers:
         first = start + len(answer) - len(answer.lstrip())
         last = start + len(answer.rstrip())

@@ -19,12 +19,11 @@ import pyarrow.parquet
 
 from pipeline.data.config import DataConfig
 from pipeline.data.source import SPLITS, Row, Source, Target, is_missing
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_few
 from pipeline.files import whole
 from pipeline.keys import KEY_BYTES
 
 _FIXED = ("key", "split", "source")
-_NAMED = 5
 _VIEWS = b"views"
 
 
@@ -58,19 +57,17 @@ class SampleTable:
         return SampleTable(self.keys[rows], self.split[rows], sources, targets, self.views)
 
     def share(self, fraction: float, seed: int, *, by_label: bool = True) -> SampleTable:
-        """Return the table with a `fraction` of its training samples, the same share of each label, of at least one,
-        where a sample has one label and shares are taken `by_label`: numbers to regress are none.
+        """Return the table with a `fraction` of its training samples: `by_label`, the same share of each, at least one.
 
-        What belongs together (a duplicate, the pairs of a group) stays together. Which samples are taken depends on
-        their keys and on `seed` alone; a larger fraction has all that a smaller one has.
+        Duplicates and the pairs of a group stay together. The choice depends only on keys and `seed`; a larger fraction
+        contains every smaller one.
         """
         if fraction == 1:
             return self
         training = self.rows("train")
         identities = _identities(self.keys[training], {k: v[training] for k, v in self.targets.items()}, "samples")
         labels = [""] * len(training)
-        is_class = by_label and "label" in self.targets and self.targets["label"].dtype.kind in "iuU"
-        if is_class:  # floats are numbers to regress, and no strata
+        if by_label and "label" in self.targets and self.targets["label"].dtype.kind in "iuU":  # floats are no classes
             labels = [str(label) for label in self.targets["label"][training]]
         strata: dict[str, dict[bytes, float]] = defaultdict(dict)
         for label, identity in zip(labels, identities, strict=True):
@@ -88,11 +85,7 @@ class SampleTable:
         keys = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(KEY_BYTES), len(self), [None, pa.py_buffer(np.ascontiguousarray(self.keys))]
         )
-        columns = {
-            "key": keys,
-            "split": pa.array(self.split.tolist()),
-            "source": pa.array(list(self.source), pa.string()),
-        }
+        columns = {"key": keys, "split": self.split.tolist(), "source": pa.array(list(self.source), pa.string())}
         columns |= {name: _arrow(name, values) for name, values in self.targets.items()}
         metadata = None if self.views is None else {_VIEWS: str(self.views)}
         with whole(path) as beside:
@@ -123,9 +116,9 @@ class SampleTable:
 def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray | None = None) -> SampleTable:
     """Return the sample table of the `rows` of `source` (all, if None), whose keys (N, 16) uint8 are `keys`.
 
-    A pair of which one half is not among the rows is left out. Where the data set has no validation split, the share
-    `config.validation` of its training samples is held out, each by a hash of its key (pairs: of its group) alone: a
-    sample stays where it is when others come or go, and duplicates land on one side.
+    Incomplete pairs are left out. If the data set has no validation split, the share `config.validation` of its
+    training samples is held out, each by a hash of its key (pairs: of its group): other samples do not move it, and
+    duplicates land on one side.
 
     Raises:
         DataError: no row is left, or rows disagree in their targets.
@@ -133,11 +126,17 @@ def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray
     numbers = np.arange(len(source)) if rows is None else np.asarray(rows)
     described = [source.row(int(i)) for i in numbers]
     if described and "pair" in described[0].targets:
-        kept = _complete_pairs(described)
+        members: dict[object, list[int]] = defaultdict(list)
+        for i, row in enumerate(described):
+            members[row.targets["pair"]].append(i)
+        kept = [i for pair in members.values() if len(pair) == 2 for i in pair]
         described, keys = [described[i] for i in kept], keys[kept]
     if not described:
         raise DataError(f"data.path {config.path}: no usable sample is left; see the samples set aside")
-    _refuse_unlabelled(described)
+    if missing := [row.source for row in described if "label" in row.targets and is_missing(row.targets["label"])]:
+        raise DataError(
+            f"{len(missing)} samples have no label ({first_few(missing)}); give each one, or leave them out"
+        )
     targets = {name: _column(name, [_target(row, name) for row in described]) for name in described[0].targets}
     if "pair" in targets:
         targets["group"] = _groups(targets["pair"], targets["role"], keys, targets.get("belongs"))
@@ -170,26 +169,11 @@ def _target(row: Row, name: str) -> Target:
     return row.targets[name]
 
 
-def _refuse_unlabelled(described: list[Row]) -> None:
-    missing = [row.source for row in described if "label" in row.targets and is_missing(row.targets["label"])]
-    if missing:
-        named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
-        raise DataError(f"{len(missing)} samples have no label ({named}); give each one, or leave them out")
-
-
-def _complete_pairs(described: list[Row]) -> list[int]:
-    members: dict[object, list[int]] = defaultdict(list)
-    for i, row in enumerate(described):
-        members[row.targets["pair"]].append(i)
-    return [i for pair in members.values() if len(pair) == 2 for i in pair]
-
-
 def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray, belongs: np.ndarray | None = None) -> np.ndarray:
-    """Return a name per row that pairs share when a chain of equal anchors or equal positives joins them.
+    """Return the group of each row: pairs connected by equal anchors or equal positives, unless `belongs` is 0.
 
-    Such pairs are no negatives of each other, and must not be parted by a split. A pair of which `belongs` is 0 joins
-    nothing. The name is the smallest key among the positives, so that a further question to a known answer renames
-    nothing.
+    Such pairs are no negatives of each other, and stay in one split. The group's name is the smallest key among its
+    positives, so that a new question to a known answer does not change it.
     """
     names = [key.tobytes().hex() for key in keys]
     parent = {name: name for name in names}
@@ -216,9 +200,7 @@ def _identities(keys: np.ndarray, targets: Mapping[str, np.ndarray], hold_out: s
     """Return what decides the split of each row: rows with equal identities land on one side."""
     if hold_out == "labels":
         if "label" not in targets:
-            raise DataError(
-                f"data.hold_out is 'labels', but the samples have {', '.join(targets)}; set it to 'samples'"
-            )
+            raise DataError(f"data.hold_out is 'labels', but the samples have {', '.join(targets)}; set samples")
         return [f"label {value}".encode() for value in targets["label"].tolist()]
     if "belongs" in targets:  # the two of a pair stay together, whether they belong together or not
         targets = {"group": _groups(targets["pair"], targets["role"], keys)}
@@ -232,14 +214,11 @@ def _decide_splits(described: list[Row], identities: list[bytes], config: DataCo
     if unknown := sorted(str(split) for split in given - {None, *SPLITS}):
         raise DataError(f"the source gives the split {unknown[0]!r}; expected one of {', '.join(SPLITS)}")
     held_out = 0.0 if "validation" in given else config.validation
-    return np.array(
-        [
-            "validation"
-            if row.split in (None, "train") and _fraction(identity, config.seed) < held_out
-            else row.split or "train"
-            for row, identity in zip(described, identities, strict=True)
-        ]
-    )
+    splits = []
+    for row, identity in zip(described, identities, strict=True):
+        is_held_out = row.split in (None, "train") and _fraction(identity, config.seed) < held_out
+        splits.append("validation" if is_held_out else row.split or "train")
+    return np.array(splits)
 
 
 def _fraction(identity: bytes, seed: int) -> float:

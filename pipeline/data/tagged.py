@@ -54,9 +54,6 @@ class Tagged(Source):
     def content(self, i: int) -> list[str]:
         return self._sentences[i].words
 
-    def left_out(self) -> LeftOut:
-        return self._left_out
-
 
 def open_conll(config: DataConfig, path: Path) -> Tagged:
     """Read a file with a word and its tag per line and an empty line after each sentence, or a file per split."""
@@ -88,10 +85,8 @@ def open_tagged(config: DataConfig, path: Path) -> Tagged:
 def _read_conll(path: Path, split: str | None, word: int, tag: int | None) -> Iterator[Sentence]:
     """Yield the sentences of a file; one is called by the number of its first line."""
     lines = [line.split("\t") if "\t" in line else line.split() for line in _lines(path)]
-    of_words = (
-        (number, line) for number, line in enumerate(lines, 1) if any(line) and not line[0].startswith(NO_WORDS)
-    )
-    width = next((_checked_width(line, word, tag, f"{path.name}:{number}") for number, line in of_words), 0)
+    first = next((i for i, line in enumerate(lines) if any(line) and not line[0].startswith(NO_WORDS)), None)
+    width = 0 if first is None else _checked_width(lines[first], word, tag, f"{path.name}:{first + 1}")
     first_line, words, tags = 0, list[str](), list[Tag]()
     for number, fields in enumerate([*lines, []], 1):
         where = f"{path.name}:{number}"
@@ -119,7 +114,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _is_comment(fields: list[str], width: int, tag: int | None) -> bool:
-    """Say whether a line is a comment. Where "#" is a word, the line has all columns, and a tag in the right one."""
+    """Return whether a line is a comment: a line whose word is "#" has all columns, and a tag in the right one."""
     if not fields or not fields[0].startswith(COMMENT):
         return False
     return len(fields) != width or (tag is not None and parse(fields[tag]) is None)
@@ -130,9 +125,7 @@ def _checked_width(fields: list[str], word: int, tag: int | None, where: str) ->
     width = len(fields)
     for name, column in (("words", word), ("tags", tag)):
         if column is not None and not -width <= column < width:
-            raise ConfigError(
-                f"data.{name} is {column}; {where} has {width} columns: 0..{width - 1}, or -1 for the last"
-            )
+            raise ConfigError(f"data.{name} is {column}; {where} has {width} columns: 0..{width - 1}, or -1 (last)")
     if tag is not None and (width == 1 or word % width == tag % width):
         raise DataError(f"{where} has {width} columns; words are in {word} and tags in {tag}: two columns are needed")
     return width

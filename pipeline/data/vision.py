@@ -58,9 +58,9 @@ class Torchvision(Source):
         return np.asarray(image)
 
     def _label(self, i: int, where: str) -> str | int:
-        """Return the name of the class where the data set has one, else its number.
+        """Return the name of the class if the data set has one, else its number.
 
-        A data set that lists its classes need not be read for it; of another each sample is read once.
+        Samples are read, once, only if the data set does not list their targets.
         """
         if i not in self._known:
             number, place = self._places[i]
@@ -74,9 +74,8 @@ class Torchvision(Source):
                 'data.options, or write a source of your own ("module:function")'
             )
         names = getattr(self._parts[self._places[i][0]][1], "classes", None)
-        known = isinstance(names, list | tuple) and 0 <= int(label) < len(names)
-        name = names[int(label)] if known and names is not None else int(label)
-        return name if isinstance(name, str) else int(label)
+        known = names[int(label)] if isinstance(names, list | tuple) and 0 <= int(label) < len(names) else None
+        return known if isinstance(known, str) else int(label)
 
 
 def open_torchvision(config: DataConfig, path: Path) -> Torchvision:
@@ -111,7 +110,7 @@ def open_torchvision(config: DataConfig, path: Path) -> Torchvision:
 
 
 def _arguments(kind: type) -> set[str]:
-    """Return what the constructor takes; one with `**kwargs` hands on to that of its base class."""
+    """Return the names of the constructor's arguments, with those of its base class if it has `**kwargs`."""
     names: set[str] = set()
     for constructor in (vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)):
         parameters = inspect.signature(constructor).parameters
@@ -122,7 +121,7 @@ def _arguments(kind: type) -> set[str]:
 
 
 def _make(kind: type, arguments: dict[str, Any], path: Path, chooser: str | None = None) -> Any:
-    """Return the data set; None where it does not know this value of the argument `chooser`."""
+    """Return the data set; None if it does not know this value of the argument `chooser`."""
     try:
         return kind(**arguments)
     except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.data.source import LeftOut, find_split
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, first_few
 
 HIDDEN = "hidden"
 _OF_SYSTEMS = frozenset(
@@ -22,7 +22,6 @@ _DATA = "data"
 """Folder in which hubs keep the files of a data set."""
 _OF = re.compile(r"(?<!\d)(?P<number>\d+)[-_]of[-_](?P<count>\d+)(?P<digest>-[0-9a-f]{16})?")
 _NUMBER = re.compile(r"(?<![^._-])(?<!\d\.)(?P<number>\d+)(?=[._-])")
-_NAMED = 3
 
 
 class _Shard(NamedTuple):
@@ -38,12 +37,12 @@ class _Shard(NamedTuple):
 
 
 def is_hidden(name: str) -> bool:
-    """Say whether a file or folder is the system's or a tool's, and no data."""
+    """Return whether a file or folder belongs to the operating system or a tool."""
     return name.startswith(".") or name.lower() in _OF_SYSTEMS
 
 
 def visible(folder: Path, root: Path, left_out: LeftOut) -> list[os.DirEntry[str]]:
-    """Return what lies in `folder` and is not hidden, by name; hidden ones are counted, as they lie below `root`.
+    """Return the entries of `folder` that are not hidden, by name; hidden ones are added to `left_out`.
 
     Raises:
         DataError: the folder cannot be read.
@@ -60,9 +59,9 @@ def visible(folder: Path, root: Path, left_out: LeftOut) -> list[os.DirEntry[str
 
 
 def files_below(folder: Path, root: Path, is_wanted: Callable[[str], bool], left_out: LeftOut) -> list[str]:
-    """Return the files below `folder` that are wanted, relative to `root`, in an order that is the same everywhere.
+    """Return the files below `folder` that are wanted, relative to `root`, sorted; others are counted by extension.
 
-    Links to folders are followed, but not back to one that they lie in. All other files are counted by extension.
+    Links to folders are followed, but not to a folder that contains them.
     """
     above = frozenset(_identity(parent) for parent in (root.resolve(), *root.resolve().parents))
     names = []
@@ -99,9 +98,9 @@ def _identity(folder: Path) -> tuple[int, int]:
 def files_by_split(path: Path, left_out: LeftOut, suffixes: Collection[str] = ()) -> list[tuple[Path, str | None]]:
     """Return the files of a data set, each with its split: the one at `path`, or those of a folder that name a split.
 
-    A name does so by one of its parts, as in train.txt, eng.train.conll or dev-v1.1.json; files may also lie in the
-    folder "data", or in one called after their split. A split may be in numbered shards, as in
-    train-00000-of-00002.parquet. Other files are counted, and so are those without one of `suffixes`, if any are given.
+    A part of a name is the split, as in train.txt, eng.train.conll or dev-v1.1.json, or the folder's name is; files may
+    be in the folder "data", too, and in numbered shards, as in train-00000-of-00002.parquet. Other files, and those
+    with none of `suffixes` if any are given, are counted.
 
     Raises:
         ConfigError: the folder has no such file.
@@ -125,7 +124,7 @@ def files_by_split(path: Path, left_out: LeftOut, suffixes: Collection[str] = ()
 
 
 def _of_splits(path: Path, left_out: LeftOut) -> Iterator[tuple[Path, str | None]]:
-    """Yield the files of a folder with the split that their name, or that of the folder they lie in, says."""
+    """Yield the files of a folder with the split that their own name or their folder's gives."""
     for entry in visible(path, path, left_out):
         if not entry.is_dir():
             yield Path(entry), _split_of(entry.name)
@@ -171,10 +170,9 @@ def _in_order(path: Path, split: str, shards: list[_Shard]) -> list[Path]:
     begin = 1 if first.total in numbers else 0
     expected = range(numbers[0], numbers[-1] + 1) if first.total is None else range(begin, begin + first.total)
     if missing := sorted(set(expected) - set(numbers)):
-        names = ", ".join(first.name.replace("*", str(number).zfill(first.digits)) for number in missing[:_NAMED])
-        more = ", ..." if len(missing) > _NAMED else ""
+        names = first_few(first.name.replace("*", str(number).zfill(first.digits)) for number in missing)
         raise DataError(
-            f"{path}: {len(missing)} shards of the split {split} are missing ({names}{more}); {len(shards)} are there; "
+            f"{path}: {len(missing)} shards of the split {split} are missing ({names}); {len(shards)} are there; "
             "fetch the others"
         )
     return [shard.path for shard in shards]

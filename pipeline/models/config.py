@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from pipeline.config import Section
 from pipeline.files import is_function
@@ -59,22 +60,14 @@ class ModelConfig(Section):
             raise ValueError(f"expected {', '.join(f'{known}:NAME' for known in LIBRARIES)} or module:function")
         return backbone
 
-    @model_validator(mode="after")
-    def _fits_library(self) -> Self:
-        faults = [
-            f"{name} is {getattr(self, name)!r}, which only hf: backbones use; remove it"
-            for name in ("revision", "trust_remote_code")
-            if getattr(self, name) and self.library != "hf"
-        ]
+    def _faults(self) -> Iterator[str]:
+        for name in ("revision", "trust_remote_code"):
+            if getattr(self, name) and self.library != "hf":
+                yield f"{name} is {getattr(self, name)!r}, which only hf: backbones use; remove it"
         if self.sha256 and self.library != "hf" and not self.has_file:
-            faults.append(
-                f"sha256 is set, but weights is {self.weights!r}, which is no file; remove it or name the file"
-            )
+            yield f"sha256 is set, but weights is {self.weights!r}, which is no file; remove it or name the file"
         if self.sha256 and self.weights is None:
-            faults.append("sha256 is set, but weights is null; remove it or name the file")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+            yield "sha256 is set, but weights is null; remove it or name the file"
 
     @property
     def library(self) -> str:
@@ -137,20 +130,13 @@ class PreprocessConfig(Section):
             digest(augment)
         return augment
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        faults = []
+    def _faults(self) -> Iterator[str]:
         if self.augment is not None and self.kind not in (None, "image"):
-            faults.append(f"augment is set, but kind is {self.kind!r}; only images can be augmented; remove it")
-        faults += [
-            f"{name} is {getattr(self, name)}, but kind is {self.kind!r}; it is for audio; remove it"
-            for name in ("rate", "seconds")
-            if getattr(self, name) is not None and self.kind not in (None, "audio")
-        ]
+            yield f"augment is set, but kind is {self.kind!r}; only images can be augmented; remove it"
+        for name in ("rate", "seconds"):
+            if getattr(self, name) is not None and self.kind not in (None, "audio"):
+                yield f"{name} is {getattr(self, name)}, but kind is {self.kind!r}; it is for audio; remove it"
         if self.resize == "squash" and self.crop != 1.0:
-            faults.append(f"crop is {self.crop}, which resize squash does not use; remove it or set resize: crop")
+            yield f"crop is {self.crop}, which resize squash does not use; remove it or set resize: crop"
         if self.std is not None and min(self.std) <= 0:
-            faults.append(f"std is {list(self.std)}; expected numbers above 0")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+            yield f"std is {list(self.std)}; expected numbers above 0"

@@ -7,20 +7,10 @@ from __future__ import annotations
 
 from pipeline.errors import ConfigError
 from pipeline.files import load_function
-from pipeline.tasks.base import (
-    IGNORED,
-    Column,
-    Head,
-    Kind,
-    Metrics,
-    PredictionContext,
-    Prepared,
-    Ragged,
-    Table,
-    Task,
-    read_tensor,
-)
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
 from pipeline.tasks.config import Layers, Pooling, TaskConfig
+from pipeline.tasks.scores import Metrics, read_tensor
+from pipeline.tasks.targets import IGNORED, Prepared, Ragged, Table
 
 __all__ = [
     "IGNORED",

@@ -13,8 +13,10 @@ from torch import Tensor
 from torchmetrics.text import SQuAD
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import ALONE, Column, Head, Kind, Metrics, PredictionContext, Table, Task, column, read_tensor
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
 from pipeline.tasks.config import SCORES, TaskConfig
+from pipeline.tasks.scores import ALONE, Metrics, Scores, read_tensor
+from pipeline.tasks.targets import Table, column
 
 # B batch, T token, A tokens of an answer
 
@@ -37,8 +39,8 @@ class Answers(Task):
     """Extractive question answering.
 
     A sample is a question with a window of a text. Its targets are `question` (a name that all its windows share),
-    `window` (the text), `answers` (a list of right ones), and `start` and `end`: where the first of them that lies in
-    the window begins and ends, in characters, -1 where none does. Such a window learns "no answer here".
+    `window` (the text), `answers` (the right ones), and `start` and `end`, the characters of the first answer that is
+    in the window; both are -1 if there is none, and the window learns "no answer here".
     """
 
     name = "answers"
@@ -89,29 +91,27 @@ class Answers(Task):
         }
 
 
-class AnswerScores:
+class AnswerScores(Scores):
     """`f1` (of words) and `exact_match` of the best answer to each question, means over questions, in 0..1.
 
-    A window's best answer is the likeliest span of at most `max_answer` tokens, a question's the one that its window
-    prefers most to "no answer here". That itself is the answer where every window prefers it, if there are questions
-    without an answer.
+    A window's best answer is the likeliest span of at most `max_answer` tokens; a question's is the one with the
+    largest margin over "no answer here", or none if no margin is positive and some questions have no answer.
     """
 
     def __init__(self, windows: Windows, max_answer: int) -> None:
+        super().__init__(SCORES["answers"])
         self.windows, self.max_answer = windows, max_answer
         self._may_be_none = not all(windows.answers)
-        self.reset()
+        self._best: dict[str, tuple[float, str, int]] = {}
 
-    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
         found = best_answers(output, targets["chars"], self.max_answer)
         for row, begin, end, margin in zip(targets["row"].tolist(), *found, strict=True):
             question = self.windows.question[row]
             if question not in self._best or margin > self._best[question][0]:
                 self._best[question] = (margin, self.windows.text[row][begin:end], row)
 
-    def compute(self) -> dict[str, float]:
-        if not self._best:
-            return dict.fromkeys(SCORES["answers"], float("nan"))
+    def result(self) -> dict[str, float]:
         found: list[Any] = []
         right: list[Any] = []
         for question, (margin, text, row) in self._best.items():
@@ -121,9 +121,6 @@ class AnswerScores:
         squad = SQuAD(**ALONE)
         squad.update(found, right)
         return {name: float(score) / 100 for name, score in squad.compute().items()}
-
-    def reset(self) -> None:
-        self._best: dict[str, tuple[float, str, int]] = {}
 
 
 def at_tokens(start_B: Tensor, end_B: Tensor, chars_BT2: Tensor) -> Tensor:

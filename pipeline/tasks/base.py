@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from pipeline.errors import DataError, TrainError
-from pipeline.tasks.config import LOWER_IS_BETTER
+from pipeline.tasks.config import LOWER_IS_BETTER, Pooling
 from pipeline.tasks.heads import Layer
+from pipeline.tasks.scores import Metrics, read_tensor
+from pipeline.tasks.targets import Prepared, Table
 
 Kind: TypeAlias = "type | list[Kind] | dict[str, Kind]"
 """Type of a column of predictions: `str`, `int`, `float` or `bool`; a list of one type, as `[str]`; or a value per
@@ -36,13 +33,6 @@ class PredictionContext:
     """Returns the targets of each sample from its source, which is slow; labels may be missing."""
 
 
-ALONE: Mapping[str, Any] = {"sync_on_compute": False}
-"""Arguments of torchmetrics' scores: one process has all outputs, so they need no synchronisation."""
-
-IGNORED = -100
-"""A target that losses ignore (`ignore_index` of torch)."""
-
-
 @dataclass(frozen=True)
 class Head:
     """The head that the network must end in."""
@@ -53,7 +43,7 @@ class Head:
     as the last of a span, (B, 2, T) or an output with `start_logits` and `end_logits`."""
     size: int | None = None
     """classes, tokens: number of classes."""
-    pooling: Literal["mean", "cls", "max", "pooled"] | None = None
+    pooling: Pooling | None = None
     """embedding: how the vectors of a sample become one: the mean or the largest over its unmasked tokens, the first
     token, or what the backbone itself pools. None takes the usual one: mean for texts, the backbone's own for images.
     """
@@ -63,67 +53,6 @@ class Head:
     """classes, tokens: name of each output, in order; none for numbers to regress."""
     problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     """classes: the problem type in Hugging Face's configurations."""
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Lists of integers of different lengths, one for each of N rows; batches are padded with `IGNORED`."""
-
-    values: np.ndarray
-    """The values of all rows, concatenated, (V,) int64."""
-    offsets: np.ndarray
-    """Start of each row in `values`, and the end of the last, (N + 1,) int64."""
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> Self:
-        """Return the numbers of `rows`."""
-        values = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
-        return cls(values, np.cumsum([0, *map(len, rows)], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """Return `rows` (B,) as (B, W), W the longest of them."""
-        begins = self.offsets[rows]
-        lengths = self.offsets[rows + 1] - begins
-        places = np.arange(lengths.max(initial=0))
-        inside = places < lengths[:, None]
-        padded = np.full(inside.shape, IGNORED, np.int64)
-        padded[inside] = self.values[(begins[:, None] + places)[inside]]
-        return padded
-
-
-Prepared: TypeAlias = np.ndarray | Ragged
-"""A numeric target of all rows of a table."""
-
-
-class Table(Protocol):
-    """The part of a sample table that a task reads: N rows."""
-
-    @property
-    def split(self) -> np.ndarray:
-        """Return the split of each row, (N,) str."""
-
-    @property
-    def targets(self) -> Mapping[str, np.ndarray]:
-        """Return the target columns, each (N,); of dtype object where each entry is a list."""
-
-
-class Metrics(Protocol):
-    """A running score over batches; on the CPU, whatever device the outputs are on.
-
-    With several processes, only the main one scores, with the outputs of all.
-    """
-
-    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
-        """Add one batch: the model's output, and the prepared targets of its rows."""
-
-    def compute(self) -> dict[str, float]:
-        """Return the scores over all batches since `reset`."""
-
-    def reset(self) -> None:
-        """Forget all batches."""
 
 
 class Task(ABC):
@@ -202,43 +131,3 @@ class Task(ABC):
         """
         numbers = read_tensor(output).float().cpu()
         return {"output": numbers.reshape(len(numbers), -1).numpy()}
-
-
-def column(table: Table, name: str, task: str) -> np.ndarray:
-    """Return a target column.
-
-    Raises:
-        DataError: the sample table lacks it; the message names those it has.
-    """
-    if name not in table.targets:
-        known = ", ".join(table.targets) or "none"
-        raise DataError(f"task {task} needs the target {name}; the samples have {known}; set another task or source")
-    return table.targets[name]
-
-
-@contextmanager
-def without_advice() -> Iterator[None]:
-    """Silence warnings of a library of scores about intended use."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
-def read_tensor(output: Any) -> Tensor:
-    """Return the tensor in a model's output: itself, its `logits`, or the first of a tuple.
-
-    Of a span's logits, `start_logits` and `end_logits` (B, T), it is both, (B, 2, T).
-
-    Raises:
-        TrainError: there is none.
-    """
-    if isinstance(output, Mapping) and "start_logits" in output:
-        return torch.stack([output["start_logits"], output["end_logits"]], dim=1)
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise TrainError(
-            f"the model returned {type(output).__name__}; expected a tensor, an output with .logits, or a tuple"
-        )
-    return found

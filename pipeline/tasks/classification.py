@@ -13,10 +13,10 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import ALONE, Column, Head, Kind, Metrics, PredictionContext, Table, Task, column, read_tensor
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
 from pipeline.tasks.config import SCORES, TaskConfig
-
-NAMED = 5
+from pipeline.tasks.scores import ALONE, Metrics, Scores, read_tensor
+from pipeline.tasks.targets import Table, column, refuse_unseen
 
 
 class OfClasses(Task):
@@ -56,21 +56,19 @@ class Classification(OfClasses):
         labels = column(table, "label", self.name)
         if labels.dtype.kind == "f":
             raise DataError(
-                f"the labels are {labels.dtype}; classification needs names or whole numbers; to predict "
-                "numbers set task.kind: regression"
+                f"the labels are {labels.dtype}; classification needs names or whole numbers; set task.kind: regression"
             )
         if labels.dtype == object:
             raise DataError("the labels are lists; classification needs one per sample; set task.kind: multi-label")
         classes: list[Any] = np.unique(labels[table.split == "train"]).tolist()
         if len(classes) < 2:
-            raise DataError(
-                f"the training split has {len(classes)} classes ({classes}); classification needs two or more"
-            )
+            raise DataError(f"the training split has {len(classes)} classes ({classes}); classification needs two")
         return classes
 
     def prepare(self, table: Table) -> dict[str, np.ndarray]:
         labels, classes = column(table, "label", self.name), np.array(self.classes(table))
-        refuse_unseen(labels[~np.isin(labels, classes)].tolist())
+        unseen = labels[~np.isin(labels, classes)].tolist()
+        refuse_unseen(set(unseen), "labels", f"{len(unseen)} held-out samples")
         numbers = np.searchsorted(classes, labels).astype(np.int64)
         if self.balanced:
             counts = np.bincount(numbers[table.split == "train"], minlength=len(classes))
@@ -99,42 +97,22 @@ class Classification(OfClasses):
         }
 
 
-class ClassificationScores:
+class ClassificationScores(Scores):
     """`accuracy` and `macro_f1` (the mean of the classes' F1), both in 0..1."""
 
     def __init__(self) -> None:
+        super().__init__(SCORES["classification"])
         self._scores: dict[str, MulticlassAccuracy | MulticlassF1Score] = {}
 
-    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
-        logits_BC = read_tensor(output).detach().float().cpu()
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
         if not self._scores:
-            classes = logits_BC.shape[1]
+            classes = output.shape[1]
             self._scores = {
                 "accuracy": MulticlassAccuracy(classes, average="micro", **ALONE),
                 "macro_f1": MulticlassF1Score(classes, average="macro", **ALONE),
             }
         for score in self._scores.values():
-            score.update(logits_BC, targets["label"].cpu())
+            score.update(output, targets["label"])
 
-    def compute(self) -> dict[str, float]:
-        if not self._scores:
-            return dict.fromkeys(SCORES["classification"], float("nan"))
+    def result(self) -> dict[str, float]:
         return {name: float(score.compute()) for name, score in self._scores.items()}
-
-    def reset(self) -> None:
-        self._scores = {}
-
-
-def refuse_unseen(labels: list[Any]) -> None:
-    """Check that the training split has all `labels`, given once per sample.
-
-    Raises:
-        DataError: it lacks some; the message names up to five.
-    """
-    if labels:
-        names = sorted(set(labels))
-        shown = ", ".join(map(repr, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
-        raise DataError(
-            f"{len(labels)} held-out samples have {len(names)} labels that training lacks ({shown}); "
-            "add training samples of them, leave them out, or set another data.seed or data.validation"
-        )

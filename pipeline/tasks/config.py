@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from pipeline.config import Section
 from pipeline.files import is_function
@@ -35,10 +36,6 @@ _USED_BY: dict[str, frozenset[str]] = {
     "module:function": frozenset({"options"}),
 }
 _DEFAULT_LOSS = {"similarity": "multiple_negatives", "regression": "mse"}
-
-
-def _default_loss(settings: dict[str, Any]) -> str:
-    return _DEFAULT_LOSS.get(settings.get("kind", ""), "")
 
 
 def retrieval_scores(precision_at: tuple[int, ...]) -> tuple[str, ...]:
@@ -77,7 +74,7 @@ class TaskConfig(Section):
     (multi-label: as if half of the samples had each label)."""
     max_answer: int = Field(default=30, ge=1)
     """answers: maximum length of a predicted answer, in tokens."""
-    loss: str = Field(default_factory=_default_loss)
+    loss: str = Field(default_factory=lambda settings: _DEFAULT_LOSS.get(settings.get("kind", ""), ""))
     """regression: "mse" (default), "l1" or "huber", on standardised numbers. similarity: a loss of
     pytorch-metric-learning. For pairs and labels: "multiple_negatives" (default: the rest of the batch are the
     negatives; also called "ntxent"), "contrastive", "online_contrastive" (only pairs harder than the hardest of the
@@ -121,25 +118,19 @@ class TaskConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     """module:function: your own settings."""
 
-    @model_validator(mode="after")
-    def _fits_kind(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         kind = "module:function" if is_function(self.kind) else self.kind
         if kind not in _USED_BY:
-            raise ValueError(f"kind is {self.kind!r}; expected one of {', '.join(_USED_BY)}")
-        unused = self.model_fields_set - {"kind"} - _USED_BY[kind]
-        faults = [
-            f"{name} is {getattr(self, name)!r}, which kind {self.kind} does not use; remove it"
-            for name in sorted(unused)
-            if getattr(self, name)
-            != type(self).model_fields[name].get_default(call_default_factory=True, validated_data={"kind": self.kind})
-        ]
+            yield f"kind is {self.kind!r}; expected one of {', '.join(_USED_BY)}"
+            return
+        defaults = type(self).model_construct(kind=self.kind)
+        for name in sorted(self.model_fields_set - {"kind"} - _USED_BY[kind]):
+            if getattr(self, name) != getattr(defaults, name):
+                yield f"{name} is {getattr(self, name)!r}, which kind {self.kind} does not use; remove it"
         known = retrieval_scores(self.precision_at) if kind == "similarity" else SCORES.get(kind)
         if self.monitor is not None and known is not None and self.monitor not in known:
-            faults.append(f"monitor is {self.monitor!r}; {kind} has {', '.join(known)}")
+            yield f"monitor is {self.monitor!r}; {kind} has {', '.join(known)}"
         if kind == "regression" and self.loss not in REGRESSION_LOSSES:
-            faults.append(f"loss is {self.loss!r}; regression has {', '.join(REGRESSION_LOSSES)}")
+            yield f"loss is {self.loss!r}; regression has {', '.join(REGRESSION_LOSSES)}"
         if self.miner_options and self.miner is None:
-            faults.append(f"miner_options is {self.miner_options!r}, but no miner is set; set one")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+            yield f"miner_options is {self.miner_options!r}, but no miner is set; set one"

@@ -12,19 +12,11 @@ from torch import Tensor
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score, MultilabelStatScores
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import (
-    ALONE,
-    Column,
-    Kind,
-    Metrics,
-    PredictionContext,
-    Table,
-    column,
-    read_tensor,
-    without_advice,
-)
-from pipeline.tasks.classification import OfClasses, refuse_unseen
+from pipeline.tasks.base import Column, Kind, PredictionContext
+from pipeline.tasks.classification import OfClasses
 from pipeline.tasks.config import SCORES
+from pipeline.tasks.scores import ALONE, Metrics, Scores, read_tensor, without_advice
+from pipeline.tasks.targets import Table, column, refuse_unseen
 
 # B batch, C class
 
@@ -63,7 +55,8 @@ class MultiLabel(OfClasses):
     def prepare(self, table: Table) -> dict[str, np.ndarray]:
         lists, classes = self._lists(table).tolist(), self.classes(table)
         numbers = {label: number for number, label in enumerate(classes)}
-        refuse_unseen([label for labels in lists for label in set(labels) if label not in numbers])
+        unseen = [label for labels in lists for label in set(labels) if label not in numbers]
+        refuse_unseen(set(unseen), "labels", f"{len(unseen)} held-out samples")
         hot_NC = np.zeros((len(lists), len(classes)), np.uint8)
         for row, labels in enumerate(lists):
             hot_NC[row, [numbers[label] for label in labels]] = 1
@@ -91,20 +84,20 @@ class MultiLabel(OfClasses):
         return {"labels": given, "probabilities": probabilities_BC}
 
 
-class MultiLabelScores:
+class MultiLabelScores(Scores):
     """`average_precision`, `micro_f1` and `macro_f1`, in 0..1; a label is given where its probability exceeds a half.
 
-    The macro averages are over the labels there is something to say of: average precision over those that some sample
-    has, F1 over those that some sample has or was given.
+    Average precision is the mean over the labels that some sample has, macro F1 over those that some sample has or was
+    given.
     """
 
     def __init__(self) -> None:
+        super().__init__(SCORES["multi-label"])
         self._scores: dict[str, Any] = {}
 
-    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
-        logits_BC, hot_BC = read_tensor(output).detach().float().cpu(), targets["label"].long().cpu()
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
         if not self._scores:
-            classes = logits_BC.shape[1]
+            classes = output.shape[1]
             self._scores = {
                 "precision": MultilabelAveragePrecision(classes, average="none", **ALONE),
                 "micro": MultilabelF1Score(classes, average="micro", **ALONE),
@@ -112,11 +105,9 @@ class MultiLabelScores:
                 "counts": MultilabelStatScores(classes, average="none", **ALONE),
             }
         for score in self._scores.values():
-            score.update(logits_BC.sigmoid(), hot_BC)
+            score.update(output.sigmoid(), targets["label"].long())
 
-    def compute(self) -> dict[str, float]:
-        if not self._scores:
-            return dict.fromkeys(SCORES["multi-label"], float("nan"))
+    def result(self) -> dict[str, float]:
         _, false_positives_C, _, _, support_C = self._scores["counts"].compute().T
         there_C = support_C > 0
         said_C = there_C | (false_positives_C > 0)
@@ -127,6 +118,3 @@ class MultiLabelScores:
             "micro_f1": float(self._scores["micro"].compute()) if said_C.any() else float("nan"),
             "macro_f1": float(self._scores["each"].compute()[said_C].mean()),
         }
-
-    def reset(self) -> None:
-        self._scores = {}

@@ -11,20 +11,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import (
-    ALONE,
-    Column,
-    Head,
-    Kind,
-    Metrics,
-    PredictionContext,
-    Table,
-    Task,
-    column,
-    read_tensor,
-    without_advice,
-)
-from pipeline.tasks.config import REGRESSION_LOSSES, SCORES, TaskConfig
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
+from pipeline.tasks.config import LOWER_IS_BETTER, REGRESSION_LOSSES, SCORES, TaskConfig
+from pipeline.tasks.scores import ALONE, Metrics, Scores, read_tensor, without_advice
+from pipeline.tasks.targets import Table, column
 
 # N row of the table, B batch, K number to regress
 
@@ -34,8 +24,8 @@ _LOSSES: dict[str, Any] = dict(zip(REGRESSION_LOSSES, (nn.MSELoss, nn.L1Loss, nn
 class Regression(Task):
     """The model learns standardised numbers: less the mean of the training split, over its standard deviation.
 
-    Scores and predictions are in the user's unit again; an exported model gives the standardised ones, and the
-    `legend.json` beside it their mean and standard deviation.
+    Scores and predictions are in the user's unit; an exported model gives standardised numbers, and the `legend.json`
+    beside it their mean and standard deviation.
     """
 
     name = "regression"
@@ -77,10 +67,10 @@ class Regression(Task):
             numbers = np.array(labels, np.float64).reshape(len(labels), -1)
         except ValueError as error:
             wrong = next((row for row, label in enumerate(labels) if not _is_numbers(label)), None)
-            shown = f" (that of {_name(table, wrong)} is {labels[wrong]!r})" if wrong is not None else f" ({error})"
+            shown = f"that of {_name(table, wrong)} is {labels[wrong]!r}" if wrong is not None else f"{error}"
             raise DataError(
-                f"the labels are no numbers, or lists of different lengths{shown}; regression needs one number per "
-                "sample, or equally many of each"
+                f"the labels are no numbers, or lists of different lengths ({shown}); regression needs equally many numbers "
+                "per sample"
             ) from error
         if not numbers.shape[1]:
             raise DataError("the labels are empty lists; regression needs numbers")
@@ -100,7 +90,7 @@ class Regression(Task):
         return loss
 
     def legend(self, table: Table) -> list[Any]:
-        """Return mean and standard deviation of each number: what an output of 0 and a step of 1 are in its unit."""
+        """Return mean and standard deviation of each number."""
         mean, std = self.units_of(table)
         return [{"mean": float(one), "std": float(other)} for one, other in zip(mean, std, strict=True)]
 
@@ -119,37 +109,17 @@ class Regression(Task):
         return RegressionScores(self._scale)
 
 
-class RegressionScores:
+class RegressionScores(Scores):
     """`rmse` and `mae` in the user's unit, `r2`, `pearson` and `spearman`; of several numbers, the mean over them.
 
-    All but the first two are the same in any unit. Of a constant there is no correlation: NaN.
+    The correlations of a constant are NaN.
     """
 
     def __init__(self, scale_K: np.ndarray) -> None:
-        """Score standardised numbers, of which one is `scale_K` in the user's unit."""
-        self._scale = torch.from_numpy(scale_K)
-        self.reset()
-
-    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
-        expected_BK = targets["label"].cpu()
-        found_BK = read_numbers(output, targets["label"]).detach().cpu()
-        for score in self._scores.values():
-            score.update(found_BK.squeeze(1), expected_BK.squeeze(1))
-        self._samples += len(expected_BK)
-
-    def compute(self) -> dict[str, float]:
-        with without_advice():  # on constants, whose NaN says it
-            least = {"r2": 2, "pearson": 2, "spearman": 2}
-            found = {
-                name: score.compute() if self._samples >= least.get(name, 1) else torch.tensor(torch.nan)
-                for name, score in self._scores.items()
-            }
-        in_unit = {name: found[name] * self._scale for name in ("rmse", "mae")}
-        return {name: float(value.mean()) for name, value in (found | in_unit).items()}
-
-    def reset(self) -> None:
-        count = len(self._scale)
-        self._samples = 0
+        """Score standardised numbers; `scale_K` (K,) is the standard deviation of each in the user's unit."""
+        super().__init__(SCORES["regression"])
+        self._scale, self._samples = torch.from_numpy(scale_K), 0
+        count = len(scale_K)
         with without_advice():  # on memory: two numbers per validation sample
             self._scores: dict[str, Any] = {
                 "rmse": MeanSquaredError(squared=False, num_outputs=count, **ALONE),
@@ -158,6 +128,20 @@ class RegressionScores:
                 "pearson": PearsonCorrCoef(num_outputs=count, **ALONE),
                 "spearman": SpearmanCorrCoef(num_outputs=count, **ALONE),
             }
+
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
+        expected_BK = targets["label"]
+        found_BK = read_numbers(output, expected_BK)
+        for score in self._scores.values():
+            score.update(found_BK.squeeze(1), expected_BK.squeeze(1))
+        self._samples += len(expected_BK)
+
+    def result(self) -> dict[str, float]:
+        with without_advice():  # on constants, whose NaN says it
+            errors = {name: self._scores[name].compute() * self._scale for name in LOWER_IS_BETTER}
+            alike = {name: score.compute() for name, score in self._scores.items() if self._samples > 1}
+        found = {name: float(value.mean()) for name, value in (alike | errors).items()}
+        return {name: found.get(name, float("nan")) for name in self._scores}  # one sample has no correlation
 
 
 def _is_numbers(label: object) -> bool:
@@ -175,10 +159,10 @@ def _name(table: Table, row: int) -> str:
 
 
 def read_numbers(output: Any, expected_BK: Tensor) -> Tensor:
-    """Return what a model says of each number, (B, K) float32; a single one may come without its axis.
+    """Return the predicted numbers, (B, K) float32; a single one may come without its axis.
 
     Raises:
-        TrainError: there are more or fewer.
+        TrainError: there are more or fewer than K.
     """
     numbers = read_tensor(output).float()
     numbers = numbers.reshape(len(numbers), -1)

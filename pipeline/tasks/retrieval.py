@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.tasks.base import read_tensor
 from pipeline.tasks.config import retrieval_scores
 from pipeline.tasks.losses import make_distance
+from pipeline.tasks.scores import Scores
 
 # Q query, R reference, D channel, M member (reference of the query's group), K nearest
 
@@ -28,7 +28,7 @@ EQUAL = 1e-6
 """Similarities that are no further apart count as equal, relative to their size where that is above 1."""
 
 
-class RetrievalScores:
+class RetrievalScores(Scores):
     """`precision_at_<k>`, `reciprocal_rank` and `r_precision`, each the mean over queries, in 0..1.
 
     Of pairs, anchors are queries among all positives. Otherwise each sample is a query among all others. Queries that
@@ -37,27 +37,21 @@ class RetrievalScores:
     """
 
     def __init__(self, distance: str = "cosine", precision_at: Sequence[int] = (1,)) -> None:
+        super().__init__(retrieval_scores(tuple(precision_at)))
         self._distance, self._precision_at = distance, tuple(precision_at)
-        self.reset()
-
-    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
-        embeddings_BD, groups_B = read_tensor(output).detach().float().cpu(), targets["group"].cpu()
-        if "role" not in targets:
-            self._queries.append((embeddings_BD, groups_B))
-            return
-        positive_B = targets["role"].cpu() == 1
-        self._queries.append((embeddings_BD[~positive_B], groups_B[~positive_B]))
-        self._references.append((embeddings_BD[positive_B], groups_B[positive_B]))
-
-    def compute(self) -> dict[str, float]:
-        if not self._queries:
-            return dict.fromkeys(retrieval_scores(self._precision_at), float("nan"))
-        references = _cat(self._references) if self._references else (None, None)
-        return rank(*_cat(self._queries), *references, distance=self._distance, precision_at=self._precision_at)
-
-    def reset(self) -> None:
         self._queries: list[tuple[Tensor, Tensor]] = []
         self._references: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
+        groups_B = targets["group"]
+        positive_B = targets["role"] == 1 if "role" in targets else torch.zeros(len(output), dtype=torch.bool)
+        self._queries.append((output[~positive_B], groups_B[~positive_B]))
+        if "role" in targets:
+            self._references.append((output[positive_B], groups_B[positive_B]))
+
+    def result(self) -> dict[str, float]:
+        references = _cat(self._references) if self._references else (None, None)
+        return rank(*_cat(self._queries), *references, distance=self._distance, precision_at=self._precision_at)
 
 
 def rank(

@@ -13,27 +13,15 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import (
-    ALONE,
-    IGNORED,
-    Column,
-    Head,
-    Kind,
-    Metrics,
-    PredictionContext,
-    Ragged,
-    Table,
-    Task,
-    column,
-    read_tensor,
-)
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
 from pipeline.tasks.config import SCORES, TaskConfig
+from pipeline.tasks.scores import ALONE, Metrics, Scores, read_tensor
+from pipeline.tasks.targets import IGNORED, Ragged, Table, column, refuse_unseen
 
 # B batch, T token, W word, C tag
 
 OUTSIDE = "O"
 IOB2 = re.compile(r"O|[BI]-(.+)")
-NAMED = 5
 
 
 class Tagging(Task):
@@ -68,12 +56,7 @@ class Tagging(Task):
         types = {is_training: _types(found) for is_training, found in by_split.items()}
         if not types[True]:
             raise DataError("the training split has no entity, every word is tagged O; tagging needs some")
-        if unseen := sorted(types[False] - types[True]):
-            shown = ", ".join(map(repr, unseen[:NAMED])) + (", ..." if len(unseen) > NAMED else "")
-            raise DataError(
-                f"held-out samples have {len(unseen)} types of entities that training lacks ({shown}); "
-                "add training samples of them, leave them out, or set another data.seed or data.validation"
-            )
+        refuse_unseen(types[False] - types[True], "types of entities")
         return [OUTSIDE, *(f"{place}-{kind}" for kind in sorted(types[True]) for place in "BI")]
 
     def prepare(self, table: Table) -> dict[str, Ragged]:
@@ -85,9 +68,7 @@ class Tagging(Task):
         word_BT, tags_BW = targets["word"], targets["tags"]
         tags_BT = tags_BW.gather(1, word_BT.clamp(min=0)).masked_fill(word_BT < 0, IGNORED)
         logits_BTC = read_tensor(output).float()
-        return F.cross_entropy(
-            logits_BTC.transpose(1, 2), tags_BT, ignore_index=IGNORED, label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(logits_BTC.transpose(1, 2), tags_BT, label_smoothing=self.label_smoothing)
 
     def metrics(self) -> Metrics:
         return TaggingScores(self._tags)
@@ -108,38 +89,33 @@ class Tagging(Task):
         return {"tags": [[legend[number] for number in numbers[:words]] for numbers, words in found]}
 
 
-class TaggingScores:
+class TaggingScores(Scores):
     """`f1`, `precision` and `recall` of entities, right where type and both ends are; `accuracy` of tags. All in 0..1.
 
-    A word that lost its tokens, cut off at the end of a long sentence, is taken to be tagged O.
+    A word without tokens, at the truncated end of a long sentence, counts as tagged O.
     """
 
     def __init__(self, tags: list[str]) -> None:
+        super().__init__(SCORES["tagging"])
         self.tags = tags
-        self.reset()
+        self._right: list[list[str]] = []
+        self._found: list[list[str]] = []
+        self._accuracy = MulticlassAccuracy(len(tags), average="micro", ignore_index=IGNORED, **ALONE)
 
-    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
-        best_BT = read_tensor(output).detach().float().argmax(-1).cpu()
-        tags_BW = targets["tags"].cpu()
-        found_BW = at_words(best_BT, targets["word"].cpu(), tags_BW.shape[1], self.tags.index(OUTSIDE))
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
+        tags_BW = targets["tags"]
+        found_BW = at_words(output.argmax(-1), targets["word"], tags_BW.shape[1], self.tags.index(OUTSIDE))
         self._accuracy.update(found_BW, tags_BW)
         for right_W, found_W in zip(tags_BW, found_BW, strict=True):
             there = right_W != IGNORED
             self._right.append([self.tags[number] for number in right_W[there].tolist()])
             self._found.append([self.tags[number] for number in found_W[there].tolist()])
 
-    def compute(self) -> dict[str, float]:
-        if not self._right:
-            return dict.fromkeys(SCORES["tagging"], float("nan"))
+    def result(self) -> dict[str, float]:
         strict = Evaluator(self._right, self._found, tags=sorted(_types(self.tags)), loader="list").evaluate()
         entities = strict["overall"]["strict"]
         scores = {name: float(getattr(entities, name)) for name in ("f1", "precision", "recall")}
         return scores | {"accuracy": float(self._accuracy.compute())}
-
-    def reset(self) -> None:
-        self._right: list[list[str]] = []
-        self._found: list[list[str]] = []
-        self._accuracy = MulticlassAccuracy(len(self.tags), average="micro", ignore_index=IGNORED, **ALONE)
 
 
 def at_words(values_BT: Tensor, word_BT: Tensor, words: int, absent: int) -> Tensor:

@@ -145,7 +145,7 @@ def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
 
 def test_arrays_that_do_not_fit(tmp_path: Path) -> None:
     np.savez(tmp_path / "p.npz", x=np.zeros((3, 2, 2)), y=np.zeros(2))
-    with pytest.raises(DataError, match=r"samples \(3, 2, 2\) and labels \(2,\)"):
+    with pytest.raises(DataError, match=r"samples \(3, 2, 2\), labels \(2,\)"):
         open_source(DataConfig(source="arrays", path=str(tmp_path / "p.npz")))
     with pytest.raises(ConfigError, match=r"data\.label is 'z'; .* holds x, y"):
         open_source(DataConfig(source="arrays", path=str(tmp_path / "p.npz"), label="z"))

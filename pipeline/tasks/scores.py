@@ -1,0 +1,76 @@
+"""Running scores over the outputs of a model."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import TrainError
+
+ALONE: Mapping[str, Any] = {"sync_on_compute": False}
+"""Arguments of torchmetrics' scores: one process has all outputs, so they need no synchronisation."""
+
+
+class Metrics(Protocol):
+    """A running score over batches. With several processes, only the main one scores, with the outputs of all."""
+
+    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
+        """Add one batch: the model's output, and the prepared targets of its rows."""
+
+    def compute(self) -> dict[str, float]:
+        """Return the scores over all batches."""
+
+
+class Scores(ABC):
+    """Metrics computed on the CPU in float32; NaN for each of `names` if there was no batch."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names, self._batches = names, 0
+
+    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
+        self._batches += 1
+        self.add(read_tensor(output).detach().float().cpu(), {name: target.cpu() for name, target in targets.items()})
+
+    def compute(self) -> dict[str, float]:
+        return self.result() if self._batches else dict.fromkeys(self._names, float("nan"))
+
+    @abstractmethod
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
+        """Add one batch of outputs and targets."""
+
+    @abstractmethod
+    def result(self) -> dict[str, float]:
+        """Return the scores over all batches, of which there is one or more."""
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Silence warnings of a library of scores about intended use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def read_tensor(output: Any) -> Tensor:
+    """Return the tensor in a model's output: itself, its `logits`, the first of a tuple, or both logits of a span
+    (`start_logits` and `end_logits`, each (B, T)) as (B, 2, T).
+
+    Raises:
+        TrainError: there is none.
+    """
+    if isinstance(output, Mapping) and "start_logits" in output:
+        return torch.stack([output["start_logits"], output["end_logits"]], dim=1)
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TrainError(
+            f"the model returned {type(output).__name__}; expected a tensor, .logits, or a tuple of tensors"
+        )
+    return found
