@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import chdir, closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import distributed
@@ -53,24 +51,24 @@ class DaskWorkers:
         self.job, self.config = job, config
 
     def run(self, units: Sequence[Unit]) -> Generator[Outcome, None, None]:
-        """Run `units`; yield what became of each of their parts once committed."""
+        """Run `units`; yield the outcome of each part once it is committed."""
         if not units:
             return
         for logger in ("distributed", "distributed.client"):
-            logging.getLogger(logger).setLevel(logging.ERROR)  # what becomes of workers is told here
+            logging.getLogger(logger).setLevel(logging.ERROR)  # lost workers are logged here
         with self.job.at_home(), scheduler_of(self.config, self.job) as scheduler, connected(scheduler) as client:
             name, address = f"recycle-{self.job.home.name}", client.scheduler.address
             _register(client, EncoderPlugin(self.job, divides=self.config.kind == "local"), name)
             try:
                 yield from self._run(client, units, name)
-            except OSError as error:  # what goes wrong with a worker is none
+            except OSError as error:  # an error of a worker is not one
                 raise _lost(address) from error
             finally:
                 if client.status == "running":
                     client.unregister_worker_plugin(name)
 
     def _run(self, client: Client, units: Sequence[Unit], plugin: str) -> Iterator[Outcome]:
-        workers, rates = _Workers(client), Rates()
+        workers, rates = _Workers(client), Rates(units)
         waiting = [UnitTask(numbers) for numbers in _shares(len(units), workers.look())]
         running, tasks = distributed.as_completed(loop=client.loop), dict[Any, UnitTask]()
         while waiting or tasks:
@@ -83,16 +81,14 @@ class DaskWorkers:
             future = next(running)
             task = tasks.pop(future)
             try:
-                reports = future.result()  # it lies with a worker that may die yet: then the task runs again meanwhile
+                reports = future.result()  # held by a worker; if it dies first, the task runs again
             except CancelledError as error:
                 raise _lost(workers.address) from error
             except KilledWorker:
                 waiting.append(task.again(self.job))
                 continue
             for report in map(REPORT.validate_json, reports):
-                part = units[report.unit].parts[report.part]
-                rates.add(report, len(part.rows))
-                yield report.outcome(part)
+                yield rates.outcome(report)
         rates.log_rates()
 
 
@@ -107,10 +103,10 @@ class UnitTask:
     """Number of retries since, without a process that died at them."""
 
     def again(self, job: Job) -> UnitTask:
-        """Return the task to give out once more, after dask has lost too many workers with it.
+        """Return the task to submit again, after dask has lost too many workers with it.
 
         Raises:
-            ClusterError: they die before they begin.
+            ClusterError: they die before they start a unit.
         """
         died = deaths(job.home)
         now = sum(len(died[number]) for number in self.numbers)
@@ -143,9 +139,9 @@ class EncoderPlugin(WorkerPlugin):  # type: ignore[misc]
         self.worker, self.has_ended = Worker(self.job, str(worker.name), own), threading.Event()
 
     def run(self, units: Mapping[int, Unit]) -> list[str]:
-        """Run units; return the reports as JSON: only those until the run ended, where it does so meanwhile."""
+        """Run units until they are done or the run ends; return the reports as JSON."""
         lines: list[str] = []
-        with ONE_AT_A_TIME, _back_at_the_end(), closing(self.worker.run(units)) as reports:
+        with ONE_AT_A_TIME, chdir("."), closing(self.worker.run(units)) as reports:  # back to this folder at the end
             for report in reports:
                 lines.append(REPORT.dump_json(report).decode())
                 if self.has_ended.is_set():
@@ -163,16 +159,6 @@ def run_units(plugin: str, units: Mapping[int, Unit]) -> list[str]:
     """Run units on the worker that this is called on; return the reports as JSON."""
     found: EncoderPlugin = get_worker().plugins[plugin]
     return found.run(units)
-
-
-@contextmanager
-def _back_at_the_end() -> Iterator[None]:
-    """Restore the working folder at the end."""
-    before = Path.cwd()
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 class _Workers:

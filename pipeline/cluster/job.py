@@ -95,7 +95,9 @@ class Job(BaseModel):
     @contextmanager
     def at_home(self) -> Iterator[None]:
         """Create the folder of the job while it runs; it is kept after a failure."""
-        _remove_old(self.home.parent)
+        for old in self.home.parent.glob("*"):
+            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
         write_whole(self.home / FILE, self.model_dump_json())
         with _letting_go():
             yield
@@ -120,7 +122,9 @@ class Job(BaseModel):
         Raises:
             ClusterError: it is not the coordinator's; the message names the first field of the recipes that differs.
         """
-        project: Any = Project(**self._settings(own), tower=self.tower)
+        raw = self.sections | {"encode": {**self.sections["encode"], **own}}
+        sections: Any = check_sections(raw, SECTIONS, str(self.home / FILE))
+        project = Project(**sections, tower=self.tower)
         source = replace(project, tower=None).source()  # all towers count the rows of one
         if len(source) != self.rows:
             raise ClusterError(
@@ -129,9 +133,8 @@ class Job(BaseModel):
             )
         loaded = LoadedModel.with_head(project, self.head)
         loaded.to_device()
-        prefixes, recipes, _ = loaded.freeze(
-            decode_samples(source, loaded.backbone.preprocess, np.asarray(self.example))
-        )
+        example = decode_samples(source, loaded.backbone.preprocess, np.asarray(self.example))
+        prefixes, recipes, _ = loaded.freeze(example)
         self._prove(recipes)
         stores = [
             [
@@ -141,10 +144,6 @@ class Job(BaseModel):
             for view, of_view in zip(project.views, recipes, strict=True)
         ]
         return loaded.encoder(source, prefixes, stores, np.asarray(self.probes))
-
-    def _settings(self, own: Mapping[str, JSON]) -> Mapping[str, Any]:
-        encode = {**self.sections["encode"], **own}
-        return check_sections(self.sections | {"encode": encode}, SECTIONS, str(self.home / FILE))
 
     def _prove(self, recipes: Sequence[Sequence[Recipe]]) -> None:
         for of_view, expected in zip(recipes, self.recipes, strict=True):
@@ -177,9 +176,3 @@ def _threads(config: ExecutorConfig) -> int | None:
         return max(1, torch.get_num_threads() // (config.processes or 1))
     cores, processes = config.options.get("cores"), config.options.get("processes", 1)
     return max(1, cores // processes) if isinstance(cores, int) and isinstance(processes, int) else None
-
-
-def _remove_old(jobs: Path) -> None:
-    for folder in jobs.glob("*"):
-        if time.time() - folder.stat().st_mtime > KEPT_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)

@@ -1,11 +1,14 @@
-"""Samples per second of each worker, logged at the end."""
+"""Reports of workers -> outcomes, and the samples per second of each worker, logged at the end."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 
 from pipeline.cluster.worker import WorkerReport
+from pipeline.encode.result import Outcome
+from pipeline.encode.unit import Unit
 
 log = logging.getLogger("recycle")
 
@@ -14,17 +17,20 @@ REPORTS = 16
 
 
 class Rates:
-    """Samples and seconds by worker."""
+    """Samples and seconds by worker, of a run over `units`."""
 
-    def __init__(self) -> None:
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = units
         self.samples: defaultdict[str, int] = defaultdict(int)
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
-    def add(self, report: WorkerReport, samples: int) -> None:
-        """Add a report on `samples` samples; those that were stored already took no time."""
+    def outcome(self, report: WorkerReport) -> Outcome:
+        """Add a report, and return the outcome of its part; a part that was stored already took no time."""
+        part = self.units[report.unit].parts[report.part]
         if report.seconds:
-            self.samples[report.worker] += samples
+            self.samples[report.worker] += len(part.rows)
             self.seconds[report.worker] += report.seconds
+        return Outcome(part, report.bad, report.cut_off, report.promoted, report.costs)
 
     def log_rates(self) -> None:
         """Log each worker's samples per second while it ran units."""

@@ -44,7 +44,7 @@ def connected(scheduler: Any) -> Iterator[Client]:
 
 @contextmanager
 def scheduler_of(config: ExecutorConfig, job: Job) -> Iterator[Any]:
-    """Give the address of a scheduler, or start one with workers that ends with this."""
+    """Yield the address of a scheduler, or one that is started with its workers and ends with this context."""
     if config.kind == "dask" and not config.jobqueue:
         address = config.address or os.environ.get("DASK_SCHEDULER_ADDRESS")
         if not address:
@@ -60,17 +60,12 @@ def scheduler_of(config: ExecutorConfig, job: Job) -> Iterator[Any]:
 
 
 def _processes(config: ExecutorConfig) -> LocalCluster:
-    return LocalCluster(
-        n_workers=config.processes,
-        threads_per_worker=1,
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-        memory_limit=0,
-    )
+    place = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    return LocalCluster(n_workers=config.processes, threads_per_worker=1, memory_limit=0, **place)
 
 
 def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
-    """Start a scheduler and submit jobs; the arguments that the user did not set are those that encode needs."""
+    """Start a scheduler and submit jobs; arguments that the user did not set are those that encode needs."""
     interrupted = signal.getsignal(signal.SIGINT)
     try:
         import dask_jobqueue  # noqa: PLC0415  (an extra that only this needs)

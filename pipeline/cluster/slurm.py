@@ -1,7 +1,7 @@
 """Units as the tasks of a Slurm job array.
 
-The coordinator and the tasks exchange only files in the job's folder: the units of a round, and lines of reports. A
-round ends when all its tasks have ended; the units that killed tasks left form the next round.
+The coordinator and the tasks exchange files in the job's folder: the units of a round, and lines of reports. A round
+ends when all its tasks have ended; units that were not finished form the next round.
 """
 
 from __future__ import annotations
@@ -55,26 +55,21 @@ class SlurmArray:
         if taken := sorted(config.options.keys() & OURS):
             raise ConfigError(f"encode.executor.options has {taken[0]}, which encode sets itself; remove it")
         if shutil.which("sbatch") is None:
-            raise ClusterError(
-                "encode.executor.kind is slurm, but sbatch is not found; run on a machine that submits jobs, or set "
-                "PATH"
-            )
+            remedy = "run on a machine that submits jobs, or set PATH"
+            raise ClusterError(f"encode.executor.kind is slurm, but sbatch is not found; {remedy}")
         self.job, self.config = job, config
 
     def run(self, units: Sequence[Unit]) -> Generator[Outcome, None, None]:
-        """Run `units`; yield what became of each of their parts once committed."""
+        """Run `units`; yield the outcome of each part once it is committed."""
         if not units:
             return
-        waiting, rates, seen = dict(enumerate(units)), Rates(), set[tuple[int, int]]()
+        waiting, rates, seen = dict(enumerate(units)), Rates(units), set[tuple[int, int]]()
         with self.job.at_home():
             for number in itertools.count():
                 for report in self._round(self.job.home / f"round-{number}", waiting):
-                    place = report.unit, report.part
-                    if place not in seen:  # of a unit that was begun again
-                        seen.add(place)
-                        part = units[report.unit].parts[report.part]
-                        rates.add(report, len(part.rows))
-                        yield report.outcome(part)
+                    if (report.unit, report.part) not in seen:  # of a unit that was started again
+                        seen.add((report.unit, report.part))
+                        yield rates.outcome(report)
                 if not waiting:
                     break
         rates.log_rates()
@@ -109,11 +104,8 @@ class SlurmArray:
 
     def _command(self, folder: Path, tasks: int) -> list[str]:
         run = [sys.executable, "-m", "pipeline.cluster.task", str(folder)]
-        options = [
-            f"--{name}" if value is True else f"--{name}={value}"
-            for name, value in self.config.options.items()
-            if value is not False
-        ]
+        given = {name: value for name, value in self.config.options.items() if value is not False}
+        options = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
         return [
             *("sbatch", "--wait", "--parsable", f"--array=0-{tasks - 1}", "--job-name=recycle"),
             *(f"--chdir={self.job.folder}", f"--output={folder}/%a.log", *options),
@@ -139,9 +131,7 @@ def _submitted(command: Sequence[str]) -> Iterator[_Array]:
         job = process.stdout.readline().strip().partition(";")[0] if process.stdout else ""
         if not job:
             message = " ".join(process.stderr.read().split()) if process.stderr else ""
-            raise ClusterError(
-                f"sbatch refused the job ({message}); see encode.executor.options, and sinfo for partitions"
-            )
+            raise ClusterError(f"sbatch refused the job ({message}); see encode.executor.options, and sinfo")
         try:
             yield _Array(job, process)
         finally:

@@ -1,8 +1,7 @@
 """The worker's side of every executor: run units, and report the outcome of each part.
 
-A unit may be requested again because its worker died or was given up. So committed units are skipped, and a unit that
-keeps killing its process is set aside: a worker marks its current unit by a file in the job's folder, and the marks of
-dead workers stay.
+A unit is requested again if its worker is lost. Committed units are skipped, and a unit that keeps killing its process
+is set aside: a worker marks its current unit by a file in the job's folder, and the marks of dead workers stay.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from pipeline.cluster.job import Job
 from pipeline.encode.decoding import explain_dead_workers
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.quarantine import ENDS_THE_RUN, BadSample, name_of
-from pipeline.encode.result import EncodeCosts, Outcome
-from pipeline.encode.unit import Part, Unit
+from pipeline.encode.result import EncodeCosts
+from pipeline.encode.unit import Unit
 from pipeline.errors import ClusterError, RecyclingError
 from pipeline.keys import JSON
 from pipeline.memory import keep_freed_memory
@@ -52,10 +51,6 @@ class WorkerReport:
     promoted: dict[int, tuple[str, ...]] = field(default_factory=dict)
     costs: EncodeCosts = field(default_factory=EncodeCosts)
 
-    def outcome(self, part: Part) -> Outcome:
-        """Return the outcome of `part`, which this reports on."""
-        return Outcome(part, self.bad, self.cut_off, self.promoted, self.costs)
-
 
 REPORT = TypeAdapter(WorkerReport)
 """Reports as JSON: no pickle is read, and a worker of another version is refused."""
@@ -65,9 +60,9 @@ class Worker:
     """An encoder built on this machine, which runs units until the process ends."""
 
     def __init__(self, job: Job, name: str, own: Mapping[str, JSON] | None = None) -> None:
-        """Take note of what to do; the encoder is built with the first unit.
+        """Prepare for units of `job`; the encoder is built with the first.
 
-        `name` is what the coordinator calls this worker; `own` are settings of `encode` that hold for it alone.
+        `name` is the coordinator's name of this worker; `own` are settings of `encode` of this worker only.
         """
         self.job, self.own = job, own or {}
         self.name = f"{platform.node()}:{name}".replace("/", "_")
@@ -75,7 +70,7 @@ class Worker:
         self._mark: Path | None = None
 
     def run(self, units: Mapping[int, Unit]) -> Generator[WorkerReport, None, None]:
-        """Run `units`, by their numbers in the run; yield what became of each part.
+        """Run `units`, by their numbers in the run; yield a report on each part.
 
         Raises:
             RecyclingError: the run cannot go on; the message names this worker.
@@ -117,10 +112,8 @@ class Worker:
             running = encoder.run(list(waiting.values()), lambda place: self._enter(numbers[place]))
             for (number, part), outcome in zip(places, running, strict=True):
                 now = time.perf_counter()
-                yield WorkerReport(
-                    *(self.name, number, part, now - before),
-                    *(outcome.bad, outcome.cut_off, outcome.promoted, outcome.costs),
-                )
+                found = outcome.bad, outcome.cut_off, outcome.promoted, outcome.costs
+                yield WorkerReport(self.name, number, part, now - before, *found)
                 before = time.perf_counter()
 
     def _build(self) -> Encoder:
@@ -143,9 +136,8 @@ class Worker:
         self._mark = mark
 
     def _poisonous(self, encoder: Encoder, number: int, unit: Unit, killed: list[str]) -> Iterator[WorkerReport]:
-        reason = (
-            f"{POISON}: {len(killed)} times ({', '.join(sorted(set(killed)))}); mend the sample, or give more memory"
-        )
+        workers = ", ".join(sorted(set(killed)))
+        reason = f"{POISON}: {len(killed)} times ({workers}); mend the sample, or give more memory"
         for part in range(len(unit.parts)):
             bad = [BadSample(row, name_of(encoder.source, row), reason) for row in unit.rows.tolist()]
             yield WorkerReport(self.name, number, part, 0.0, bad)

@@ -29,7 +29,7 @@ IRRELEVANT: Irrelevant = {"transformers.FeatureExtractionMixin": frozenset({"nam
 
 
 class AudioPreprocess(Preprocess):
-    """Decode, mix to one channel, resample, cut or fill up to a length, extract features where the network wants them.
+    """Decode, mix to one channel, resample, truncate or pad to a length, and extract features if there is an extractor.
 
     Without a length, inputs are as long as the sound, with the mask that the network takes, if any.
     """
@@ -58,9 +58,8 @@ class AudioPreprocess(Preprocess):
         if not np.isfinite(wave).all():
             raise BadSampleError("the sound holds NaN or infinite values")
         if len(wave) < SHORTEST * self.rate:
-            raise BadSampleError(
-                f"the sound has {1000 * len(wave) / self.rate:.1f} ms, less than {1000 * SHORTEST:g} ms"
-            )
+            length = f"{1000 * len(wave) / self.rate:.1f} ms"
+            raise BadSampleError(f"the sound has {length}, less than {1000 * SHORTEST:g} ms")
         return wave
 
     def _sized(self, wave_T: np.ndarray) -> np.ndarray:
@@ -70,13 +69,9 @@ class AudioPreprocess(Preprocess):
         return np.pad(wave_T, (0, round(self.seconds * self.rate) - len(wave_T)))
 
     def recipe(self) -> Mapping[str, JSON]:
-        return {
-            "kind": "audio",
-            "inputs": list(self.inputs),
-            "rate": self.rate,
-            "seconds": self.seconds,
-            "extractor": None if self.extractor is None else self._digest,
-        }
+        extractor = None if self.extractor is None else self._digest
+        shape: dict[str, JSON] = {"inputs": list(self.inputs), "rate": self.rate, "seconds": self.seconds}
+        return shape | {"kind": "audio", "extractor": extractor}
 
     def former_recipe(self) -> Mapping[str, JSON]:
         if self.extractor is None:
@@ -133,10 +128,8 @@ def decode(content: bytes, rate: int, seconds: float | None = None) -> np.ndarra
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             wanted = file.frames if seconds is None else min(file.frames, math.ceil(seconds * file.samplerate))
             if wanted * file.channels > MAX_VALUES:
-                raise BadSampleError(
-                    f"the sound is too long: {wanted} samples of {file.channels} channels, at most {MAX_VALUES} values "
-                    "are decoded; set preprocess.seconds"
-                )
+                length = f"{wanted} samples of {file.channels} channels, at most {MAX_VALUES} values are decoded"
+                raise BadSampleError(f"the sound is too long: {length}; set preprocess.seconds")
             wave_T = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
             return np.asarray(soxr.resample(wave_T, file.samplerate, rate), np.float32)
     except (soundfile.SoundFileError, RuntimeError, ValueError) as error:

@@ -47,11 +47,10 @@ class Backbone:
         return network, frozenset(network.state_dict()) - (frozenset() if embedded else self.fresh)
 
     def save(self, folder: Path) -> None:
-        """Write the network to the existing `folder`, in the form its library reads.
+        """Write the network to the existing `folder` in the form its library reads; `backbone.json` describes it.
 
         A network of Hugging Face is a directory for `from_pretrained`, with its tokenizer; any other is a state dict,
-        `model.safetensors`. `backbone.json` says what it is. The layers of an embedding head, `build_head(layers,
-        features)` of that description, have their weights in `projection.safetensors`.
+        `model.safetensors`. Layers of an embedding head have their weights in `projection.safetensors`.
         """
         network: Any = self.model.backbone if isinstance(self.model, Embedder) else self.model
         description: dict[str, Any] = {"backbone": self.name, "preprocess": self.preprocess.recipe()}

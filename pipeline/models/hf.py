@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig
 from transformers.utils import logging as transformers_log
 
-from pipeline.errors import AbsentError, ConfigError, ModelError, RecyclingError
+from pipeline.errors import AbsentError, ConfigError, ModelError, RecyclingError, first_few
 from pipeline.files import PACKAGE, check_sha256, locate
 from pipeline.models.audio import AudioPreprocess, make_audio_preprocess
 from pipeline.models.backbone import Backbone, Embedder, embed, projection_names
@@ -27,8 +27,8 @@ from pipeline.models.hf_heads import arrange_head, auto_class, label_settings
 from pipeline.models.hf_images import image_defaults, load_image_processor
 from pipeline.models.images import ImagePreprocess
 from pipeline.models.preprocess import Preprocess
-from pipeline.models.texts import load_tokenizer, make_text_preprocess
-from pipeline.models.weights import first, read_weights, seeded
+from pipeline.models.texts import first_line, load_tokenizer, make_text_preprocess
+from pipeline.models.weights import read_weights, seeded
 from pipeline.tasks.base import Head
 
 log = logging.getLogger("recycle")
@@ -85,8 +85,7 @@ def load_hf(
         auto = auto_class(settings, config, head)
         with torch.device("meta"):
             blueprint = _build(auto, settings, config, {})
-        pooling = head.pooling or _usual_pooling(blueprint)
-        extra = _without_pooler(blueprint) if head.kind == "embedding" and pooling != "pooled" else {}
+        pooling, extra = _pooling(head, blueprint)
         preprocessor = _make_preprocess(origin, preprocess, settings, blueprint, head)
         with seeded(config.seed):
             if state is None and config.has_file:
@@ -110,7 +109,7 @@ def load_hf(
 
 
 def describe_hf(config: ModelConfig, backbone: Backbone, folder: Path) -> None:
-    """Write the network's configuration, and that of its image processor if it has one, to the existing `folder`."""
+    """Write the configurations of the network and of its image processor, if any, to the existing `folder`."""
     network: Any = backbone.model.backbone if isinstance(backbone.model, Embedder) else backbone.model
     settings = copy.deepcopy(network.config)
     count, settings.id2label = settings.num_labels, None  # names of labels may change, and belong to the sample table
@@ -126,9 +125,8 @@ def describe_hf(config: ModelConfig, backbone: Backbone, folder: Path) -> None:
 def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
     options = {**label_settings(head), **config.options}
     try:
-        settings, unused = AutoConfig.from_pretrained(
-            origin.source, return_unused_kwargs=True, **origin.arguments, **options
-        )
+        read: Any = AutoConfig.from_pretrained
+        settings, unused = read(origin.source, return_unused_kwargs=True, **origin.arguments, **options)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot(f"model.backbone {config.backbone!r} cannot be loaded", error, origin) from error
     if unknown := sorted(set(unused) & set(config.options)):
@@ -146,23 +144,19 @@ def _stored_labels(origin: Origin) -> list[str]:
 
 def _build(auto: Any, settings: Any, config: ModelConfig, extra: Mapping[str, Any]) -> nn.Module:
     try:
-        model: nn.Module = auto.from_config(
-            settings, trust_remote_code=config.trust_remote_code, dtype=torch.float32, **extra
-        )
+        trust = config.trust_remote_code
+        model: nn.Module = auto.from_config(settings, trust_remote_code=trust, dtype=torch.float32, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ModelError(f"model.backbone {config.backbone!r} cannot be built: {_first_line(error)}") from error
+        raise ModelError(f"model.backbone {config.backbone!r} cannot be built: {first_line(error)}") from error
     return model
 
 
-def _usual_pooling(blueprint: Any) -> str:
-    images = blueprint.main_input_name == "pixel_values"
-    return "pooled" if images and getattr(blueprint, "pooler", None) is not None else "mean"
-
-
-def _without_pooler(blueprint: nn.Module) -> dict[str, Any]:
-    """Remove an unused pooler, whose weights would get no gradient."""
+def _pooling(head: Head, blueprint: Any) -> tuple[str, dict[str, Any]]:
+    """Return how to pool, and the argument that removes an unused pooler, whose weights would get no gradient."""
+    is_pooled = blueprint.main_input_name == "pixel_values" and getattr(blueprint, "pooler", None) is not None
+    pooling = head.pooling or ("pooled" if is_pooled else "mean")
     accepts = "add_pooling_layer" in inspect.signature(type(blueprint).__init__).parameters
-    return {"add_pooling_layer": False} if accepts else {}
+    return pooling, {"add_pooling_layer": False} if accepts and head.kind == "embedding" and pooling != "pooled" else {}
 
 
 def _fill(
@@ -190,9 +184,9 @@ def _completed(
 
 
 def _cannot(what: str, error: Exception, origin: Origin | None) -> RecyclingError:
-    """Return the error of a failed load: a repository that cannot be downloaded may be in another machine's cache."""
+    """Return the error of a failed load: `AbsentError` if a download failed, which may succeed on another machine."""
     is_download = isinstance(error, OSError) and origin is not None and origin.folder is None
-    return (AbsentError if is_download else ModelError)(f"{what}: {_first_line(error)}")
+    return (AbsentError if is_download else ModelError)(f"{what}: {first_line(error)}")
 
 
 def _check_digest(origin: Origin, config: ModelConfig) -> None:
@@ -217,20 +211,19 @@ def _check_fit(model: Any, info: Mapping[str, Any], config: ModelConfig) -> froz
         return outside or "pooler" in name.split(".")
 
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    unexpected = [name for name in info["unexpected_keys"] if name.partition(".")[0] in trunk]
     faults = {
         "missing": [name for name in info["missing_keys"] if not is_head(name)],
         "of another shape": [name for name in mismatched if not is_head(name)],
-        "unexpected": [
-            name
-            for name in info["unexpected_keys"]
-            if name.partition(".")[0] in trunk and "pooler" not in name.split(".")
-        ],
+        "unexpected": [name for name in unexpected if "pooler" not in name.split(".")],
     }
     if any(faults.values()):
-        remark = "; ".join(f"{len(names)} {kind}: {first(sorted(names))}" for kind, names in faults.items() if names)
+        remark = "; ".join(
+            f"{len(names)} {kind}: {first_few(sorted(names))}" for kind, names in faults.items() if names
+        )
         raise ModelError(f"model.weights {config.weights} does not fit {config.backbone}: {remark}")
     if fresh := sorted({*info["missing_keys"], *mismatched}):
-        log.info("%s: the head is new (%s)", config.backbone, first(fresh))
+        log.info("%s: the head is new (%s)", config.backbone, first_few(fresh))
     return frozenset(fresh)
 
 
@@ -241,12 +234,10 @@ def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, bl
     if kind == "audio":
         return make_audio_preprocess(config, blueprint, _load_extractor(origin))
     if kind == "image":
-        return ImagePreprocess(
-            config, image_defaults(origin.source, settings, origin.arguments), blueprint.main_input_name
-        )
-    tokenizer = (
-        load_tokenizer(config.tokenizer) if config.tokenizer else load_tokenizer(origin.source, **origin.arguments)
-    )
+        defaults = image_defaults(origin.source, settings, origin.arguments)
+        return ImagePreprocess(config, defaults, blueprint.main_input_name)
+    own = {} if config.tokenizer else origin.arguments
+    tokenizer = load_tokenizer(config.tokenizer or origin.source, **own)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked; a classifier of a decoder must know its id
     if getattr(settings, "pad_token_id", None) is None:
@@ -268,7 +259,7 @@ def _load_extractor(origin: Origin) -> Any:
     try:
         return load(origin.source, **origin.arguments)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"no feature extractor can be loaded from {origin.source} ({_first_line(error)})") from error
+        raise ConfigError(f"no feature extractor can be loaded from {origin.source} ({first_line(error)})") from error
 
 
 def _example(preprocess: Preprocess) -> object:
@@ -290,7 +281,3 @@ def _quiet() -> Iterator[None]:
         control.set_verbosity(verbosity)
         if bars:
             control.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -12,9 +12,9 @@ import transformers
 from torch import nn
 from transformers import AutoModel
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, first_few
 from pipeline.models.config import ModelConfig
-from pipeline.models.weights import CheckpointLayout, first
+from pipeline.models.weights import CheckpointLayout
 from pipeline.tasks.base import Head
 
 HEADS = {
@@ -65,9 +65,8 @@ def arrange_head(
 ) -> tuple[frozenset[str], str | None]:
     """Put the outputs of a checkpoint's own head, called `names`, in the order of the task's labels.
 
-    A head of as many other labels is drawn anew, by `build` of a configuration. One that is `fresh` (names of tensors
-    that no file gave), or whose outputs have no names, is left as it is. Returns the tensors that are fresh now, and
-    what was done.
+    If the labels are others, `build` initialises a new head. A head that is `fresh` (not from a file), or whose outputs
+    have no names, stays as it is. Returns the names of fresh tensors, and a remark on what was done.
     """
     if not head.labels or len(names) != len(head.labels) or tuple(names) == head.labels:
         return fresh, None
@@ -80,7 +79,8 @@ def arrange_head(
     for name, axis in sizes.items():
         order = torch.tensor([places.get(label, 0) for label in head.labels])
         tensors[name].copy_(tensors[name].index_select(axis, order) if known else drawn[name])
-    message = f"the checkpoint's head is for {first(names)}, in this order; the task's labels are {first(head.labels)}"
+    theirs, ours = first_few(names), first_few(head.labels)
+    message = f"the checkpoint's head is for {theirs}, in this order; the task's labels are {ours}"
     if known:
         return fresh, f"{message}: its outputs were put in their order"
     return fresh | sizes.keys(), f"{message}: so the head is new"

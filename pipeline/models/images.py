@@ -92,10 +92,7 @@ class ImagePreprocess(Preprocess):
         return {name: self._normalise(self._scale(tensor)) for name, tensor in batch.items()}
 
     def view(self, number: int) -> ImagePreprocess:
-        """Return the preprocessing of one augmented view, from 0 on.
-
-        It draws from the sample's key, the view and this recipe, and from nothing else.
-        """
+        """Return the preprocessing of one augmented view, from 0 on, seeded by sample key, view and recipe."""
         if self.augment is None:
             raise ConfigError("encode.views needs random changes to differ by; set preprocess.augment, or remove it")
         augmented = copy.copy(self)
@@ -106,8 +103,9 @@ class ImagePreprocess(Preprocess):
         """Return the square that is cut out of the middle, or that the whole is squashed to."""
         mode = v2.InterpolationMode(self.interpolation)
         if self.resize == "squash":
-            if _is_strip(image):
-                image = _thinned(image, self.size)
+            if _is_strip(image):  # every n-th row and column: LONGEST squared are left for each of the square's
+                down, across = (max(1, side // (self.size * LONGEST**2)) for side in image.shape[1:])
+                image = image[:, ::down, ::across]
             height, width = image.shape[1:]
             if height > LONGEST * width:  # by rows first: by columns first, each of the many rows would be enlarged
                 image = _resize(image, [self.size, width], mode)
@@ -159,10 +157,10 @@ class ImagePreprocess(Preprocess):
 
 
 def decode(content: bytes) -> Tensor:
-    """Return an encoded image, upright, in RGB: (3, H, W) uint8; of grey in 16 bits or in floats, float32 in 0..1.
+    """Return an encoded image, upright, in RGB: (3, H, W) uint8; float32 in 0..1 if it is grey in 16 bits or floats.
 
     Raises:
-        BadSampleError: it is truncated, too large, or no image, or what its white is cannot be told.
+        BadSampleError: it is truncated, too large, or no image, or its white is unknown.
     """
     if not content:
         raise BadSampleError("the image file is empty")
@@ -170,9 +168,8 @@ def decode(content: bytes) -> Tensor:
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
-            raise BadSampleError(
-                f"the image is too large: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded"
-            )
+            size = f"{image.width} x {image.height} pixels"
+            raise BadSampleError(f"the image is too large: {size}, at most {MAX_PIXELS} are decoded")
         black, white = _range(image)
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
@@ -188,10 +185,10 @@ def decode(content: bytes) -> Tensor:
 
 
 def _range(image: Image.Image) -> tuple[float, float]:
-    """Return what black and white are in a grey image of 16 bits or of floats.
+    """Return the values of black and white in a grey image of 16 bits or of floats.
 
     Raises:
-        BadSampleError: its whole numbers are of a kind that has no agreed white.
+        BadSampleError: its integers are of a type without a defined white.
     """
     tags = getattr(image, "tag_v2", {})
     if image.mode[0] not in "IF":
@@ -211,7 +208,7 @@ def _is_strip(image: Tensor) -> bool:
 
 
 def _middle(image: Tensor) -> Tensor:
-    """Return the middle of a strip, cut so that the pixels of what is kept fall as they would in the whole."""
+    """Return the middle of a strip, cropped so that resizing places its pixels as in the whole image."""
     if not _is_strip(image):
         return image
     short, long = sorted(image.shape[1:])
@@ -220,12 +217,6 @@ def _middle(image: Tensor) -> Tensor:
     sides = [min(side, kept) for side in image.shape[1:]]
     middle: Tensor = center_crop(image, sides)
     return middle
-
-
-def _thinned(image: Tensor, size: int) -> Tensor:
-    """Return a strip with every n-th row and column, so many that `LONGEST` squared are left for each of a square's."""
-    down, across = (max(1, side // (size * LONGEST**2)) for side in image.shape[1:])
-    return image[:, ::down, ::across]
 
 
 def _resize(image: Tensor, size: list[int], mode: v2.InterpolationMode) -> Tensor:

@@ -12,7 +12,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ UNBOUNDED = 1_000_000
 
 class TextPreprocess(Preprocess):
     """A text, or a text and its partner -> `input_ids`, `attention_mask`, ... (T,) int64."""
+
+    extra: ClassVar[str | None] = None
+    """Name of the extra of each token; batches are padded with -1."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, inputs: tuple[str, ...]) -> None:
         self.tokenizer, self.max_length, self.inputs = tokenizer, max_length, inputs
@@ -76,17 +79,14 @@ class TextPreprocess(Preprocess):
 
     @property
     def pad(self) -> dict[str, float]:
-        """Value that fills up an input, by input name."""
         values = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
-        return {name: values.get(name) or 0 for name in self.inputs}
+        extra = {} if self.extra is None else {f"{EXTRA}{self.extra}": -1}
+        return {name: values.get(name) or 0 for name in self.inputs} | extra
 
     def recipe(self) -> Mapping[str, JSON]:
-        return {
-            "kind": "text",
-            "inputs": list(self.inputs),
-            "max_length": self.max_length,
-            "tokenizer": self._digest,
-        }
+        inputs: list[JSON] = list(self.inputs)
+        extra: dict[str, JSON] = {} if self.extra is None else {"extra": self.extra}
+        return extra | {"kind": "text", "inputs": inputs, "max_length": self.max_length, "tokenizer": self._digest}
 
     def former_recipe(self) -> Mapping[str, JSON]:
         return {**self.recipe(), "tokenizer": _former_digest(self.tokenizer)}
@@ -113,9 +113,11 @@ class TextPreprocess(Preprocess):
 class WordPreprocess(TextPreprocess):
     """A list of words -> the inputs of these words with a space between them, and the extra `word` (T,).
 
-    `word` is the number of the word whose first token this is; -1 for its other tokens, and those of no word. Words
-    that are cut off, and those without any token, do not occur.
+    `word` is the number of the word whose first token this is; -1 for its other tokens, and those of no word. Truncated
+    words, and those without any token, do not occur.
     """
+
+    extra = "word"
 
     def __call__(self, content: object) -> dict[str, Tensor]:
         (text,) = self.texts(content)
@@ -128,14 +130,6 @@ class WordPreprocess(TextPreprocess):
         """Return the words as one text."""
         return super().texts(" ".join(_words(content)))
 
-    @property
-    def pad(self) -> dict[str, float]:
-        """Value that fills up an input or an extra, by name."""
-        return super().pad | {f"{EXTRA}word": -1}
-
-    def recipe(self) -> Mapping[str, JSON]:
-        return {**super().recipe(), "extra": "word"}
-
     def probe_contents(self) -> Sequence[object]:
         """Return the words of the texts."""
         return [str(text).split() for text in super().probe_contents()]
@@ -146,6 +140,8 @@ class SpanPreprocess(TextPreprocess):
 
     `chars` are where a token's characters begin and end in the text; -1 for tokens outside the text.
     """
+
+    extra = "chars"
 
     def __call__(self, content: object) -> dict[str, Tensor]:
         texts = self.texts(content)
@@ -161,14 +157,6 @@ class SpanPreprocess(TextPreprocess):
         chars = [span if sequence == 1 else (-1, -1) for sequence, span in of_text]
         return self._inputs(encoded) | {f"{EXTRA}chars": torch.tensor(chars, dtype=torch.int64)}
 
-    @property
-    def pad(self) -> dict[str, float]:
-        """Value that fills up an input or an extra, by name."""
-        return super().pad | {f"{EXTRA}chars": -1}
-
-    def recipe(self) -> Mapping[str, JSON]:
-        return {**super().recipe(), "extra": "chars"}
-
     def probe_contents(self) -> Sequence[object]:
         """Return each text with a question."""
         return [("Who is it?", text) for text in super().probe_contents()]
@@ -183,7 +171,7 @@ def _words(content: object) -> list[str]:
 def _word_of_tokens(words: Sequence[str], encoded: BatchEncoding) -> list[int]:
     """Return the number of the word that each token ends in, -1 for none; the text is the words joined by spaces.
 
-    Tokenizers take whole texts as they took them in pretraining; of words one by one, byte-level ones lose the spaces.
+    The text is tokenized as a whole, as in pretraining: word by word, byte-level tokenizers lose the spaces.
     """
     begins = [0, *itertools.accumulate(len(word) + 1 for word in words[:-1])]
     found = []
@@ -211,9 +199,8 @@ def load_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
             source, **{"trust_remote_code": False, "local_files_only": Path(source).is_dir()} | arguments
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"no tokenizer can be loaded from {source} ({_first_line(error)}); set preprocess.tokenizer"
-        ) from error
+        remedy = "set preprocess.tokenizer"
+        raise ConfigError(f"no tokenizer can be loaded from {source} ({first_line(error)}); {remedy}") from error
     return tokenizer
 
 
@@ -259,9 +246,7 @@ def longest_input(requested: int | None, tokenizer: PreTrainedTokenizerBase, pos
     if positions is not None and length > positions:
         if requested is None:
             return positions
-        raise ConfigError(
-            f"preprocess.max_length is {length}; the backbone has {positions} positions; set at most that"
-        )
+        raise ConfigError(f"preprocess.max_length is {length}; the backbone has {positions} positions; set fewer")
     return int(length)
 
 
@@ -273,7 +258,7 @@ IRRELEVANT = frozenset(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of everything that decides the ids of a text, except the maximum length."""
+    """Return the digest of everything that decides the ids of a text, except the maximum length."""
     own = {name: value for name, value in vars(tokenizer).items() if name not in IRRELEVANT and name != "_tokenizer"}
     return fingerprint([type(tokenizer), own, _backend(tokenizer) if tokenizer.is_fast else None])
 
@@ -285,10 +270,11 @@ def _former_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the state of a fast tokenizer without truncation and padding, which are settings of its last call."""
+    """Return the state of a fast tokenizer without truncation and padding, which its last call set."""
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return state | {"truncation": None, "padding": None}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
     return str(error).strip().partition("\n")[0]

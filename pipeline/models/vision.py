@@ -48,19 +48,13 @@ class Torchvision(Library):
             raise ConfigError(f"model.backbone is 'torchvision:{name}'; torchvision has {', '.join(known)}")
 
     def build(self, classes: int) -> nn.Module:
-        if classes == 0:
-            return self._headless()
         # What torchvision sets itself when it loads these networks' weights.
         old = {"init_weights": True, "transform_input": True} if self.name in ("googlenet", "inception_v3") else {}
-        model: nn.Module = torchvision.models.get_model(
-            self.name, weights=None, num_classes=classes, **old | self.options
-        )
-        return model
-
-    def _headless(self) -> nn.Module:
-        model = self.build(1)
-        for path in {name.rpartition(".")[0] for name in CheckpointLayout.of(self.build).head}:
-            model.set_submodule(path, nn.Identity())
+        options = old | self.options
+        model: nn.Module = torchvision.models.get_model(self.name, weights=None, num_classes=classes or 1, **options)
+        if classes == 0:
+            for path in {name.rpartition(".")[0] for name in CheckpointLayout.of(self.build).head}:
+                model.set_submodule(path, nn.Identity())
         return model
 
     def pretrained(self) -> Mapping[str, Tensor]:
@@ -130,7 +124,12 @@ def load_vision(
     if state is not None:
         fresh = fit_weights(model, state, CheckpointLayout.of(library.build), f"model.weights {config.weights}")
     preprocessor = ImagePreprocess(preprocess, library.defaults(model), first_input(model))
-    return finish(model, preprocessor, config, head, fresh)
+    if head.kind == "classes":
+        return Backbone(model, preprocessor, config.backbone, fresh)
+    example = preprocessor(np.zeros((preprocessor.size, preprocessor.size), np.uint8))
+    with seeded(config.seed):
+        embedder = embed(model, head, head.pooling or "pooled", example)
+    return Backbone(embedder, preprocessor, config.backbone, projection_names(embedder))
 
 
 def _pretrained(library: Library, config: ModelConfig) -> Mapping[str, Tensor]:
@@ -141,18 +140,6 @@ def _pretrained(library: Library, config: ModelConfig) -> Mapping[str, Tensor]:
             f"the pretrained weights of {config.backbone} cannot be had ({type(error).__name__}: {error}); "
             "connect to the network, or set model.weights to a file, or to null for random weights"
         ) from error
-
-
-def finish(
-    model: nn.Module, preprocess: ImagePreprocess, config: ModelConfig, head: Head, fresh: frozenset[str]
-) -> Backbone:
-    """Return the backbone, with an embedding head if `head` is one."""
-    if head.kind == "classes":
-        return Backbone(model, preprocess, config.backbone, fresh)
-    example = preprocess(np.zeros((preprocess.size, preprocess.size), np.uint8))
-    with seeded(config.seed):
-        embedder = embed(model, head, head.pooling or "pooled", example)
-    return Backbone(embedder, preprocess, config.backbone, projection_names(embedder))
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError, ModelError, first_few
 from pipeline.files import check_sha256, locate
 from pipeline.models.config import ModelConfig
 from pipeline.models.efficientnet_pytorch import with_timm_names
@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 WRAPPERS = ("state_dict", "model")
-NAMED = 5
 
 
 @contextmanager
@@ -57,7 +56,7 @@ class CheckpointLayout:
 
 
 def read_weights(config: ModelConfig) -> dict[str, Tensor]:
-    """Return the tensors of the file that `config.weights` names; its digest is checked first. Nothing is unpickled.
+    """Return the tensors of the file that `config.weights` names, after its digest is checked. Nothing is unpickled.
 
     Raises:
         AbsentError: the file is missing.
@@ -69,26 +68,20 @@ def read_weights(config: ModelConfig) -> dict[str, Tensor]:
     if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
         known = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise ConfigError(f"model.weights is {config.weights!r}; expected a name that ends in {known}")
-    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    loaded = _read_tensors(path)
     state = {name.removeprefix("module."): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
     if not state:
-        raise ModelError(
-            f"model.weights {path} holds no tensors by name, but {', '.join(map(str, loaded)) or 'nothing'}"
-        )
+        raise ModelError(f"model.weights {path} has no tensors by name, but {', '.join(map(str, loaded)) or 'nothing'}")
     return state
 
 
-def _read_safetensors(path: Path) -> Mapping[str, object]:
+def _read_tensors(path: Path) -> Mapping[str, object]:
     try:
-        tensors: Mapping[str, object] = load_file(path)
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"model.weights {path} cannot be read: {error}") from error
-    return tensors
-
-
-def _read_torch(path: Path) -> Mapping[str, object]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"model.weights {path} holds Python objects, which are never unpickled; save model.state_dict() alone"
@@ -104,19 +97,16 @@ def _read_torch(path: Path) -> Mapping[str, object]:
 
 
 def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: CheckpointLayout, where: str) -> frozenset[str]:
-    """Copy `state` into `model`; return the names of head tensors whose shape differs in `state`, or that it lacks.
+    """Copy `state` into `model`; return the names of head tensors that it lacks or has in another shape.
 
-    These keep their initial weights, as do tensors that are on the meta device in `state`. `model` may lack the
-    classifier of `layout`.
+    These, and tensors on the meta device, keep their initial weights. `model` may lack the classifier of `layout`.
 
     Raises:
         ModelError: any other tensor is missing, unexpected or of another shape.
     """
     state = with_timm_names(state, layout.shapes)
-    faults = _name_faults(state, layout)
-    if faults:
-        renamed = _by_position(state, layout)
-        if renamed is None:
+    if faults := _name_faults(state, layout):
+        if (renamed := _by_position(state, layout)) is None:
             raise ModelError(f"{where} does not fit the backbone: {'; '.join(faults)}")
         log.warning("%s: no names match, but all %d shapes do in their order; matched by position", where, len(state))
         state = renamed
@@ -140,7 +130,7 @@ def _name_faults(state: Mapping[str, Tensor], layout: CheckpointLayout) -> list[
         if name in body and tensor.shape != layout.shapes[name]
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
-    return [f"{len(names)} {kind}: {first(names)}" for kind, names in kinds.items() if names]
+    return [f"{len(names)} {kind}: {first_few(names)}" for kind, names in kinds.items() if names]
 
 
 def _by_position(state: Mapping[str, Tensor], layout: CheckpointLayout) -> dict[str, Tensor] | None:
@@ -153,9 +143,3 @@ def _by_position(state: Mapping[str, Tensor], layout: CheckpointLayout) -> dict[
         ):
             return dict(zip(names, state.values(), strict=True))
     return None
-
-
-def first(names: Iterable[str]) -> str:
-    """Return the first few of `names`, joined, with "..." if there are more."""
-    known = list(names)
-    return ", ".join(known[:NAMED]) + (", ..." if len(known) > NAMED else "")

@@ -69,8 +69,8 @@ class Regression(Task):
             wrong = next((row for row, label in enumerate(labels) if not _is_numbers(label)), None)
             shown = f"that of {_name(table, wrong)} is {labels[wrong]!r}" if wrong is not None else f"{error}"
             raise DataError(
-                f"the labels are no numbers, or lists of different lengths ({shown}); regression needs equally many numbers "
-                "per sample"
+                f"the labels are no numbers, or lists of different lengths ({shown}); regression needs one number per "
+                "sample, or equally many of each"
             ) from error
         if not numbers.shape[1]:
             raise DataError("the labels are empty lists; regression needs numbers")

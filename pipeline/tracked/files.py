@@ -28,6 +28,12 @@ BY_OBSTORE: Mapping[str, Mapping[str, str]] = {
     "azure": {"account_name": "account_name", "account_key": "account_key", "sas_token": "sas_token"},
 }
 """Per service: DVC's names of the settings that obstore needs -> obstore's names."""
+CREDENTIALS = {
+    "s3": ("access_key_id", "AWS_ACCESS_KEY_ID"),
+    "gs": ("service_account", "GOOGLE_APPLICATION_CREDENTIALS"),
+    "azure": ("account_key", "AZURE_STORAGE_ACCOUNT_KEY"),
+}
+"""Per service: the option or the variable that gives obstore credentials; DVC's clients find them in more places."""
 SCHEMES = {"s3": "s3", "gs": "gs", "azure": "az"}
 IRRELEVANT = re.compile(r"acl|grant_|sse$|sse_kms|listobjects|cache_regions|projectname|.*timeout|jobs|checksum_jobs")
 """Settings of a remote that change nothing about how its objects are read."""
@@ -88,29 +94,17 @@ def files_of(file_system: Any, root: str, remote: str) -> Files:
     service = file_system.protocol
     if service == "local":
         if not Path(root).is_dir():
-            raise StoreError(
-                f"DVC's remote {remote}: {root} is not there; mount it, push to it, or name another remote"
-            )
+            raise StoreError(f"DVC's remote {remote}: {root} is not there; mount it, push to it, or name another")
         return Bucket(Path(root).absolute().as_uri())
     config = {name: value for name, value in file_system.config.items() if value not in (None, False)}
     known = BY_OBSTORE.get(service, {})
     usual = {"tmp_dir", "use_ssl", "bucket", "host", "url", *known}
     others = [name for name in config if name not in usual and not IRRELEVANT.match(name)]
     options = {known[name]: str(value) for name, value in config.items() if name in known}
-    if not known or others or not _has_credentials(service, options):
+    option, variable = CREDENTIALS.get(service, ("", ""))
+    if not known or others or not (option in options or variable in os.environ):
         return ThroughDvc(file_system, root, remote)
     return Bucket(f"{SCHEMES[service]}://{root}", secrets=options)
-
-
-def _has_credentials(service: str, options: Mapping[str, str]) -> bool:
-    """Return whether obstore has credentials; DVC's clients find them in more places."""
-    needed = {
-        "s3": ("access_key_id", "AWS_ACCESS_KEY_ID"),
-        "gs": ("service_account", "GOOGLE_APPLICATION_CREDENTIALS"),
-        "azure": ("account_key", "AZURE_STORAGE_ACCOUNT_KEY"),
-    }
-    option, variable = needed[service]
-    return option in options or variable in os.environ
 
 
 def object_path(md5: str) -> str:

@@ -1,12 +1,9 @@
-"""Stores that DVC tracks, read from its remote where they are: no checkout, and nothing in DVC's cache.
+"""Stores that DVC tracks, read from its remote without a checkout, with DVC's settings and credentials.
 
     dvc://REVISION:PATH[?remote=NAME]
 
 The revision is any that git knows, or empty for dvc.lock in the working tree. DVC stores a folder as one object that
-lists its files by their digests, and each file as an object named by its digest. So reading the list suffices to find
-every file, and mirrored files never change.
-
-Settings and credentials are those of DVC.
+lists its files by their digests, and each file as an object named by its digest.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import tiny
 import yaml
 
 from pipeline.cluster import Job
+from pipeline.cluster.rates import Rates
 from pipeline.cluster.task import Lines, load_units, main, save_units
 from pipeline.cluster.worker import MARKS, REPORT, Worker
 from pipeline.encode.config import ExecutorConfig
@@ -58,7 +59,7 @@ class ByWorker:
             worker = Worker(Job.model_validate_json(self.job.model_dump_json()), "0")
             for report in worker.run(load_units(folder, 0)):
                 told = REPORT.validate_json(REPORT.dump_json(report))
-                yield told.outcome(units[told.unit].parts[told.part])
+                yield Rates(units).outcome(told)
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_a_committed_unit_asked_again_runs_nothing(executor: type[ByWorker], mon
             assert forwards == []
             assert [(one.unit, one.part) for one in again] == [(one.unit, one.part) for one in first]
             assert not list((self.job.home / MARKS).iterdir())
-            yield from (report.outcome(units[report.unit].parts[report.part]) for report in again)
+            yield from map(Rates(units).outcome, again)
 
     monkeypatch.setattr(executor, "run", twice)
     assert encode_project(project(arrays(), ELSEWHERE))
