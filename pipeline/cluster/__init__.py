@@ -20,11 +20,7 @@ __all__ = ["Job", "open_executor"]
 
 
 def open_executor(job: Job, config: ExecutorConfig) -> Executor:
-    """Return the executor that `config` describes; it starts nothing before there are units.
-
-    Raises:
-        ClusterError: a package that it needs is not installed.
-    """
+    """Return the executor for `config`, started when there are units; raises ClusterError if a package is missing."""
     if config.kind == "slurm":
         from pipeline.cluster.slurm import SlurmArray  # noqa: PLC0415
 

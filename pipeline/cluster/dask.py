@@ -69,7 +69,9 @@ class DaskWorkers:
 
     def _run(self, client: Client, units: Sequence[Unit], plugin: str) -> Iterator[Outcome]:
         workers, rates = _Workers(client), Rates(units)
-        waiting = [UnitTask(numbers) for numbers in _shares(len(units), workers.look())]
+        # Small enough tasks to keep all workers busy until the end.
+        size = max(1, min(UNITS_PER_TASK, len(units) // (TASKS_PER_WORKER * 2 * max(1, workers.look()))))
+        waiting = [UnitTask(range(len(units))[begin : begin + size]) for begin in range(0, len(units), size)]
         running, tasks = distributed.as_completed(loop=client.loop), dict[Any, UnitTask]()
         while waiting or tasks:
             while waiting and len(tasks) < TASKS_PER_WORKER * max(1, workers.look()):
@@ -103,11 +105,7 @@ class UnitTask:
     """Number of retries since, without a process that died at them."""
 
     def again(self, job: Job) -> UnitTask:
-        """Return the task to submit again, after dask has lost too many workers with it.
-
-        Raises:
-            ClusterError: they die before they start a unit.
-        """
+        """Return the task to submit again after its workers died; raises ClusterError if they start no unit."""
         died = deaths(job.home)
         now = sum(len(died[number]) for number in self.numbers)
         if now == self.deaths and self.in_vain >= job.retries:
@@ -192,9 +190,3 @@ def _register(client: Client, plugin: EncoderPlugin, name: str) -> None:
 
 def _lost(address: str) -> ClusterError:
     return ClusterError(f"the scheduler at {address} is lost; what was committed stays: start it, and run again")
-
-
-def _shares(units: int, workers: int) -> Iterator[range]:
-    """Divide units into tasks small enough to keep all workers busy until the end."""
-    size = max(1, min(UNITS_PER_TASK, units // (TASKS_PER_WORKER * 2 * max(1, workers))))
-    return (range(begin, min(begin + size, units)) for begin in range(0, units, size))

@@ -104,11 +104,7 @@ class Job(BaseModel):
         shutil.rmtree(self.home, ignore_errors=True)
 
     def enter(self) -> None:
-        """Go to the project's folder.
-
-        Raises:
-            ClusterError: it cannot be seen here.
-        """
+        """Go to the project's folder; raises ClusterError if it cannot be seen here."""
         if not (self.home / FILE).is_file():
             raise ClusterError(
                 f"the project's folder {self.folder} cannot be seen there; put the project on a file system that all "

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,13 +55,12 @@ def scheduler_of(config: ExecutorConfig, job: Job) -> Iterator[Any]:
         yield address
         return
     settings = {"distributed.worker.daemon": False, "distributed.scheduler.worker-saturation": 1.0}
-    with dask.config.set(settings), _jobqueue(config, job) if config.jobqueue else _processes(config) as cluster:
+    own = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "threads_per_worker": 1, "memory_limit": 0}
+    with (
+        dask.config.set(settings),
+        _jobqueue(config, job) if config.jobqueue else LocalCluster(n_workers=config.processes, **own) as cluster,
+    ):
         yield cluster
-
-
-def _processes(config: ExecutorConfig) -> LocalCluster:
-    place = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-    return LocalCluster(n_workers=config.processes, threads_per_worker=1, memory_limit=0, **place)
 
 
 def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
@@ -92,16 +91,12 @@ def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
     ]
     prologue = ["export DASK_DISTRIBUTED__WORKER__DAEMON=False"]
     options["job_script_prologue"] = [*prologue, *options.get("job_script_prologue", [])]
-    cluster = _made(kind, options)
-    cluster.scale(jobs=config.jobs or 1)
-    return cluster
-
-
-def _made(kind: Any, options: Mapping[str, Any]) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # of what was begun of one that cannot be made
+        warnings.simplefilter("ignore", ResourceWarning)  # of a cluster that fails to start
         try:
-            return kind(**options)
+            cluster = kind(**options)
+            cluster.scale(jobs=config.jobs or 1)
+            return cluster
         except (TypeError, ValueError) as error:
             message = " ".join(str(error).split())
     raise ConfigError(f"encode.executor.options: {message}")

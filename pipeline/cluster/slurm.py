@@ -121,11 +121,7 @@ class _Array:
 
 @contextmanager
 def _submitted(command: Sequence[str]) -> Iterator[_Array]:
-    """Submit a job array; tasks still running at the end are cancelled.
-
-    Raises:
-        ClusterError: it is refused.
-    """
+    """Submit a job array; tasks still running at the end are cancelled; raises ClusterError if it is refused."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:  # noqa: S603
         job = process.stdout.readline().strip().partition(";")[0] if process.stdout else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.data.arrays import open_arrays
 from pipeline.data.chosen import in_role, rows_in_role, with_keys
 from pipeline.data.config import DataConfig
+from pipeline.data.labelled import open_texts
 from pipeline.data.media import open_audio, open_images
 from pipeline.data.pairs import ROLES, open_pairs
 from pipeline.data.pixels import open_pixels
@@ -15,7 +16,6 @@ from pipeline.data.source import Content, Row, Source, Stamp
 from pipeline.data.squad import open_squad
 from pipeline.data.table import SampleTable, build
 from pipeline.data.tagged import open_conll, open_tagged
-from pipeline.data.texts import open_texts
 from pipeline.data.vision import open_torchvision
 from pipeline.errors import ConfigError
 from pipeline.files import check_sha256, load_function, locate

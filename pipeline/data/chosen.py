@@ -66,20 +66,12 @@ def with_keys(source: Source, functions: Mapping[str | None, str], setting: str)
 
 
 def in_role(source: Source, role: str) -> Source:
-    """Return the samples of `source` in one role.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Return the samples of `source` in one role; raises DataError if there are none."""
     return Chosen(source, rows_in_role(source, np.arange(len(source)), role), {})
 
 
 def rows_in_role(source: Source, rows: np.ndarray, role: str) -> np.ndarray:
-    """Return those of `rows` (n,) int64 whose samples have the role.
-
-    Raises:
-        DataError: none has.
-    """
+    """Return those of `rows` (n,) int64 whose samples have the role; raises DataError if none has."""
     found = [row for row in rows.tolist() if role_of(source, row) == role]
     if not found:
         raise DataError(

@@ -36,7 +36,7 @@ class ClassFolder(Source):
                 (file, split, {"label": label})
                 for split, folder in _splits(root, self._left_out)
                 for label in _folders(folder, root, self._left_out, "outside of the class folders")
-                for file in self._of_class(folder / label)
+                for file in self._below(folder / label)
             ]
             if labelled
             else [(file, None, {}) for file in self._below(root)]
@@ -60,14 +60,11 @@ class ClassFolder(Source):
     def stamp(self, i: int) -> Stamp | None:
         return stamp_file(self._below_root + self._files[i][0])
 
-    def _of_class(self, folder: Path) -> list[str]:
-        files = self._below(folder)
-        if not files:
+    def _below(self, folder: Path) -> list[str]:
+        files = files_below(folder, self.root, self._is_one, self._left_out)
+        if not files and folder != self.root:
             self._left_out.add(f"class folders without {self.holds}", folder.relative_to(self.root).as_posix())
         return files
-
-    def _below(self, folder: Path) -> list[str]:
-        return files_below(folder, self.root, self._is_one, self._left_out)
 
     def _is_one(self, path: str) -> bool:
         if os.path.splitext(path)[1].lower() in self.extensions:
@@ -103,11 +100,7 @@ class AudioFolder(ClassFolder):
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of a sample's file.
-
-    Raises:
-        BadSampleError: it cannot be read.
-    """
+    """Return the bytes of a sample's file; raises BadSampleError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

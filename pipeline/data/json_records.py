@@ -18,11 +18,7 @@ _SHOWN = 40
 
 
 def read_lines(path: Path, text: str) -> list[Any]:
-    """Return the values of JSON Lines; empty lines are skipped.
-
-    Raises:
-        DataError: a line is not JSON; the message names it.
-    """
+    """Return the values of JSON Lines; empty lines are skipped; raises DataError if a line is not JSON."""
     lines = enumerate(text.split("\n"), 1)
     return [parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 

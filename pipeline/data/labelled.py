@@ -1,14 +1,15 @@
-"""Labelled samples in a table with named fields: the base of sources with different contents."""
+"""Labelled samples in a table with named fields: the base of sources with different contents, and texts."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.config import DataConfig
-from pipeline.data.records import Records
+from pipeline.data.records import Records, read_records
 from pipeline.data.source import Row, Source, Target, is_missing
 from pipeline.errors import DataError, first_few
 
@@ -47,6 +48,22 @@ class Labelled(Source):
         return labels if len(labels) > 1 else labels[0]
 
 
+class Texts(Labelled):
+    """A text (or a text and its partner) and a label per record of a table."""
+
+    def content(self, i: int) -> str | tuple[str, str]:
+        text = self._records.text("text", i)
+        return (text, self._records.text("text_pair", i)) if "text_pair" in self._records.columns else text
+
+
+def open_texts(config: DataConfig, path: Path) -> Texts:
+    """Read the table of texts at `path`."""
+    texts = {name: getattr(config, name) for name in ("text", "text_pair")}
+    named = {setting: name for setting, name in texts.items() if name is not None} | label_fields(config)
+    records = read_records(path, named, records=config.records, labels_as_text=config.delimiter is not None)
+    return Texts(path.name, records, config.delimiter)
+
+
 def label_fields(config: DataConfig) -> dict[str, str]:
     """Return the settings that all labelled tables share, with their fields; none if `config` is not `labelled`."""
     if not config.labelled:
@@ -58,11 +75,7 @@ def label_fields(config: DataConfig) -> dict[str, str]:
 
 
 def as_target(value: object, where: str) -> Any:
-    """Return a cell as a target: a number, a text, or a list of these.
-
-    Raises:
-        DataError: an item of a list is missing.
-    """
+    """Return a cell as a target: number, text, or a list of these; raises DataError if an item of a list is missing."""
     if isinstance(value, list):
         if any(is_missing(item) for item in value):
             raise DataError(f"{where}: the label is {value}; expected texts or numbers; leave out what is empty")

@@ -56,11 +56,7 @@ class Records:
         return None if column is None else split_named(column[i].as_py(), self.where(i))
 
     def text(self, setting: str, i: int) -> str:
-        """Return the text of record `i` in the column of a setting.
-
-        Raises:
-            BadSampleError: the cell is empty or holds no text.
-        """
+        """Return the text of record `i` in the column of a setting; raises BadSampleError if the cell has no text."""
         if fault := self.fault(setting, i):
             raise BadSampleError(fault)
         value = self.columns[setting][i].as_py()
@@ -174,10 +170,5 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, decompressed if its name says so.
-
-    Raises:
-        OSError: it cannot be read.
-        UnicodeDecodeError: it is not UTF-8.
-    """
+    """Return the text of a file, decompressed if its name says so; raises OSError or UnicodeDecodeError."""
     return read_bytes(path).decode("utf-8-sig")

@@ -12,10 +12,7 @@ _LABELS = ("label", "tags", "belongs")
 
 
 def remarks(table: SampleTable) -> list[str]:
-    """Return a sentence about each kind of repeated content; of pairs, whole pairs are compared.
-
-    Contents are equal where their keys are. A million samples take about two seconds.
-    """
+    """Return a sentence about each kind of repeated content (equal keys); of pairs, whole pairs are compared."""
     rows, keys = _of_pairs(table) if {"pair", "role"} <= table.targets.keys() else (np.arange(len(table)), table.keys)
     what = "pairs" if len(rows) < len(table) else "contents"
     order, of_order = _repeated(keys)  # those that occur more than once, equal ones side by side

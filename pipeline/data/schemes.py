@@ -37,11 +37,7 @@ def detect(tags: Iterable[Tag]) -> str:
 
 
 def to_iob2(tags: Sequence[Tag], scheme: str, where: str) -> list[str]:
-    """Return the tags of one sentence in IOB2.
-
-    Raises:
-        DataError: they break the rules of `scheme`; the message names `where`, the word and the rule.
-    """
+    """Return the tags of one sentence in IOB2; raises DataError if they break the rules of `scheme`."""
     read = []
     inside: str | None = None  # type of the entity that the next word may go on with
     for number, (letter, kind) in enumerate(tags, 1):

@@ -52,11 +52,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path | str) -> Self:
-        """Return the stamp of the file at `path`.
-
-        Raises:
-            OSError: there is none.
-        """
+        """Return the stamp of the file at `path`; raises OSError if there is none."""
         stat = os.stat(path)
         return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
@@ -128,11 +124,7 @@ class Source(ABC):
 
 
 def split_named(name: object, where: str) -> str:
-    """Return the split that a folder or a cell of the split column names ("val" is "validation").
-
-    Raises:
-        DataError: it names no split.
-    """
+    """Return the split that `name` stands for ("val" is "validation"); raises DataError if there is none."""
     if (known := find_split(str(name))) is None:
         raise DataError(f"{where}: split {name!r}; expected one of {', '.join([*SPLITS, *_SPLIT_NAMES])}")
     return known

@@ -140,11 +140,7 @@ def _read(path: Path, split: str | None, config: DataConfig) -> Iterator[Questio
 
 
 def _get(item: Any, name: str, kind: type, where: str, default: Any = None) -> Any:
-    """Return a field of a JSON object.
-
-    Raises:
-        DataError: it is missing, or of another type.
-    """
+    """Return a field of a JSON object; raises DataError if it is missing, or of another type."""
     value = item.get(name, default) if isinstance(item, dict) else None
     if not isinstance(value, kind):
         raise DataError(f"{where}: {name!r} is {str(value)[:40]!r}; expected {kind.__name__}, as SQuAD has it")

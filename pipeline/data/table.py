@@ -93,11 +93,7 @@ class SampleTable:
 
     @classmethod
     def read(cls, path: Path) -> SampleTable:
-        """Read a table that `write` wrote.
-
-        Raises:
-            DataError: `path` is missing, or is no sample table.
-        """
+        """Read a table that `write` wrote; raises DataError if `path` is missing, or is no sample table."""
         try:
             table = pa.parquet.read_table(path)
         except (OSError, pa.ArrowException) as error:

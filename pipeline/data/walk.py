@@ -42,11 +42,7 @@ def is_hidden(name: str) -> bool:
 
 
 def visible(folder: Path, root: Path, left_out: LeftOut) -> list[os.DirEntry[str]]:
-    """Return the entries of `folder` that are not hidden, by name; hidden ones are added to `left_out`.
-
-    Raises:
-        DataError: the folder cannot be read.
-    """
+    """Return the visible entries of `folder` by name, and count hidden ones; raises DataError if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             found = sorted(entries, key=lambda entry: entry.name)

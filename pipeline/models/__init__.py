@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models.backbone import Backbone, Embedder
+from pipeline.models.backbone import Backbone
 from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
 from pipeline.models.preprocess import EXTRA, Preprocess, network_inputs
 from pipeline.tasks.base import Head
@@ -21,7 +21,6 @@ __all__ = [
     "EXTRA",
     "PRETRAINED",
     "Backbone",
-    "Embedder",
     "ModelConfig",
     "Preprocess",
     "PreprocessConfig",

@@ -34,11 +34,7 @@ class Augment:
     """Transforms, one after the other, as a pure function of an image and a seed. Can be pickled."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
-        """Make the transforms of `steps`.
-
-        Raises:
-            ValueError: a name or an argument is wrong; the message has the remedy.
-        """
+        """Make the transforms of `steps`; raises ValueError if a name or an argument is wrong."""
         self._transforms = _make_all(steps)
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:

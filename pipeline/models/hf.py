@@ -72,13 +72,7 @@ class Origin:
 def load_hf(
     config: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
 ) -> Backbone:
-    """Build the network with the head, and fill in its weights; `state` as `load` has it.
-
-    Raises:
-        AbsentError: there is no such directory, or the hub cannot be reached.
-        ConfigError: a setting is wrong.
-        ModelError: the network cannot be built, or the weights do not fit.
-    """
+    """Build the network with the head, and fill in its weights; `state` and errors as `load` has them."""
     origin = Origin.of(config)
     with _quiet():
         settings = _read_config(origin, config, head)
@@ -96,7 +90,9 @@ def load_hf(
                 _check_digest(origin, config)
                 model, fresh = _fill(auto, origin, config, {"config": settings, **origin.arguments, **extra})
                 build = partial(_build, auto, config=config, extra=extra)
-                fresh, remark = arrange_head(model, _stored_labels(origin), head, build, fresh)
+                stored = PreTrainedConfig.get_config_dict(origin.source, **origin.arguments)[0].get("id2label") or {}
+                labels = [str(stored[number]) for number in sorted(stored, key=int)]
+                fresh, remark = arrange_head(model, labels, head, build, fresh)
                 if remark is not None:
                     log.warning("%s: %s", config.backbone, remark)
             else:
@@ -134,12 +130,6 @@ def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
     if getattr(settings, "use_cache", False):
         settings.use_cache = False  # keys and values for the next token: of no use here, and would cross the cut
     return settings
-
-
-def _stored_labels(origin: Origin) -> list[str]:
-    """Return the names of the outputs of the checkpoint's head, in order."""
-    stored = PreTrainedConfig.get_config_dict(origin.source, **origin.arguments)[0].get("id2label") or {}
-    return [str(stored[number]) for number in sorted(stored, key=int)]
 
 
 def _build(auto: Any, settings: Any, config: ModelConfig, extra: Mapping[str, Any]) -> nn.Module:

@@ -43,11 +43,7 @@ def label_settings(head: Head) -> dict[str, Any]:
 
 
 def auto_class(settings: Any, config: ModelConfig, head: Head) -> Any:
-    """Return the library's class that ends a network of the configuration `settings` in the head.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """Return the library's class for networks of `settings` with this head; raises ModelError if there is none."""
     if head.kind == "embedding":
         return AutoModel
     custom_classes = getattr(settings, "auto_map", None) or {}  # classes of the repository's own code

@@ -185,11 +185,7 @@ def decode(content: bytes) -> Tensor:
 
 
 def _range(image: Image.Image) -> tuple[float, float]:
-    """Return the values of black and white in a grey image of 16 bits or of floats.
-
-    Raises:
-        BadSampleError: its integers are of a type without a defined white.
-    """
+    """Return the values of black and white of a grey image; raises BadSampleError if its type has no defined white."""
     tags = getattr(image, "tag_v2", {})
     if image.mode[0] not in "IF":
         return 0, 255

@@ -52,11 +52,7 @@ class TextPreprocess(Preprocess):
         return self._inputs(self._tokenize(self.texts(content)))
 
     def texts(self, content: object) -> tuple[str, ...]:
-        """Return the texts of a content: one or two.
-
-        Raises:
-            BadSampleError: the content is something else, or empty.
-        """
+        """Return the one or two texts of a content; raises BadSampleError if it is something else, or empty."""
         texts = content if isinstance(content, tuple) else (content,)
         if not all(isinstance(text, str) for text in texts):
             raise BadSampleError(f"content is {type(content).__name__}; expected a text or two")
@@ -89,7 +85,11 @@ class TextPreprocess(Preprocess):
         return extra | {"kind": "text", "inputs": inputs, "max_length": self.max_length, "tokenizer": self._digest}
 
     def former_recipe(self) -> Mapping[str, JSON]:
-        return {**self.recipe(), "tokenizer": _former_digest(self.tokenizer)}
+        if self.tokenizer.is_fast:
+            return {**self.recipe(), "tokenizer": digest(_backend(self.tokenizer))}
+        vocabulary: dict[str, JSON] = dict(self.tokenizer.get_vocab())
+        former = digest({"class": type(self.tokenizer).__name__, "vocabulary": vocabulary})
+        return {**self.recipe(), "tokenizer": former}
 
     def advice(self) -> str:
         padding = f"padding token {self.tokenizer.pad_token!r}" if self.tokenizer.pad_token else "no padding token"
@@ -261,12 +261,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the digest of everything that decides the ids of a text, except the maximum length."""
     own = {name: value for name, value in vars(tokenizer).items() if name not in IRRELEVANT and name != "_tokenizer"}
     return fingerprint([type(tokenizer), own, _backend(tokenizer) if tokenizer.is_fast else None])
-
-
-def _former_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.is_fast:
-        return digest({"class": type(tokenizer).__name__, "vocabulary": dict(tokenizer.get_vocab())})
-    return digest(_backend(tokenizer))
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

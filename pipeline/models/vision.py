@@ -103,13 +103,7 @@ def load_vision(
     head: Head,
     state: Mapping[str, Tensor] | None = None,
 ) -> Backbone:
-    """Build the network with the head, and fill in its weights; `state` as `load` has it.
-
-    Raises:
-        AbsentError: the weights are not on this machine.
-        ConfigError: a setting is wrong.
-        ModelError: the network cannot be built, or the weights do not fit.
-    """
+    """Build the network with the head, and fill in its weights; `state` and errors as `load` has them."""
     if preprocess.kind not in (None, "image"):
         raise ConfigError(f"preprocess.kind is {preprocess.kind!r}; {config.backbone} takes images; remove it")
     classes = head.size or 0 if head.kind == "classes" else 0

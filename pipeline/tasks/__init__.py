@@ -41,11 +41,7 @@ _KINDS = {
 
 
 def open_task(config: TaskConfig) -> Task:
-    """Return the task that `config` describes.
-
-    Raises:
-        ConfigError: it names a loss, miner or function that does not exist, or options they do not take.
-    """
+    """Return the task that `config` describes; raises ConfigError if a name or an option in it does not exist."""
     task = load_function(_KINDS.get(config.kind, config.kind), "task.kind", "config: TaskConfig")(config)
     if not isinstance(task, Task):
         raise ConfigError(f"task.kind is {config.kind!r}, which returned {type(task).__name__}; expected a Task")

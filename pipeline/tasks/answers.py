@@ -64,7 +64,9 @@ class Answers(Task):
         return {"row": np.arange(len(table.split)), "start": columns["start"], "end": columns["end"]}
 
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
-        logits_B2T = read_tensor(output).float().masked_fill(~_choices(targets["chars"])[:, None], -torch.inf)
+        allowed_BT = targets["chars"][..., 0] >= 0  # tokens of the text, and `NOWHERE`
+        allowed_BT[:, NOWHERE] = True
+        logits_B2T = read_tensor(output).float().masked_fill(~allowed_BT[:, None], -torch.inf)
         places_B2 = at_tokens(targets["start"], targets["end"], targets["chars"])
         return F.cross_entropy(logits_B2T.transpose(1, 2), places_B2)
 
@@ -75,10 +77,7 @@ class Answers(Task):
         return {"question": str, "answer": str, "start": int, "end": int, "margin": float}
 
     def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
-        """Return the best answer in each window, its position, and its margin over "no answer here".
-
-        A question's answer is the one with the largest margin among its windows.
-        """
+        """Return the best answer in each window, its position, and its margin over "no answer here"."""
         found = best_answers(output, context.extras["chars"], self.max_answer)
         rows = context.look_up()
         windows = [str(row["window"]) for row in rows]
@@ -153,10 +152,3 @@ def best_spans(logits_B2T: Tensor, chars_BT2: Tensor, longest: int) -> tuple[Ten
     scores_B, place_B = (first_BT[..., None] + last_BTA).flatten(1).max(1)
     first_B = place_B // longest
     return scores_B, first_B, first_B + place_B % longest
-
-
-def _choices(chars_BT2: Tensor) -> Tensor:
-    """Return which tokens may start or end an answer, (B, T) bool: those of the text, and `NOWHERE`."""
-    allowed_BT = chars_BT2[..., 0] >= 0
-    allowed_BT[:, NOWHERE] = True
-    return allowed_BT

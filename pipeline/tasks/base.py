@@ -80,11 +80,7 @@ class Task(ABC):
 
     @abstractmethod
     def head(self, table: Table) -> Head:
-        """Return the head this task needs on this data.
-
-        Raises:
-            DataError: the labels do not allow the task.
-        """
+        """Return the head this task needs on this data; raises DataError if the labels do not allow the task."""
 
     @abstractmethod
     def prepare(self, table: Table) -> Mapping[str, Prepared]:
@@ -114,10 +110,7 @@ class Task(ABC):
         """Return fresh scores."""
 
     def legend(self, table: Table) -> list[Any]:
-        """Return the meaning of the outputs of a model trained on `table`, such as class names; a run keeps it.
-
-        It is JSON. Default: empty.
-        """
+        """Return the meaning of the outputs after training on `table`, as JSON: class names, say. Default: empty."""
         return []
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:

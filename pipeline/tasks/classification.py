@@ -36,11 +36,7 @@ class OfClasses(Task):
 
     @abstractmethod
     def classes(self, table: Table) -> list[Any]:
-        """Return the labels in the order of the logits.
-
-        Raises:
-            DataError: there are fewer than two, or they are of a kind that is no class.
-        """
+        """Return the labels in the order of the logits; raises DataError if they are fewer than two, or no classes."""
 
     def legend(self, table: Table) -> list[Any]:
         return self.classes(table)

@@ -205,11 +205,7 @@ def last_width(layers: Sequence[Layer]) -> int | None:
 
 
 def parse(layer: object) -> LayerConfig:
-    """Return the options of a layer as written in params.yaml.
-
-    Raises:
-        ValueError: there is no such layer, or it does not take these options; the message says what there is.
-    """
+    """Return the options of a layer as written in params.yaml; raises ValueError if it or an option does not exist."""
     if isinstance(layer, int) and not isinstance(layer, bool):
         layer = {"linear": layer}
     if isinstance(layer, str):

@@ -151,11 +151,7 @@ _NOT_FROM_YAML = frozenset(
 
 
 def choose_loss(name: str, distance: str) -> LossSpec:
-    """Return what the loss `name` is.
-
-    Raises:
-        ConfigError: there is no such loss, or it does not compare by this distance.
-    """
+    """Return the loss `name`; raises ConfigError if it does not exist, or does not compare by `distance`."""
     return _choose(_LOSSES, name, distance, "loss")
 
 

@@ -159,11 +159,7 @@ def _name(table: Table, row: int) -> str:
 
 
 def read_numbers(output: Any, expected_BK: Tensor) -> Tensor:
-    """Return the predicted numbers, (B, K) float32; a single one may come without its axis.
-
-    Raises:
-        TrainError: there are more or fewer than K.
-    """
+    """Return the predicted numbers (B, K) float32, K axis optional if K = 1; raises TrainError for other shapes."""
     numbers = read_tensor(output).float()
     numbers = numbers.reshape(len(numbers), -1)
     if numbers.shape != expected_BK.shape:

@@ -58,9 +58,8 @@ class Similarity(Task):
             raise DataError(f"the training split has {len(known)} labels or groups; similarity needs two or more")
         if pairs and self._kind.compares != "pairs":
             raise ConfigError(f"task.loss is {self.config.loss!r}, which needs labels; for pairs set another loss")
-        check = _check_pairs if pairs else _check_labels
         for split in ("validation",) if self._kind.compares == "vectors" else ("train", "validation"):
-            check(table, names, split)
+            _check_split(table, names, split)
         # Labels of the training split come first, because a loss with vectors per label numbers them from 0.
         order = np.concatenate([known, np.setdiff1d(names, known)])
         numbers = {name: number for number, name in enumerate(order.tolist())}
@@ -169,15 +168,15 @@ def _is_pairs(table: Table) -> bool:
     return "pair" in table.targets
 
 
-def _check_labels(table: Table, names: np.ndarray, split: str) -> None:
+def _check_split(table: Table, names: np.ndarray, split: str) -> None:
+    """Check that some samples of the split match; raises DataError if none do."""
     rows = table.split == split
+    if _is_pairs(table):
+        anchors, positives = (names[rows & (table.targets["role"] == role)] for role in ROLES)
+        if not np.isin(anchors, positives).any():
+            raise DataError(f"the {split} split has no pair that belongs together; set data.validation, or add pairs")
+        return
     if not rows.any():
         raise DataError(f"the {split} split is empty; set data.validation, or give the samples a split")
     if np.unique(names[rows], return_counts=True)[1].max() < 2:
         raise DataError(f"no label of the {split} split has two samples; similarity compares samples of one label")
-
-
-def _check_pairs(table: Table, names: np.ndarray, split: str) -> None:
-    anchors, positives = (names[(table.split == split) & (table.targets["role"] == role)] for role in ROLES)
-    if not np.isin(anchors, positives).any():
-        raise DataError(f"the {split} split has no pair that belongs together; set data.validation, or add pairs")

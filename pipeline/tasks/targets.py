@@ -61,11 +61,7 @@ class Table(Protocol):
 
 
 def column(table: Table, name: str, task: str) -> np.ndarray:
-    """Return a target column.
-
-    Raises:
-        DataError: the sample table lacks it; the message names those it has.
-    """
+    """Return a target column; raises DataError if the sample table lacks it."""
     if name not in table.targets:
         known = ", ".join(table.targets) or "none"
         raise DataError(f"task {task} needs the target {name}; the samples have {known}; set another task or source")
@@ -73,11 +69,7 @@ def column(table: Table, name: str, task: str) -> np.ndarray:
 
 
 def refuse_unseen(unseen: Collection[Any], what: str, samples: str = "held-out samples") -> None:
-    """Refuse a table if `samples` have labels (`what`) that no training sample has, `unseen`.
-
-    Raises:
-        DataError: there are some; the message names the first of them.
-    """
+    """Raise DataError if `samples` have labels, `unseen`, that no training sample has; `what` says what they are."""
     if unseen:
         raise DataError(
             f"{samples} have {len(unseen)} {what} that training lacks ({first_few(map(repr, sorted(unseen)))}); "

@@ -44,11 +44,7 @@ class Place:
 
     @classmethod
     def of(cls, url: str) -> Place:
-        """Read a URL.
-
-        Raises:
-            ConfigError: it is not of this form.
-        """
+        """Read a URL; raises ConfigError if it is not of this form."""
         match = _URL.fullmatch(url)
         if match is None:
             raise ConfigError(f"{url!r} names no stores that DVC tracks; expected dvc://REVISION:PATH[?remote=NAME]")
@@ -69,11 +65,7 @@ class Tracked:
         self._remote, self._files, self._found, self._sizes = remote, files, found, sizes
 
     def list(self, below: str) -> Iterator[tuple[str, Listed]]:
-        """Yield the files below the folder `below`, by their whole paths.
-
-        Raises:
-            StoreError: one was never pushed.
-        """
+        """Yield the files below the folder `below`, by their whole paths; raises StoreError if one was never pushed."""
         inside = {path: md5 for path, md5 in self._found.items() if path.startswith(f"{below}/" if below else "")}
         sizes = self._sizes_of(inside)
         return iter([(path, Listed(sizes[md5], md5)) for path, md5 in inside.items()])
@@ -85,7 +77,7 @@ class Tracked:
         try:
             return self._files.read(object_path(self._found[path]))
         except FileNotFoundError:
-            raise self._never_pushed(path) from None
+            raise _never_pushed(f"{self.url}/{path}", self._remote, self._found[path]) from None
 
     def read_part(self, path: str, begin: int, end: int) -> memoryview:
         """Return the bytes `begin` to `end` of a file."""
@@ -107,16 +99,13 @@ class Tracked:
             try:
                 return self._files.size(object_path(md5))
             except FileNotFoundError:
-                raise self._never_pushed(wanted[md5]) from None
+                raise _never_pushed(f"{self.url}/{wanted[md5]}", self._remote, md5) from None
 
         with ThreadPoolExecutor(REQUESTS, "sizes") as pool:
             known |= dict(zip(wanted, pool.map(ask, wanted), strict=True))
         if wanted:
             write_whole(self._sizes, json.dumps(known) + "\n")
         return known
-
-    def _never_pushed(self, path: str) -> StoreError:
-        return _never_pushed(f"{self.url}/{path}", self._remote, self._found[path])
 
 
 def open_tracked(url: str, sizes: Path) -> Tracked:
