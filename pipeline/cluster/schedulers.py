@@ -18,15 +18,6 @@ from pipeline.encode.config import ExecutorConfig
 from pipeline.errors import ClusterError, ConfigError
 
 CONNECT_SECONDS = 15
-QUEUES = {
-    "slurm": "SLURMCluster",
-    "pbs": "PBSCluster",
-    "lsf": "LSFCluster",
-    "sge": "SGECluster",
-    "oar": "OARCluster",
-    "moab": "MoabCluster",
-    "htcondor": "HTCondorCluster",
-}
 
 
 @contextmanager
@@ -74,7 +65,8 @@ def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
             "pip install 'layer-recycling[cluster]'"
         ) from error
     signal.signal(signal.SIGINT, interrupted)  # its import takes Ctrl-C for itself
-    kind = getattr(dask_jobqueue, QUEUES[str(config.jobqueue)])
+    kinds = {name.lower(): kind for name, kind in vars(dask_jobqueue).items()}
+    kind: Any = kinds[f"{config.jobqueue}cluster"]
     command = kind.job_cls.submit_command.split()[0]
     if shutil.which(command) is None:
         raise ClusterError(

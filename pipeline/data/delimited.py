@@ -56,15 +56,10 @@ def read_delimited(path: Path, data: bytes, delimiter: bytes, texts: Collection[
             "whole cell, and double the quotation marks inside it"
         )
     encloses = delimiter == COMMA or _encloses(path, data, delimiter, quotes)
-    return pa.csv.read_csv(
-        pa.BufferReader(data),
-        parse_options=pa.csv.ParseOptions(
-            delimiter=delimiter.decode(), quote_char='"' if encloses else False, newlines_in_values=encloses
-        ),
-        convert_options=pa.csv.ConvertOptions(
-            strings_can_be_null=False, column_types=dict.fromkeys(texts, pa.string())
-        ),
-    )
+    quote = '"' if encloses else False
+    parse = pa.csv.ParseOptions(delimiter=delimiter.decode(), quote_char=quote, newlines_in_values=encloses)
+    convert = pa.csv.ConvertOptions(strings_can_be_null=False, column_types=dict.fromkeys(texts, pa.string()))
+    return pa.csv.read_csv(pa.BufferReader(data), parse_options=parse, convert_options=convert)
 
 
 def _encloses(path: Path, data: bytes, delimiter: bytes, quotes: _Quotes) -> bool:

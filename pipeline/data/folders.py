@@ -31,16 +31,12 @@ class ClassFolder(Source):
         self.root = root
         self._below_root = os.path.join(root, "")  # a join for every stamp would cost as much as the stamp
         self._left_out = LeftOut()
-        self._files: list[tuple[str, str | None, dict[str, Target]]] = (
-            [
-                (file, split, {"label": label})
-                for split, folder in _splits(root, self._left_out)
-                for label in _folders(folder, root, self._left_out, "outside of the class folders")
-                for file in self._below(folder / label)
-            ]
-            if labelled
-            else [(file, None, {}) for file in self._below(root)]
-        )
+        self._files: list[tuple[str, str | None, dict[str, Target]]] = []
+        for split, folder in _splits(root, self._left_out) if labelled else []:
+            for label in _folders(folder, root, self._left_out, "outside of the class folders"):
+                self._files += [(file, split, {"label": label}) for file in self._below(folder / label)]
+        if not labelled:
+            self._files = [(file, None, {}) for file in self._below(root)]
         if not self._files:
             where = " in folders named after their class" if labelled else ""
             others = f"; left out: {self._left_out}" if self._left_out else ""

@@ -82,9 +82,8 @@ class SampleTable:
 
     def write(self, path: Path) -> None:
         """Write the table to `path`, whole or not at all."""
-        keys = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(KEY_BYTES), len(self), [None, pa.py_buffer(np.ascontiguousarray(self.keys))]
-        )
+        buffers = [None, pa.py_buffer(np.ascontiguousarray(self.keys))]
+        keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(self), buffers)
         columns = {"key": keys, "split": self.split.tolist(), "source": pa.array(list(self.source), pa.string())}
         columns |= {name: _arrow(name, values) for name, values in self.targets.items()}
         metadata = None if self.views is None else {_VIEWS: str(self.views)}
@@ -130,9 +129,8 @@ def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray
     if not described:
         raise DataError(f"data.path {config.path}: no usable sample is left; see the samples set aside")
     if missing := [row.source for row in described if "label" in row.targets and is_missing(row.targets["label"])]:
-        raise DataError(
-            f"{len(missing)} samples have no label ({first_few(missing)}); give each one, or leave them out"
-        )
+        named = first_few(missing)
+        raise DataError(f"{len(missing)} samples have no label ({named}); give each one, or leave them out")
     targets = {name: _column(name, [_target(row, name) for row in described]) for name in described[0].targets}
     if "pair" in targets:
         targets["group"] = _groups(targets["pair"], targets["role"], keys, targets.get("belongs"))

@@ -109,10 +109,9 @@ def make_audio_preprocess(config: PreprocessConfig, model: nn.Module, extractor:
     if config.rate not in (None, rate):
         raise ConfigError(f"preprocess.rate is {config.rate}; the backbone takes {rate} samples per second; remove it")
     accepted = inspect.signature(model.forward).parameters
-    inputs = (name for name in extractor.model_input_names if name in accepted)
-    return AudioPreprocess(
-        rate, config.seconds, tuple(name for name in inputs if name != MASK or config.seconds is None), extractor
-    )
+    unused = set() if config.seconds is None else {MASK}  # sounds of one length need no mask
+    inputs = tuple(name for name in extractor.model_input_names if name in accepted and name not in unused)
+    return AudioPreprocess(rate, config.seconds, inputs, extractor)
 
 
 def decode(content: bytes, rate: int, seconds: float | None = None) -> np.ndarray:

@@ -208,9 +208,8 @@ def _check_fit(model: Any, info: Mapping[str, Any], config: ModelConfig) -> froz
         "unexpected": [name for name in unexpected if "pooler" not in name.split(".")],
     }
     if any(faults.values()):
-        remark = "; ".join(
-            f"{len(names)} {kind}: {first_few(sorted(names))}" for kind, names in faults.items() if names
-        )
+        found = [(kind, sorted(names)) for kind, names in faults.items() if names]
+        remark = "; ".join(f"{len(names)} {kind}: {first_few(names)}" for kind, names in found)
         raise ModelError(f"model.weights {config.weights} does not fit {config.backbone}: {remark}")
     if fresh := sorted({*info["missing_keys"], *mismatched}):
         log.info("%s: the head is new (%s)", config.backbone, first_few(fresh))

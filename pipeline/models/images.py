@@ -116,16 +116,9 @@ class ImagePreprocess(Preprocess):
 
     def recipe(self) -> Mapping[str, JSON]:
         augment: dict[str, JSON] = {} if self._augment is None else {"augment": self.augment}
-        return augment | {
-            "kind": "image",
-            "input": self.input_name,
-            "image_size": self.size,
-            "resize": self.resize,
-            "crop": self.crop,
-            "interpolation": self.interpolation,
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
+        own: dict[str, JSON] = {name: getattr(self, name) for name in ("resize", "crop", "interpolation")}
+        own |= {"image_size": self.size, "mean": list(self.mean), "std": list(self.std)}
+        return augment | own | {"kind": "image", "input": self.input_name}
 
     def save(self, folder: Path) -> None:
         """Write the settings of an image processor of Hugging Face that does the same."""

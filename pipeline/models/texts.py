@@ -150,9 +150,8 @@ class SpanPreprocess(TextPreprocess):
         try:
             encoded = self._tokenize(texts, truncation="only_second", return_offsets_mapping=True)
         except Exception as error:  # tokenizers raises nothing more special
-            raise BadSampleError(
-                f"the question leaves no room for the text within preprocess.max_length {self.max_length}: {error}"
-            ) from error
+            room = f"within preprocess.max_length {self.max_length}"
+            raise BadSampleError(f"the question leaves no room for the text {room}: {error}") from error
         of_text = zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True)
         chars = [span if sequence == 1 else (-1, -1) for sequence, span in of_text]
         return self._inputs(encoded) | {f"{EXTRA}chars": torch.tensor(chars, dtype=torch.int64)}
@@ -195,9 +194,8 @@ def load_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
     if source.startswith(PACKAGE):
         source = str(locate(source, "preprocess.tokenizer"))
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, **{"trust_remote_code": False, "local_files_only": Path(source).is_dir()} | arguments
-        )
+        usual = {"trust_remote_code": False, "local_files_only": Path(source).is_dir()}
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **usual | arguments)
     except (OSError, ValueError, ImportError) as error:
         remedy = "set preprocess.tokenizer"
         raise ConfigError(f"no tokenizer can be loaded from {source} ({first_line(error)}); {remedy}") from error

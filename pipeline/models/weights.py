@@ -83,9 +83,8 @@ def _read_tensors(path: Path) -> Mapping[str, object]:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"model.weights {path} cannot be read: {error}") from error
     except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"model.weights {path} holds Python objects, which are never unpickled; save model.state_dict() alone"
-        ) from error
+        remedy = "save model.state_dict() alone"
+        raise ModelError(f"model.weights {path} holds Python objects, which are never unpickled; {remedy}") from error
     except Exception as error:  # on damaged bytes the reader fails in many ways
         raise ModelError(f"model.weights {path} cannot be read: {type(error).__name__}: {error}") from error
     for key in WRAPPERS:
@@ -124,11 +123,8 @@ def _name_faults(state: Mapping[str, Tensor], layout: CheckpointLayout) -> list[
     # Files from before batch norm counted its batches lack this count, which evaluation does not use.
     missing = [name for name in layout.shapes if name in body - set(state) and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in layout.shapes]
-    mismatched = [
-        f"{name} {list(tensor.shape)} for {list(layout.shapes[name])}"
-        for name, tensor in state.items()
-        if name in body and tensor.shape != layout.shapes[name]
-    ]
+    shapes = {name: (tensor.shape, layout.shapes[name]) for name, tensor in state.items() if name in body}
+    mismatched = [f"{name} {list(own)} for {list(known)}" for name, (own, known) in shapes.items() if own != known]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
     return [f"{len(names)} {kind}: {first_few(names)}" for kind, names in kinds.items() if names]
 

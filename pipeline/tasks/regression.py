@@ -163,8 +163,6 @@ def read_numbers(output: Any, expected_BK: Tensor) -> Tensor:
     numbers = read_tensor(output).float()
     numbers = numbers.reshape(len(numbers), -1)
     if numbers.shape != expected_BK.shape:
-        raise TrainError(
-            f"the model returns {list(numbers.shape)}; regression of {expected_BK.shape[1]} numbers per sample needs "
-            f"{list(expected_BK.shape)}"
-        )
+        task = f"regression of {expected_BK.shape[1]} numbers per sample"
+        raise TrainError(f"the model returns {list(numbers.shape)}; {task} needs {list(expected_BK.shape)}")
     return numbers

@@ -70,7 +70,5 @@ def read_tensor(output: Any) -> Tensor:
     if isinstance(found, tuple | list) and found:
         found = found[0]
     if not isinstance(found, Tensor):
-        raise TrainError(
-            f"the model returned {type(output).__name__}; expected a tensor, .logits, or a tuple of tensors"
-        )
+        raise TrainError(f"the model returned {type(output).__name__}; expected a tensor, .logits, or a tuple of them")
     return found
