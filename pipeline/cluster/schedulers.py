@@ -86,9 +86,10 @@ def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # of a cluster that fails to start
         try:
-            cluster = kind(**options)
-            cluster.scale(jobs=config.jobs or 1)
-            return cluster
+            cluster, fault = kind(**options), ""
         except (TypeError, ValueError) as error:
-            message = " ".join(str(error).split())
-    raise ConfigError(f"encode.executor.options: {message}")
+            fault = " ".join(str(error).split())
+    if fault:
+        raise ConfigError(f"encode.executor.options: {fault}")
+    cluster.scale(jobs=config.jobs or 1)
+    return cluster

@@ -56,11 +56,7 @@ class Chosen(Source):
 
 
 def with_keys(source: Source, functions: Mapping[str | None, str], setting: str) -> Source:
-    """Return `source` with keys that functions ("module:function") make of contents, by the role of their samples.
-
-    Raises:
-        ConfigError: there is no such function; the message names the `setting`.
-    """
+    """Return `source` with keys by "module:function" per role; raises ConfigError, with `setting`, if there is none."""
     loaded = {role: (name, load_function(name, setting, "content")) for role, name in functions.items()}
     return Chosen(source, np.arange(len(source)), loaded) if loaded else source
 

@@ -37,11 +37,7 @@ def read_list(path: Path, text: str, records: str | None) -> list[Any]:
 
 
 def parse(text: str, where: str) -> Any:
-    """Parse JSON.
-
-    Raises:
-        DataError: it is not JSON, is nested too deeply, or has too long a number; the message begins with `where`.
-    """
+    """Parse JSON; raises DataError, with `where`, if it is invalid, nested too deeply, or has too long a number."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

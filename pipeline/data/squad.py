@@ -1,7 +1,4 @@
-"""Questions on paragraphs whose answers are spans of them: SQuAD's JSON, versions 1.1 and 2.0.
-
-Long paragraphs are split into overlapping windows of words, the same for every tokenizer.
-"""
+"""Questions on paragraphs, in overlapping windows of words, whose answers are spans: SQuAD's JSON 1.1 and 2.0."""
 
 from __future__ import annotations
 
@@ -100,10 +97,7 @@ def open_squad(config: DataConfig, path: Path) -> Questions:
 
 
 def windows(text: str, size: int, overlap: int) -> list[tuple[int, int]]:
-    """Return begin and end, in characters, of the windows of at most `size` words that cover `text`.
-
-    Consecutive windows share `overlap` words; a text without words has no window.
-    """
+    """Return begin and end, in characters, of windows of at most `size` words, sharing `overlap`, that cover `text`."""
     words = [found.span() for found in WORD.finditer(text)]
     firsts = range(0, max(len(words) - overlap, min(1, len(words))), size - overlap)
     return [(words[first][0], words[min(first + size, len(words)) - 1][1]) for first in firsts]

@@ -58,10 +58,7 @@ class Torchvision(Source):
         return np.asarray(image)
 
     def _label(self, i: int, where: str) -> str | int:
-        """Return the name of the class if the data set has one, else its number.
-
-        Samples are read, once, only if the data set does not list their targets.
-        """
+        """Return the class name, else the number; each sample is read once if the data set lists no targets."""
         if i not in self._known:
             number, place = self._places[i]
             part = self._parts[number][1]

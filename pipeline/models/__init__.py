@@ -1,7 +1,4 @@
-"""Backbones: pretrained networks by name, with the head of a task, and their preprocessing.
-
-Each library has its own module, imported on demand: the libraries are slow to import.
-"""
+"""Backbones: pretrained networks by name, with the head of a task and preprocessing; libraries load on demand."""
 
 from __future__ import annotations
 
@@ -74,10 +71,7 @@ def _load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, state: M
 
 
 def describe(model: ModelConfig, backbone: Backbone, folder: Path) -> None:
-    """Write the configuration of the network to the existing `folder`, for `as_described`.
-
-    Networks of Hugging Face are built from their configuration; others from their name.
-    """
+    """Write the files to the existing `folder` from which `as_described` builds the network."""
     if backbone.preprocess.recipe().get("kind") != "image":
         backbone.preprocess.save(folder)
     if model.library == "hf":

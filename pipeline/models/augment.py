@@ -56,11 +56,7 @@ class Augment:
 
 
 def check_steps(steps: Sequence[Step]) -> None:
-    """Make the transforms of `steps`, and try them on drawn images.
-
-    Raises:
-        ValueError: a name, an argument or what a transform returns is wrong; the message has the remedy.
-    """
+    """Check the transforms of `steps` on generated images; raises ValueError with the remedy if one does not work."""
     augment, fault = Augment(steps), ""
     for side in PROBES:
         try:

@@ -38,10 +38,7 @@ class Backbone:
         return self.model.width if isinstance(self.model, Embedder) else None
 
     def pretrained(self, library: str) -> tuple[nn.Module, frozenset[str]]:
-        """Return the network that files of weights match, and the names of its pretrained tensors.
-
-        `library` is the one that built it; a network of the user's own function matches files as it is.
-        """
+        """Return the network that weight files of `library` match, and the names of its pretrained tensors."""
         embedded = isinstance(self.model, Embedder) and library != "function"
         network: Any = self.model.backbone if embedded else self.model
         return network, frozenset(network.state_dict()) - (frozenset() if embedded else self.fresh)

@@ -50,10 +50,7 @@ def fingerprint(value: Any, irrelevant: Irrelevant | None = None) -> str:
 
 
 def module_fingerprints(model: nn.Module, irrelevant: Irrelevant) -> dict[str, str]:
-    """Return the digest of each module of `model` by path, without its children and weights.
-
-    Must be called before the first forward pass: many modules keep computed values as attributes.
-    """
+    """Return the digest of each module by path, without children and weights; call it before the first forward pass."""
     names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
     names |= {id(item): name for name, item in model.named_parameters(remove_duplicate=False)}
     names |= {id(item): name for name, item in model.named_buffers(remove_duplicate=False)}

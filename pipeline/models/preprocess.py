@@ -43,17 +43,11 @@ class Preprocess(ABC):
         """
 
     def open(self, content: object) -> Any:
-        """Do what all views of a sample share (decode it), once for all of them; `begin` goes on from there.
-
-        Raises:
-            BadSampleError: the content cannot be used; the message says why.
-        """
+        """Do once what all views share (decoding); `begin` continues from it. Raises BadSampleError as `__call__`."""
         return content
 
     def begin(self, opened: Any) -> dict[str, Tensor]:
-        """Do what must be done sample by sample, small to ship; `finish` does the rest on a batch of these.
-
-        `opened` is left as it is.
+        """Do what must be done sample by sample, without changing `opened`; `finish` does the rest on a batch.
 
         Raises:
             BadSampleError: the content cannot be used; the message says why.
@@ -72,16 +66,13 @@ class Preprocess(ABC):
         return batch
 
     def view(self, number: int) -> Preprocess:
-        """Return the preprocessing of the augmented view `number`, from 0 on; it too is a pure function of the content.
-
-        It shares `open` and `finish` with the plain one.
+        """Return the preprocessing of the augmented view `number`, from 0 on; `open` and `finish` are the plain one's.
 
         Raises:
             ConfigError: there are no augmented views.
         """
-        raise ConfigError(
-            f"preprocess.augment is for images, and {type(self).__name__} does not know it; remove it, and encode.views"
-        )
+        kind, remedy = type(self).__name__, "remove it, and encode.views"
+        raise ConfigError(f"preprocess.augment is for images, and {kind} does not know it; {remedy}")
 
     @abstractmethod
     def recipe(self) -> Mapping[str, JSON]:

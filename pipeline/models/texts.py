@@ -1,7 +1,4 @@
-"""Texts -> token ids, by the tokenizer of a Hugging Face directory, without padding.
-
-For tasks on words or characters, extras map each token to its word or characters.
-"""
+"""Texts -> token ids without padding; extras map tokens to words or characters, for tasks on these."""
 
 from __future__ import annotations
 
@@ -168,10 +165,7 @@ def _words(content: object) -> list[str]:
 
 
 def _word_of_tokens(words: Sequence[str], encoded: BatchEncoding) -> list[int]:
-    """Return the number of the word that each token ends in, -1 for none; the text is the words joined by spaces.
-
-    The text is tokenized as a whole, as in pretraining: word by word, byte-level tokenizers lose the spaces.
-    """
+    """Return the word that each token ends in, -1 for none; the words were tokenized as one text, joined by spaces."""
     begins = [0, *itertools.accumulate(len(word) + 1 for word in words[:-1])]
     found = []
     for sequence, (begin, end) in zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True):

@@ -123,10 +123,7 @@ class AnswerScores(Scores):
 
 
 def at_tokens(start_B: Tensor, end_B: Tensor, chars_BT2: Tensor) -> Tensor:
-    """Return the first and the last token of the characters from `start` to `end`, (B, 2).
-
-    Both are `NOWHERE` where `start` is -1, or where the tokens do not hold all of the characters.
-    """
+    """Return the first and last token of the characters `start` to `end`, (B, 2); `NOWHERE` if some are missing."""
     begins_BT, ends_BT = chars_BT2.unbind(-1)
     first_B = (ends_BT > start_B[:, None]).int().argmax(1)
     before_end_BT = (begins_BT >= 0) & (begins_BT < end_B[:, None])

@@ -118,9 +118,6 @@ class Task(ABC):
         return {"output": [float]}
 
     def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
-        """Return predictions by column from the model's `output` for a batch of B samples.
-
-        `legend` is that of the run. Default: the numbers of the output.
-        """
+        """Return predictions by column for a batch of B outputs; `legend` is that of the run. Default: the output."""
         numbers = read_tensor(output).float().cpu()
         return {"output": numbers.reshape(len(numbers), -1).numpy()}

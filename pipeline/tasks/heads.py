@@ -181,11 +181,7 @@ LAYERS: dict[str, type[LayerConfig]] = {
 
 
 def build_head(layers: Sequence[Layer], width: int) -> nn.Module:
-    """Return the layers in sequence, for inputs (B, width); the identity if there are none.
-
-    Raises:
-        ValueError: a layer does not exist, or does not take its options.
-    """
+    """Return the layers for inputs (B, width) in sequence, or the identity; raises ValueError as `parse` does."""
     modules: list[nn.Module] = []
     for number, layer in enumerate(layers):
         if number and isinstance(layer, int) and isinstance(layers[number - 1], int):

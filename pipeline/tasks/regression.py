@@ -110,10 +110,7 @@ class Regression(Task):
 
 
 class RegressionScores(Scores):
-    """`rmse` and `mae` in the user's unit, `r2`, `pearson` and `spearman`; of several numbers, the mean over them.
-
-    The correlations of a constant are NaN.
-    """
+    """`rmse`, `mae` in the user's unit, `r2`, `pearson`, `spearman` (NaN for constants); means over the numbers."""
 
     def __init__(self, scale_K: np.ndarray) -> None:
         """Score standardised numbers; `scale_K` (K,) is the standard deviation of each in the user's unit."""

@@ -63,10 +63,7 @@ def rank(
     distance: str = "cosine",
     precision_at: Sequence[int] = (1,),
 ) -> dict[str, float]:
-    """Return the scores of queries among references, float32 on the CPU, some queries at a time.
-
-    Without references, queries are ranked among themselves, and none is compared with itself.
-    """
+    """Return the scores of queries among references, or among the other queries, float32 on the CPU, in blocks."""
     measure: Any = make_distance(distance)
     query_QD = _ready(query_QD, measure)
     if reference_RD is None or group_R is None:

@@ -25,10 +25,7 @@ IOB2 = re.compile(r"O|[BI]-(.+)")
 
 
 class Tagging(Task):
-    """Entities in sentences: the target `tags` has a tag in IOB2 for every word.
-
-    The tags are `O`, and B- and I- of every type of the training split.
-    """
+    """Entities in sentences: `tags` has a tag in IOB2 per word: O, or B- or I- with a type that training has."""
 
     name = "tagging"
 
