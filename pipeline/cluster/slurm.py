@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import errors
 from pipeline.cluster.job import Job
 from pipeline.cluster.rates import Rates
 from pipeline.cluster.task import Failure, Lines, save_units
@@ -33,8 +34,7 @@ log = logging.getLogger("recycle")
 
 POLL_SECONDS, POLL_SECONDS_PER_TASK = 0.5, 0.005
 LATE_SECONDS, LATE_SECONDS_OF_KILLED = 30.0, 2.0
-"""Time a network file system may take to show the last lines of an ended task. Lines of a killed task may be lost;
-its units are committed, and are skipped in the next round."""
+"""Time for a network file system to show the last lines of an ended task; those of a killed task may be lost."""
 LOG_LINES = 10
 OURS = frozenset({"array", "chdir", "error", "job-name", "output", "parsable", "wait", "wrap"})
 """Options of sbatch that are set here."""
@@ -90,7 +90,7 @@ class SlurmArray:
             log.info("job %s: %d units in %d tasks, logs in %s", array.id, at_start, tasks, folder)
             for line in _reports(folder, array, tasks):
                 if isinstance(line, Failure):
-                    raise line.to_raise()
+                    raise getattr(errors, line.error)(line.message)
                 left[line.unit] -= 1
                 if not left[line.unit]:
                     del waiting[line.unit]

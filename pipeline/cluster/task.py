@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter
 
-from pipeline import errors
 from pipeline.cluster.job import FILE, Job
 from pipeline.cluster.worker import Worker, WorkerReport
 from pipeline.encode.unit import Unit
@@ -34,12 +33,8 @@ class Failure:
     """Why a task gave up."""
 
     error: str
+    """Name of its class in `pipeline.errors`."""
     message: str
-
-    def to_raise(self) -> RecyclingError:
-        """Return the error, of its original type."""
-        kind: type[RecyclingError] = getattr(errors, self.error)
-        return kind(self.message)
 
 
 LINE: TypeAdapter[WorkerReport | Failure] = TypeAdapter(WorkerReport | Failure)

@@ -33,8 +33,7 @@ class Row(NamedTuple):
     split: str | None
     """One of `SPLITS`, or None where the data set leaves the choice to the held-out rule of the sample table."""
     targets: Mapping[str, Target]
-    """Target columns of the sample table: `label`, or `pair` and `role` ("anchor" or "positive"), or what a task reads.
-    All rows have the same names, and under each a value, or under each a list."""
+    """Columns of the sample table (`label`, or `pair` and `role`, ...): all rows have the same; values or lists."""
 
 
 SETTLED_NS = 2_000_000_000

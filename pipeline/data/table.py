@@ -40,8 +40,7 @@ class SampleTable:
     targets: Mapping[str, np.ndarray]
     """Target columns by name, each (N,): int64, float64 or str, or object where each entry is a list of these."""
     views: int | None = None
-    """How many augmented views of the training samples are stored, as `encode.views` said it. Training depends on it,
-    and DVC sees it here: a smaller number changes no store."""
+    """Number of stored augmented views (`encode.views`): DVC sees a change here, even if it changes no store."""
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -34,6 +34,8 @@ INSTALLED = {"site-packages", "dist-packages"}
 DEEPEST = 150
 """Maximum depth of nested objects; Python's stack allows about two hundred."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+EMPTY_CELL = types.CellType()
+"""A variable of a closure that has no value (yet); only such cells are equal to it."""
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"training"}
 """Attributes of every module that are left out: children and weights are described separately; the mode is eval."""
 CLASS_ATTRIBUTES = frozenset(
@@ -186,7 +188,7 @@ class _Describer:
 
     @_describe.register(types.FunctionType)
     def _(self, value: types.FunctionType) -> JSON:
-        kept = [self.describe(cell.cell_contents) for cell in value.__closure__ or () if _is_filled(cell)]
+        kept = [self.describe(cell.cell_contents) for cell in value.__closure__ or () if cell != EMPTY_CELL]
         defaults = self.describe([value.__defaults__, value.__kwdefaults__])
         if is_installed(value.__module__ or ""):
             return ["function", value.__module__, value.__qualname__, kept, defaults]
@@ -210,14 +212,6 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
 
 
 def _source(thing: Any) -> str:

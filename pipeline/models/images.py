@@ -35,8 +35,7 @@ Opened: TypeAlias = tuple[Tensor, bytes]
 MAX_PIXELS = 89_478_485
 """Larger images are taken for decompression bombs: 256 MiB in RGB."""
 LONGEST = 16
-"""Maximum ratio of the sides: a square crop of a longer strip shows only its middle, and resizing the rest would take
-gigabytes."""
+"""Maximum ratio of the sides; of longer strips only the middle is resized, because the rest would take gigabytes."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from pipeline.errors import ConfigError, TrainError
 # B batch, D channel, L label
 
 Compares = Literal["pairs", "labels", "vectors"]
-"""What a loss compares: samples with others (of a pair's other side, of a memory) or among themselves; samples among
-themselves alone; samples with vectors per label."""
+"""What a loss compares: samples with each other or with other samples; only with each other; or with label vectors."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from pipeline.tasks.scores import Scores
 # Q query, R reference, D channel, M member (reference of the query's group), K nearest
 
 MAX_SIMILARITIES = 1 << 24
-"""Similarities held at a time, 64 MB. What is derived of them takes about as much again; seven times, where half of the
-samples are of one group."""
+"""Similarities held at a time, 64 MB; peak memory is 2 times that, 8 times if half of the samples are one group."""
 NEVER = torch.iinfo(torch.int64).max
 EQUAL = 1e-6
 """Similarities that are no further apart count as equal, relative to their size where that is above 1."""
