@@ -57,19 +57,15 @@ def open_source(config: DataConfig) -> Source:
         ConfigError: a setting names nothing that exists; the message names what does.
         DataError: the data cannot be read as described.
     """
-    source = _open(config)
-    return source if config.key is None else with_keys(source, {None: config.key}, "data.key")
-
-
-def _open(config: DataConfig) -> Source:
     if config.download and config.path is not None:
         Path(config.path).expanduser().mkdir(parents=True, exist_ok=True)
     path = None if config.path is None else locate(config.path, "data.path")
     if path is not None:
         check_sha256(path, config.sha256, "data")
     if config.source in _OPEN and path is not None:
-        return _OPEN[config.source](config, path)
-    source = load_function(config.source, "data.source", "config: DataConfig")(config)
+        source: Source = _OPEN[config.source](config, path)
+    else:
+        source = load_function(config.source, "data.source", "config: DataConfig")(config)
     if not isinstance(source, Source):
         raise ConfigError(f"data.source {config.source!r} returned {type(source).__name__}; expected a Source")
-    return source
+    return source if config.key is None else with_keys(source, {None: config.key}, "data.key")
