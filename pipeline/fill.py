@@ -26,7 +26,7 @@ from pipeline.project.probe import keep_or_check_probes
 from pipeline.project.workbench import Workbench
 from pipeline.report.costs import Made
 from pipeline.split import Prefix
-from pipeline.store import Remote, Store, first_rows, remove
+from pipeline.store import Remote, Store, first_rows, remove_store
 from pipeline.views import rows_by_view, split_numbers
 
 log = logging.getLogger("recycle")
@@ -118,7 +118,7 @@ def open_stores(
                 if bench.is_former(store, prefix, recipe, view) and not store.missing(keys).any():
                     former[path] = store
                 elif not len(store.keys()) and project.remote is None:
-                    remove(path)
+                    remove_store(path)
                 else:
                     stale[path] = f"{error.difference} ({store.nbytes() / 1e6:.1f} MB)"
             except StoreError:
@@ -127,7 +127,7 @@ def open_stores(
         raise StaleStoreError(_refusal(project, list(stale.values())))
     for path, told in stale.items():
         log.warning("%s; it is replaced", told)
-        remove(path)
+        remove_store(path)
     return [
         [
             former.get(path) or _create(path, recipe, project.remote)

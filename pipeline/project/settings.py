@@ -20,7 +20,7 @@ from pipeline.files import is_function
 from pipeline.keys import JSON, Recipe
 from pipeline.models import ModelConfig, PreprocessConfig
 from pipeline.project.roles import TowersConfig
-from pipeline.store import Bucket, Reader, Remote, Scratch, Store, check_place
+from pipeline.store import Bucket, Reader, Remote, SegmentCache, Store, check_url
 from pipeline.tasks import TaskConfig
 from pipeline.tracked import SCHEME as TRACKED
 from pipeline.tracked import Place, open_tracked
@@ -210,7 +210,7 @@ class Project:
         Of those that are compressed or lie elsewhere, segments are brought to scratch.
         """
         scratch = _scratch((self.scratch / UNPACKED).absolute(), int(self.train.scratch_gb * 1e9))
-        return Reader(store, scratch=scratch, check=self.train.check, remote=self.remote)
+        return Reader(store, cache=scratch, check=self.train.check, remote=self.remote)
 
     @property
     def storage(self) -> str:
@@ -242,7 +242,7 @@ class Project:
             if self.encode.store.startswith(TRACKED):
                 Place.of(self.encode.store)
             else:
-                check_place(self.encode.store, self.encode.store_options)
+                check_url(self.encode.store, self.encode.store_options)
         except ConfigError as error:
             return [f"encode.store: {error}"]
         return []
@@ -301,6 +301,6 @@ class Project:
 
 
 @cache
-def _scratch(root: Path, budget: int) -> Scratch:
+def _scratch(root: Path, budget: int) -> SegmentCache:
     """The one scratch of a folder: what all readers of the process bring counts in its budget."""
-    return Scratch(root, budget)
+    return SegmentCache(root, budget)
