@@ -92,29 +92,30 @@ class ArraySpec:
         endian = {"configuration": {"endian": "little"}} if self.itemsize > 1 else {}
         return [{"name": "bytes", **endian}, *self.codec.compressors(self.itemsize), {"name": "crc32c"}]
 
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """The array's zarr attributes."""
-        return {"dtype": self.dtype} | ({} if self.axis is None else {"ragged_axis": self.axis})
-
-    def dimension_names(self, name: str) -> list[str]:
-        """Return names of the axes of the array `name`, for xarray: one that all arrays share counts the samples."""
-        counts_samples = self.axis is None and not name.endswith(BESIDE)
-        first = SAMPLE_AXIS if counts_samples else f"{name}.0"
-        return [first, *(f"{name}.{axis}" for axis in range(1, len(self.shape)))]
+    def chunk(self, data: np.ndarray, number: int) -> np.ndarray:
+        """Return one chunk of the array `data`, the last one filled up with zeros."""
+        rows = self.chunk_shape[0]
+        part = data[number * rows : (number + 1) * rows]
+        missing = rows - len(part)
+        return np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) if missing else part
 
     def metadata(self, name: str) -> dict[str, Any]:
-        """Return the `zarr.json` of the array `name`, but for the fill value."""
+        """Return the `zarr.json` of the array `name`."""
+        axes = [f"{name}.{axis}" for axis in range(len(self.shape))]
+        if self.axis is None and not name.endswith(BESIDE):
+            axes[0] = SAMPLE_AXIS  # one that all arrays share, for xarray
         return {
-            "zarr_format": 3,
-            "node_type": "array",
             "shape": list(self.shape),
             "data_type": self.stored,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk_shape)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": CHUNK_SEPARATOR}},
+            "fill_value": np.zeros((), self.stored).item(),
             "codecs": self.codecs,
-            "attributes": self.attributes,
-            "dimension_names": self.dimension_names(name),
+            "attributes": {"dtype": self.dtype} | ({} if self.axis is None else {"ragged_axis": self.axis}),
+            "dimension_names": axes,
+            "zarr_format": 3,
+            "node_type": "array",
+            "storage_transformers": [],
         }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.store.format.codecs import Codec
 from pipeline.store.format.layout import ArraySpec, sample_bounds, sample_sums
-from pipeline.store.format.values import EncodedTensor, encode
+from pipeline.store.format.values import encode
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,10 @@ def round_trip(name: str, samples: Sequence[Tensor], storage: str) -> tuple[list
         {suffix: torch.from_numpy(array) for suffix, array in encoded.beside.items()},
         np.zeros(len(samples), np.uint32),
     )
-    return [tensor.sample(row) for row in range(len(samples))], _nbytes(encoded)
+    arrays = [*encoded.beside.values(), *([] if encoded.offsets is None else [encoded.offsets])]
+    chunks = (memoryview(spec.codec.compress(spec.chunk(encoded.data, i))) for i in range(spec.chunks))
+    nbytes = sum(array.nbytes for array in arrays) + sum(chunk.nbytes for chunk in chunks)
+    return [tensor.sample(row) for row in range(len(samples))], nbytes
 
 
 def typed(stored: Tensor, spec: ArraySpec) -> Tensor:
@@ -122,12 +125,3 @@ def typed(stored: Tensor, spec: ArraySpec) -> Tensor:
 def as_numpy(tensor: Tensor) -> np.ndarray:
     """Return the tensor as an array on the same memory; bfloat16 as its bits, as int16."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _nbytes(encoded: EncodedTensor) -> int:
-    arrays = [*encoded.beside.values(), *([] if encoded.offsets is None else [encoded.offsets])]
-    beside, spec = sum(array.nbytes for array in arrays), encoded.spec
-    if spec.codec.is_mappable:
-        return beside + spec.nbytes
-    starts = range(0, len(encoded.data), spec.chunk_shape[0]) if spec.nbytes else ()
-    return beside + sum(len(spec.codec.compress(encoded.data[at : at + spec.chunk_shape[0]])) for at in starts)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
-import zarr
-from zarr.storage import LocalStore
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe
@@ -17,7 +18,7 @@ from pipeline.store.format import names
 from pipeline.store.format.chunks import check_chunks, chunk_sizes
 from pipeline.store.format.layout import ArraySpec, check_tensor_name, sample_bounds, sample_sums, segment_id
 from pipeline.store.format.listing import folder_nbytes
-from pipeline.store.format.metadata import SegmentSpec, read_array_spec, read_metadata, read_segment_spec
+from pipeline.store.format.metadata import SegmentSpec, read_array_spec, read_segment_spec, write_metadata
 from pipeline.store.format.values import EncodedTensor, Values, dtype_name, encode, parse_storage
 from pipeline.store.local.files import DISK, StoreFiles
 from pipeline.store.local.temporary import temporary_folder
@@ -107,33 +108,27 @@ def commit(
 
 def write_group(group: Path, spec: SegmentSpec, arrays: Mapping[str, object]) -> None:
     """Write the metadata of a segment, sealed over that of its `arrays`, which exist already."""
-    zarr.create_group(LocalStore(group), zarr_format=3, attributes=spec.sealed(arrays).attributes)
+    write_metadata(group, {"attributes": spec.sealed(arrays).attributes, "zarr_format": 3, "node_type": "group"})
 
 
 def _write_group(group: Path, keys: np.ndarray, spec: SegmentSpec, tensors: Iterable[EncodedTensor]) -> list[str]:
     """Write the arrays first and the group's own metadata last; return the arrays' names."""
     sums = np.zeros((len(keys), len(spec.tensors)), np.uint32)
-    arrays = [names.KEYS, names.SUMS]
+    arrays = {}
     for column, (name, encoded) in enumerate(zip(spec.tensors, tensors, strict=True)):
         sums[:, column] = sample_sums(encoded.data, sample_bounds(np.arange(len(keys)), encoded.offsets))
-        _write_array(group / name, encoded.spec, encoded.data)
+        arrays[name] = _write_array(group / name, encoded.spec, encoded.data)
         offsets = {} if encoded.offsets is None else {names.OFFSETS: encoded.offsets}
         for suffix, beside in {**offsets, **encoded.beside}.items():
-            _write_plain(group / f"{name}{suffix}", beside)
-            arrays.append(f"{name}{suffix}")
-        arrays.append(name)
-    _write_plain(group / names.KEYS, keys)
-    _write_plain(group / names.SUMS, sums)
-    write_group(group, spec, {name: read_metadata(group / name) for name in arrays})
-    return arrays
+            arrays[f"{name}{suffix}"] = _write_plain(group / f"{name}{suffix}", beside)
+    arrays[names.KEYS] = _write_plain(group / names.KEYS, keys)
+    arrays[names.SUMS] = _write_plain(group / names.SUMS, sums)
+    write_group(group, spec, arrays)
+    return list(arrays)
 
 
 def _check_whole(root: Path, group: Path, arrays: Sequence[str]) -> None:
-    """Refuse a segment that cannot be read back, or that lost a part: zarr makes a removed folder again.
-
-    Raises:
-        StoreError: it cannot be committed.
-    """
+    """Raise StoreError where the written segment could not be read back, or lost a part meanwhile."""
     try:
         for name in arrays:
             check_chunks(group / name, read_array_spec(group / name), chunk_sizes(group / name))
@@ -149,51 +144,35 @@ def _check_whole(root: Path, group: Path, arrays: Sequence[str]) -> None:
         )
 
 
-def _write_plain(path: Path, data: np.ndarray) -> None:
+def _write_plain(path: Path, data: np.ndarray) -> dict[str, Any]:
     if data.nbytes > names.MAX_BESIDE_BYTES:
         raise StoreError(
             f"{path.name} of a segment has {data.nbytes} bytes, at most {names.MAX_BESIDE_BYTES} are read; "
             "lower encode.segment_samples"
         )
-    _write_array(path, ArraySpec(data.shape, data.dtype.name, data.dtype.name), np.ascontiguousarray(data))
+    return _write_array(path, ArraySpec(data.shape, data.dtype.name, data.dtype.name), data)
 
 
-def _write_array(path: Path, spec: ArraySpec, data: np.ndarray) -> None:
-    # Each array is the root of a store of its own: zarr would otherwise write the group's metadata first.
-    array = zarr.create_array(
-        LocalStore(path),
-        shape=spec.shape,
-        chunks=spec.chunk_shape,
-        dtype=spec.stored,
-        serializer={"name": "bytes", "configuration": {"endian": "little"}},
-        filters=None,
-        compressors=spec.codecs[1:],
-        chunk_key_encoding={"name": "default", "separator": names.CHUNK_SEPARATOR},
-        attributes=spec.attributes,
-        dimension_names=spec.dimension_names(path.name),
-        fill_value=0,
-        zarr_format=3,
-        config={"write_empty_chunks": True},  # also spares the search for emptiness, which is slower than the disk
-    )
-    if not data.size:
-        return
-    if not spec.codec.is_mappable:
-        array[...] = data
-        return
-    # zarr would give the chunk the same bytes, after copying the array twice.
-    little = data.astype(data.dtype.newbyteorder("<"), copy=False)
-    with (path / spec.chunk_files[0]).open("xb") as chunk:
-        chunk.write(little.data)
-        chunk.write(google_crc32c.value(little).to_bytes(names.CHECKSUM_BYTES, "little"))
+def _write_array(path: Path, spec: ArraySpec, data: np.ndarray) -> dict[str, Any]:
+    """Write an array, and return its metadata."""
+    little = np.ascontiguousarray(data, data.dtype.newbyteorder("<"))
+    path.mkdir()
+
+    def write(number: int, name: str) -> None:
+        packed = spec.codec.compress(spec.chunk(little, number))
+        with (path / name).open("xb") as chunk:
+            chunk.write(packed)
+            chunk.write(google_crc32c.value(packed).to_bytes(names.CHECKSUM_BYTES, "little"))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(write, range(spec.chunks), spec.chunk_files))
+    metadata = spec.metadata(path.name)
+    write_metadata(path, metadata)
+    return metadata
 
 
 def _describe(segment: Path, storage: str) -> SegmentInfo:
     usual = dtype_name(parse_storage(storage)[1][0])
     specs = {name: read_array_spec(segment / name) for name in read_segment_spec(segment).tensors}
-    return SegmentInfo(
-        id=segment.name,
-        bytes=folder_nbytes(segment),
-        promoted=tuple(
-            name for name, spec in specs.items() if spec.torch_dtype.is_floating_point and spec.dtype != usual
-        ),
-    )
+    promoted = [name for name, spec in specs.items() if spec.torch_dtype.is_floating_point and spec.dtype != usual]
+    return SegmentInfo(segment.name, folder_nbytes(segment), tuple(promoted))
