@@ -6,8 +6,11 @@ remote/    stores in buckets, mirrored on this disk
 store      a folder of segments that share one recipe
 upkeep/    whole stores: describe, verify, compact, collect garbage, remove samples, attachments
 
-Imports go up this list only. Other packages import from here alone.
+Imports go up this list only. Other packages import from here alone: what is imported here is public.
 """
+
+# ruff: noqa: F401
+# mypy: implicit-reexport
 
 from pipeline.store.format.codecs import CODECS
 from pipeline.store.format.keyset import KeySet, first_rows
@@ -38,50 +41,3 @@ from pipeline.store.upkeep.describe import describe, format_bytes, format_facts
 from pipeline.store.upkeep.plans import UpkeepPlan, plan_compact, plan_gc, plan_removal
 from pipeline.store.upkeep.rewrite import apply_changes
 from pipeline.store.upkeep.verify import verify
-
-__all__ = [
-    "CODECS",
-    "EXTRA_PREFIX",
-    "FORMAT",
-    "INPUT_PREFIX",
-    "PROBE",
-    "SHAPE_PREFIX",
-    "STATE_PREFIX",
-    "SUFFIX",
-    "Bucket",
-    "KeySet",
-    "ListedFile",
-    "ReadAhead",
-    "Reader",
-    "Remote",
-    "Resident",
-    "Rows",
-    "SegmentCache",
-    "Store",
-    "UpkeepPlan",
-    "apply_changes",
-    "check_url",
-    "describe",
-    "discard",
-    "exclusive_access",
-    "exclusive_lock",
-    "find_stores",
-    "first_rows",
-    "folder_nbytes",
-    "format_bytes",
-    "format_facts",
-    "has_attachment",
-    "own_entries",
-    "plan_compact",
-    "plan_gc",
-    "plan_removal",
-    "read_attachment",
-    "remove_attachment",
-    "remove_store",
-    "round_trip",
-    "segment_id",
-    "sweep",
-    "temporary_folder",
-    "verify",
-    "write_attachment",
-]

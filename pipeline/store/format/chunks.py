@@ -1,4 +1,4 @@
-"""Chunk files: their sizes and checksums, proved before anything they claim is believed."""
+"""Chunk files: sizes and checksums. All functions raise CorruptStoreError for bytes that are not those written."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ from pipeline.store.format.untrusted import REMEDY, corrupt, read_file, unreadab
 
 
 def read_chunk(where: Path) -> bytes:
-    """Return what a chunk file holds, whole, once its checksum is proved.
-
-    Raises:
-        CorruptStoreError: it cannot be read, is no file, or does not match its checksum.
-    """
+    """Return what a chunk file holds, whole, once its checksum is proved."""
     try:
         raw = read_file(where)
     except OSError as error:
@@ -37,9 +33,6 @@ def check_chunks(array: Path, spec: ArraySpec, sizes: Mapping[str, int]) -> None
     """Prove by the sizes of an array's chunk files, in bytes by name, that it can hold what its metadata claims.
 
     To be called before memory or disk is taken for an array.
-
-    Raises:
-        CorruptStoreError: some are missing, or have other sizes than the metadata demands.
     """
     if len(sizes) != spec.chunks:  # a shape may claim anything: count before naming each
         raise corrupt(array, f"has {len(sizes)} chunk files, shape {spec.shape} of {spec.stored} needs {spec.chunks}")
@@ -54,11 +47,7 @@ def check_chunks(array: Path, spec: ArraySpec, sizes: Mapping[str, int]) -> None
 
 
 def chunk_sizes(array: Path) -> dict[str, int]:
-    """Return the sizes of the chunk files in the folder of an array, in bytes, by name.
-
-    Raises:
-        CorruptStoreError: one is no file, or mostly holes, or cannot be looked at.
-    """
+    """Return the sizes of the chunk files in the folder of an array, in bytes, by name."""
     sizes = {}
     try:
         for entry in os.scandir(array):
@@ -76,11 +65,7 @@ def chunk_sizes(array: Path) -> dict[str, int]:
 
 
 def read_small_array(array: Path, spec: ArraySpec) -> np.ndarray:
-    """Return a raw array whole, in its stored type, once its checksum is proved; for those that are small.
-
-    Raises:
-        CorruptStoreError: the bytes are not those that were written.
-    """
+    """Return a raw array whole, in its stored type, once its checksum is proved; for those that are small."""
     if not spec.codec.is_mappable or spec.nbytes > names.MAX_BESIDE_BYTES:
         raise corrupt(
             array, f"has {spec.nbytes} bytes in codec {spec.codec.name}, expected raw and {names.MAX_BESIDE_BYTES}"
@@ -92,11 +77,7 @@ def read_small_array(array: Path, spec: ArraySpec) -> np.ndarray:
 
 
 def read_keys(segment: Path) -> np.ndarray:
-    """Return a segment's sample keys (n, 16) uint8, proved against the segment's id, so that no metadata is needed.
-
-    Raises:
-        CorruptStoreError: the keys cannot be read, or are not those the segment was named after.
-    """
+    """Return a segment's sample keys (n, 16) uint8, proved against the segment's id, so that no metadata is needed."""
     # Strings: with thousands of segments, paths take longer than reading.
     where = f"{segment}/{names.KEYS}/c.0.0"
     try:

@@ -31,6 +31,7 @@ LEVELS = 127
 CLEVEL = 3
 BLOSC_HEADER = 16
 
+FLOATS = ("float16", "bfloat16", "float32")
 STORED_AS: Mapping[str, tuple[str, ...]] = {
     "float16": ("float16",),
     "bfloat16": ("uint16",),
@@ -75,7 +76,7 @@ class Codec:
         """Return the zarr codecs between `bytes` and `crc32c`, as metadata names them."""
         return []
 
-    def compress(self, chunk: np.ndarray) -> np.ndarray | bytes:
+    def compress(self, chunk: np.ndarray) -> np.ndarray:
         """Return the content of a chunk's file, but for the checksum; `chunk` is little-endian in C order."""
         return chunk
 
@@ -102,17 +103,15 @@ class Zstd(Codec):
     max_chunk_bytes = (1 << 31) - (1 << 20)  # the compressor's own limit, less its overhead
 
     def compressors(self, itemsize: int) -> list[dict[str, Any]]:
-        """Return blosc with its settings."""
         settings = {"typesize": itemsize, "cname": "zstd", "clevel": CLEVEL, "shuffle": "bitshuffle", "blocksize": 0}
         return [{"name": "blosc", "configuration": settings}]
 
-    def compress(self, chunk: np.ndarray) -> bytes:
-        """Return a compressed chunk."""
-        packed: bytes = blosc.compress(chunk, b"zstd", CLEVEL, blosc.BITSHUFFLE, 0, chunk.itemsize)
-        return packed
+    def compress(self, chunk: np.ndarray) -> np.ndarray:
+        packed = blosc.compress(chunk, b"zstd", CLEVEL, blosc.BITSHUFFLE, 0, chunk.itemsize)
+        return np.frombuffer(packed, np.uint8)
 
     def decompress(self, where: Path, packed: np.ndarray, out: np.ndarray) -> None:
-        """Fill `out`; what the header says of sizes is proved first, since blosc believes it."""
+        # blosc believes the sizes in the header.
         claimed, size = int.from_bytes(packed[4:8], "little"), int.from_bytes(packed[12:16], "little")
         if len(packed) < BLOSC_HEADER or claimed != out.nbytes or size != len(packed):
             raise corrupt(where, f"says to hold {claimed} bytes in {size}, expected {out.nbytes} in {len(packed)}")
@@ -130,15 +129,12 @@ class Int8(Codec):
     beside: ClassVar[Mapping[str, str]] = {SCALES: "float32"}
 
     def covers(self, name: str, dtype: torch.dtype) -> bool:
-        """Return whether the tensor is a state of floating-point values."""
         return name.startswith(STATE_PREFIX) and dtype.is_floating_point
 
     def stored_types(self, dtype: str) -> Sequence[str]:
-        """Return int8 for floating-point values."""
-        return ("int8",) if "float" in dtype else ()
+        return ("int8",) if dtype in FLOATS else ()
 
     def encode(self, tensor: Tensor, narrow: Tensor, *, ragged: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return int8 in -127..127, and the fp32 scales, broadcastable to it."""
         spread, wide = self.reduced_axes(tensor.ndim, ragged=ragged), tensor.float()
         largest = wide.abs().amax(spread, keepdim=True) if spread and wide.numel() else wide.abs()
         scales = largest / LEVELS
@@ -146,10 +142,9 @@ class Int8(Codec):
         return whole.to(torch.int8), {SCALES: scales}
 
     def decode(self, stored: Tensor, beside: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Return `stored` times its scales; values that rounding takes beyond the range of `dtype` stay finite."""
         scales, bounds = beside[SCALES], torch.finfo(dtype)
         values = stored * scales
-        if scales.numel() and scales.max() * (LEVELS + 1) >= bounds.max:
+        if scales.numel() and scales.max() * (LEVELS + 1) >= bounds.max:  # rounding may exceed the range
             values.clamp_(bounds.min, bounds.max)
         return values.to(dtype)
 
@@ -165,7 +160,6 @@ class Int8Channel(Int8):
     is_mergeable = False
 
     def reduced_axes(self, ndim: int, *, ragged: bool) -> list[int]:
-        """Return all axes but the channels': the second of four and more, else the last."""
         channel = ndim - 1 if ndim < 4 else 1
         return [axis for axis in range(ndim) if axis != channel or ndim == 1]
 

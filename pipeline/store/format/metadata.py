@@ -2,6 +2,9 @@
 
 zarr does not parse it because more must hold than zarr asks: only an array in exactly this layout may be memory-mapped,
 and its claims must be confirmed by the segment's seal and by the sizes of its chunk files.
+
+All functions that read raise CorruptStoreError where a file is missing or is not what this package writes; the message
+names the file, the field, its value and what was expected.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.keys import Recipe, digest, parse_json
+from pipeline.keys import Recipe, digest, first_difference, parse_json
 from pipeline.store.format import names
 from pipeline.store.format.codecs import CODECS
 from pipeline.store.format.layout import ArraySpec, is_tensor_name
@@ -72,11 +75,7 @@ class SegmentSpec(StrictModel):
         return self.model_dump(mode="json")
 
     def sealed(self, arrays: Mapping[str, Any]) -> SegmentSpec:
-        """Return the same with the seal over this metadata and that of `arrays`, by name.
-
-        Raises:
-            ValueError: metadata has no canonical JSON.
-        """
+        """Return the same with the seal over this metadata and that of `arrays`; ValueError if it is not JSON."""
         unsealed = self.attributes | {"seal": ""}
         return self.model_copy(update={"seal": digest({"segment": unsealed, "arrays": dict(arrays)})})
 
@@ -110,11 +109,7 @@ class _Array(StrictModel):
 
 
 def validated(where: Path, model: type[Model], raw: object) -> Model:
-    """Return what the file `where` says as a `model`.
-
-    Raises:
-        CorruptStoreError: it does not fit; the message names the first field that does not, and its value.
-    """
+    """Return `raw`, which the file `where` holds, as a `model`."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -145,22 +140,12 @@ def read_recipe(store: Path) -> Recipe:
 
 
 def read_segment_spec(segment: Path) -> SegmentSpec:
-    """Return the metadata of a segment. Its seal is not checked: see `read_arrays`.
-
-    Raises:
-        CorruptStoreError: `zarr.json` is missing, or is not what this package writes.
-    """
+    """Return the metadata of a segment. Its seal is not checked: see `read_arrays`."""
     return validated(segment / names.METADATA_FILE, _Group, read_metadata(segment)).attributes
 
 
 def read_arrays(segment: Path, spec: SegmentSpec) -> dict[str, ArraySpec]:
-    """Return the metadata of all arrays of a segment by name, once its seal proves that it is what was written.
-
-    The chunk files need not confirm its claims: see `check_chunks`.
-
-    Raises:
-        CorruptStoreError: metadata is missing, is not what this package writes, or does not fit.
-    """
+    """Return the metadata of all arrays of a segment by name, once its seal proves that it is what was written."""
     raw: dict[str, dict[str, Any]] = {}
     arrays: dict[str, ArraySpec] = {}
 
@@ -185,11 +170,7 @@ def read_arrays(segment: Path, spec: SegmentSpec) -> dict[str, ArraySpec]:
 
 
 def read_array_spec(array: Path) -> ArraySpec:
-    """Return the metadata of an array, which its chunk files need not confirm: see `check_chunks`.
-
-    Raises:
-        CorruptStoreError: it is missing, or is not what this package writes.
-    """
+    """Return the metadata of an array; `check_chunks` proves its claims."""
     return _parse_array(array / names.METADATA_FILE, read_metadata(array))
 
 
@@ -199,11 +180,7 @@ def write_metadata(node: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def read_metadata(node: Path) -> dict[str, Any]:
-    """Return the `zarr.json` of a group or an array as it stands there.
-
-    Raises:
-        CorruptStoreError: it cannot be read, or is no JSON object.
-    """
+    """Return the `zarr.json` of a group or an array as it stands there."""
     where = node / names.METADATA_FILE
     try:
         raw = parse_json(read_file(where, names.MAX_METADATA_BYTES).decode("utf-8"))
@@ -222,24 +199,30 @@ def _parse_array(where: Path, raw: dict[str, Any]) -> ArraySpec:
     dtype, axis = fields.attributes.dtype, fields.attributes.ragged_axis
     if axis is not None and axis >= len(shape):
         raise corrupt(where, f"has ragged_axis {axis} and {len(shape)} axes")
-    fitting = [codec for codec in CODECS.values() if stored in codec.stored_types(dtype)]
+    specs = [ArraySpec(shape, dtype, stored, axis, codec) for codec in CODECS.values()]
+    fitting = [spec for spec in specs if stored in spec.codec.stored_types(dtype)]
     if not fitting:
         raise corrupt(where, f"stores {dtype!r} as {stored!r}")
-    specs = [ArraySpec(shape, dtype, stored, axis, codec) for codec in fitting]
-    spec = next((one for one in specs if _is_same(one.codecs, raw["codecs"])), specs[0])
-    for field, expected in spec.metadata(where.parent.name).items():
-        if field not in ("fill_value", "storage_transformers") and not _is_same(raw[field], expected):
-            raise corrupt(where, f"has {field} {reprlib.repr(raw[field])}, expected {expected!r}")
+    spec = next((one for one in fitting if _difference(where, raw, one) is None), None)
+    if spec is None:
+        raise corrupt(where, f"has {_difference(where, raw, fitting[0])}")
     claimed = math.prod(max(1, length) for length in shape) * spec.itemsize
     if not spec.nbytes and claimed > names.MAX_EMPTY_BYTES:
         raise corrupt(where, f"has no values and claims {claimed} bytes, at most {names.MAX_EMPTY_BYTES}")
     if spec.chunk_nbytes > spec.codec.max_chunk_bytes:
-        raise corrupt(
-            where, f"has chunks of {spec.chunk_nbytes} bytes, at most {spec.codec.max_chunk_bytes} can be compressed"
-        )
+        limit = spec.codec.max_chunk_bytes
+        raise corrupt(where, f"has chunks of {spec.chunk_nbytes} bytes, at most {limit} can be compressed")
     return spec
 
 
-def _is_same(value: object, expected: object) -> bool:
-    """Compare JSON values as text: to Python `true`, 1 and 1.0 are equal, to other readers they are not."""
-    return json.dumps(value, sort_keys=True) == json.dumps(expected, sort_keys=True)
+def _difference(where: Path, raw: dict[str, Any], spec: ArraySpec) -> str | None:
+    """Return the first field of an array's metadata that is not as `spec` asks; None if all are."""
+    given = raw | {"storage_transformers": []}
+    expected = spec.metadata(where.parent.name) | {"fill_value": raw["fill_value"]}
+    if repr(given) == repr(expected):  # as written: ten times as fast as the comparison in any order
+        return None
+    try:
+        found = first_difference(given, expected)
+    except ValueError as error:
+        raise corrupt(where, f"has a value without canonical JSON ({error})") from error
+    return None if found is None else f"{found[0]} {reprlib.repr(found[1])}, expected {found[2]!r}"

@@ -112,8 +112,8 @@ def round_trip(name: str, samples: Sequence[Tensor], storage: str) -> tuple[list
         np.zeros(len(samples), np.uint32),
     )
     arrays = [*encoded.beside.values(), *([] if encoded.offsets is None else [encoded.offsets])]
-    chunks = (memoryview(spec.codec.compress(spec.chunk(encoded.data, i))) for i in range(spec.chunks))
-    nbytes = sum(array.nbytes for array in arrays) + sum(chunk.nbytes for chunk in chunks)
+    chunks = (spec.codec.compress(spec.chunk(encoded.data, i)) for i in range(spec.chunks))
+    nbytes = sum(array.nbytes for array in (*arrays, *chunks))
     return [tensor.sample(row) for row in range(len(samples))], nbytes
 
 

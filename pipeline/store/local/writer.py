@@ -161,7 +161,7 @@ def _write_array(path: Path, spec: ArraySpec, data: np.ndarray) -> dict[str, Any
     def write(number: int, name: str) -> None:
         packed = spec.codec.compress(spec.chunk(little, number))
         with (path / name).open("xb") as chunk:
-            chunk.write(packed)
+            chunk.write(packed.data)
             chunk.write(google_crc32c.value(packed).to_bytes(names.CHECKSUM_BYTES, "little"))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
