@@ -65,10 +65,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"{path}: no store can be made here ({error.strerror}); choose another folder") from error
         store = cls.open(path, recipe, remote)
-        try:
-            held = shared_lock(path)
-        except BlockingIOError as error:
-            raise StoreError(f"{path}: {error.strerror}; wait for its end and run again") from error
+        held = shared_lock(path)
         if held is not None:
             weakref.finalize(store, os.close, held)
         return store
@@ -119,7 +116,7 @@ class Store:
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Return (n,) bool: which of `keys` (n, 16) uint8 are not stored."""
-        return self._open_index().missing(keys)
+        return ~self._open_index().contains(keys)
 
     def holds(self, unit_keys: np.ndarray) -> bool:
         """Return whether exactly the samples `unit_keys` (n, 16) uint8, in this order, are a committed segment."""

@@ -17,14 +17,14 @@ from pipeline.store.format.layout import ArraySpec, segment_id
 from pipeline.store.format.untrusted import REMEDY, corrupt, read_file, unreadable
 
 
-def read_chunk(where: Path) -> bytes:
-    """Return what a chunk file holds, whole, once its checksum is proved."""
+def read_chunk(where: Path) -> np.ndarray:
+    """Return what a chunk file holds, (bytes,) uint8, once its checksum is proved."""
     try:
         raw = read_file(where)
     except OSError as error:
         raise unreadable(where, error) from error
-    values, checksum = raw[: -names.CHECKSUM_BYTES], raw[-names.CHECKSUM_BYTES :]
-    if google_crc32c.value(values) != int.from_bytes(checksum, "little"):
+    values = np.frombuffer(raw, np.uint8, max(0, len(raw) - names.CHECKSUM_BYTES))
+    if google_crc32c.value(values) != int.from_bytes(raw[len(values) :], "little"):
         raise corrupt(where, "does not match its checksum")
     return values
 
@@ -73,7 +73,7 @@ def read_small_array(array: Path, spec: ArraySpec) -> np.ndarray:
     if not spec.nbytes:
         return np.empty(spec.shape, spec.stored)
     values = read_chunk(array / spec.chunk_files[0])
-    return np.frombuffer(values, np.dtype(spec.stored).newbyteorder("<")).reshape(spec.shape)
+    return values.view(np.dtype(spec.stored).newbyteorder("<")).reshape(spec.shape)
 
 
 def read_keys(segment: Path) -> np.ndarray:

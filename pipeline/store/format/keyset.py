@@ -70,12 +70,7 @@ class KeySet:
 
 def first_rows(keys: np.ndarray) -> np.ndarray:
     """Return the rows (m,) int64, ascending, of `keys` (n, 16) uint8 that no earlier row equals."""
-    order, high = _sorted(keys)
-    low = _half(keys, 1)
-    is_first = np.ones(len(keys), np.bool_)
-    tied = np.flatnonzero(high[1:] == high[:-1]) + 1
-    is_first[order[tied]] = low[order[tied]] != low[order[tied - 1]]
-    return np.flatnonzero(is_first)
+    return np.flatnonzero(KeySet(keys).find(keys) == np.arange(len(keys)))
 
 
 def _sorted(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -130,11 +130,7 @@ def is_committed(segment: Path) -> bool:
 
 
 def committed_segments(root: Path) -> list[str]:
-    """Return the ids of the segments under `root`, sorted.
-
-    Raises:
-        StoreError: the folder cannot be read.
-    """
+    """Return the ids of the segments under `root`, sorted; raises StoreError where it cannot be read."""
     try:
         return sorted(one.name for one in root.iterdir() if SEGMENT_ID.fullmatch(one.name) and is_committed(one))
     except OSError as error:

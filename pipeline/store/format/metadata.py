@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -68,6 +68,12 @@ class SegmentSpec(StrictModel):
     tensors: Names
     set_aside: Annotated[tuple[Key, ...], Strict(False)]
     seal: str
+
+    @classmethod
+    def new(cls, recipe: Recipe, samples: int, tensors: Iterable[str], bad: Iterable[str]) -> SegmentSpec:
+        """Return the metadata of a segment that is to be written, without its seal."""
+        own = {"tensors": tuple(tensors), "set_aside": tuple(bad)}
+        return cls(format=names.FORMAT, recipe=recipe.digest, samples=samples, **own, seal="")
 
     @property
     def attributes(self) -> dict[str, Any]:

@@ -48,11 +48,7 @@ class EncodedTensor:
 
 
 def parse_storage(storage: str) -> tuple[Codec, tuple[torch.dtype, ...]]:
-    """Return the codec of a storage such as "int8:float16", and the dtypes to try for floating-point values.
-
-    Raises:
-        StoreError: this version writes no such codec or dtype.
-    """
+    """Return the codec of a storage such as "int8:float16", and the dtypes to try for floating-point values."""
     codec, _, dtype = storage.partition(":")
     if codec not in CODECS or dtype not in _LADDERS:
         raise StoreError(

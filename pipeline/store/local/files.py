@@ -31,11 +31,7 @@ class StoreFiles:
         """Make the recipe of a store readable at its path; raises StoreError where a bucket holds no store."""
 
     def create(self, store: Path, recipe: str) -> None:
-        """Write the recipe of a store, given as its text, unless there is one.
-
-        Raises:
-            StoreError: something else is there.
-        """
+        """Write the recipe of a store, given as its text, unless there is one; StoreError if something else is."""
         if (store / RECIPE_FILE).exists():
             return
         others = [entry.name for entry in own_entries(store) if not entry.name.startswith(".")]
@@ -62,15 +58,11 @@ class StoreFiles:
         return chunk_sizes(array)
 
     def read_into(self, chunk: Path, out: np.ndarray) -> None:
-        """Fill `out`, one axis of uint8, with what a chunk file holds, and prove its checksum.
-
-        Raises:
-            CorruptStoreError: other bytes are there than were written.
-        """
+        """Fill `out`, one axis of uint8, with what a chunk file holds; CorruptStoreError unless that was written."""
         values = read_chunk(chunk)
         if len(values) != len(out):
             raise corrupt(chunk, f"holds {len(values)} bytes, expected {len(out)}")
-        out[:] = np.frombuffer(values, np.uint8)
+        out[:] = values
 
     def read_small(self, file: Path) -> bytes:
         """Return a small file whole; raises FileNotFoundError where there is none."""

@@ -1,4 +1,4 @@
-"""Where each sample lies: sorted keys, 20 bytes a sample."""
+"""Sample key -> segment and row: sorted keys, 20 bytes a sample."""
 
 from __future__ import annotations
 
@@ -41,32 +41,17 @@ class Rows:
         return Rows(self.segments, self.segment[chosen], self.row[chosen])
 
 
-class KeyIndex:
-    """The samples of some segments; of a sample that several hold, the first one's is taken."""
+class KeyIndex(KeySet):
+    """The samples of some segments; of a sample that several hold, the first one is taken."""
 
     def __init__(self, root: Path, segments: Sequence[str]) -> None:
-        """Read the keys of every segment.
-
-        Raises:
-            CorruptStoreError: the keys of a segment cannot be read, or are not those it was named after.
-        """
+        """Read the keys of every segment; raises CorruptStoreError where they are not those it was named after."""
         parts = [read_keys(root / segment) for segment in segments]
         self.segments = tuple(segments)
         self._starts = np.cumsum([0, *map(len, parts)])
-        joined = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *parts])
+        keys = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *parts])
         parts.clear()
-        self._set = KeySet(joined)
-
-    def __len__(self) -> int:
-        return len(self._set)
-
-    def keys(self) -> np.ndarray:
-        """Return all keys (N, 16) uint8, segment by segment."""
-        return self._set.keys()
-
-    def missing(self, keys: np.ndarray) -> np.ndarray:
-        """Return (n,) bool: which of `keys` (n, 16) uint8 no segment holds."""
-        return ~self._set.contains(keys)
+        super().__init__(keys)
 
     def rows(self, keys: np.ndarray) -> Rows:
         """Return the places of `keys` (n, 16) uint8, in their order.
@@ -74,7 +59,7 @@ class KeyIndex:
         Raises:
             MissingKeysError: no segment holds some of them; the message names up to five.
         """
-        place = self._set.find(keys)
+        place = self.find(keys)
         absent = np.flatnonzero(place < 0)
         if len(absent):
             named = ", ".join(keys[i].tobytes().hex() for i in absent[:5]) + (", ..." if len(absent) > 5 else "")

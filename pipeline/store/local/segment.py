@@ -2,6 +2,9 @@
 
 The one chunk file of a mappable codec is the array, so its memory map is the tensor: no file descriptor is held, and no
 memory but the page cache's. Arrays that are compressed or in a bucket are mapped from a `SegmentCache`.
+
+Functions raise CorruptStoreError where a file is not what was written, and StoreError where arrays cannot be fetched,
+for want of room or of a server.
 """
 
 from __future__ import annotations
@@ -72,11 +75,7 @@ class Segment:
 
 
 def outline_segment(path: Path, recipe: str, files: StoreFiles = DISK) -> Segment:
-    """Return a segment of the recipe with the digest `recipe`, all but the values of its tensors.
-
-    Raises:
-        CorruptStoreError: metadata and chunk files are not those that were written, or belong to another recipe.
-    """
+    """Return a segment of the recipe with the digest `recipe`, all but the values of its tensors."""
     spec = read_segment_spec(path)
     if spec.recipe != recipe:
         raise corrupt(path, f"was written under recipe {spec.recipe}, its store's {RECIPE_FILE} is {recipe}")
@@ -103,16 +102,12 @@ def outline_segment(path: Path, recipe: str, files: StoreFiles = DISK) -> Segmen
 
 
 def open_segment(path: Path, recipe: str, cache: SegmentCache | None = None, files: StoreFiles = DISK) -> Segment:
-    """Return a segment of the recipe with the digest `recipe`, mapped; raises as `outline_segment`, `map_segment`."""
+    """Return a segment of the recipe with the digest `recipe`, mapped."""
     return map_segment(outline_segment(path, recipe, files), cache, files)[0]
 
 
 def map_segment(outline: Segment, cache: SegmentCache | None, files: StoreFiles) -> tuple[Segment, list[Path]]:
-    """Return a segment with its tensors mapped, none of its samples checked, and the places evicted for it.
-
-    Raises:
-        StoreError: arrays that are compressed or in a bucket cannot be fetched, for want of room or of a server.
-    """
+    """Return a segment with its tensors mapped, none of its samples checked, and the places evicted for it."""
     raw_files, evicted = fetch(outline, cache, files)
     try:
         values = {name: _map(outline.path / name, spec, raw_files, files) for name, spec in outline.arrays.items()}
@@ -126,17 +121,13 @@ def map_segment(outline: Segment, cache: SegmentCache | None, files: StoreFiles)
 
 
 def fetch(segment: Segment, cache: SegmentCache | None, files: StoreFiles) -> tuple[dict[str, Path], list[Path]]:
-    """Return the raw files in the cache of the arrays that a segment has there, and the places evicted for them.
+    """Return the raw files in the cache of the arrays that a segment has there, and the places evicted for them."""
 
-    Raises:
-        StoreError: as `map_segment`.
-    """
+    def fill(name: str, out: np.ndarray) -> None:
+        _read_array(segment.path / name, segment.arrays[name], out, files)
+
     if segment.cached and cache is not None:
-        return cache.fetch(
-            segment.place,
-            segment.cached,
-            lambda name, out: _read_array(segment.path / name, segment.arrays[name], out, files),
-        )
+        return cache.fetch(segment.place, segment.cached, fill)
     if segment.cached and (segment.nbytes > IN_MEMORY_BYTES or not files.is_local):
         raise StoreError(
             f"{segment.path} takes {segment.nbytes} bytes, at most {IN_MEMORY_BYTES} of a local store without "
@@ -146,11 +137,7 @@ def fetch(segment: Segment, cache: SegmentCache | None, files: StoreFiles) -> tu
 
 
 def _read_array(array: Path, spec: ArraySpec, out: np.ndarray, files: StoreFiles) -> None:
-    """Fill `out`, of the array's shape and stored type, from its chunk files.
-
-    Raises:
-        CorruptStoreError: a chunk is not what was written.
-    """
+    """Fill `out`, of the array's shape and stored type, from its chunk files."""
     if spec.codec.is_mappable:
         files.read_into(array / spec.chunk_files[0], out.reshape(-1).view(np.uint8))
         return

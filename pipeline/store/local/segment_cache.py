@@ -45,10 +45,7 @@ class SegmentCache:
 
         `place` is their folder, relative to the root. For each file that is missing, `fill` gets the array's name and
         the array, mapped, to write values into. Readers may keep an evicted file mapped; its space is freed when they
-        unmap it.
-
-        Raises:
-            StoreError: the arrays exceed the budget, or the folder cannot be written; or what `fill` raises.
+        unmap it. Raises StoreError where the arrays exceed the budget, or the folder cannot be written.
         """
         folder = self.root / place
         files = {name: folder / name for name in arrays}

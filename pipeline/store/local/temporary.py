@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from pipeline.errors import StoreError
+
 PREFIX = ".tmp-"
 FOREIGN_STALE_SECONDS = 24 * 3600
 _HOST = re.sub(r"[^A-Za-z0-9.]", "_", platform.node())[:64] or "host"
@@ -67,14 +69,14 @@ def shared_lock(path: Path) -> int | None:
     """Keep `exclusive_lock` off the folder `path` while the returned descriptor is open; None without locks.
 
     Raises:
-        BlockingIOError: another process has the exclusive lock.
+        StoreError: another process has the exclusive lock.
     """
     try:
         descriptor = _lock(path, wait=False, shared=True)
     except OSError:
         return None
     if descriptor is None:
-        raise BlockingIOError(errno.EWOULDBLOCK, "somebody removes or merges its segments", str(path))
+        raise StoreError(f"{path}: somebody removes or merges its segments; wait for its end and run again")
     return descriptor
 
 

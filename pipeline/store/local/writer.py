@@ -47,13 +47,7 @@ def write_segment(
     set_aside: np.ndarray | None = None,
     files: StoreFiles = DISK,
 ) -> SegmentInfo:
-    """Commit the samples `keys` (n, 16) uint8 with their tensors; a segment that is there already is left as it is.
-
-    `set_aside` (m, 16) are the keys of bad samples of the same unit.
-
-    Raises:
-        StoreError: keys, names, shapes or dtypes cannot be stored, or the disk refuses; nothing is committed then.
-    """
+    """Do what `Store.write_segment` says."""
     if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES or not len(keys):
         raise StoreError(
             f"keys are {keys.dtype} of shape {keys.shape}; expected uint8 of shape (n, {KEY_BYTES}), n > 0"
@@ -61,21 +55,9 @@ def write_segment(
     for name in tensors:
         check_tensor_name(name)
     bad = [] if set_aside is None else [key.tobytes().hex() for key in set_aside]
-    spec = new_spec(recipe, len(keys), sorted(tensors), bad)
+    spec = SegmentSpec.new(recipe, len(keys), sorted(tensors), bad)
     encoded = (encode(name, tensors[name], len(keys), recipe.storage) for name in spec.tensors)
     return commit(root, keys, spec, encoded, recipe.storage, files)
-
-
-def new_spec(recipe: Recipe, samples: int, tensors: Sequence[str], bad: Sequence[str]) -> SegmentSpec:
-    """Return the metadata of a segment that is to be written, without its seal."""
-    return SegmentSpec(
-        format=names.FORMAT,
-        recipe=recipe.digest,
-        samples=samples,
-        tensors=tuple(tensors),
-        set_aside=tuple(bad),
-        seal="",
-    )
 
 
 def commit(
@@ -88,8 +70,7 @@ def commit(
 ) -> SegmentInfo:
     """Commit the samples `keys` with their `tensors`, in the order of `spec`, one at a time in memory.
 
-    Raises:
-        StoreError: the disk or the bucket refuses; nothing is committed then.
+    Raises StoreError where the disk or the bucket refuses; nothing is committed then.
     """
     final = root / segment_id(keys)
     try:

@@ -50,11 +50,6 @@ class Remote(StoreFiles):
         return f"{self.objects.url}/{self._key(path)}".removesuffix("/.")
 
     def open(self, store: Path) -> None:
-        """Mirror the recipe of a store.
-
-        Raises:
-            StoreError: no store is there, or the bucket cannot be read; the message says what to set.
-        """
         if not self._find(store):
             raise StoreError(
                 f"{self.where(store)}: no store is here; encode first (encode.store), or name another place"
@@ -73,11 +68,6 @@ class Remote(StoreFiles):
         return True
 
     def create(self, store: Path, recipe: str) -> None:
-        """Write the recipe of a store, given as its text, unless there is one; mirror the recipe that is there then.
-
-        Raises:
-            StoreError: segments without a recipe are there, or nothing can be written.
-        """
         if self._find(store):
             return
         if self._listed(store):
@@ -90,7 +80,6 @@ class Remote(StoreFiles):
         self.open(store)
 
     def refresh(self, store: Path) -> None:
-        """Make the mirror of a store hold the small files of exactly the segments that are committed now."""
         listed = {name: files for name, files in self._listed(store).items() if METADATA_FILE in files}
         for name in committed_segments(store):
             if name not in listed:
@@ -99,7 +88,6 @@ class Remote(StoreFiles):
         _map_in_threads(lambda item: self._mirror(*item), changed.items())
 
     def holds(self, segment: Path) -> bool:
-        """Mirror one segment if it is committed, and return whether it is."""
         if is_committed(segment):
             return True
         files = self._listed(segment.parent, segment.name).get(segment.name, {})
@@ -109,11 +97,7 @@ class Remote(StoreFiles):
         return True
 
     def commit(self, written: Path, segment: Path) -> None:
-        """Put the files of a segment from the folder `written`, its own metadata last, and mirror the small ones.
-
-        A kill before the end leaves files in the bucket that belong to no segment, until the same segment is written
-        again.
-        """
+        # A kill before the end leaves files that belong to no segment, until the same segment is written again.
         files = {str(path.relative_to(written)): path for path in sorted(written.rglob("*")) if path.is_file()}
         key, sizes = self._key(segment), {name: file.stat().st_size for name, file in files.items()}
         arrays = [name for name in files if name != METADATA_FILE]

@@ -18,7 +18,13 @@ from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import Recipe
 from pipeline.store.format.chunks import read_keys
 from pipeline.store.format.layout import segment_id
-from pipeline.store.format.metadata import read_array_spec, read_arrays, read_metadata, read_segment_spec
+from pipeline.store.format.metadata import (
+    SegmentSpec,
+    read_array_spec,
+    read_arrays,
+    read_metadata,
+    read_segment_spec,
+)
 from pipeline.store.format.names import METADATA_FILE
 from pipeline.store.format.values import EncodedTensor
 from pipeline.store.local.index import KeyIndex
@@ -26,7 +32,7 @@ from pipeline.store.local.reader import Reader, runs
 from pipeline.store.local.segment import Segment, open_segment
 from pipeline.store.local.stored_tensor import as_numpy
 from pipeline.store.local.temporary import discard, sweep, sync, temporary_folder
-from pipeline.store.local.writer import commit, new_spec, write_group
+from pipeline.store.local.writer import commit, write_group
 from pipeline.store.store import Store
 
 
@@ -110,7 +116,7 @@ def _commit_kept(root: Path, recipe: Recipe, change: Change) -> str:
     parts = [(open_segment(root / segment, recipe.digest), rows) for segment, rows in change.kept.items()]
     for segment, rows in parts:
         segment.check(rows)
-    spec = new_spec(recipe, len(keys), specs[0].tensors, bad)
+    spec = SegmentSpec.new(recipe, len(keys), specs[0].tensors, bad)
     commit(root, keys, spec, _merged(spec.tensors, parts), recipe.storage)
     open_segment(root / new, recipe.digest).check(np.arange(len(keys)))  # as the disk returns it
     os.utime(root / new / METADATA_FILE, ns=(age, age))

@@ -15,7 +15,7 @@ from pipeline.store.format.chunks import read_keys
 from pipeline.store.format.layout import ArraySpec, find_stores
 from pipeline.store.format.listing import file_sizes
 from pipeline.store.format.metadata import read_arrays, read_recipe, read_segment_spec
-from pipeline.store.format.names import ATTACHMENTS, CHECKSUM_BYTES, METADATA_FILE, RECIPE_FILE
+from pipeline.store.format.names import ATTACHMENTS, METADATA_FILE, RECIPE_FILE
 from pipeline.store.format.untrusted import corrupt
 from pipeline.store.local.segment import Segment, open_segment
 from pipeline.store.local.segment_cache import SegmentCache
@@ -62,7 +62,7 @@ def _faults(store: Store, recipe: str, name: str) -> Iterator[str]:
         for array, spec in arrays.items():
             try:
                 if array not in segment.cached:  # else it was proved when it was fetched
-                    _check_raw(path / array, spec)
+                    _check_mappable(path / array, spec)
                 sound.append(array)
             except (CorruptStoreError, OSError) as error:
                 yield str(error)
@@ -79,15 +79,12 @@ def _faults_of_attachment(store: Store, name: str) -> Iterator[str]:
         yield str(error)
 
 
-def _check_raw(array: Path, spec: ArraySpec) -> None:
-    """Raise CorruptStoreError unless a chunk matches its checksum."""
-    for name in spec.chunk_files:
-        values = np.memmap(array / name, np.uint8, "r", shape=spec.nbytes)
-        with (array / name).open("rb") as file:
-            file.seek(spec.nbytes)
-            checksum = file.read(CHECKSUM_BYTES)
-        if google_crc32c.value(values) != int.from_bytes(checksum, "little"):
-            raise corrupt(array / name, "does not match its checksum")
+def _check_mappable(array: Path, spec: ArraySpec) -> None:
+    """Raise CorruptStoreError unless the chunk matches its checksum; takes no memory but the page cache's."""
+    for file in (array / name for name in spec.chunk_files):
+        checksum = np.memmap(file, np.uint8, "r", spec.nbytes).tobytes()
+        if google_crc32c.value(np.memmap(file, np.uint8, "r", shape=spec.nbytes)) != int.from_bytes(checksum, "little"):
+            raise corrupt(file, "does not match its checksum")
 
 
 def _wrong_samples(segment: Segment, names: Sequence[str]) -> Iterator[str]:
