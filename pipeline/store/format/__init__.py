@@ -4,10 +4,11 @@ names        names of files, folders and arrays, and the largest sizes that are 
 untrusted    reading a file that anybody may have written
 codecs       how the values of an array are stored: one class for each codec
 layout       the layout of an array; segment ids; where stores and segments are
-metadata     the JSON of groups and arrays, as strict models, and the proof of what it claims
-values       tensors of samples -> what is stored of them
+chunks       sizes and checksums of chunk files
+metadata     the JSON of groups and arrays, as strict models
+values       tensors of samples -> stored arrays
 keyset       sets of sample keys
 listing      sizes of a segment's files, in a bucket too
 
-Imports go down this list's order only, and never out of the package to `local`, `remote` or `upkeep`.
+Imports: each other in this order, and nothing else of the store.
 """

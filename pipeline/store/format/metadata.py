@@ -119,10 +119,14 @@ def validated(where: Path, model: type[Model], raw: object) -> Model:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "content"
-        fault = first["msg"].removeprefix("Value error, ")
-        raise corrupt(where, f"has {field} {reprlib.repr(first['input'])}: {fault}") from None
+        raise corrupt(where, f"has {first_fault(error)}") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the first field that does not fit, its value, and what was expected."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(map(str, first["loc"])) or "content"
+    return f"{field} {reprlib.repr(first['input'])}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def read_recipe(store: Path) -> Recipe:

@@ -144,7 +144,7 @@ def _read_array(array: Path, spec: ArraySpec, out: np.ndarray, files: StoreFiles
     rows, sizes = spec.chunk_shape[0], files.chunk_sizes(array)
 
     def unpack(number: int, name: str) -> None:
-        packed = np.empty(max(0, sizes[name] - CHECKSUM_BYTES), np.uint8)
+        packed = np.empty(max(0, sizes.get(name, 0) - CHECKSUM_BYTES), np.uint8)
         files.read_into(array / name, packed)
         part = out[number * rows : (number + 1) * rows]
         if len(part) == rows:

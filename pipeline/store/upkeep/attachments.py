@@ -14,11 +14,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, parse_json
 from pipeline.store.format.listing import LISTING_FILE
-from pipeline.store.format.metadata import StrictModel
+from pipeline.store.format.metadata import StrictModel, first_fault
 from pipeline.store.format.names import MAX_METADATA_BYTES
 from pipeline.store.format.untrusted import read_file
 from pipeline.store.local.temporary import discard, sync, sync_tree, temporary_folder
@@ -90,9 +92,8 @@ def read_attachment(store: Store, name: str) -> tuple[Path, dict[str, Any]] | No
     except OSError as error:
         raise CorruptStoreError(f"{where}: cannot be read ({error.strerror}); {_REMEDY}") from error
     except ValueError as error:
-        raise CorruptStoreError(
-            f"{where} does not describe an attachment ({' '.join(str(error).split())}); {_REMEDY}"
-        ) from error
+        fault = first_fault(error) if isinstance(error, ValidationError) else error
+        raise CorruptStoreError(f"{where} does not describe an attachment ({fault}); {_REMEDY}") from error
     if wrong := _wrong(folder, name, said.files):
         raise CorruptStoreError(f"{folder / wrong[0]} is not what was written; {_REMEDY}")
     return folder, said.about

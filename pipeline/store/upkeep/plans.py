@@ -149,9 +149,9 @@ def _without(keys: dict[str, np.ndarray], changes: Sequence[Change]) -> Iterator
 def _redundant(root: Path, keys: dict[str, np.ndarray]) -> list[Change]:
     """Plan to remove segments all of whose samples others hold, the smallest first."""
     names = list(keys)
-    joined = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *keys.values()])
+    all_keys = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *keys.values()])
     owner = np.repeat(np.arange(len(names)), [len(own) for own in keys.values()])
-    first = KeySet(joined).find(joined)
+    first = KeySet(all_keys).find(all_keys)
     copies = np.bincount(first)
     if copies.max(initial=0) < 2:
         return []
@@ -162,7 +162,7 @@ def _redundant(root: Path, keys: dict[str, np.ndarray]) -> list[Change]:
         if (copies[samples[number]] > 1).all():
             copies[samples[number]] -= 1
             stays[number] = False
-    others, owner = KeySet(joined[stays[owner]]), owner[stays[owner]]
+    others, owner = KeySet(all_keys[stays[owner]]), owner[stays[owner]]
     changes = []
     for segment in (names[number] for number in np.flatnonzero(~stays)):
         holders = tuple(names[number] for number in np.unique(owner[others.find(keys[segment])]))
@@ -180,14 +180,14 @@ def _dropping(
 
 def _merging(root: Path, segments: Sequence[str], keys: dict[str, np.ndarray]) -> Change:
     """Plan to lay segments end to end; of a sample that several hold, the first one is taken."""
-    joined = np.concatenate([keys[segment] for segment in segments])
-    first = KeySet(joined).find(joined) == np.arange(len(joined))
+    all_keys = np.concatenate([keys[segment] for segment in segments])
+    first = KeySet(all_keys).find(all_keys) == np.arange(len(all_keys))
     ends = np.cumsum([len(keys[segment]) for segment in segments])[:-1]
     kept = {name: np.flatnonzero(own) for name, own in zip(segments, np.split(first, ends), strict=True)}
-    doubled = len(joined) - int(first.sum())
+    doubled = len(all_keys) - int(first.sum())
     nbytes = [folder_nbytes(root / segment) for segment in segments]
     metadata = sum(_metadata_nbytes(root / segment) for segment in segments[1:])
-    return Change(kept, doubled, metadata + sum(nbytes) * doubled // len(joined))
+    return Change(kept, doubled, metadata + sum(nbytes) * doubled // len(all_keys))
 
 
 def _stretches(segments: Sequence[str], keys: dict[str, np.ndarray], target: int) -> Iterator[list[str]]:
