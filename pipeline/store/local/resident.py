@@ -6,7 +6,6 @@ N samples held, B batch, L length along the ragged axis, E entries of all sample
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -26,39 +25,27 @@ Parts: TypeAlias = Sequence[tuple[StoredTensor, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class ResidentPlan:
-    """Layout of one tensor on the device.
+class ResidentTensor:
+    """One tensor of all held samples.
 
     Attributes:
-        shape: (N, ...), or (E, ...) for a ragged tensor.
-        axis: its ragged axis, if any; `lengths` are those of the samples along it, (N,).
+        values: (N, ...), or (E, ...) for a ragged tensor.
+        axis: its ragged axis, if any.
+        lengths: those of the samples along the ragged axis, (N,), on the host.
+        starts: where samples begin in `values`, (N,), on the device.
     """
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    values: Tensor
     axis: int | None = None
     lengths: np.ndarray | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class ResidentTensor:
-    """One tensor of all held samples."""
-
-    plan: ResidentPlan
-    values: Tensor
-    starts: Tensor | None
+    starts: Tensor | None = None
 
     def gather(self, index: np.ndarray, pad: float) -> Tensor:
         """Return the samples `index` (B,), (B, ...), padded on the right to the longest."""
         index_B = torch.from_numpy(index).to(self.values.device, non_blocking=True)
-        if self.starts is None or self.plan.lengths is None or self.plan.axis is None:
+        if self.starts is None or self.lengths is None or self.axis is None:
             return self.values.index_select(0, index_B)
-        lengths = self.plan.lengths[index]  # on the host, so that the shape of the batch needs no wait for the device
+        lengths = self.lengths[index]  # on the host, so that the shape of the batch needs no wait for the device
         longest = int(lengths.max(initial=0))
         lengths_B = torch.from_numpy(lengths).to(self.values.device, non_blocking=True)
         steps_L = torch.arange(longest, device=self.values.device)
@@ -69,7 +56,7 @@ class ResidentTensor:
         else:
             batch = self.values.index_select(0, entry_BL.flatten()).view(*entry_BL.shape, *self.values.shape[1:])
         outside = outside_BL.reshape(*outside_BL.shape, *(1 for _ in self.values.shape[1:]))
-        return batch.masked_fill_(outside, pad).movedim(1, self.plan.axis + 1)
+        return batch.masked_fill_(outside, pad).movedim(1, self.axis + 1)
 
 
 class Resident:
@@ -83,13 +70,13 @@ class Resident:
         for name, parts in _parts(reader, rows[first]).items():
             # Shapes of inputs are needed on the host, to make batches of their shape.
             home = torch.device("cpu") if name.startswith(SHAPE_PREFIX) else device
-            self._tensors[name] = _empty(_plan(name, parts), home)
+            self._tensors[name] = _allocate(name, parts, home)
         filled = dict.fromkeys(self._tensors, 0)
         for segment, within, _ in runs(rows[first]):
             reader.check(segment, within)
             tensors = reader.segment(segment).tensors
             for name, held in self._tensors.items():
-                own = _rows_of(tensors[name], within, held.plan.axis)
+                own = _rows_of(tensors[name], within, held.axis)
                 held.values[filled[name] : filled[name] + len(own)].copy_(own)
                 filled[name] += len(own)
 
@@ -97,7 +84,8 @@ class Resident:
     def nbytes(reader: Reader, rows: Rows) -> int:
         """Return how many bytes of device memory the samples `rows` need."""
         _, first = np.unique(rows.codes, return_index=True)
-        return sum(_plan(name, parts).nbytes for name, parts in _parts(reader, rows[first]).items())
+        meta = torch.device("meta")
+        return sum(_allocate(name, parts, meta).values.nbytes for name, parts in _parts(reader, rows[first]).items())
 
     def gather(self, rows: Rows, pad: Mapping[str, float] | None = None, *, pin: bool = False) -> dict[str, Tensor]:
         """Return the tensors of `rows` by name, each (B, ...), on the device; `pin` is ignored.
@@ -119,7 +107,7 @@ def _parts(reader: Reader, rows: Rows) -> dict[str, Parts]:
     return {name: [(segment.tensors[name], within) for segment, within in opened] for name in names}
 
 
-def _plan(name: str, parts: Parts) -> ResidentPlan:
+def _allocate(name: str, parts: Parts, device: torch.device) -> ResidentTensor:
     tensors = [tensor for tensor, _ in parts]
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
     axes = {tensor.axis for tensor in tensors if tensor.offsets is not None}
@@ -127,21 +115,16 @@ def _plan(name: str, parts: Parts) -> ResidentPlan:
     if len(fixed) > 1:
         axes |= set(np.flatnonzero((fixed != fixed[0]).any(axis=0)).tolist())
     if not axes:
-        return ResidentPlan(dtype, (sum(len(within) for _, within in parts), *fixed[0].astype(int).tolist()))
+        shape = (sum(len(within) for _, within in parts), *fixed[0].astype(int).tolist())
+        return ResidentTensor(torch.empty(shape, dtype=dtype, device=device))
     if len(axes) > 1:
         raise StoreError(f"{name} is ragged in axes {sorted(axes)}; set residency to host, which pads any axis")
     axis = axes.pop()
     lengths = np.concatenate([_lengths(tensor, within, axis) for tensor, within in parts])
     first = tensors[0].values.shape[1:]
     rest = first if tensors[0].offsets is not None else first[:axis] + first[axis + 1 :]
-    return ResidentPlan(dtype, (int(lengths.sum()), *rest), axis, lengths)
-
-
-def _empty(plan: ResidentPlan, device: torch.device) -> ResidentTensor:
-    values = torch.empty(plan.shape, dtype=plan.dtype, device=device)
-    if plan.lengths is None:
-        return ResidentTensor(plan, values, None)
-    return ResidentTensor(plan, values, torch.from_numpy(np.cumsum(plan.lengths) - plan.lengths).to(device))
+    values = torch.empty((int(lengths.sum()), *rest), dtype=dtype, device=device)
+    return ResidentTensor(values, axis, lengths, torch.from_numpy(np.cumsum(lengths) - lengths).to(device))
 
 
 def _rows_of(tensor: StoredTensor, within: np.ndarray, axis: int | None) -> Tensor:
