@@ -70,8 +70,8 @@ def apply_changes(store: Store, changes: Sequence[Change], progress: Progress = 
     """
     if not store.files.is_local:
         raise StoreError(
-            f"{store.where}: segments of a store that lies elsewhere are not removed or merged; "
-            "do it on a copy on disk, and put that there"
+            f"{store.where}: segments of a store in a bucket are not removed or merged; "
+            "do it on a copy on disk, and upload that"
         )
     faults = []
     for change in progress(changes):

@@ -76,7 +76,7 @@ def test_its_size_is_told_before_it_is_paid(written):
     reader = Reader(store.path)
     rows = store.rows(np.concatenate([keys, keys[:3]]))
     held = Resident(reader, rows, CPU)
-    assert Resident.nbytes(reader, rows) == sum(block.values.nbytes for block in held._blocks.values())
+    assert Resident.nbytes(reader, rows) == sum(block.values.nbytes for block in held._tensors.values())
 
 
 @pytest.mark.parametrize("written", [fixed], indirect=True)

@@ -158,7 +158,7 @@ def test_a_stop_between_commit_and_removal_leaves_copies_which_the_next_run_remo
     assert len(store.segments()) == 7
     assert contents(store, keys) == before
     for plan in (plan_compact(store.path, store.recipe, target=9), plan_gc(store.path, KeySet(keys), LATER)):
-        redundant = [change for change in plan.changes if change.elsewhere]
+        redundant = [change for change in plan.changes if change.holders]
         assert [len(change.kept) for change in redundant] == [1, 1]
     apply_changes(store, plan_compact(store.path, store.recipe, target=9).changes)
     assert contents(store, keys) == before
@@ -170,9 +170,9 @@ def test_a_redundant_segment_stays_while_its_copies_are_broken(store, keys):
     joined = keys[: 2 * UNIT]
     store.write_segment(joined, {name: [np.zeros((1, 1))] * 8 for name in ("state.x", "state.r", "input.ids")})
     store.refresh()
-    changes = [change for change in plan_gc(store.path, KeySet(keys), LATER).changes if change.elsewhere]
+    changes = [change for change in plan_gc(store.path, KeySet(keys), LATER).changes if change.holders]
     assert len(changes) == 2
-    holder = store.path / changes[0].elsewhere[0] / "state.x" / "c.0.0.0"
+    holder = store.path / changes[0].holders[0] / "state.x" / "c.0.0.0"
     raw = bytearray(holder.read_bytes())
     raw[0] ^= 1
     holder.write_bytes(raw)
