@@ -50,12 +50,12 @@ class Remote(StoreFiles):
         return f"{self.objects.url}/{self._key(path)}".removesuffix("/.")
 
     def open(self, store: Path) -> None:
-        if not self._find(store):
+        if not self.find(store):
             raise StoreError(
                 f"{self.where(store)}: no store is here; encode first (encode.store), or name another place"
             )
 
-    def _find(self, store: Path) -> bool:
+    def find(self, store: Path) -> bool:
         """Mirror the recipe of a store if there is one, and return whether there is; raises as `open`."""
         try:
             text = self.objects.read(self._key(store / RECIPE_FILE))
@@ -68,7 +68,7 @@ class Remote(StoreFiles):
         return True
 
     def create(self, store: Path, recipe: str) -> None:
-        if self._find(store):
+        if self.find(store):
             return
         if self._listed(store):
             raise StoreError(
