@@ -17,19 +17,20 @@ from pipeline.errors import StoreError
 from pipeline.project import Project
 from pipeline.store import (
     Store,
-    Upkeep,
-    alone,
+    UpkeepPlan,
+    apply_changes,
     describe,
+    exclusive_access,
     find_stores,
     folder_nbytes,
+    format_bytes,
+    format_facts,
     own_entries,
     plan_compact,
     plan_gc,
     plan_removal,
-    readable,
-    remove,
+    remove_store,
     sweep,
-    tell,
     verify,
 )
 from pipeline.workflows.store_upkeep import (
@@ -89,7 +90,7 @@ def info(stores: tuple[Path | str, ...], params: Path, as_json: bool) -> None:
         click.echo(json.dumps([describe(store).json() for store in opened], indent=2))
         return
     for store in opened:
-        for line in tell(describe(store)):
+        for line in format_facts(describe(store)):
             click.echo(line)
         if store.remote is None:
             compact = plan_compact(store.path, store.recipe, project.encode.segment_samples)
@@ -247,7 +248,7 @@ def error(cuts: tuple[str, ...], count: int, params: Path) -> None:
 
 def _carry_out(
     paths: Sequence[Path],
-    plan: Callable[[Store], Upkeep],
+    plan: Callable[[Store], UpkeepPlan],
     *,
     yes: bool,
     dry_run: bool,
@@ -258,13 +259,13 @@ def _carry_out(
     with ExitStack() as locks:
         stores = [Store.open(path) for path in paths]
         for path in [] if dry_run else [*paths, *removed]:
-            locks.enter_context(alone(path))
+            locks.enter_context(exclusive_access(path))
         plans = [plan(store) for store in stores]
         for store, upkeep in zip(stores, plans, strict=True):
             _announce(store, upkeep)
         for path in removed:
             nbytes = sum(map(folder_nbytes, own_entries(path)))
-            click.echo(f"{path}: of no cut, view or tower of the settings; all of it goes, {readable(nbytes)}")
+            click.echo(f"{path}: of no cut, view or tower of the settings; all of it goes, {format_bytes(nbytes)}")
         if not removed and not also and not any(upkeep.changes or upkeep.leftovers for upkeep in plans):
             click.echo("nothing to do")
             return False
@@ -272,9 +273,9 @@ def _carry_out(
             return False
         faults = []
         for store, upkeep in zip(stores, plans, strict=True):
-            faults += store.apply(upkeep.changes, _progress(str(store.path), "change"))
+            faults += apply_changes(store, upkeep.changes, _progress(str(store.path), "change"))
         for path in reversed(removed):  # stores of views before the one they lie in
-            remove(path)
+            remove_store(path)
     for fault in faults:
         click.echo(fault)
     if faults:
@@ -282,7 +283,7 @@ def _carry_out(
     return True
 
 
-def _announce(store: Store, upkeep: Upkeep) -> None:
+def _announce(store: Store, upkeep: UpkeepPlan) -> None:
     if upkeep.changes:
         click.echo(f"{store.path}: {_becoming(upkeep)}; this frees {_freed(upkeep)}")
     if upkeep.leftovers:
@@ -291,13 +292,13 @@ def _announce(store: Store, upkeep: Upkeep) -> None:
         click.echo(f"{store.path}: {line}")
 
 
-def _becoming(upkeep: Upkeep) -> str:
+def _becoming(upkeep: UpkeepPlan) -> str:
     new = f", {upkeep.new_segments:,} come in their place" if upkeep.new_segments else ""
     return f"{upkeep.segments:,} segments go{new}"
 
 
-def _freed(upkeep: Upkeep) -> str:
-    return f"{upkeep.samples:,} samples and about {readable(upkeep.bytes)}"
+def _freed(upkeep: UpkeepPlan) -> str:
+    return f"{upkeep.samples:,} samples and about {format_bytes(upkeep.bytes)}"
 
 
 def _progress(what: str, unit: str) -> Callable[[Sequence[Item]], Iterable[Item]]:

@@ -21,7 +21,7 @@ from pipeline.models import ModelConfig, PreprocessConfig
 from pipeline.project.contradictions import contradictions
 from pipeline.project.tower_config import TowersConfig
 from pipeline.project.views import view_name
-from pipeline.store import Bucket, Reader, Remote, Scratch, Store
+from pipeline.store import Bucket, Reader, Remote, SegmentCache, Store
 from pipeline.tasks import TaskConfig
 from pipeline.tracked import SCHEME as TRACKED
 from pipeline.tracked import open_tracked
@@ -214,8 +214,8 @@ class Project:
 
         Segments that are compressed or remote are unpacked or fetched to `work_dir`.
         """
-        scratch = _scratch((self.work_dir / UNPACKED).absolute(), int(self.train.scratch_gb * 1e9))
-        return Reader(store, scratch=scratch, check=self.train.check, remote=self.remote)
+        cache = _segment_cache((self.work_dir / UNPACKED).absolute(), int(self.train.scratch_gb * 1e9))
+        return Reader(store, cache=cache, check=self.train.check, remote=self.remote)
 
     @property
     def storage(self) -> str:
@@ -241,6 +241,6 @@ class Project:
 
 
 @cache
-def _scratch(root: Path, budget: int) -> Scratch:
+def _segment_cache(root: Path, budget: int) -> SegmentCache:
     """Return the segment cache of a folder, shared by all readers of this process."""
-    return Scratch(root, budget)
+    return SegmentCache(root, budget)

@@ -17,7 +17,7 @@ from pipeline.project.model import LoadedModel
 from pipeline.project.recipe import warn_of_former_recipe
 from pipeline.project.settings import Project
 from pipeline.split import Prefix
-from pipeline.store import Remote, Store, remove
+from pipeline.store import Remote, Store, remove_store
 
 log = logging.getLogger("recycle")
 
@@ -54,7 +54,7 @@ def open_stores(
                     warn_of_former_recipe(store)
                     former[path] = store
                 elif not len(store.keys()) and project.remote is None:
-                    remove(path)
+                    remove_store(path)
                 else:
                     stale[path] = f"{error.difference} ({store.nbytes() / 1e6:.1f} MB)"
             except StoreError:
@@ -63,7 +63,7 @@ def open_stores(
         raise StaleStoreError(_refusal(project, list(stale.values())))
     for path, change in stale.items():
         log.warning("%s; it is replaced", change)
-        remove(path)
+        remove_store(path)
     return [
         [
             former.get(path) or _create(path, recipe, project.remote)

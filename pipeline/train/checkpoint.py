@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import TrainError
-from pipeline.store import claim
+from pipeline.store import exclusive_lock
 from pipeline.train import processes
 
 
@@ -62,7 +62,7 @@ def exclusive(checkpoint: Path) -> Iterator[Path]:
         yield checkpoint
         return
     checkpoint.mkdir(parents=True, exist_ok=True)
-    with claim(checkpoint) as is_ours:
+    with exclusive_lock(checkpoint) as is_ours:
         if not is_ours:
             raise TrainError(
                 f"{checkpoint} is in use: another process trains a run with these settings; wait for its end, or "
