@@ -12,15 +12,16 @@ import numpy as np
 
 from pipeline.errors import StaleStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe
-from pipeline.store.format.layout import committed_segments, segment_id
+from pipeline.store.format.keyset import check_keys
+from pipeline.store.format.layout import check_tensor_name, committed_segments, segment_id
 from pipeline.store.format.listing import folder_nbytes
-from pipeline.store.format.metadata import read_recipe, read_segment_spec
+from pipeline.store.format.metadata import SegmentSpec, read_recipe, read_segment_spec
 from pipeline.store.format.names import FORMAT, RECIPE_FILE
-from pipeline.store.format.values import Values, parse_storage
+from pipeline.store.format.values import Values, encode, parse_storage
 from pipeline.store.local.files import DISK, StoreFiles, own_entries
 from pipeline.store.local.index import KeyIndex, Rows
 from pipeline.store.local.temporary import discard, exclusive_lock, shared_lock, sweep
-from pipeline.store.local.writer import SegmentInfo, write_segment
+from pipeline.store.local.writer import SegmentInfo, commit
 from pipeline.store.remote.mirror import Remote
 
 
@@ -168,7 +169,15 @@ class Store:
         Raises:
             StoreError: keys, names, shapes or dtypes cannot be stored, or the disk refuses; nothing is committed then.
         """
-        info = write_segment(self.path, unit_keys, tensors, self.recipe, set_aside, self.files)
+        check_keys(unit_keys)
+        if not len(unit_keys):
+            raise StoreError("keys are an empty array; give at least one sample")
+        for name in tensors:
+            check_tensor_name(name)
+        bad = [] if set_aside is None else [key.tobytes().hex() for key in set_aside]
+        spec = SegmentSpec.new(self.recipe, len(unit_keys), sorted(tensors), bad)
+        encoded = (encode(name, tensors[name], len(unit_keys), self.recipe.storage) for name in spec.tensors)
+        info = commit(self.path, unit_keys, spec, encoded, self.recipe.storage, self.files)
         self._index = None
         return info
 

@@ -40,7 +40,7 @@ class KeySet:
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return (m,) int64: where each of `keys` (m, 16) uint8 was first given, -1 where it was not."""
-        _check(keys)
+        check_keys(keys)
         places = np.full(len(keys), -1, np.int64)
         for begin in range(0, len(keys) if len(self) else 0, _BLOCK):
             places[begin : begin + _BLOCK] = self._find(keys[begin : begin + _BLOCK])
@@ -75,7 +75,7 @@ def first_rows(keys: np.ndarray) -> np.ndarray:
 
 def _sorted(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the order (n,) int64 that sorts `keys`, equal ones as they come, and their high halves in it."""
-    _check(keys)
+    check_keys(keys)
     high = _half(keys, 0).astype(np.uint64)
     order = np.argsort(high)
     high = high[order]
@@ -94,6 +94,7 @@ def _half(keys: np.ndarray, half: int) -> np.ndarray:
     return np.ascontiguousarray(keys).view(">u8")[:, half]
 
 
-def _check(keys: np.ndarray) -> None:
+def check_keys(keys: np.ndarray) -> None:
+    """Raise StoreError unless `keys` are (n, 16) uint8."""
     if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
         raise StoreError(f"keys are {keys.dtype} of shape {keys.shape}; expected uint8 of shape (n, {KEY_BYTES})")

@@ -86,12 +86,6 @@ class ArraySpec:
         rest = ["0"] * (len(self.shape) - 1)
         return [CHUNK_SEPARATOR.join(["c", str(i), *rest]) for i in range(self.chunks)]
 
-    @property
-    def codecs(self) -> list[dict[str, Any]]:
-        """The array's zarr codecs, as metadata names them; zarr names no endianness for types of one byte."""
-        endian = {"configuration": {"endian": "little"}} if self.itemsize > 1 else {}
-        return [{"name": "bytes", **endian}, *self.codec.compressors(self.itemsize), {"name": "crc32c"}]
-
     def chunk(self, data: np.ndarray, number: int) -> np.ndarray:
         """Return one chunk of the array `data`, the last one filled up with zeros."""
         rows = self.chunk_shape[0]
@@ -104,13 +98,14 @@ class ArraySpec:
         axes = [f"{name}.{axis}" for axis in range(len(self.shape))]
         if self.axis is None and not name.endswith(BESIDE):
             axes[0] = SAMPLE_AXIS  # one that all arrays share, for xarray
+        endian = {"configuration": {"endian": "little"}} if self.itemsize > 1 else {}  # zarr names none for one byte
         return {
             "shape": list(self.shape),
             "data_type": self.stored,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk_shape)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": CHUNK_SEPARATOR}},
             "fill_value": np.zeros((), self.stored).item(),
-            "codecs": self.codecs,
+            "codecs": [{"name": "bytes", **endian}, *self.codec.compressors(self.itemsize), {"name": "crc32c"}],
             "attributes": {"dtype": self.dtype} | ({} if self.axis is None else {"ragged_axis": self.axis}),
             "dimension_names": axes,
             "zarr_format": 3,

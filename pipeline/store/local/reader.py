@@ -72,7 +72,7 @@ class Reader:
             self._close(evicted)
             self._segments[segment] = opened
         elif opened.cached and self._cache is not None:
-            self._cache.mark_used(opened.place)
+            self._cache.reorder(opened.place, last=True)
         return opened
 
     def outline(self, segment: str) -> Segment:
@@ -103,7 +103,7 @@ class Reader:
         outline = self.outline(segment)
         if outline.cached and self._cache is not None:
             self._segments.pop(segment, None)  # a mapped file keeps its space on disk, whoever evicts it
-            self._cache.release(outline.place)
+            self._cache.reorder(outline.place, last=False)
 
     def gather(self, rows: Rows, pad: Mapping[str, float] | None = None, *, pin: bool = False) -> dict[str, Tensor]:
         """Return the tensors of `rows` by name, each (B, ...), in memory of its own.

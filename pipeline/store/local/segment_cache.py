@@ -64,15 +64,8 @@ class SegmentCache:
             ) from error
         return files, evicted
 
-    def mark_used(self, place: Path) -> None:
-        """Make the files of `place` the last to be evicted."""
-        self._move(place, last=True)
-
-    def release(self, place: Path) -> None:
-        """Make the files of `place` the first to be evicted."""
-        self._move(place, last=False)
-
-    def _move(self, place: Path, *, last: bool) -> None:
+    def reorder(self, place: Path, *, last: bool) -> None:
+        """Make the files of `place` the last to be evicted, or the first."""
         with self._changed:
             if self._held is not None and place in self._held:
                 self._held.move_to_end(place, last=last)

@@ -13,13 +13,12 @@ import google_crc32c
 import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.keys import KEY_BYTES, Recipe
 from pipeline.store.format import names
 from pipeline.store.format.chunks import check_chunks, chunk_sizes
-from pipeline.store.format.layout import ArraySpec, check_tensor_name, sample_bounds, sample_sums, segment_id
+from pipeline.store.format.layout import ArraySpec, sample_bounds, sample_sums, segment_id
 from pipeline.store.format.listing import folder_nbytes
 from pipeline.store.format.metadata import SegmentSpec, read_array_spec, read_segment_spec, write_metadata
-from pipeline.store.format.values import EncodedTensor, Values, dtype_name, encode, parse_storage
+from pipeline.store.format.values import EncodedTensor, dtype_name, parse_storage
 from pipeline.store.local.files import DISK, StoreFiles
 from pipeline.store.local.temporary import temporary_folder
 
@@ -37,27 +36,6 @@ class SegmentInfo:
     id: str
     bytes: int
     promoted: tuple[str, ...]
-
-
-def write_segment(
-    root: Path,
-    keys: np.ndarray,
-    tensors: Mapping[str, Values],
-    recipe: Recipe,
-    set_aside: np.ndarray | None = None,
-    files: StoreFiles = DISK,
-) -> SegmentInfo:
-    """Do what `Store.write_segment` says."""
-    if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES or not len(keys):
-        raise StoreError(
-            f"keys are {keys.dtype} of shape {keys.shape}; expected uint8 of shape (n, {KEY_BYTES}), n > 0"
-        )
-    for name in tensors:
-        check_tensor_name(name)
-    bad = [] if set_aside is None else [key.tobytes().hex() for key in set_aside]
-    spec = SegmentSpec.new(recipe, len(keys), sorted(tensors), bad)
-    encoded = (encode(name, tensors[name], len(keys), recipe.storage) for name in spec.tensors)
-    return commit(root, keys, spec, encoded, recipe.storage, files)
 
 
 def commit(

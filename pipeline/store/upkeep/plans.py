@@ -186,7 +186,8 @@ def _merging(root: Path, segments: Sequence[str], keys: dict[str, np.ndarray]) -
     kept = {name: np.flatnonzero(own) for name, own in zip(segments, np.split(first, ends), strict=True)}
     doubled = len(all_keys) - int(first.sum())
     nbytes = [folder_nbytes(root / segment) for segment in segments]
-    metadata = sum(_metadata_nbytes(root / segment) for segment in segments[1:])
+    saved = [file for segment in segments[1:] for file in (root / segment).rglob(METADATA_FILE)]
+    metadata = sum(file.stat().st_size for file in saved)
     return Change(kept, doubled, metadata + sum(nbytes) * doubled // len(all_keys))
 
 
@@ -199,7 +200,3 @@ def _stretches(segments: Sequence[str], keys: dict[str, np.ndarray], target: int
             stretch = []
         stretch.append(segment)
     yield stretch
-
-
-def _metadata_nbytes(segment: Path) -> int:
-    return sum(file.stat().st_size for file in segment.rglob(METADATA_FILE))

@@ -33,7 +33,8 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
     """
     try:
         recipe = read_recipe(store.path).digest  # as it is on disk now
-        there = _entries(store.path)  # before the segments, of which a writer may commit more meanwhile
+        # Before the segments, of which a writer may commit more meanwhile.
+        there = {entry.name for entry in store.path.iterdir() if not entry.name.startswith(PREFIX)}
         segments = store.segments()
     except StoreError as error:
         return [str(error)]
@@ -92,8 +93,3 @@ def _wrong_samples(segment: Segment, names: Sequence[str]) -> Iterator[str]:
         wrong = tensor.wrong(np.arange(len(tensor))) if name in names else []
         if wrong:
             yield f"{segment.path / name} has other bytes in {len(wrong)} rows ({wrong[0]}, ...) than were written"
-
-
-def _entries(folder: Path) -> set[str]:
-    """Return the names in a folder, without temporary folders."""
-    return {entry.name for entry in folder.iterdir() if not entry.name.startswith(PREFIX)}
