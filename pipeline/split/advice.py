@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pipeline.split.layout import SAMPLE_TOLERANCE, batch_size, difference
-from pipeline.split.plan import Plan
+from pipeline.split.comparison import difference
+from pipeline.split.layout import SAMPLE_TOLERANCE, batch_size
+from pipeline.split.observation import Observation, observe
+from pipeline.split.plan import SplitPlan
 from pipeline.split.planner import Planned
 from pipeline.split.prefix import Slot
-from pipeline.split.record import Tap, record
 from pipeline.split.tree import Args, Kwargs, map_arguments
 
 MASK = "attention_mask"
@@ -19,7 +20,7 @@ ALWAYS = "; pad every batch to one fixed length"
 LEFT = " on the left; pad on the right (tokenizer.padding_side), or give position_ids that count from the first token"
 
 
-def warn_about_shared_layers(model: nn.Module, plan: Plan) -> None:
+def warn_about_shared_layers(model: nn.Module, plan: SplitPlan) -> None:
     """Warn when layers after the cut do not train, because the prefix runs the same layers (ALBERT)."""
     calls_again = set(plan.before) & plan.after
     shared = [name for name in plan.kept if name.rpartition(".")[0] in calls_again]
@@ -55,12 +56,12 @@ def warn_about_padding(model: nn.Module, planned: Planned, slots: Sequence[Slot]
         item = item[[row] * batch] if item.dim() and item.shape[0] == batch else item
         return item[:, begin : begin + length] if item.shape[:2] == mask.shape else item
 
-    plan, whole = planned.plan, planned.tap
-    alone = Tap(plan.cut, plan.sources)
-    record(model, [alone], *map_arguments(trim, args, kwargs))
+    plan, padded_run = planned.plan, planned.observation
+    trimmed_run = Observation(plan.cut, plan.sources)
+    observe(model, [trimmed_run], *map_arguments(trim, args, kwargs))
     for slot in slots:
-        ours = slot.layout.state(whole.values[slot.source], batch)[row]
-        theirs = slot.layout.state(alone.values[slot.source], batch)[0]
+        ours = slot.layout.to_state(padded_run.values[slot.source], batch)[row]
+        theirs = slot.layout.to_state(trimmed_run.values[slot.source], batch)[0]
         if ours.dim() == 0 or ours.shape[0] != padded:
             continue
         if difference(ours[begin : begin + length], theirs) > SAMPLE_TOLERANCE:

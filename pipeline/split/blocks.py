@@ -7,41 +7,16 @@ executed earlier is prefix. Blocks are the repeated units of the network; fracti
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 
 from torch import nn
 
 from pipeline.errors import NoSuchCutError
+from pipeline.split.cut import Cut
 from pipeline.split.trace import Call
 
 FEW_BLOCKS = 4
 MOST = 0.5  # an inner container that holds more than this share of a block's parameters is a stage of smaller blocks
 SHARED = 0.3  # a module that holds more than this share of the model and is called often is a layer with shared weights
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A cut: entry to call number `call` of module `path` (the empty path is the model itself)."""
-
-    path: str
-    call: int
-    blocks_before: int
-    blocks: int
-
-    @property
-    def share(self) -> float:
-        """The share of the blocks that lie before the cut, 0 to 1."""
-        return self.blocks_before / self.blocks if self.blocks else 0.0
-
-    @property
-    def name(self) -> str:
-        """What names it as a path: `layer#2` for the third call of a module; empty at the inputs."""
-        return f"{self.path}#{self.call}" if self.call else self.path
-
-    def __str__(self) -> str:
-        place = self.path or "the inputs"
-        again = f" (call {self.call})" if self.call else ""
-        return f"{place}{again}, after {self.blocks_before} of {self.blocks} blocks"
 
 
 def find_blocks(model: nn.Module, calls: list[Call]) -> list[Call]:

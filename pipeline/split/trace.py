@@ -1,7 +1,8 @@
-"""One watched forward pass of a model: its module calls in order, and when it first reads which weight."""
+"""One observed forward pass of a model: its module calls in order, and when each weight is first read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward pass.
+    """A forward pass. Its clock ticks at each entry to a module and each return from one.
 
     Attributes:
         calls: the module calls in order of entry.
-        reads: name of each parameter and buffer that an operation took -> the tick at which one first did.
-        output: what the model returned.
+        reads: name of each parameter and buffer that an operation takes -> the tick at which one first does.
+        output: the model's output.
     """
 
     calls: list[Call]
@@ -37,42 +38,57 @@ class Trace:
     output: Any
 
     def start_of(self, path: str, index: int) -> int:
-        """Return the tick at which call number `index` of module `path` was entered."""
+        """Return the tick at which call number `index` of module `path` is entered."""
         return next(call.start for call in self.calls if (call.path, call.index) == (path, index))
 
 
 def trace(model: nn.Module, args: Args, kwargs: Kwargs) -> Trace:
-    """Run `model` once in eval mode, without gradients, and return what was seen.
+    """Run `model` once in eval mode, without gradients, and return what was observed.
 
     Raises:
         InputRefusedError: its own code fails on these inputs.
     """
-    watch = _Watch()
+    observer = _Observer(model)
     handles = []
     for path, module in model.named_modules():
-        handles += [module.register_forward_pre_hook(watch.enter(path)), module.register_forward_hook(watch.leave)]
+        handles += [
+            module.register_forward_pre_hook(observer.enter(path)),
+            module.register_forward_hook(observer.leave),
+        ]
     try:
-        with eval_run(model, args, kwargs), _Reads(model, watch) as reads:
+        with eval_run(model, args, kwargs), observer:
             output = model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return Trace(watch.calls, reads.first, output)
+    return Trace(observer.calls, observer.reads, output)
 
 
-class _Watch:
-    """Counts ticks: entries to modules and returns from them."""
+class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the clock of a forward pass, and notes the parameters and buffers that operations take, views included.
 
-    def __init__(self) -> None:
+    Tensors are identified by their storage, so tied parameters are read together, under all their names.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
-        self.tick = -1
+        self.reads: dict[str, int] = {}
+        self._tick = -1
         self._open: list[Call] = []
         self._counts: dict[str, int] = {}
+        self._names: dict[int, set[str]] = {}
+        parameters = model.named_parameters(remove_duplicate=False)
+        for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
+            if tensor.numel():
+                self._names.setdefault(_storage(tensor), set()).add(name)
 
-    def enter(self, path: str) -> Any:
+    def enter(self, path: str) -> Callable[[nn.Module, Any], None]:
+        """Return a forward pre-hook for module `path`."""
+
         def hook(module: nn.Module, args: Any) -> None:
-            self.tick += 1
-            call = Call(path, self._counts.get(path, 0), self.tick)
+            self._tick += 1
+            call = Call(path, self._counts.get(path, 0), self._tick)
             self._counts[path] = call.index + 1
             self.calls.append(call)
             self._open.append(call)
@@ -80,33 +96,14 @@ class _Watch:
         return hook
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.tick += 1
-        self._open.pop().end = self.tick
-
-
-class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, notes which parameters and buffers operations take, through views as well.
-
-    Tensors are told apart by their storage, so tied parameters are read together, under all their names.
-    """
-
-    def __init__(self, model: nn.Module, watch: _Watch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.first: dict[str, int] = {}
-        self._watch = watch
-        self._by_storage: dict[int, set[str]] = {}
-        held: list[tuple[str, Tensor]] = [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-        for name, tensor in held:
-            if tensor.numel():
-                self._by_storage.setdefault(_storage(tensor), set()).add(name)
+        """Forward hook of every module."""
+        self._tick += 1
+        self._open.pop().end = self._tick
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         for tensor in arguments(args, kwargs or {}).values():
-            for name in self._by_storage.get(_storage(tensor), ()):
-                self.first.setdefault(name, self._watch.tick)
+            for name in self._names.get(_storage(tensor), ()):
+                self.reads.setdefault(name, self._tick)
         return func(*args, **(kwargs or {}))
 
 

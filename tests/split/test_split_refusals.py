@@ -6,7 +6,7 @@ from split_contract import recycle
 from torch import nn
 
 from pipeline.errors import NoSuchCutError, SplitError
-from pipeline.split import capture, merge, record, split
+from pipeline.split import capture, merge, observation, split
 
 
 class Chain(nn.Module):
@@ -127,7 +127,7 @@ def test_the_time_to_a_cut_waits_for_an_accelerator_and_for_nothing_on_the_cpu(m
     prefix, _ = split(Chain(), 0.5, batch())
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
     for kind in (None, "cuda", "meta"):
-        monkeypatch.setattr(record, "accelerator_kind", lambda kind=kind: kind)
+        monkeypatch.setattr(observation, "accelerator_kind", lambda kind=kind: kind)
         capture([prefix])(batch())
     assert not waited
     prefix.model.to("meta")  # stands for a device whose operations are queued

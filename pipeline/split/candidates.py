@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from pipeline.errors import SplitError
-from pipeline.split.blocks import Cut, boundaries, find_blocks
-from pipeline.split.check import check_outputs
-from pipeline.split.cut import prove_state, read_example
+from pipeline.split.blocks import boundaries, find_blocks
+from pipeline.split.comparison import check_outputs
+from pipeline.split.cut import Cut
 from pipeline.split.layout import batch_size, regroup
 from pipeline.split.modes import eval_run
 from pipeline.split.planner import make_plan
 from pipeline.split.splittable import check_model
+from pipeline.split.splitting import prove_state, read_example
 from pipeline.split.trace import Trace, trace
 from pipeline.split.tree import Args, Kwargs
 
