@@ -15,7 +15,7 @@ from pipeline.split.comparison import mismatch
 from pipeline.split.modes import OUT_OF_MEMORY, state_kept
 from pipeline.split.plan import SplitPlan
 from pipeline.split.prefix import State
-from pipeline.split.reference import run_in_training, seed_calls
+from pipeline.split.reference import run_in_training, seeded_calls
 from pipeline.split.replay import Replay
 from pipeline.split.suffix import Suffix
 from pipeline.split.tree import Args, Kwargs
@@ -70,9 +70,10 @@ def _deviation(suffix: Suffix, run: ReferenceRun) -> str | None:
     """Return how the suffix differs from the full model, or None."""
     stored = {name: tensor.clone() for name, tensor in run.state.items()} | suffix.constants
     before = {name: tensor.clone() for name, tensor in stored.items()}
-    handle = seed_calls(suffix.train(run.training).root.get_submodule(suffix.cut.path))
+    with_gradients = run.training and torch.is_grad_enabled()
+    suffix.train(run.training)
     try:
-        with state_kept(suffix.root), torch.set_grad_enabled(run.training and torch.is_grad_enabled()):
+        with state_kept(suffix.root), seeded_calls(suffix.root, suffix.cut), torch.set_grad_enabled(with_gradients):
             output = suffix({name: stored[name] for name in run.state}, *run.args, **run.kwargs)
             reason = mismatch(run.output, output)
             left = dict(suffix.root.named_buffers())
@@ -81,8 +82,6 @@ def _deviation(suffix: Suffix, run: ReferenceRun) -> str | None:
         raise
     except Exception as error:  # the model's own code meets dummies, and may raise anything
         return f"{type(error).__name__}: {error}"
-    finally:
-        handle.remove()
     if not reason and changed:
         reason = f"buffer {changed[0]!r} differs from the full model's"
     if not reason and any(not torch.equal(tensor, before[name]) for name, tensor in stored.items()):

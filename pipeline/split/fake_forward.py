@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import SplitError
 from pipeline.split.modes import eval_run
 from pipeline.split.phantom import Phantom, before_the_cut
+from pipeline.split.trace import observed_calls
 from pipeline.split.tree import Args, Kwargs, arguments, is_plain, map_tensors
 
 
@@ -52,16 +53,11 @@ def observe_forward(model: nn.Module, path: str, args: Args, kwargs: Kwargs) -> 
     Raises:
         SplitError: a tensor that it returns has the shape of none of its arguments.
     """
-    seen: list[tuple[Args, Kwargs, Any]] = []
-    handle = model.get_submodule(path).register_forward_hook(
-        lambda _, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True
-    )
-    try:
-        with eval_run(model, args, kwargs):
-            model(*args, **kwargs)
-    finally:
-        handle.remove()
-    given, named, output = seen[0]
+    calls: list[tuple[Args, Kwargs, Any]] = []
+    on_return = lambda path, index, args, kwargs, output: calls.append((args, kwargs, output))  # noqa: E731
+    with observed_calls(model, on_return=on_return, paths={path}), eval_run(model, args, kwargs):
+        model(*args, **kwargs)
+    given, named, output = calls[0]
     if not is_plain(output):
         raise SplitError(f"module {path!r} depends on values and returns {type(output).__name__}; cut before it")
     taken = arguments(given, named)

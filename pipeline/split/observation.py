@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from pipeline.errors import SplitError
 from pipeline.split.cut import Cut
 from pipeline.split.modes import accelerator_kind, eval_run
 from pipeline.split.sources import Argument, Input, Output, TensorSource
+from pipeline.split.trace import observed_calls
 from pipeline.split.tree import Args, Kwargs, arguments, tensors
 
 
@@ -50,53 +51,37 @@ def observe(
         InputRefusedError: the model's own code fails on these inputs.
         SplitError: a cut is not reached with these inputs.
     """
-    inputs, start = arguments(args, kwargs), time.perf_counter()
+    inputs = arguments(args, kwargs)
     for one in observations:
         one.values = {source: inputs[source.leaf] for source in one.wanted if isinstance(source, Input)}
-    pending, returns, entries = list(observations), Counter[str](), Counter[str]()
+    pending = list(observations)
 
-    def return_hook(path: str) -> Any:
-        def hook(module: nn.Module, args: Args, output: Any) -> None:
-            found = {Output(path, returns[path], leaf): tensor for leaf, tensor in tensors(output).items()}
-            returns[path] += 1
-            for one in pending:
-                one.values |= {source: found[source].detach().clone() for source in one.wanted if source in found}
+    def on_return(path: str, index: int, args: Args, kwargs: Kwargs, output: Any) -> None:
+        found = {Output(path, index, leaf): tensor for leaf, tensor in tensors(output).items()}
+        for one in pending:
+            one.values |= {source: found[source].detach().clone() for source in one.wanted if source in found}
 
-        return hook
+    def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:
+        reached = [one for one in pending if (one.cut.path, one.cut.call) == (path, index)]
+        for one in reached:
+            pending.remove(one)
+            _take_arguments(one, arguments(args, kwargs), copy=to_the_end or bool(pending))
+            one.elapsed = time.perf_counter() - start
+        if reached and not pending and not to_the_end:
+            raise _LastCutReached
 
-    def entry_hook(path: str) -> Any:
-        def hook(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-            reached = [one for one in pending if (one.cut.path, one.cut.call) == (path, entries[path])]
-            entries[path] += 1
-            for one in reached:
-                pending.remove(one)
-                _take_arguments(one, arguments(args, kwargs), copy=to_the_end or bool(pending))
-                one.elapsed = time.perf_counter() - start
-            if reached and not pending and not to_the_end:
-                raise _LastCutReached
-
-        return hook
-
-    modules = dict(model.named_modules())
     outputs = {source.path for one in observations for source in one.wanted if isinstance(source, Output)}
-    handles: list[Any] = [modules[path].register_forward_hook(return_hook(path)) for path in outputs]
-    for path in {one.cut.path for one in observations}:
-        handles.append(modules[path].register_forward_pre_hook(entry_hook(path), with_kwargs=True))
-    try:
-        with eval_run(model, args, kwargs):
-            start = time.perf_counter()
-            output = model(*args, **kwargs)
-    except _LastCutReached:
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    if pending:
-        raise SplitError(
-            f"the cut {pending[0].cut} was not reached with these inputs; the model took another path than on the "
-            "example"
-        )
-    return output
+    paths = outputs | {one.cut.path for one in observations}
+    with suppress(_LastCutReached), observed_calls(model, on_call, on_return, paths), eval_run(model, args, kwargs):
+        start = time.perf_counter()
+        output = model(*args, **kwargs)
+        if pending:
+            raise SplitError(
+                f"the cut {pending[0].cut} was not reached with these inputs; the model took another path than on the "
+                "example"
+            )
+        return output
+    return None
 
 
 def _take_arguments(one: Observation, found: dict[str, Tensor], *, copy: bool) -> None:

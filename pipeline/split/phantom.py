@@ -71,13 +71,13 @@ class Interpreter:
 
     def operate(self, function: Operator, args: Args, kwargs: Kwargs) -> Any:
         """Return the result of `function` on arguments of which some are phantoms."""
-        args, kwargs = map_arguments(
-            lambda _, item: self.read(function, item) if isinstance(item, Phantom) else item, args, kwargs
-        )
+        for phantom in phantoms(args, kwargs):
+            self.read(function, phantom)
+        args, kwargs = map_arguments(value_or_self, args, kwargs)
         return function(*args, **kwargs)
 
     def read(self, reader: object, phantom: Phantom) -> Tensor:
-        """Return the value of `phantom`, which `reader` takes, such as a conversion to a list or an array."""
+        """Return the value of `phantom` for `reader`, such as a conversion to a list or an array."""
         if phantom.value is None:
             raise SplitError(
                 f"{reader} needs a value that only the recycled layers have (shape {tuple(phantom.shape)}); "
@@ -208,8 +208,7 @@ def unknown_ancestors(phantom: Phantom) -> list[Phantom]:
         item = pending.pop(0)
         if item.value is None and id(item) not in found:
             found[id(item)] = item
-            if isinstance(item.origin, Operation):
-                pending += item.origin.parents()
+            pending += item.origin.parents() if isinstance(item.origin, Operation) else []
     return list(found.values())
 
 
@@ -222,14 +221,13 @@ def compute(phantom: Phantom) -> Tensor:
     """Return the value of a computable phantom; it and those of its ancestors are kept."""
     pending = [phantom]
     while pending:
-        item = pending[-1]
+        item = pending.pop()
         if item.value is None and isinstance(item.origin, Operation):
             missing = [parent for parent in item.origin.parents() if parent.value is None]
             if missing:
-                pending += missing
-                continue
-            item.value = item.origin.result()
-        pending.pop()
+                pending += [item, *missing]
+            else:
+                item.value = item.origin.result()
     if phantom.value is None:
         raise SplitError("a value of a recycled layer is not available")  # callers ask `is_computable` first
     return phantom.value

@@ -8,7 +8,6 @@ are the search for what must be stored (`dependencies`) and the recording of wha
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -20,6 +19,7 @@ from pipeline.split.cut import Cut
 from pipeline.split.operations import apply, needs_values, with_integer_indices
 from pipeline.split.phantom import Interpreter, Phantom, compute, interpreting, is_computable, phantoms
 from pipeline.split.sources import Argument, Input, Output, TensorSource
+from pipeline.split.trace import observed_calls
 from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, map_tensors, tensors
 
 CallKey: TypeAlias = tuple[str, int]
@@ -76,8 +76,6 @@ class PhantomRun(Interpreter):
         self.calls = ObservedCall("", -1, {})
         self.open = [self.calls]
         self._modes = [(module, module.training) for module in root.modules()]
-        self._paths = {id(module): path for path, module in root.named_modules()}
-        self._counts: Counter[str] = Counter()
 
     def run(self, args: Args, kwargs: Kwargs) -> Any:
         """Return the model's output.
@@ -86,13 +84,9 @@ class PhantomRun(Interpreter):
             SplitError: the cut is not reached, or a value is needed that is neither stored nor computable.
         """
         args, kwargs = map_arguments(self._input, args, kwargs)
-        handles: list[Any] = []
-        for module in self.root.modules():
-            handles.append(module.register_forward_pre_hook(self._call_hook, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._return_hook))
         self.root.eval()
         try:
-            with interpreting(self):
+            with interpreting(self), observed_calls(self.root, self._on_call, self._on_return):
                 output = self.root(*args, **kwargs)
                 if not self.entered:
                     raise SplitError(
@@ -101,8 +95,6 @@ class PhantomRun(Interpreter):
                 return map_tensors(lambda _, item: self.force(item), output)
         finally:
             self._restore_modes()
-            for handle in handles:
-                handle.remove()
 
     def operate(self, function: Any, args: Args, kwargs: Kwargs) -> Any:
         function, args = with_integer_indices(function, args)
@@ -164,17 +156,15 @@ class PhantomRun(Interpreter):
                 )
             item.value = value
 
-    def _call_hook(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+    def _on_call(self, path: str, index: int, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if self.entered:
             return None
-        path = self._paths[id(module)]
-        call = ObservedCall(path, self._counts[path], arguments(args, kwargs))
-        self._counts[path] += 1
+        call = ObservedCall(path, index, arguments(args, kwargs))
         self.open[-1].children.append(call)
         self.open.append(call)
         return self.on_cut(args, kwargs) if call.key == (self.cut.path, self.cut.call) else None
 
-    def _return_hook(self, module: nn.Module, args: Args, output: Any) -> None:
+    def _on_return(self, path: str, index: int, args: Args, kwargs: Kwargs, output: Any) -> None:
         if not self.entered:
             call = self.open.pop()
             call.made = tensors(output)

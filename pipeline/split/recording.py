@@ -1,15 +1,15 @@
 """A recording: how a step gets from its inputs to the cut without making the calls that can be skipped.
 
-It is made by a run on phantoms. A whole call can be skipped when all it returns are phantoms (nobody reads their values)
-or its own arguments, and nothing that is stored or read is made inside. The rest runs at each step as it is: the callers
-of the cut, and whatever makes a value that is read, such as an attention mask.
+It is made by a run on phantoms. A whole call can be skipped when all it returns are phantoms (nobody reads their
+values) or its own arguments, and nothing that is stored or read is made inside. The rest runs at each step as it is:
+the callers of the cut, and whatever makes a value that is read, such as an attention mask.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,7 @@ class Recording:
         dummies: floating-point inputs, by leaf; None for one that the state holds.
         shapes: shapes of the stored tensors that belong to these inputs.
         running: the modules that run before the cut.
+        calls: the skipped calls, and the others that return before the cut.
     """
 
     results: Mapping[CallKey, CallResult]
@@ -165,6 +166,7 @@ class Recording:
     dummies: Mapping[str, Tensor | None]
     shapes: Mapping[TensorSource, torch.Size]
     running: Sequence[nn.Module]
+    calls: tuple[Set[CallKey], Set[CallKey]]
 
     def fits(self, values: Mapping[TensorSource, Tensor]) -> bool:
         """Return whether stored `values` have the shapes that belong to the recorded inputs."""
@@ -184,14 +186,14 @@ class Recording:
 
 def make_recording(
     run: Recorder,
-    skipped: Sequence[ObservedCall],
+    skipped: Mapping[CallKey, ObservedCall],
     made: Sequence[ObservedCall],
     inputs: tuple[Args, Kwargs],
     *,
     dense: bool,
 ) -> Recording:
     """Return the recording for inputs like those of the `run`; `dense` dummies can be written to."""
-    results = {(call.path, call.number): _result(call, run, dense) for call in skipped}
+    results = {(call.path, call.number): _result(call, run, dense) for call in skipped.values()}
     returned = {
         source.leaf for result in results.values() for source in result.stored.values() if isinstance(source, Argument)
     }
@@ -204,6 +206,7 @@ def make_recording(
         dummies={leaf: None if Input(leaf) in run.values else dummy(item) for leaf, item in floats.items()},
         shapes={source: value.shape for source, value in run.values.items()},
         running=[modules[path] for path in {call.path for call in made}],
+        calls=(set(skipped), {call.key for call in made if call.made is not None}),
     )
 
 

@@ -10,8 +10,8 @@ every stub is the module's own `forward`, and there is no other hook or wrapper.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Set
 from typing import Any
 
 import torch
@@ -56,8 +56,8 @@ class Replay:
         self.values: Mapping[TensorSource, Tensor] = {}
         self.counts: Counter[str] = Counter()
         self._training: list[nn.Module] = []  # to be put back in train mode at the cut
-        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-        self._calls: tuple[set[CallKey], set[CallKey]] | None = None  # on the example: skipped ones, others that return
+        self._recordings: dict[Hashable, Recording] = {}
+        self._first: Recording | None = None
         self._forwards: dict[str, Any] = {}  # what modules with a stub had as their own attribute
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -74,9 +74,8 @@ class Replay:
         if recording is None or not recording.fits(values):
             with errors_as_refusals(self.root, args, kwargs):
                 recording = self._recordings[key] = self._record(values, args, kwargs)
-        self._recordings.move_to_end(key)
-        if len(self._recordings) > SIGNATURES:
-            self._recordings.popitem(last=False)
+            if len(self._recordings) > SIGNATURES:
+                del self._recordings[next(iter(self._recordings))]
         return self._start(recording, values, args, kwargs)
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
@@ -161,33 +160,29 @@ class Replay:
         the same calls, and end at the cut. Inputs that lead there by other calls are recorded to the end again, and the
         replay must then return what that run returned.
         """
-        if self._calls is not None:
-            recording, calls, _ = self._run_on_phantoms(values, args, kwargs, self._calls[0])
-            if calls == self._calls:
+        first = self._first
+        if first is not None:
+            recording, _ = self._run_on_phantoms(values, args, kwargs, among=first.calls[0])
+            if recording.calls == first.calls:
                 return recording
         with state_kept(self.root):
-            recording, calls, expected = self._run_on_phantoms(values, args, kwargs, None)
-            if self._calls is None:
-                self._calls = calls
-            else:
+            recording, expected = self._run_on_phantoms(values, args, kwargs)
+            self._first = first or recording
+            if first is not None:
                 self._check(recording, expected, values, args, kwargs)
         return recording
 
     def _run_on_phantoms(
-        self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs, among: set[CallKey] | None
-    ) -> tuple[Recording, tuple[set[CallKey], set[CallKey]], Any]:
-        """Return a recording, the calls that it skips and the others that return before the cut, and the output.
-
-        Calls to skip are chosen from `among`; None chooses from all, in a run to the end.
-        """
+        self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs, among: Set[CallKey] | None = None
+    ) -> tuple[Recording, Any]:
+        """Return a recording that skips calls `among` these, or of a run to the end any, and the output of that run."""
         args, kwargs = self.frozen.cast(args, kwargs)
         recorder = Recorder(self.root, self.cut, values, to_the_end=among is None)
         with eval_mode(self.root), self.frozen.as_phantoms():
             output = recorder.run(args, kwargs)
         skipped, made = skippable_calls(recorder, among)
         self._install_stubs({path for path, _ in skipped} | {self.cut.path})
-        recording = make_recording(recorder, list(skipped.values()), made, (args, kwargs), dense=self.dense)
-        return recording, (set(skipped), {call.key for call in made if call.made is not None}), output
+        return make_recording(recorder, skipped, made, (args, kwargs), dense=self.dense), output
 
     def _check(
         self, recording: Recording, expected: Any, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs

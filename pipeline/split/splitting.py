@@ -11,7 +11,7 @@ from pipeline.errors import SplitError
 from pipeline.split.acceptance import ReferenceRun, accept
 from pipeline.split.advice import warn_about_padding, warn_about_shared_layers
 from pipeline.split.blocks import find_blocks, resolve
-from pipeline.split.comparison import check_outputs, difference, tolerance
+from pipeline.split.comparison import difference, mismatch, tolerance
 from pipeline.split.layout import batch_size, prove_layout, regroup, two_samples
 from pipeline.split.observation import Observation, observe
 from pipeline.split.planner import Planned, make_plan
@@ -45,8 +45,7 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
     cut = resolve(model, at, seen.calls, find_blocks(model, seen.calls))
     planned = make_plan(model, cut, seen, args, kwargs)
     second = regroup(args, kwargs)
-    proved = prove_state(model, planned, (args, kwargs), second)
-    check_outputs(cut, seen.output, planned.output)
+    proved = prove_state(model, planned, seen.output, (args, kwargs), second)
     prefix = Prefix(model, planned.plan, proved.slots)
     suffix = Suffix(model, planned.plan, proved.slots, proved.constants)
     warn_about_shared_layers(model, planned.plan)
@@ -105,17 +104,21 @@ class ProvedState:
 
 
 def prove_state(
-    model: nn.Module, planned: Planned, first: tuple[Args, Kwargs], second: tuple[Args, Kwargs, Tensor]
+    model: nn.Module,
+    planned: Planned,
+    output: Any,
+    first: tuple[Args, Kwargs],
+    second: tuple[Args, Kwargs, Tensor],
 ) -> ProvedState:
-    """Prove the layout of each tensor of the state by a second batch.
+    """Prove that the planned state gives the model's `output` on the first batch, and by a second one its layout.
 
     Raises:
-        SplitError: a value has no provable batch axis, or differs between two runs on the same batch.
+        SplitError: a value has no provable batch axis, or it or the output differs between two runs on one batch.
     """
     plan = planned.plan
     again, other = Observation(plan.cut, plan.sources), Observation(plan.cut, plan.sources)
     observe(model, [again], *first)
-    output = observe(model, [other], *second[:2], to_the_end=True)
+    other_output = observe(model, [other], *second[:2], to_the_end=True)
     slots, constants = [], {}
     for source, name in state_names(model, model.get_submodule(plan.cut.path), plan.sources).items():
         value = planned.observation.values[source]
@@ -129,4 +132,8 @@ def prove_state(
         else:
             shape = tuple(layout.to_state(value, batch_size(*first)).shape[1:])
             slots.append(Slot(name, source, layout, TensorSpec(value.dtype, shape)))
-    return ProvedState(slots, constants, other, output)
+    if reason := mismatch(output, planned.output):
+        raise SplitError(
+            f"split at {plan.cut}: {reason} in eval mode; the model is random there, or cannot be cut here"
+        )
+    return ProvedState(slots, constants, other, other_output)

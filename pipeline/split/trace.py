@@ -1,9 +1,11 @@
-"""One observed forward pass of a model: its module calls in order, and when each weight is first read."""
+"""Observed forward passes: the module calls in order, and when each weight is first read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +13,44 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.split.modes import eval_run
 from pipeline.split.tree import Args, Kwargs, arguments
+
+
+@contextmanager
+def observed_calls(
+    model: nn.Module,
+    on_call: Callable[[str, int, Args, Kwargs], tuple[Args, Kwargs] | None] | None = None,
+    on_return: Callable[[str, int, Args, Kwargs, Any], None] | None = None,
+    paths: Collection[str] | None = None,
+) -> Iterator[None]:
+    """Report the module calls of forward passes, by path and number: of all modules, or of those at `paths`.
+
+    `on_call` gets the arguments of a call, and may return others; `on_return` gets the output as well.
+    """
+    handles = []
+
+    def observe(path: str, module: nn.Module) -> None:
+        numbers, running = count(), list[int]()
+
+        def entered(_: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+            running.append(next(numbers))
+            return on_call(path, running[-1], args, kwargs) if on_call else None
+
+        def returned(_: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+            number = running.pop()
+            if on_return:
+                on_return(path, number, args, kwargs, output)
+
+        handles.append(module.register_forward_pre_hook(entered, with_kwargs=True))
+        handles.append(module.register_forward_hook(returned, with_kwargs=True))
+
+    for path, module in model.named_modules():
+        if paths is None or path in paths:
+            observe(path, module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
@@ -49,18 +89,8 @@ def trace(model: nn.Module, args: Args, kwargs: Kwargs) -> Trace:
         InputRefusedError: its own code fails on these inputs.
     """
     observer = _Observer(model)
-    handles = []
-    for path, module in model.named_modules():
-        handles += [
-            module.register_forward_pre_hook(observer.enter(path)),
-            module.register_forward_hook(observer.leave),
-        ]
-    try:
-        with eval_run(model, args, kwargs), observer:
-            output = model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed_calls(model, observer.on_call, observer.on_return), eval_run(model, args, kwargs), observer:
+        output = model(*args, **kwargs)
     return Trace(observer.calls, observer.reads, output)
 
 
@@ -76,27 +106,18 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reads: dict[str, int] = {}
         self._tick = -1
         self._open: list[Call] = []
-        self._counts: dict[str, int] = {}
         self._names: dict[int, set[str]] = {}
         parameters = model.named_parameters(remove_duplicate=False)
         for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
             if tensor.numel():
                 self._names.setdefault(_storage(tensor), set()).add(name)
 
-    def enter(self, path: str) -> Callable[[nn.Module, Any], None]:
-        """Return a forward pre-hook for module `path`."""
+    def on_call(self, path: str, index: int, args: Args, kwargs: Kwargs) -> None:
+        self._tick += 1
+        self.calls.append(Call(path, index, self._tick))
+        self._open.append(self.calls[-1])
 
-        def hook(module: nn.Module, args: Any) -> None:
-            self._tick += 1
-            call = Call(path, self._counts.get(path, 0), self._tick)
-            self._counts[path] = call.index + 1
-            self.calls.append(call)
-            self._open.append(call)
-
-        return hook
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of every module."""
+    def on_return(self, *_: Any) -> None:
         self._tick += 1
         self._open.pop().end = self._tick
 

@@ -43,8 +43,6 @@ class Proof:
     """"exact", "refused" (`split` said no), "wrong" (it said yes, and is not exact) or "failed" (anything else)."""
     cut: str = ""
     reason: str = ""
-    fast: bool = False
-    """Whether the fast path is taken."""
     ragged: str = ""
     """"equal", or why the comparison in another padding does not apply."""
     double: bool = False
