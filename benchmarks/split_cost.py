@@ -4,8 +4,8 @@
 
 Each row is one run of one process: medians of forward plus backward for the full model, for the model with its prefix
 frozen but run each step, for the suffix alone, and for the suffix's layers called by hand; then medians of the time
-from the call of the suffix to its cut, for inputs of a new shape and of a known one. First, once: a forward pass of the full
-model without gradients, and the split on the same batch. Weights are random; values do not change what is measured.
+from the call of the suffix to its cut, for inputs of a new shape and of a known one. First, once: a forward pass of the
+full model without gradients, and the split on the same batch. Weights are random: values do not change the times.
 """
 
 from __future__ import annotations

@@ -6,13 +6,12 @@ The modules in the order in which a split happens:
 2.  `splittable`: which models can be split, and copies of them.
 3.  `trace`: one observed forward pass; `blocks`: the repeated units in it; `cut`: the place that the user names.
 4.  `observation`: runs of the full model that take tensors at a cut; `sources`: where these come from.
-5.  `planner`: makes the `plan`, what must be stored and kept, by `dependencies`, runs of the suffix that find what it
-    lacks. They are a `phantom_run`: the model's own `forward` on tensors without values (`phantom`, `operations`), with
-    a `fake_forward` for calls that need values.
+5.  `planner`: makes the `plan`, what must be stored and kept, by runs of the suffix that find what it lacks. They are a
+    `phantom_run`: the model's own `forward` on tensors without values (`phantom`, `operations`), with a `fake_forward`
+    for calls that need values.
 6.  `layout`: proves the batch axis of each stored tensor. `prefix`: returns the state of a batch.
 7.  `suffix`: runs the rest of the model from a state, with its `frozen` parameters set aside. `replay`: gets to the cut
-    without the recycled layers, by a `recording` that a `recorder` makes once per kind of input, and `stubs` for the
-    calls that are skipped.
+    without the recycled layers, by a `recording` made once per kind of input.
 8.  `acceptance`: compares the suffix with the full model (`reference`, `comparison`), or refuses the split. `advice`:
     warnings about exact splits that may not be what the user wants.
 

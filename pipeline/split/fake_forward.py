@@ -48,11 +48,7 @@ class FakeForward:
 
 
 def observe_forward(model: nn.Module, path: str, args: Args, kwargs: Kwargs) -> FakeForward:
-    """Return a fake `forward` for module `path`, from one run of the full model.
-
-    Raises:
-        SplitError: a tensor that it returns has the shape of none of its arguments.
-    """
+    """Return a fake `forward` for module `path` from one run of the full model, or raise SplitError."""
     calls: list[tuple[Args, Kwargs, Any]] = []
     on_return = lambda path, index, args, kwargs, output: calls.append((args, kwargs, output))  # noqa: E731
     with observed_calls(model, on_return=on_return, paths={path}), eval_run(model, args, kwargs):

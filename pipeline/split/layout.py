@@ -44,11 +44,7 @@ class BatchLayout:
 
 
 def batch_size(args: Args, kwargs: Kwargs) -> int:
-    """Return the size of the first axis of the first tensor among the inputs.
-
-    Raises:
-        SplitError: the inputs hold no tensor with axes.
-    """
+    """Return the size of the first axis of the first tensor among the inputs."""
     size = next((item.shape[0] for item in arguments(args, kwargs).values() if item.dim()), None)
     if size is None:
         raise SplitError(

@@ -29,11 +29,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eval_run(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[None]:
-    """Run the user's model on these inputs: in eval mode, without gradients, not compiled.
-
-    Raises:
-        InputRefusedError: its own code raised an error; an out-of-memory error is passed on unchanged.
-    """
+    """Run the user's model on these inputs: in eval mode, without gradients, not compiled; errors are refusals."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(eval_mode(model))
@@ -45,11 +41,7 @@ def eval_run(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[None]:
 
 @contextmanager
 def errors_as_refusals(model: nn.Module, args: Args, kwargs: Kwargs, mode: str = "eval") -> Iterator[None]:
-    """Report an error of the model's own code as a refusal of its inputs.
-
-    Raises:
-        InputRefusedError: as in `eval_run`.
-    """
+    """Raise errors of the model's own code as InputRefusedError, except for a lack of memory."""
     try:
         yield
     except (RecyclingError, *OUT_OF_MEMORY):

@@ -44,11 +44,7 @@ def with_integer_indices(function: Operator, args: Args) -> tuple[Operator, Args
 
 
 def apply(function: Operator, args: Args, kwargs: Kwargs) -> Any:
-    """Return the result of `function` on phantoms: phantoms with this operation as their origin.
-
-    Raises:
-        SplitError: a phantom would be written into a real tensor.
-    """
+    """Return the result of `function` on phantoms: phantoms with this operation as their origin."""
     if function in SIZED_BY_VALUES:
         return _apply_to_zeros(function, args, kwargs)
     if torch.Tag.inplace_view in function.tags:

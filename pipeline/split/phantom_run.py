@@ -3,7 +3,7 @@
 On entry to the cut call, its phantom arguments take their stored values, or are computed from their origins; outputs
 of earlier calls that the state holds take theirs when the call returns. From then on a phantom that an operation takes
 is *forced*: its value is computed from known ones. A value that cannot be computed ends the run. The two kinds of run
-are the search for what must be stored (`dependencies`) and the recording of what happens before the cut (`recorder`).
+are the search for what must be stored (`plan`) and the recording of what happens before the cut (`recording`).
 """
 
 from __future__ import annotations
@@ -78,11 +78,7 @@ class PhantomRun(Interpreter):
         self._modes = [(module, module.training) for module in root.modules()]
 
     def run(self, args: Args, kwargs: Kwargs) -> Any:
-        """Return the model's output.
-
-        Raises:
-            SplitError: the cut is not reached, or a value is needed that is neither stored nor computable.
-        """
+        """Return the model's output, or raise SplitError: the cut is not reached, or a value cannot be computed."""
         args, kwargs = map_arguments(self._input, args, kwargs)
         self.root.eval()
         try:

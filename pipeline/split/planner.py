@@ -10,12 +10,11 @@ from torch import nn
 
 from pipeline.errors import SplitError
 from pipeline.split.cut import Cut
-from pipeline.split.dependencies import DependencySearch, MissingValues
 from pipeline.split.fake_forward import install_fake_forwards, observe_forward
 from pipeline.split.frozen import FrozenParameters
 from pipeline.split.modes import random_state_kept
 from pipeline.split.observation import Observation, observe
-from pipeline.split.plan import SplitPlan, initial_plan
+from pipeline.split.plan import DependencySearch, MissingValues, SplitPlan
 from pipeline.split.reference import run_in_training
 from pipeline.split.sources import Weight
 from pipeline.split.splittable import copy_of
@@ -59,6 +58,26 @@ def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwar
     raise SplitError(f"split at {cut}: after {ROUNDS} rounds the suffix still lacks something; cut elsewhere")
 
 
+def initial_plan(model: nn.Module, cut: Cut, trace: Trace) -> SplitPlan:
+    """Return the plan that a traced forward pass shows: what is called and read before the cut, which is frozen."""
+    start = next(call.start for call in trace.calls if (call.path, call.index) == (cut.path, cut.call))
+    read = {name for name, tick in trace.reads.items() if tick < start}
+    before = list(dict.fromkeys(call.path for call in trace.calls if call.start < start))
+    after = {call.path for call in trace.calls if call.end > start}
+    again = {call.path for call in trace.calls if call.start > start} & set(before)
+    own = model.named_parameters(remove_duplicate=False)
+    unused = {name for name, _ in own if name.rpartition(".")[0] in set(before) - after} - trace.reads.keys()
+    return SplitPlan(cut, _with_tied_names(model, read | unused), sorted(read), before, after, again)
+
+
+def _with_tied_names(model: nn.Module, frozen: set[str]) -> dict[str, str]:
+    """Return every name of the frozen parameters -> the canonical name, under which the model lists it once."""
+    canonical = {id(item): name for name, item in model.named_parameters()}
+    everything = list(model.named_parameters(remove_duplicate=False))
+    identities = {id(item) for name, item in everything if name in frozen}
+    return {name: canonical[id(item)] for name, item in everything if id(item) in identities}
+
+
 def _run_suffix(model: nn.Module, plan: SplitPlan, observation: Observation, args: Args, kwargs: Kwargs) -> Any:
     """Run the suffix in both modes; return its output in eval mode, or INCOMPLETE once the plan was extended."""
     weights = dict(model.named_parameters())
@@ -87,11 +106,7 @@ def _run_suffix(model: nn.Module, plan: SplitPlan, observation: Observation, arg
 def _fake_a_call(
     model: nn.Module, plan: SplitPlan, unfinished: list[str], cause: Exception, args: Args, kwargs: Kwargs
 ) -> bool:
-    """Plan a fake `forward` for the outermost possible call of those that `cause` ended; return whether there is one.
-
-    Raises:
-        SplitError: there are such calls, but the output of none has a known form.
-    """
+    """Plan a fake `forward` for the outermost possible call of those that `cause` ended; return whether one is."""
     refusal = None
     for path in unfinished:
         if path in plan.fake_forwards:

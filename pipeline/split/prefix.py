@@ -63,9 +63,7 @@ class Prefix:
             InputRefusedError: the model's own code fails on these inputs.
             SplitError: these inputs do not lead to the cut.
         """
-        observation = self.observation()
-        observe(self.model, [observation], args, inputs)
-        return self.collect(observation, batch_size(args, inputs))
+        return Capture([self])(*args, **inputs)[0]
 
     def weights(self) -> dict[str, Tensor]:
         """Return every parameter and buffer that is read before the cut, by its name in the full model, sorted."""

@@ -16,11 +16,7 @@ from pipeline.split.tree import Args, Kwargs, map_tensors
 
 
 def run_in_training(model: nn.Module, cut: Cut, args: Args, kwargs: Kwargs) -> tuple[Any, dict[str, Tensor]]:
-    """Run a copy of `model`, with random numbers as in `seeded_calls`; return its output and its buffers after it.
-
-    Raises:
-        InputRefusedError: the model's own code fails in train mode.
-    """
+    """Run a copy of `model`, with random numbers as in `seeded_calls`; return its output and its buffers after it."""
     root = copy_of(model, {id(item): item for item in model.parameters()}).train()
     flags = [(module, module.training) for module in root.modules()]
     with_gradients = torch.is_grad_enabled()

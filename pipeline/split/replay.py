@@ -80,11 +80,7 @@ class Replay:
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def run(self, args: Args, kwargs: Kwargs) -> Any:
-        """Return the model's output, after `begin`. `torch.compile` sees the model's own code and nothing else.
-
-        Raises:
-            SplitError: the cut is not reached, or the code before it needs what recycled layers return.
-        """
+        """Return the model's output, after `begin`. `torch.compile` sees the model's own code and nothing else."""
         try:
             output = self.root(*args, **kwargs)
             if self.before:

@@ -59,11 +59,7 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
 
 
 def read_example(example: Any) -> tuple[Args, Kwargs]:
-    """Return the arguments with which `example` calls a model, on two of its samples.
-
-    Raises:
-        SplitError: it holds fewer.
-    """
+    """Return the arguments with which `example` calls a model, on two of its samples."""
     args, kwargs = as_call(example)
     if batch_size(args, kwargs) < 2:
         raise SplitError("the example holds 1 sample; give a batch of at least 2, so that the batch axis can be told")

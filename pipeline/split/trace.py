@@ -77,17 +77,9 @@ class Trace:
     reads: dict[str, int]
     output: Any
 
-    def start_of(self, path: str, index: int) -> int:
-        """Return the tick at which call number `index` of module `path` is entered."""
-        return next(call.start for call in self.calls if (call.path, call.index) == (path, index))
-
 
 def trace(model: nn.Module, args: Args, kwargs: Kwargs) -> Trace:
-    """Run `model` once in eval mode, without gradients, and return what was observed.
-
-    Raises:
-        InputRefusedError: its own code fails on these inputs.
-    """
+    """Run `model` once in eval mode, without gradients, and return what was observed."""
     observer = _Observer(model)
     with observed_calls(model, observer.on_call, observer.on_return), eval_run(model, args, kwargs), observer:
         output = model(*args, **kwargs)

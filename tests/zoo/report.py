@@ -32,9 +32,10 @@ A cut is **exact** if all of this holds:
   ({RAGGED:.0e}).
 
 **refused**: `split` says that it cannot be exact there, and why. **wrong**: it did not say so, and is not exact.
-**failed**: anything else went wrong. A model counts as its worst cut does. Bytes are those of one sample's state,
-in 16 bits per number, for the small inputs used here. Detectors get stacked images and targets, and are asked for ten detections of any score;
-boxes come as whole pixels, since their check for empty boxes reads values before the cut, which floats are refused for.
+**failed**: anything else went wrong. A model counts as its worst cut does. Bytes are those of one sample's state, in 16
+bits per number, for the small inputs used here. Detectors get stacked images and targets, and are asked for ten
+detections of any score; boxes come as whole pixels, since their check for empty boxes reads values before the cut,
+which floats are refused for.
 A family of timm is one of its modules, of which the model with the fewest parameters is taken.
 """
 
