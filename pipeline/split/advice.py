@@ -1,4 +1,4 @@
-"""What a user should know about a split that is exact on the example, and yet may not be what they want."""
+"""Warnings about splits that are exact on the example, and yet may not be what the user wants."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def warn_about_padding(model: nn.Module, planned: Planned, slots: Sequence[Slot]
 
     A state is stored without padding and meets other samples later, padded to another length. A network may mix the
     padding in (FNet, XLNet), or number positions from the left edge of the batch, which padding on the left moves
-    (BERT). The shortest sample of the example is run again without its padding; an example without a padded sample
-    shows nothing.
+    (BERT). The shortest sample of the example is run again without its padding; without a padded sample there is no
+    check.
     """
     mask = kwargs.get(MASK)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -50,11 +50,11 @@ def warn_about_padding(model: nn.Module, planned: Planned, slots: Sequence[Slot]
     length, padded = len(places), mask.shape[1]
     if length in (0, padded) or int(places[-1] - places[0]) != length - 1:
         return
-    begin, batch = int(places[0]), batch_size(args, kwargs)
+    start, batch = int(places[0]), batch_size(args, kwargs)
 
     def trim(_: str, item: Tensor) -> Tensor:
         item = item[[row] * batch] if item.dim() and item.shape[0] == batch else item
-        return item[:, begin : begin + length] if item.shape[:2] == mask.shape else item
+        return item[:, start : start + length] if item.shape[:2] == mask.shape else item
 
     plan, padded_run = planned.plan, planned.observation
     trimmed_run = Observation(plan.cut, plan.sources)
@@ -64,9 +64,9 @@ def warn_about_padding(model: nn.Module, planned: Planned, slots: Sequence[Slot]
         theirs = slot.layout.to_state(trimmed_run.values[slot.source], batch)[0]
         if ours.dim() == 0 or ours.shape[0] != padded:
             continue
-        if difference(ours[begin : begin + length], theirs) > SAMPLE_TOLERANCE:
+        if difference(ours[start : start + length], theirs) > SAMPLE_TOLERANCE:
             warnings.warn(
                 f"split at {plan.cut}: state {slot.name!r} of a sample depends on how far it is padded"
-                f"{LEFT if begin else ALWAYS}, or what is recycled differs from what the full model computes",
+                f"{LEFT if start else ALWAYS}, or what is recycled differs from what the full model computes",
                 stacklevel=3,
             )

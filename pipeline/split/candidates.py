@@ -1,4 +1,4 @@
-"""The places where a model can be cut, and what each of them costs."""
+"""The places where a model can be cut, and the cost of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.split.splitting import prove_state, read_example
 from pipeline.split.trace import Trace, observed_calls, trace
 from pipeline.split.tree import Args, Kwargs
 
-ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter knows accelerators' alone
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to the counter
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Candidate:
 
     @property
     def path(self) -> str:
-        """What to give `split` as `at`; the empty path is the cut 0."""
+        """The cut as `split` takes it as `at`; the empty path is the cut 0."""
         return self.cut.name
 
     @property
@@ -61,7 +61,7 @@ class Candidate:
 def candidates(model: nn.Module, example: Any) -> list[Candidate]:
     """Return the block boundaries where `model` can be cut, in execution order, from the inputs to the head.
 
-    Each is planned and its state proved as `split` does it; those that `split` refuses are there with the reason.
+    Each is planned and its state proved as by `split`; refused ones are listed with the reason.
 
     Raises:
         InputRefusedError: the model's own code fails on the example.

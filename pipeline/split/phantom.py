@@ -61,7 +61,7 @@ Origin: TypeAlias = Operation | Weight | Input
 
 
 class Interpreter:
-    """Decides what an operation on phantoms does: here, outside of any run, where a phantom stands for its value.
+    """Decides what an operation on phantoms does: here, outside of any run, it takes the known value of each.
 
     Attributes:
         entered: whether the run has reached its cut.

@@ -36,8 +36,8 @@ class Recorder(PhantomRun):
         super().__init__(root, cut, {source: value.clone() for source, value in values.items()})
         self.arguments_of_cut: dict[Output, Argument] = {}  # output of a call -> the argument as which it is stored
         self._to_the_end = to_the_end
-        self._makers: dict[int, tuple[ObservedCall, Operation]] = {}
-        self._outputs: dict[int, tuple[Output, Phantom, object]] = {}
+        self._makers: dict[Operation, ObservedCall] = {}
+        self._outputs: dict[Tensor, tuple[Output, object]] = {}  # phantoms that a call returned, and their origin then
 
     def run(self, args: Args, kwargs: Kwargs) -> Any:
         with contextlib.suppress(_CutReached):
@@ -47,14 +47,14 @@ class Recorder(PhantomRun):
         result = super().operate(function, args, kwargs)
         for item in tensors(result).values():
             if isinstance(item, Phantom) and isinstance(item.origin, Operation):
-                self._makers[id(item.origin)] = (self.open[-1], item.origin)
+                self._makers[item.origin] = self.open[-1]
         return result
 
     def force(self, item: Tensor) -> Tensor:
         if isinstance(item, Phantom):
             for ancestor in unknown_ancestors(item):
-                if id(ancestor.origin) in self._makers:
-                    self._makers[id(ancestor.origin)][0].read = True
+                if isinstance(ancestor.origin, Operation) and ancestor.origin in self._makers:
+                    self._makers[ancestor.origin].read = True
         return super().force(item)
 
     def on_return(self, call: ObservedCall, output: Any) -> None:
@@ -62,15 +62,15 @@ class Recorder(PhantomRun):
         call.output = map_tensors(lambda _, item: dummy(item), output) if is_plain(output) else output
         taken = {id(item) for item in call.taken.values()}
         for leaf, item in tensors(output).items():
-            passed_on = id(item) in taken and id(item) in self._outputs
+            passed_on = id(item) in taken and item in self._outputs
             if isinstance(item, Phantom) and not passed_on:
-                self._outputs[id(item)] = (Output(call.path, call.index, leaf), item, item.origin)
+                self._outputs[item] = (Output(call.path, call.index, leaf), item.origin)
 
     def on_cut(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         for leaf, item in arguments(args, kwargs).items():
-            if Argument(leaf) in self.values and id(item) in self._outputs:
-                output, phantom, origin = self._outputs[id(item)]
-                if phantom.origin is origin:  # not changed in place since
+            if Argument(leaf) in self.values and isinstance(item, Phantom) and item in self._outputs:
+                output, origin = self._outputs[item]
+                if item.origin is origin:  # not changed in place since
                     self.arguments_of_cut[output] = Argument(leaf)
         entered = super().on_cut(args, kwargs)
         if not self._to_the_end:

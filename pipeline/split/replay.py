@@ -4,8 +4,8 @@ Inputs of one kind have the same signature: shapes, dtypes, devices, other argum
 is recorded on phantoms, which costs milliseconds. A step that replays it gets to the cut in microseconds: stubs take
 the place of the modules whose calls are skipped, and everything else is the model's own code on plain tensors. A stub
 returns what the recording says: stored tensors where the state holds them, so that every later reference to that output
-is right, arguments that are passed through, and dummies without memory for values that nobody reads. From the cut on
-every stub is the module's own `forward`, and there is no other hook or wrapper.
+is right, its own arguments where the call passed them on, and dummies without memory for values that nobody reads. From
+the cut on every stub is the module's own `forward`, and there is no other hook or wrapper.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Replay:
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def run(self, args: Args, kwargs: Kwargs) -> Any:
-        """Return the model's output, after `begin`. `torch.compile` sees the model's own code and nothing else."""
+        """Return the model's output, after `begin`. `torch.compile` sees only the model's own code."""
         try:
             output = self.root(*args, **kwargs)
             if self.before:

@@ -62,7 +62,7 @@ def read_example(example: Any) -> tuple[Args, Kwargs]:
     """Return the arguments with which `example` calls a model, on two of its samples."""
     args, kwargs = as_call(example)
     if batch_size(args, kwargs) < 2:
-        raise SplitError("the example holds 1 sample; give a batch of at least 2, so that the batch axis can be told")
+        raise SplitError("the example holds 1 sample; give a batch of at least 2, so that the batch axis shows")
     return two_samples(args, kwargs)
 
 

@@ -78,8 +78,8 @@ class Suffix(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, state: State, args: Args, inputs: Kwargs) -> tuple[Args, Kwargs]:
-        begun: tuple[Args, Kwargs] = self.replay.begin(self._values(state), args, inputs)
-        return begun
+        started: tuple[Args, Kwargs] = self.replay.begin(self._values(state), args, inputs)
+        return started
 
     def _values(self, state: State) -> dict[TensorSource, Tensor]:
         """Return the tensors that the model meets at the cut, as it has them; copies where it writes into them."""
