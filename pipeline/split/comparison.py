@@ -25,7 +25,8 @@ def difference(expected: Tensor, found: Tensor) -> float:
         return 0.0
     ours, theirs = expected.double(), found.double()
     finite = ours.isfinite()
-    if not torch.equal(ours[~finite].nan_to_num(nan=0.5), theirs[~finite].nan_to_num(nan=0.5)):
+    same = torch.equal(ours[~finite].nan_to_num(nan=0.5), theirs[~finite].nan_to_num(nan=0.5))
+    if not same or not torch.equal(finite, theirs.isfinite()):
         return float("inf")
     scale = ours[finite].abs().amax() if finite.any() else ours.new_ones(())
     gap: Any = (ours - theirs)[finite].abs().amax() if finite.any() else ours.new_zeros(())

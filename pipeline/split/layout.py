@@ -63,12 +63,8 @@ def two_samples(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     for item in arguments(args, kwargs).values():
         if item.dim() and item.shape[0] == batch and not item.is_floating_point():
             filled += item.reshape(batch, -1).count_nonzero(1).cpu()
-    rows = (
-        torch.tensor([int(filled.argmax()), int(filled.argmin())])
-        if bool((filled != filled[0]).any())
-        else torch.arange(2)
-    )
-    return _rows(args, kwargs, rows)
+    rows = [int(filled.argmax()), int(filled.argmin())] if bool((filled != filled[0]).any()) else [0, 1]
+    return _rows(args, kwargs, torch.tensor(rows))
 
 
 def regroup(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, Tensor]:

@@ -157,11 +157,11 @@ class Replay:
         replay must then return what that run returned.
         """
         first = self._first
-        if first is not None:
-            recording, _ = self._run_on_phantoms(values, args, kwargs, among=first.calls[0])
-            if recording.calls == first.calls:
-                return recording
         with state_kept(self.root):
+            if first is not None:
+                recording, _ = self._run_on_phantoms(values, args, kwargs, among=first.calls[0])
+                if recording.calls == first.calls:
+                    return recording
             recording, expected = self._run_on_phantoms(values, args, kwargs)
             self._first = first or recording
             if first is not None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from pipeline.errors import NoSuchCutError, SplitError
 from pipeline.split import capture, merge, observation, split
+from pipeline.split.comparison import difference
 
 
 class Chain(nn.Module):
@@ -147,3 +148,24 @@ def test_the_prefix_names_its_weights_and_modules():
         "",
         *(f"layers.{p}" for p in ("0", "0.0", "0.1", "1", "1.0", "1.1", "2")),
     ]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "gap"),
+    [
+        ([1.0, 2.0], [1.0, NAN], INF),
+        ([1.0, NAN], [1.0, 2.0], INF),
+        ([1.0, INF], [1.0, -INF], INF),
+        ([1.0, 2.0], [1.0, INF], INF),
+        ([1.0, NAN, INF], [1.0, NAN, INF], 0.0),
+        ([NAN, NAN], [NAN, NAN], 0.0),
+        ([1.0, 2.0], [1.0, 2.5], 0.25),
+        ([1, 2], [1, 3], INF),
+        ([1.0, 2.0], [[1.0, 2.0]], INF),
+    ],
+)
+def test_a_value_that_is_not_finite_is_no_rounding(expected, found, gap):
+    assert difference(torch.tensor(expected), torch.tensor(found)) == gap

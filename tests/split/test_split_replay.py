@@ -218,6 +218,41 @@ def test_inputs_that_the_model_fails_on_before_the_cut_are_refused(bert):
         suffix(state, input_ids=text(2, 8)["input_ids"].float()[0, 0], attention_mask=text(2, 8)["attention_mask"])
 
 
+def test_a_buffer_that_is_made_of_recycled_values_before_the_cut_is_refused():
+    class Averaging(Body):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+
+        def before(self, x):
+            x = self.early(x)
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            return x
+
+    with pytest.raises(
+        SplitError, match="does not reproduce the full model: buffer 'mean' differs from the full model"
+    ):
+        split(Averaging(), "body", torch.randn(2, 4))
+
+
+def test_a_counter_of_runs_in_the_prefix_is_no_obstacle():
+    class Counted(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("runs", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x):
+            self.runs += 1
+            return super().forward(x)
+
+    model = Body()
+    model.before = model.early = Counted()
+    prefix, suffix = split(model, "body", torch.randn(2, 4))
+    batch = torch.randn(3, 4)
+    torch.testing.assert_close(recycle(prefix, suffix, batch), model(batch))
+    assert "early.runs" not in suffix.state_dict()
+
+
 def test_a_network_that_does_something_else_in_each_run_is_refused():
     class Counting(Body):
         """Changes its output in train mode by a number that it counts outside of its buffers."""
