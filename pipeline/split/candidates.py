@@ -1,10 +1,9 @@
-"""The places where a model can be cut, and what each of them costs."""
+"""The places where a model can be cut, and the cost of each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import torch
@@ -13,17 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from pipeline.errors import SplitError
-from pipeline.split.blocks import Cut, boundaries, find_blocks
-from pipeline.split.check import check_outputs
-from pipeline.split.cut import prove_state, read_example
+from pipeline.split.blocks import boundaries, find_blocks
+from pipeline.split.cut import Cut
 from pipeline.split.layout import batch_size, regroup
 from pipeline.split.modes import eval_run
 from pipeline.split.planner import make_plan
 from pipeline.split.splittable import check_model
-from pipeline.split.trace import Trace, trace
+from pipeline.split.splitting import prove_state, read_example
+from pipeline.split.trace import Trace, observed_calls, trace
 from pipeline.split.tree import Args, Kwargs
 
-ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter knows accelerators' alone
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to the counter
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Candidate:
 
     @property
     def path(self) -> str:
-        """What to give `split` as `at`; the empty path is the cut 0."""
+        """The cut as `split` takes it as `at`; the empty path is the cut 0."""
         return self.cut.name
 
     @property
@@ -62,7 +61,7 @@ class Candidate:
 def candidates(model: nn.Module, example: Any) -> list[Candidate]:
     """Return the block boundaries where `model` can be cut, in execution order, from the inputs to the head.
 
-    Each is planned and its state proved as `split` does it; those that `split` refuses are there with the reason.
+    Each is planned and its state proved as by `split`; refused ones are listed with the reason.
 
     Raises:
         InputRefusedError: the model's own code fails on the example.
@@ -97,24 +96,13 @@ def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwar
     """Return the operations per sample of one forward pass until each of the cuts, and until its end."""
     counted: dict[tuple[str, int], int] = {}
 
-    def note(path: str) -> Any:
-        numbers = count()
-
-        def hook(*_: Any) -> None:
-            counted[path, next(numbers)] = counter.get_total_flops()
-
-        return hook
+    def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:
+        counted[path, index] = counter.get_total_flops()
 
     counter = FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: _attention_flops})
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(note(path)) for path in dict.fromkeys(c.path for c in cuts)
-    ]
-    try:
-        with eval_run(model, args, kwargs), counter:
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    paths = {cut.path for cut in cuts}
+    with eval_run(model, args, kwargs), observed_calls(model, on_call, paths=paths), counter:
+        model(*args, **kwargs)
     batch = batch_size(args, kwargs)
     return [flops // batch for flops in [*(counted[cut.path, cut.call] for cut in cuts), counter.get_total_flops()]]
 
@@ -126,8 +114,7 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
 def _sizes(model: nn.Module, cut: Cut, seen: Trace, args: Args, kwargs: Kwargs) -> tuple[int, int]:
     """Return how many parameters the prefix freezes, and the bytes of one sample's state."""
     planned = make_plan(model, cut, seen, args, kwargs)
-    check_outputs(cut, seen.output, planned.output)
-    slots = prove_state(model, planned, (args, kwargs), regroup(args, kwargs)).slots
+    slots = prove_state(model, planned, seen.output, (args, kwargs), regroup(args, kwargs)).slots
     weights = dict(model.named_parameters())
     frozen = sum(weights[name].numel() for name in set(planned.plan.frozen.values()))
     return frozen, sum(2 * torch.Size(slot.spec.shape).numel() for slot in slots)
