@@ -15,8 +15,8 @@ The modules in the order in which a split happens:
 8.  `acceptance`: compares the suffix with the full model (`reference`, `comparison`), or refuses the split. `advice`:
     warnings about exact splits that may not be what the user wants.
 
-`candidates` lists the places to cut, `costs` times and predicts them. `modes` (train and eval flags, random state) and `tree` (tensors
-inside nested values) serve all of them.
+`candidates` lists the places to cut, `costs` times and predicts them. `modes` (train and eval flags, random state) and
+`tree` (tensors inside nested values) serve all of them.
 """
 
 from pipeline.split.candidates import Candidate, candidates, flops_around
