@@ -119,10 +119,10 @@ def measure(project: Project, name: str, count: int, tower: str | None = None) -
 
 def table(report: CodecReport) -> str:
     """Return the report as text."""
-    dtype = report.storage.partition(":")[2]
+    codec, _, dtype = report.storage.partition(":")
     lost = {"float32": "those the prefix gave"}.get(dtype, f"already rounded to {dtype}")
-    if report.storage.startswith("int8"):
-        lost = "already rounded to int8"
+    if not CODECS[codec].is_lossless:
+        lost = f"already rounded to {codec}"
     weights = "a finished run" if report.is_trained else "pretrained layers and an untrained head: train first for more"
     changed = {"embedding": "neighbour changed", "span": "place changed"}.get(report.kind, "class changed")
     lines = [

@@ -9,7 +9,6 @@ names the file, the field, its value and what was expected.
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -182,11 +181,6 @@ def read_arrays(segment: Path, spec: SegmentSpec) -> dict[str, ArraySpec]:
 def read_array_spec(array: Path) -> ArraySpec:
     """Return the metadata of an array; `check_chunks` proves its claims."""
     return _parse_array(array / names.METADATA_FILE, read_metadata(array))
-
-
-def write_metadata(node: Path, metadata: Mapping[str, Any]) -> None:
-    """Write the `zarr.json` of a group or an array, as zarr does."""
-    (node / names.METADATA_FILE).write_text(json.dumps(metadata, indent=2), encoding="utf-8")
 
 
 def read_metadata(node: Path) -> dict[str, Any]:

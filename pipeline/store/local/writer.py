@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
+import zarr
+from zarr.storage import LocalStore
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.store.format import names
 from pipeline.store.format.chunks import check_chunks, chunk_sizes
 from pipeline.store.format.layout import ArraySpec, sample_bounds, sample_sums, segment_id
 from pipeline.store.format.listing import folder_nbytes
-from pipeline.store.format.metadata import SegmentSpec, read_array_spec, read_segment_spec, write_metadata
+from pipeline.store.format.metadata import SegmentSpec, read_array_spec, read_segment_spec
 from pipeline.store.format.values import EncodedTensor, dtype_name, parse_storage
 from pipeline.store.local.files import DISK, StoreFiles
 from pipeline.store.local.temporary import temporary_folder
@@ -67,7 +67,7 @@ def commit(
 
 def write_group(group: Path, spec: SegmentSpec, arrays: Mapping[str, object]) -> None:
     """Write the metadata of a segment, sealed over that of its `arrays`, which exist already."""
-    write_metadata(group, {"attributes": spec.sealed(arrays).attributes, "zarr_format": 3, "node_type": "group"})
+    zarr.create_group(LocalStore(group), zarr_format=3, attributes=spec.sealed(arrays).attributes)
 
 
 def _write_group(group: Path, keys: np.ndarray, spec: SegmentSpec, tensors: Iterable[EncodedTensor]) -> list[str]:
@@ -114,19 +114,31 @@ def _write_plain(path: Path, data: np.ndarray) -> dict[str, Any]:
 
 def _write_array(path: Path, spec: ArraySpec, data: np.ndarray) -> dict[str, Any]:
     """Write an array, and return its metadata."""
-    little = np.ascontiguousarray(data, data.dtype.newbyteorder("<"))
-    path.mkdir()
-
-    def write(number: int, name: str) -> None:
-        packed = spec.codec.compress(spec.chunk(little, number))
-        with (path / name).open("xb") as chunk:
-            chunk.write(packed.data)
-            chunk.write(google_crc32c.value(packed).to_bytes(names.CHECKSUM_BYTES, "little"))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(write, range(spec.chunks), spec.chunk_files))
     metadata = spec.metadata(path.name)
-    write_metadata(path, metadata)
+    # Each array is the root of a store of its own: zarr would otherwise write the group's metadata first.
+    array = zarr.create_array(
+        LocalStore(path),
+        shape=spec.shape,
+        chunks=spec.chunk_shape,
+        dtype=spec.stored,
+        serializer={"name": "bytes", "configuration": {"endian": "little"}},
+        filters=None,
+        compressors=metadata["codecs"][1:],
+        chunk_key_encoding={"name": "default", "separator": names.CHUNK_SEPARATOR},
+        attributes=metadata["attributes"],
+        dimension_names=metadata["dimension_names"],
+        fill_value=0,
+        zarr_format=3,
+        config={"write_empty_chunks": True},  # also spares the search for emptiness, which is slower than the disk
+    )
+    if data.size and not spec.codec.is_mappable:
+        array[...] = data
+    elif data.size:
+        # zarr would give the chunk the same bytes, after copying the array twice.
+        little = np.ascontiguousarray(data, data.dtype.newbyteorder("<"))
+        with (path / spec.chunk_files[0]).open("xb") as chunk:
+            chunk.write(little.data)
+            chunk.write(google_crc32c.value(little).to_bytes(names.CHECKSUM_BYTES, "little"))
     return metadata
 
 
