@@ -188,14 +188,14 @@ def _difference(project: Project, run: Run) -> str | None:
     except ConfigError as error:
         return f"its settings do not hold any more ({error})"
     except (OSError, StoreError) as error:
-        return f"what it was made of cannot be read ({error})"
+        return f"its stores or samples cannot be read ({error})"
     return None if identity(today) == run.identity else _changed(run.made_of, today)
 
 
 def _changed(then: Mapping[str, Any], today: Mapping[str, Any]) -> str:
     """Return what has changed since `then`, which is empty in runs of earlier versions."""
     if not then:
-        return "it was made of other settings, samples or stores; train it again"
+        return "it has other settings, samples or stores; train it again"
     if then["stores"] != today["stores"]:
         return "its states have been encoded anew with other settings; train it again"
     if then["samples"] != today["samples"]:

@@ -27,7 +27,7 @@ ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  #
 
 @dataclass(frozen=True)
 class Candidate:
-    """A place to cut, and what it costs.
+    """A possible cut, with its costs.
 
     Attributes:
         cut: the place.

@@ -110,7 +110,7 @@ def test_the_report_shows_what_it_has_and_names_the_rest(
     assert {line for line in said if line.startswith(("run", "cuts"))} == {
         "run 0.5 is left out: it has train.head_lr = None, now it is 0.1; train it again, or set it back",
         "run 0.5-0.1 is left out: it has train.head_lr = None, now it is 0.1; train it again, or set it back",
-        "run 0.5-1 is left out: it was made of other settings, samples or stores; train it again",
+        "run 0.5-1 is left out: it has other settings, samples or stores; train it again",
         "cuts without a run: 1.0; train them (dvc repro train)",
     }
     caplog.clear()
