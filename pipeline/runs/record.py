@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, DataError, StoreError
-from pipeline.files import is_function, load_function, sha256
+from pipeline.files import is_function, load_function, sha256, write_whole
 from pipeline.keys import JSON, digest, first_difference
 from pipeline.models.fingerprint import fingerprint
 from pipeline.project import CutName, Project
@@ -123,7 +123,7 @@ def settings(project: Project, table: SampleTable) -> dict[str, JSON]:
 
 def write_run(project: Project, run: Run) -> None:
     """Write the run.json of a run whose folder exists."""
-    (project.run_path(run.name) / FILE).write_text(json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+    write_whole(project.run_path(run.name) / FILE, json.dumps(dataclasses.asdict(run), indent=2) + "\n")
 
 
 def read_run(project: Project, name: str) -> Run:

@@ -131,6 +131,12 @@ def test_a_report_without_the_costs_of_encode(project: Project) -> None:
     assert (row.speedup_over_frozen, row.break_even_epoch, row.state_bytes_per_sample) == (None, None, None)
 
 
+def test_a_file_of_costs_that_a_kill_left_empty_is_written_anew(project: Project) -> None:
+    Path("results/encode.json").write_text("")
+    assert encode_project(project)
+    assert json.loads(Path("results/encode.json").read_text())["cuts"]["0.5"]["samples"] == 60
+
+
 def test_a_run_is_not_overwritten_by_one_of_other_settings_with_its_values(project: Project) -> None:
     first = train_project(project.overridden({"train.seed": 1}), "0.5")
     with pytest.raises(
