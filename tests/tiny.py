@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from pipeline.data import DataConfig, Row, Source
+from pipeline.encode.encoder import Encoder
 from pipeline.errors import BadSampleError
-from pipeline.split import Capture
 from pipeline.tasks import Head
 
 TESTS = Path(__file__).parent
@@ -215,15 +215,11 @@ def python(folder: Path, *args: str, **variables: str) -> subprocess.Popen[str]:
 def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows with each forward pass of an encode, by how many samples a prefix ran on."""
     sizes: list[int] = []
-    run = Capture.__call__
+    run = Encoder._run
 
-    def counted(self: Capture, **inputs: Tensor) -> Any:
-        sizes.append(len(next(iter(inputs.values()))))
-        return run(self, **inputs)
+    def counted(self: Encoder, capture: Any, rows: np.ndarray, batch: Any) -> Any:
+        sizes.append(len(rows))
+        return run(self, capture, rows, batch)
 
-    monkeypatch.setattr(Capture, "__call__", counted)
-    monkeypatch.setattr(
-        "pipeline.workflows.encode.keep_or_check_probes", lambda *_: None
-    )  # it runs the prefix on fixed contents
-    monkeypatch.setattr("pipeline.runs.finished.check_probe", lambda *_: None)
+    monkeypatch.setattr(Encoder, "_run", counted)
     return sizes

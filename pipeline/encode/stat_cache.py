@@ -1,7 +1,7 @@
-"""Keys of files that were read before: one of the same path, size, mtime and inode is not read again.
+"""Keys of files read before: a file with the same path, size, mtime and inode is not read again.
 
-An SQLite file that may be deleted at any time, and shared by processes. What is wrong with it costs reading the files
-again and a warning, never the run.
+An SQLite file that may be deleted at any time and shared by processes. A fault in it costs a warning and reading the
+files again, never the run.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ log = logging.getLogger("recycle")
 T = TypeVar("T")
 
 WAIT_SECONDS = 5.0
-"""How long another process may hold the file."""
+"""Time to wait for another process that holds the file."""
 _PROBE = content_key([b"bytes", "text", ("two", "texts"), np.arange(3), {"of": None}])
 VERSION = int.from_bytes(_PROBE[:4], "big") >> 1
-"""Names the key function by what it gives: keys of another one are dropped. SQLite keeps a number of 31 bits."""
+"""Identifies the key function by its output for a fixed content; keys of another function are dropped. 31 bits."""
 
 
 class StatCache:
@@ -37,7 +37,7 @@ class StatCache:
         self.path = path
 
     def find(self, stamps: Sequence[Stamp | None]) -> dict[int, bytes]:
-        """Return the known keys by the place in `stamps`; a file of another size, mtime or inode is not known."""
+        """Return the known keys by index in `stamps`; a file with another size, mtime or inode is unknown."""
 
         def look_up(connection: sqlite3.Connection) -> dict[int, bytes]:
             wanted = [(place, *_fields(stamp)) for place, stamp in enumerate(stamps) if stamp is not None]
@@ -53,7 +53,7 @@ class StatCache:
         return (self._use(look_up) or {}) if any(stamps) else {}
 
     def update(self, keys: Iterable[tuple[Stamp, bytes]], present: Sequence[Stamp | None]) -> None:
-        """Remember `keys` and, if there are any, forget the files that are gone; `present` ones are not looked for."""
+        """Store `keys` and, if there are any, delete entries of missing files; `present` files are not checked."""
         new = [(*_fields(stamp), key) for stamp, key in keys]
         if not new:
             return
@@ -68,9 +68,9 @@ class StatCache:
         self._use(write)
 
     def _use(self, action: Callable[[sqlite3.Connection], T]) -> T | None:
-        """Return what `action` does in one transaction, or None with a warning where the file cannot be used.
+        """Run `action` in one transaction; return its result, or None with a warning if the file cannot be used.
 
-        What is no sound database, such as one that a crash tore, is removed: the next use makes it anew.
+        A damaged database, such as one torn by a crash, is deleted, and created again at the next use.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,5 +103,5 @@ def _is_key(value: object) -> bool:
 
 
 def _fields(stamp: Stamp) -> tuple[bytes, str]:
-    """Return path and stamp as SQLite holds them: names need not be UTF-8, numbers may exceed its 64 bits."""
+    """Return path and stamp as SQLite values: names may not be UTF-8, and numbers may exceed 64 bits."""
     return os.fsencode(stamp.path), f"{stamp.size} {stamp.mtime_ns} {stamp.inode}"

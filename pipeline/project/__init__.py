@@ -1,6 +1,7 @@
 """params.yaml -> a project: its settings, its models split at their cuts, its stores opened.
 
 settings.py           the sections of params.yaml, and the paths that follow from them
+contradictions.py     settings of several sections that contradict each other
 tower_config.py       the section `towers:`
 model.py              the model of one encoder: built, split, its stores opened
 recipe.py             the recipe of the states that a split model makes

@@ -21,7 +21,7 @@ from pipeline.data import SampleTable
 from pipeline.errors import ConfigError
 from pipeline.memory import memory_bytes
 from pipeline.project.towers import Tower, TowerLoader
-from pipeline.store import Reader, Rows
+from pipeline.store import CODECS, Reader, Rows
 from pipeline.tasks import Prepared, Task
 from pipeline.train import order, processes
 from pipeline.train.config import TrainConfig
@@ -99,7 +99,7 @@ class Feed:
     def needs_fetching(self) -> bool:
         """Whether segments are fetched or unpacked to local files before they are read."""
         project = self.tower.loaded.project
-        return project.remote is not None or project.encode.codec == "zstd"
+        return project.remote is not None or not CODECS[project.encode.codec].is_mappable
 
     @cached_property
     def nbytes(self) -> int:

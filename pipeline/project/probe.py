@@ -157,9 +157,9 @@ def _compare(store: Store, what: str, then: Mapping[str, Tensor], now: Mapping[s
     fault = _first_difference(then, now, tolerance)
     if fault is not None:
         raise StaleStoreError(
-            f"{store.where}: for the same fixed input {what} gives something else than when the store was made "
-            f"({fault}), though the recipe is the same: the code of a library or of your own has changed in a way that "
-            "the recipe does not cover. Go back to the version of then, or encode anew (recycle encode --replace)"
+            f"{store.where}: for the same fixed input {what} gives other values than when the store was encoded "
+            f"({fault}), though the recipe is the same: code of a library or of your own has changed in a way that the "
+            "recipe does not cover. Use the earlier version of that code, or encode again (recycle encode --replace)"
         )
 
 

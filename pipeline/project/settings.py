@@ -1,4 +1,4 @@
-"""One params.yaml: its settings, and where its files lie."""
+"""The settings of one params.yaml, and the paths of the project's files."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pipeline.encode.config import EncodeConfig
 from pipeline.encode.keying import KeyedSamples, key_contents
 from pipeline.encode.stat_cache import StatCache
 from pipeline.errors import ConfigError
-from pipeline.files import is_function
 from pipeline.keys import JSON, Recipe
 from pipeline.models import ModelConfig, PreprocessConfig
+from pipeline.project.contradictions import contradictions
 from pipeline.project.tower_config import TowersConfig
 from pipeline.project.views import view_name
-from pipeline.store import Bucket, Reader, Remote, Scratch, Store, check_place
+from pipeline.store import Bucket, Reader, Remote, SegmentCache, Store
 from pipeline.tasks import TaskConfig
 from pipeline.tracked import SCHEME as TRACKED
-from pipeline.tracked import Place, open_tracked
+from pipeline.tracked import open_tracked
 from pipeline.train.config import TrainConfig
 
 CutName = float | int | str
 
 RUN_NAME = re.compile(r"\w[\w.#-]*")
-"""What a run may be called: it is the name of a folder too."""
+"""Valid names of runs, which are names of folders too."""
 UNPACKED = "unpacked"
 """Folder in `work_dir` with segments that training needs unpacked or fetched."""
 MIRRORS = "mirror"
@@ -49,7 +49,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 @dataclass(frozen=True)
 class Project:
-    """The settings of a project; its files lie in the folder it is run from."""
+    """The settings of a project; its files are in the current folder."""
 
     data: DataConfig
     model: ModelConfig
@@ -71,19 +71,15 @@ class Project:
 
     @classmethod
     def load(cls, path: Path, overrides: Mapping[str, JSON] | None = None) -> Project:
-        """Read params.yaml; `overrides` ("train.seed": 1) replace what it says.
+        """Read params.yaml; `overrides` ("train.seed": 1) replace its values.
 
         Raises:
             ConfigError: with one line per fault of the file.
         """
         sections: dict[str, Any] = load_sections(path, SECTIONS, overrides)
         project = cls(**sections, params=path, overrides=dict(overrides or {}))
-        faults = [
-            *project._faults_of_store(),
-            *project._faults_of_views(),
-            *project._faults_of_batches(),
-            *project._faults_of_towers(),
-        ]
+        is_augmented = any(part.preprocess.augment is not None for part in project.parts)
+        faults = contradictions(project.data, project.task, project.encode, project.train, project.towers, is_augmented)
         if faults:
             raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
         return project
@@ -129,7 +125,7 @@ class Project:
         return source if self.tower is None else in_role(source, self.tower)
 
     def cut(self, name: str) -> CutName:
-        """Return the cut of params.yaml that is written `name`."""
+        """Return the cut of params.yaml written as `name`."""
         for cut in self.encode.cuts:
             if str(cut) == name:
                 return cut
@@ -137,7 +133,7 @@ class Project:
         raise ConfigError(f"the cut is {name!r}; encode.cuts has {known}; name one of these, or add it and encode")
 
     def at(self, cut: CutName) -> CutName:
-        """Return where this encoder is split in runs of `cut`: there, unless it has a cut of its own."""
+        """Return the cut of this encoder in runs of `cut`: its own cut if it has one."""
         own = self.towers.of(self.tower).cut
         return cut if own is None else own
 
@@ -147,20 +143,20 @@ class Project:
         return [None, *range(self.encode.views or 0)]
 
     def store_name(self, cut: CutName) -> str:
-        """Return what the store of a cut is called, in messages and as a folder: CUT, or CUT/TOWER."""
+        """Return the name of a cut's store, in messages and as a folder: CUT, or CUT/TOWER."""
         return str(cut) if self.tower is None else f"{cut}/{self.tower}"
 
     def store_path(self, cut: CutName, view: int | None = None) -> Path:
         """Return the folder of a cut's store, of its plain view or of an augmented one; each tower has its own.
 
-        Of a store that lies elsewhere it is the mirror's.
+        For a remote store it is that of its mirror.
         """
         plain = self.stores / self.store_name(cut)
         return plain if view is None else plain / view_name(view)
 
     @cached_property
     def remote(self) -> Remote | None:
-        """Where the stores lie, unless they lie on this disk.
+        """The remote place of the stores; None for local stores.
 
         Raises:
             ConfigError: `encode.store` cannot be used.
@@ -168,7 +164,7 @@ class Project:
         return None if self.encode.store is None else self.remote_at(self.encode.store)
 
     def remote_at(self, url: str) -> Remote:
-        """Return the stores below a URL, mirrored below this project's scratch.
+        """Return the stores below a URL, mirrored in `work_dir`.
 
         Raises:
             ConfigError: the URL cannot be used.
@@ -182,7 +178,7 @@ class Project:
 
     @property
     def stores(self) -> Path:
-        """The folder that all stores lie in, or seem to: `activations`, or the mirror of `remote`."""
+        """The folder of all stores: `activations`, or the mirror of `remote`."""
         return self.activations if self.remote is None else self.remote.mirror
 
     def open_store(self, cut: CutName, view: int | None = None, expected: Recipe | None = None) -> Store:
@@ -214,12 +210,12 @@ class Project:
         return key_contents(source, workers=self.encode.workers or 1, cache=cache, trust=trust)
 
     def reader(self, store: Path) -> Reader:
-        """Return what reads the store or the stores below the folder `store`.
+        """Return a reader of the store, or the stores, in the folder `store`.
 
-        Of those that are compressed or lie elsewhere, segments are brought to scratch.
+        Segments that are compressed or remote are unpacked or fetched to `work_dir`.
         """
-        scratch = _scratch((self.work_dir / UNPACKED).absolute(), int(self.train.scratch_gb * 1e9))
-        return Reader(store, scratch=scratch, check=self.train.check, remote=self.remote)
+        cache = _segment_cache((self.work_dir / UNPACKED).absolute(), int(self.train.scratch_gb * 1e9))
+        return Reader(store, cache=cache, check=self.train.check, remote=self.remote)
 
     @property
     def storage(self) -> str:
@@ -243,73 +239,8 @@ class Project:
             tower=role,
         )
 
-    def _faults_of_store(self) -> list[str]:
-        """Say what keeps `encode.store` from being a place of stores."""
-        if self.encode.store is None:
-            return ["encode.store_options is set, but encode.store is not"] if self.encode.store_options else []
-        try:
-            if self.encode.store.startswith(TRACKED):
-                Place.of(self.encode.store)
-            else:
-                check_place(self.encode.store, self.encode.store_options)
-        except ConfigError as error:
-            return [f"encode.store: {error}"]
-        return []
-
-    def _faults_of_views(self) -> list[str]:
-        """Say how the settings of views contradict each other across sections."""
-        faults, is_augmented = [], any(part.preprocess.augment is not None for part in self.parts)
-        if is_augmented and self.encode.views is None:
-            faults.append(
-                "preprocess.augment is set, but encode.views is not: what is stored is encoded once, and cannot change "
-                "at random from epoch to epoch; set encode.views to how many views are stored (such as 4), or remove "
-                "preprocess.augment"
-            )
-        if self.encode.views is not None and not is_augmented:
-            faults.append(
-                f"encode.views is {self.encode.views}, but preprocess.augment is not set: all views would be equal; "
-                "set preprocess.augment, or remove encode.views"
-            )
-        if self.encode.views is None and self.train.views != "cycle":
-            faults.append(
-                f"train.views is {self.train.views!r}, but there are no views; set encode.views, or remove it"
-            )
-        return faults
-
-    def _faults_of_batches(self) -> list[str]:
-        """Say where a loss has nothing to compare."""
-        if self.task.kind != "similarity":
-            return []
-        faults = []
-        if self.train.batch_size == 1 and self.task.memory is None:
-            faults.append(
-                "train.batch_size is 1: one pair, or one label, per step leaves nothing to tell it from; set 2 or "
-                "more, or task.memory"
-            )
-        from pipeline.tasks.losses import choose_loss  # noqa: PLC0415 (slow to import, and few projects need it)
-
-        if self.data.source == "pairs" and choose_loss(self.task.loss, self.task.distance).compares != "pairs":
-            faults.append(f"task.loss is {self.task.loss!r}, which needs labels; for pairs set another loss")
-        return faults
-
-    def _faults_of_towers(self) -> list[str]:
-        """Say where towers have nothing to do."""
-        if not self.towers.is_set:
-            return []
-        faults = []
-        if self.task.kind != "similarity":
-            faults.append(f"task.kind is {self.task.kind!r}; towers embed pairs: set similarity, or remove towers")
-        if not (self.data.source == "pairs" or is_function(self.data.source)):
-            faults.append(
-                f"data.source is {self.data.source!r}; towers embed the anchors and the positives of pairs: set pairs, "
-                "or a module:function whose samples have roles, or remove towers"
-            )
-        if not any(self.towers.of(role).trains for role in ROLES):
-            faults.append("towers: none trains; set trains: true for one")
-        return faults
-
 
 @cache
-def _scratch(root: Path, budget: int) -> Scratch:
-    """The one scratch of a folder: what all readers of the process bring counts in its budget."""
-    return Scratch(root, budget)
+def _segment_cache(root: Path, budget: int) -> SegmentCache:
+    """Return the segment cache of a folder, shared by all readers of this process."""
+    return SegmentCache(root, budget)

@@ -1,4 +1,4 @@
-"""A project's stores opened for writing: created, kept or replaced, and marked for DVC where they are remote."""
+"""The stores of a project: found by the settings, opened for writing, and marked for DVC where they are remote."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import StaleStoreError, StoreError
+from pipeline.data import SampleTable
+from pipeline.errors import ConfigError, StaleStoreError, StoreError
 from pipeline.files import write_whole
 from pipeline.keys import Recipe, digest
 from pipeline.project.model import LoadedModel
 from pipeline.project.recipe import warn_of_former_recipe
 from pipeline.project.settings import Project
 from pipeline.split import Prefix
-from pipeline.store import Remote, Store, remove
+from pipeline.store import Remote, Store, find_stores, remove_store
 
 log = logging.getLogger("recycle")
 
@@ -54,7 +55,7 @@ def open_stores(
                     warn_of_former_recipe(store)
                     former[path] = store
                 elif not len(store.keys()) and project.remote is None:
-                    remove(path)
+                    remove_store(path)
                 else:
                     stale[path] = f"{error.difference} ({store.nbytes() / 1e6:.1f} MB)"
             except StoreError:
@@ -63,7 +64,7 @@ def open_stores(
         raise StaleStoreError(_refusal(project, list(stale.values())))
     for path, change in stale.items():
         log.warning("%s; it is replaced", change)
-        remove(path)
+        remove_store(path)
     return [
         [
             former.get(path) or _create(path, recipe, project.remote)
@@ -102,3 +103,67 @@ def write_dvc_markers(project: Project, stores: Sequence[Sequence[Store]]) -> No
         marker = {"recipe": store.recipe.digest, "segments": len(segments), "digest": digest(segments)}
         path = project.activations / store.path.relative_to(project.remote.mirror) / MARKER
         write_whole(path, json.dumps(marker, indent=2) + "\n")
+
+
+def open_store(project: Project, place: Path | str, *, named: bool) -> Store:
+    """Open the store at a folder or a URL that the user `named`, or in a folder that `stores_of` gave.
+
+    Raises:
+        ConfigError: the URL cannot be used.
+        StoreError: it cannot be opened.
+    """
+    if isinstance(place, str):
+        remote = project.remote_at(place)
+        return Store.open(remote.mirror, remote=remote)
+    return Store.open(place, remote=None if named else project.remote)
+
+
+def local_stores(project: Project, named: Sequence[Path | str], verb: str) -> list[Path]:
+    """Return the folders of the local stores to change: the named ones, or those of all cuts, views and towers.
+
+    Raises:
+        ConfigError: there is none yet.
+        StoreError: one of them is remote.
+    """
+    remote_stores = [place for place in named if isinstance(place, str)]
+    if remote_stores or (project.remote is not None and not named):
+        raise StoreError(
+            f"{remote_stores[0] if remote_stores else project.encode.store}: recycle store {verb} changes only local "
+            "stores; recycle store info and verify also read remote ones"
+        )
+    return [Path(place) for place in named or stores_of(project)]
+
+
+def stores_of(project: Project) -> list[Path]:
+    """Return the folders of the stores of all cuts, views and towers of params.yaml; of remote stores, their mirrors.
+
+    Raises:
+        ConfigError: there is none yet.
+    """
+    remote = project.remote
+    found = [path for path in _named(project) if (remote.find(path) if remote else path in find_stores(path))]
+    if not found:
+        place = project.encode.store or project.activations
+        raise ConfigError(f"{place} holds no store of encode.cuts; encode first, or name a folder")
+    return found
+
+
+def unnamed_stores(project: Project) -> list[Path]:
+    """Return the folders of stores of cuts, views and towers that params.yaml does not name."""
+    return [path for path in find_stores(project.activations) if path not in _named(project)]
+
+
+def _named(project: Project) -> dict[Path, str | None]:
+    """Return the folders of the stores that params.yaml names, with their towers."""
+    return {
+        part.store_path(cut, view): part.tower
+        for part in project.parts
+        for cut in part.encode.cuts
+        for view in part.views
+    }
+
+
+def wanted_keys(project: Project, store: Path) -> np.ndarray:
+    """Return the keys (n, 16) uint8 of the samples that belong in the store; a tower has those of its role."""
+    table, tower = SampleTable.read(project.samples), _named(project).get(store)
+    return table.keys if tower is None else table.keys[table.targets["role"] == tower]

@@ -1,8 +1,8 @@
-"""Encoders that are split where their stores were made, and several of them trained as one model.
+"""Encoders opened for training and prediction, and several of them (towers) trained as one model.
 
-Where there is an encoder for each role, it is a project of its own in all but training: its samples, its store, its
-model. Training draws a batch of the sample table's rows; each tower reads those in its role from its own store, and the
-embeddings come one tower after the other, as the targets do.
+A tower is the encoder of one role, with its own samples, store and model. A training batch is rows of the sample table;
+each tower reads those in its role from its own store, and the embeddings are concatenated tower by tower, as are the
+targets.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ log = logging.getLogger("recycle")
 
 @dataclass(frozen=True)
 class Tower:
-    """An encoder with its samples: the only one of a project, or that of a role."""
+    """An encoder with its samples: the only one of a project, or that of one role."""
 
     loaded: LoadedModel
     table: SampleTable
-    """Its samples alone, n of them."""
+    """Its own samples, n."""
     rows: np.ndarray
     """Their rows in the sample table of the project, (n,) int64, ascending."""
     store: Views
     prefix: Prefix
     suffix: Suffix
-    """Of the weights that the model has; on the CPU."""
+    """With the weights of the model, on the CPU."""
 
     @property
     def name(self) -> str | None:
@@ -81,7 +81,7 @@ def open_tower(project: Project, cut: CutName, table: SampleTable, *, to_train: 
 
 
 def trainable_suffix(tower: Tower) -> Suffix:
-    """Return the suffix that trains, with adapters in it where `train.adapter` asks for them; or the one that does not.
+    """Return the suffix to train, with adapters if `train.adapter` is set, or a frozen suffix.
 
     Raises:
         ConfigError: it does not train, and its head has no weights of the pretrained network.
@@ -97,7 +97,7 @@ def trainable_suffix(tower: Tower) -> Suffix:
 
 
 def trainable_model(towers: Sequence[Tower]) -> nn.Module:
-    """Return the one model that trains: the only suffix, or those of all towers."""
+    """Return the model to train: the only suffix, or those of all towers."""
     first, *others = towers
     if not others:
         return trainable_suffix(first)
@@ -109,10 +109,10 @@ def trainable_model(towers: Sequence[Tower]) -> nn.Module:
 
 
 class Towers(nn.ModuleDict):
-    """Suffixes by the role of their samples; one without a parameter that trains stays in eval mode."""
+    """Suffixes by role; one without trainable parameters stays in eval mode."""
 
     def forward(self, state: State, **inputs: Tensor) -> Tensor:
-        """Return the embeddings (B, D) of a batch, tower by tower; its tensors are called TOWER.NAME.
+        """Return the embeddings (B, D) of a batch, tower by tower; the tensors of a tower are named TOWER.NAME.
 
         Raises:
             TrainError: the towers' embeddings differ in size.
@@ -134,14 +134,14 @@ class Towers(nn.ModuleDict):
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a run keeps of a model that `trainable_model` gave: its weights, with adapters merged into them."""
+    """Return the weights of a trained model, with adapters merged into them."""
     if isinstance(model, Suffix):
         return merged(model)
     return {f"{name}.{own}": tensor for name, of in model.named_children() for own, tensor in plain_weights(of).items()}
 
 
 def load_weights(tower: Tower, file: Path) -> None:
-    """Load what a run kept in `file` into the tower's suffix.
+    """Load the weights of a finished run from `file` into the suffix.
 
     Raises:
         OSError, SafetensorError: the file cannot be read.
@@ -152,16 +152,16 @@ def load_weights(tower: Tower, file: Path) -> None:
 
 
 def new_parameters(towers: Sequence[Tower]) -> frozenset[str]:
-    """Return the names of the parameters that were not pretrained, as the joined model has them."""
+    """Return the names, in the trained model, of the parameters that were not pretrained."""
     own = ((tower.name, name) for tower in towers for name in tower.loaded.backbone.fresh)
     return frozenset(name if tower is None else f"{tower}.{name}" for tower, name in own)
 
 
 class TowerLoader:
-    """The batches of several towers' loaders, joined: of each the rows that are its own."""
+    """Batches of several towers: each tower's loader gives its own rows of a batch."""
 
     def __init__(self, loaders: Mapping[str, Loader], rows: Mapping[str, np.ndarray]) -> None:
-        """Join `loaders`, whose rows are those `rows` (n,) int64 of the whole table; all have as many batches."""
+        """Combine `loaders` of equal length; `rows` (n,) int64 are the rows of each in the whole table."""
         self._loaders = loaders
         self._rows = {name: torch.from_numpy(own) for name, own in rows.items()}
 
@@ -188,7 +188,7 @@ class TowerLoader:
 
 
 def _joined_places(by_tower: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Return where each process's samples are in a whole batch that is joined tower by tower."""
+    """Return the indices of each process's samples in a whole batch, concatenated tower by tower."""
     counts = [int(np.concatenate(places).max()) + 1 for places in by_tower]
     begins = np.cumsum([0, *counts[:-1]])
     return [

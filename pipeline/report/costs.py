@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.encode.result import EncodeResult
+from pipeline.files import write_whole
 from pipeline.project import Project
 from pipeline.report.summary import CutCost
 from pipeline.store import Store, first_rows
@@ -35,18 +37,17 @@ def write_costs(project: Project, results: Sequence[EncoderResult]) -> None:
     The costs per state are those of the encode that computed most samples under the recipe.
     """
     path = project.results / FILE
-    before: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
+    before = _read(path)
     cuts: dict[str, Any] = {}
     for one in results:
         cuts |= _of_encoder(one, before)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"bad": len(results[-1].result.keyed.bad), "cuts": cuts}, indent=2) + "\n")
+    write_whole(path, json.dumps({"bad": len(results[-1].result.keyed.bad), "cuts": cuts}, indent=2) + "\n")
 
 
 def read_costs(project: Project) -> dict[str, CutCost]:
     """Return the costs of each cut, as far as they are known: stores may come from another machine."""
     path = project.results / FILE
-    known: dict[str, Any] = json.loads(path.read_text())["cuts"] if path.exists() else {}
+    known = _read(path)
     stores = {str(cut): [part.store_name(part.at(cut)) for part in project.parts] for cut in project.encode.cuts}
     is_bounded = all(project.towers.of(part.tower).trains for part in project.parts)
     return {
@@ -54,6 +55,14 @@ def read_costs(project: Project) -> dict[str, CutCost]:
         for cut, names in stores.items()
         if known.keys() >= set(names)
     }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the costs by store; empty where there are none, or where earlier versions were killed while writing."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["cuts"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def _of_encoder(encoded: EncoderResult, before: Mapping[str, Any]) -> dict[str, Any]:

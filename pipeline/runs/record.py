@@ -16,8 +16,9 @@ from typing import Any
 
 from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, DataError, StoreError
-from pipeline.files import sha256
+from pipeline.files import is_function, load_function, sha256, write_whole
 from pipeline.keys import JSON, digest, first_difference
+from pipeline.models.fingerprint import fingerprint
 from pipeline.project import CutName, Project
 from pipeline.store import Store
 from pipeline.tasks import open_task
@@ -89,11 +90,15 @@ def provenance(project: Project, cut: CutName, stores: Sequence[Store] | None = 
     if stores is None:
         stores = [part.open_store(part.at(cut), view) for part in project.parts for view in part.views]
     names = ("model", "task", "train", *(["towers"] if project.towers.is_set else []))
+    own = {("model.backbone", part.model.backbone) for part in project.parts if part.model.library == "function"}
+    own |= {("task.kind", project.task.kind)} if is_function(project.task.kind) else set()
+    functions = [load_function(name, setting, "argument") for setting, name in sorted(own)]
     return {
         "stores": [store.recipe.digest for store in stores],
         "samples": sha256(project.samples),
         "data": {"fraction": project.data.fraction, "seed": project.data.seed},
         **{name: getattr(project, name).model_dump(mode="json", exclude={"residency"}) for name in names},
+        **({"code": fingerprint(functions)} if functions else {}),
     }
 
 
@@ -118,7 +123,7 @@ def settings(project: Project, table: SampleTable) -> dict[str, JSON]:
 
 def write_run(project: Project, run: Run) -> None:
     """Write the run.json of a run whose folder exists."""
-    (project.run_path(run.name) / FILE).write_text(json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+    write_whole(project.run_path(run.name) / FILE, json.dumps(dataclasses.asdict(run), indent=2) + "\n")
 
 
 def read_run(project: Project, name: str) -> Run:
@@ -188,17 +193,19 @@ def _difference(project: Project, run: Run) -> str | None:
     except ConfigError as error:
         return f"its settings do not hold any more ({error})"
     except (OSError, StoreError) as error:
-        return f"what it was made of cannot be read ({error})"
+        return f"its stores or samples cannot be read ({error})"
     return None if identity(today) == run.identity else _changed(run.made_of, today)
 
 
 def _changed(then: Mapping[str, Any], today: Mapping[str, Any]) -> str:
     """Return what has changed since `then`, which is empty in runs of earlier versions."""
     if not then:
-        return "it was made of other settings, samples or stores; train it again"
+        return "it has other settings, samples or stores; train it again"
     if then["stores"] != today["stores"]:
         return "its states have been encoded anew with other settings; train it again"
     if then["samples"] != today["samples"]:
         return "the samples, their labels or their splits have changed; train it again"
+    if then.get("code") != today.get("code"):
+        return "the code of your own network or task has changed; train it again"
     setting, before, now = first_difference(then, today) or ("a setting", "another", "this")
     return f"it has {setting} = {before!r}, now it is {now!r}; train it again, or set it back"

@@ -1,17 +1,28 @@
-"""Splitting any network exactly into a frozen prefix and a trainable suffix.
+"""Splitting any network exactly into a frozen prefix and a trainable suffix; docs/mechanism.md explains how.
 
-Where to read on: `cut` is the flow of a split, `splittable` says which models it takes. `trace` and `blocks` find the
-place; `planner` and `plan` discover what must cross it, by `replay` of the model's own `forward` on `phantom` tensors,
-of which `operations` make others; `record` and `prefix` take it from the full model; `layout` proves its batch axis;
-`suffix` runs the rest, with `frozen` weights set aside; `check` compares it with the full model. `fast` replaces
-phantoms by a `recording` that `shells` follow, once `acceptance` found that both do the same. `choices` lists the
-places to cut, with their costs.
+The modules in the order in which a split happens:
+
+1.  `splitting`: `split` and `merge`, the flow that calls the others.
+2.  `splittable`: which models can be split, and copies of them.
+3.  `trace`: one observed forward pass; `blocks`: the repeated units in it; `cut`: the place that the user names.
+4.  `observation`: runs of the full model that take tensors at a cut; `sources`: where these come from.
+5.  `planner`: makes the `plan`, what must be stored and kept, by runs of the suffix that find what it lacks. They are a
+    `phantom_run`: the model's own `forward` on tensors without values (`phantom`, `operations`), with a `fake_forward`
+    for calls that need values.
+6.  `layout`: proves the batch axis of each stored tensor. `prefix`: returns the state of a batch.
+7.  `suffix`: runs the rest of the model from a state, with its `frozen` parameters set aside. `replay`: gets to the cut
+    without the recycled layers, by a `recording` made once per kind of input.
+8.  `acceptance`: compares the suffix with the full model (`reference`, `comparison`), or refuses the split. `advice`:
+    warnings about exact splits that may not be what the user wants.
+
+`candidates` lists the places to cut, `costs` times and predicts them. `modes` (train and eval flags, random state) and
+`tree` (tensors inside nested values) serve all of them.
 """
 
-from pipeline.split.blocks import Cut
-from pipeline.split.choices import Candidate, candidates, flops_around
-from pipeline.split.cut import merge, split
+from pipeline.split.candidates import Candidate, candidates, flops_around
+from pipeline.split.cut import Cut
 from pipeline.split.prefix import Capture, Prefix, State, TensorSpec, capture
+from pipeline.split.splitting import merge, split
 from pipeline.split.suffix import Suffix
 
 __all__ = [

@@ -1,106 +1,89 @@
-"""The trial that a suffix's fast path must pass before it is taken."""
+"""The proof of every split: the suffix is compared with the full model, in eval and in train mode."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.split.check import tolerance
-from pipeline.split.fast import FastPath
-from pipeline.split.layout import difference
-from pipeline.split.modes import random_state_kept
+from pipeline.errors import SplitError
+from pipeline.split.comparison import mismatch
+from pipeline.split.modes import OUT_OF_MEMORY, state_kept
+from pipeline.split.plan import SplitPlan
 from pipeline.split.prefix import State
+from pipeline.split.reference import run_in_training, seeded_calls
+from pipeline.split.replay import Replay
 from pipeline.split.suffix import Suffix
-from pipeline.split.tree import Args, Kwargs, tensors
+from pipeline.split.tree import Args, Kwargs
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A batch with its state, and what the full model returns for it in eval mode."""
+class ReferenceRun:
+    """A batch with its state, and what the full model returns for it.
+
+    Attributes:
+        buffers: the buffers that the full model leaves after the run, as far as they are compared.
+        training: whether the full model ran in train mode from the cut on.
+    """
 
     args: Args
     kwargs: Kwargs
     state: State
-    expected: Any
+    output: Any
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    training: bool = False
 
 
-def take_fast_path(suffix: Suffix, trials: Sequence[Trial]) -> None:
-    """Give `suffix` a fast path if it does exactly what it should: else phantoms go on to serve.
+def accept(suffix: Suffix, model: nn.Module, plan: SplitPlan, runs: Sequence[ReferenceRun]) -> None:
+    """Give `suffix` a replay with which it does what `model` does.
 
-    On every trial in eval mode it must return what the full model does; on the first one, in train mode, what the
-    phantoms do. Running statistics must come out the same, and stored tensors must be left as they are.
+    It must return what the full model returned in each of the `runs` in eval mode and in a further one in train mode,
+    where it must also leave the same buffers (running statistics). Stored tensors must be left as they are. The kinds
+    of replay are tried from the cheapest to the most general.
+
+    Raises:
+        SplitError: none does; the message says what differs.
     """
-    training = suffix.training
+    first, training = runs[0], suffix.training
+    output, buffers = run_in_training(model, plan.cut, first.args, first.kwargs)
+    frozen = tuple(f"{path}." for path in set(plan.before) - plan.after)
+    buffers = {name: item for name, item in buffers.items() if not name.startswith(frozen)}
+    runs = [*runs, ReferenceRun(first.args, first.kwargs, first.state, output, buffers, training=True)]
     for fills, dense in itertools.product((False, True), repeat=2):
-        fast = FastPath(suffix.root, suffix.cut, suffix.frozen, dense=dense, fills=fills)
-        if _passes(suffix, fast, trials):
-            suffix.fast = fast
-            break
-        fast.remove()
-    suffix.train(training)
-
-
-def _passes(suffix: Suffix, fast: FastPath, trials: Sequence[Trial]) -> bool:
-    suffix.eval()
-    with torch.no_grad():
-        if not all(_agrees(suffix, fast, trial) for trial in trials):
-            return False
-    return _agrees(suffix.train(), fast, trials[0])
-
-
-def _agrees(suffix: Suffix, fast: FastPath, trial: Trial) -> bool:
-    values = suffix.values(trial.state)
-    if fast.script(values, trial.args, trial.kwargs) is None:
-        return False
-    with _undone(suffix.root):
-        expected = tensors(_replayed(suffix, trial) if suffix.training else trial.expected)
-        buffers = {name: item.clone() for name, item in suffix.root.named_buffers()}
-    stored = {source: value.clone() for source, value in values.items() if source not in suffix.written}
-    try:
-        with _undone(suffix.root):
-            begun = fast.begin(values, trial.args, trial.kwargs)
-            found = tensors(fast.run(*begun)) if begun is not None else {}
-            same = _same(expected, found) and _same(buffers, dict(suffix.root.named_buffers()))
-    except Exception:  # the model's own code meets dummies: whatever it raises, it needs the phantoms
-        return False
-    return same and all(torch.equal(values[source], value) for source, value in stored.items())
-
-
-def _replayed(suffix: Suffix, trial: Trial) -> Any:
-    values = {source: value.clone() for source, value in suffix.values(trial.state).items()}
-    return suffix.replay(values, trial.args, trial.kwargs)
-
-
-def _same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> bool:
-    return expected.keys() == found.keys() and all(
-        difference(tensor.detach(), found[name].detach()) <= tolerance(tensor.dtype)
-        for name, tensor in expected.items()
+        suffix.replay = Replay(suffix.root, suffix.cut, suffix.frozen, dense=dense, fills=fills)
+        reason = next((found for run in runs if (found := _deviation(suffix, run))), None)
+        suffix.train(training)
+        if reason is None:
+            return
+        suffix.replay.remove()
+    raise SplitError(
+        f"split at {suffix.cut}: the suffix does not reproduce the full model: {reason}; the model's code before the "
+        "cut depends on values or objects of recycled layers, so cut elsewhere, or give other options"
     )
 
 
-@contextmanager
-def _undone(root: nn.Module) -> Iterator[None]:
-    """Run with a fixed seed, and leave the random state and the buffers of `root` as they were.
-
-    A module may write into its buffer, or put another tensor in its place.
-    """
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in root.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    with random_state_kept(root):
-        torch.manual_seed(0)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, former in buffers:
-                    module._buffers[name] = buffer.copy_(former)
+def _deviation(suffix: Suffix, run: ReferenceRun) -> str | None:
+    """Return how the suffix differs from the full model, or None."""
+    stored = {name: tensor.clone() for name, tensor in run.state.items()} | suffix.constants
+    before = {name: tensor.clone() for name, tensor in stored.items()}
+    with_gradients = run.training and torch.is_grad_enabled()
+    suffix.train(run.training)
+    try:
+        with state_kept(suffix.root), seeded_calls(suffix.root, suffix.cut), torch.set_grad_enabled(with_gradients):
+            output = suffix({name: stored[name] for name in run.state}, *run.args, **run.kwargs)
+            reason = mismatch(run.output, output)
+            left = dict(suffix.root.named_buffers())
+            changed = [name for name, item in run.buffers.items() if mismatch(item, left.get(name))]
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:  # the model's own code meets dummies, and may raise anything
+        return f"{type(error).__name__}: {error}"
+    if not reason and changed:
+        reason = f"buffer {changed[0]!r} differs from the full model's"
+    if not reason and any(not torch.equal(tensor, before[name]) for name, tensor in stored.items()):
+        reason = "a stored tensor is written to"
+    return f"{reason} in {'train' if run.training else 'eval'} mode" if reason else None

@@ -1,4 +1,4 @@
-"""What a user should know about a split that is exact on the example, and yet may not be what they want."""
+"""Warnings about splits that are exact on the example, and yet may not be what the user wants."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pipeline.split.layout import SAMPLE_TOLERANCE, batch_size, difference
-from pipeline.split.plan import Plan
+from pipeline.split.comparison import difference
+from pipeline.split.layout import SAMPLE_TOLERANCE, batch_size
+from pipeline.split.observation import Observation, observe
+from pipeline.split.plan import SplitPlan
 from pipeline.split.planner import Planned
 from pipeline.split.prefix import Slot
-from pipeline.split.record import Tap, record
 from pipeline.split.tree import Args, Kwargs, map_arguments
 
 MASK = "attention_mask"
@@ -19,7 +20,7 @@ ALWAYS = "; pad every batch to one fixed length"
 LEFT = " on the left; pad on the right (tokenizer.padding_side), or give position_ids that count from the first token"
 
 
-def warn_about_shared_layers(model: nn.Module, plan: Plan) -> None:
+def warn_about_shared_layers(model: nn.Module, plan: SplitPlan) -> None:
     """Warn when layers after the cut do not train, because the prefix runs the same layers (ALBERT)."""
     calls_again = set(plan.before) & plan.after
     shared = [name for name in plan.kept if name.rpartition(".")[0] in calls_again]
@@ -38,8 +39,8 @@ def warn_about_padding(model: nn.Module, planned: Planned, slots: Sequence[Slot]
 
     A state is stored without padding and meets other samples later, padded to another length. A network may mix the
     padding in (FNet, XLNet), or number positions from the left edge of the batch, which padding on the left moves
-    (BERT). The shortest sample of the example is run again without its padding; an example without a padded sample
-    shows nothing.
+    (BERT). The shortest sample of the example is run again without its padding; without a padded sample there is no
+    check.
     """
     mask = kwargs.get(MASK)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -49,23 +50,23 @@ def warn_about_padding(model: nn.Module, planned: Planned, slots: Sequence[Slot]
     length, padded = len(places), mask.shape[1]
     if length in (0, padded) or int(places[-1] - places[0]) != length - 1:
         return
-    begin, batch = int(places[0]), batch_size(args, kwargs)
+    start, batch = int(places[0]), batch_size(args, kwargs)
 
     def trim(_: str, item: Tensor) -> Tensor:
         item = item[[row] * batch] if item.dim() and item.shape[0] == batch else item
-        return item[:, begin : begin + length] if item.shape[:2] == mask.shape else item
+        return item[:, start : start + length] if item.shape[:2] == mask.shape else item
 
-    plan, whole = planned.plan, planned.tap
-    alone = Tap(plan.cut, plan.sources)
-    record(model, [alone], *map_arguments(trim, args, kwargs))
+    plan, padded_run = planned.plan, planned.observation
+    trimmed_run = Observation(plan.cut, plan.sources)
+    observe(model, [trimmed_run], *map_arguments(trim, args, kwargs))
     for slot in slots:
-        ours = slot.layout.state(whole.values[slot.source], batch)[row]
-        theirs = slot.layout.state(alone.values[slot.source], batch)[0]
+        ours = slot.layout.to_state(padded_run.values[slot.source], batch)[row]
+        theirs = slot.layout.to_state(trimmed_run.values[slot.source], batch)[0]
         if ours.dim() == 0 or ours.shape[0] != padded:
             continue
-        if difference(ours[begin : begin + length], theirs) > SAMPLE_TOLERANCE:
+        if difference(ours[start : start + length], theirs) > SAMPLE_TOLERANCE:
             warnings.warn(
                 f"split at {plan.cut}: state {slot.name!r} of a sample depends on how far it is padded"
-                f"{LEFT if begin else ALWAYS}, or what is recycled differs from what the full model computes",
+                f"{LEFT if start else ALWAYS}, or what is recycled differs from what the full model computes",
                 stacklevel=3,
             )

@@ -1,17 +1,17 @@
-"""Where a network can be cut: its calls in execution order, the blocks among them, and the place a user's `at` names.
+"""The blocks of a network, its repeated units in execution order, and the cut that a user's `at` names.
 
 A cut is a point in time, not a place in the module tree: the entry to one call of one module. Everything the model
-executed earlier is prefix. Blocks are the repeated units of the network; fractions count them in execution order.
+executes earlier is prefix.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 
 from torch import nn
 
 from pipeline.errors import NoSuchCutError
+from pipeline.split.cut import Cut
 from pipeline.split.trace import Call
 
 FEW_BLOCKS = 4
@@ -19,33 +19,8 @@ MOST = 0.5  # an inner container that holds more than this share of a block's pa
 SHARED = 0.3  # a module that holds more than this share of the model and is called often is a layer with shared weights
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A cut: entry to call number `call` of module `path` (the empty path is the model itself)."""
-
-    path: str
-    call: int
-    blocks_before: int
-    blocks: int
-
-    @property
-    def share(self) -> float:
-        """The share of the blocks that lie before the cut, 0 to 1."""
-        return self.blocks_before / self.blocks if self.blocks else 0.0
-
-    @property
-    def name(self) -> str:
-        """What names it as a path: `layer#2` for the third call of a module; empty at the inputs."""
-        return f"{self.path}#{self.call}" if self.call else self.path
-
-    def __str__(self) -> str:
-        place = self.path or "the inputs"
-        again = f" (call {self.call})" if self.call else ""
-        return f"{place}{again}, after {self.blocks_before} of {self.blocks} blocks"
-
-
 def find_blocks(model: nn.Module, calls: list[Call]) -> list[Call]:
-    """Return the repeated units of `model` in execution order; the head, what runs after the last one, is never one."""
+    """Return the blocks of `model` in execution order, without the head that runs after the last one."""
     finder = _BlockFinder(model, calls)
     finder.visit("", model)
     blocks = sorted(finder.without_stems(), key=lambda call: call.start)
@@ -55,9 +30,9 @@ def find_blocks(model: nn.Module, calls: list[Call]) -> list[Call]:
 
 
 def boundaries(model: nn.Module, calls: list[Call], blocks: list[Call]) -> list[Cut]:
-    """Return the cuts between blocks: number k lies after k blocks, number 0 at the inputs.
+    """Return the cuts between blocks: number k is after k blocks, number 0 at the inputs.
 
-    The last one lies before the head. A bare encoder has none: there the last block is all there is to train.
+    The last one is before the head. Where there is none, in a bare encoder, it is before the last block.
     """
     head = _head(model, calls, blocks) if blocks else None
     starts = [calls[0], *blocks[1:], *([head] if head else [])]
@@ -109,7 +84,7 @@ def _by_path(model: nn.Module, at: str, calls: list[Call], blocks: list[Call]) -
 
 
 def _block_entered(model: nn.Module, call: Call, calls: list[Call], blocks: list[Call]) -> Call:
-    """Return the block that `call` begins with, if nothing but plain `nn.Sequential`s lies between; else `call`.
+    """Return the block that `call` begins with, if only plain `nn.Sequential`s are entered between; else `call`.
 
     So a stage of a network and its first block are one cut.
     """
@@ -123,7 +98,7 @@ def _block_entered(model: nn.Module, call: Call, calls: list[Call], blocks: list
 
 
 def _head(model: nn.Module, calls: list[Call], blocks: list[Call]) -> Call | None:
-    """The first call with parameters that starts after the last block ended."""
+    """Return the first call with parameters that starts after the last block ended."""
     modules = dict(model.named_modules())
     end = max((block.end for block in blocks), default=0)
     return next((call for call in calls if call.start > end and parameter_count(modules[call.path])), None)
@@ -146,7 +121,7 @@ def _parent(path: str) -> str:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Tell whether `module` is a single layer (a convolution with its norm), too small to be a block among blocks."""
+    """Return whether `module` is a single layer (a convolution with its norm), too small to be a block among blocks."""
     return sum(parameter.dim() > 1 for parameter in module.parameters()) <= 1
 
 
@@ -172,7 +147,7 @@ class _BlockFinder:
         for prefix, container in containers.items():
             owner = _parent(prefix)
             if path not in (owner, prefix) and any(is_layer(child) for child in container.children()):
-                self.consider(owner, self.modules[owner])  # layers inside a module that stands in no container itself
+                self.consider(owner, self.modules[owner])  # layers inside a module that is in no container itself
                 continue
             for name, child in container.named_children():
                 self.consider(f"{prefix}.{name}" if prefix else name, child)
@@ -186,9 +161,9 @@ class _BlockFinder:
             self.found += [call for call in self.entries(path) if call not in self.found]
 
     def entries(self, path: str) -> list[Call]:
-        """Return the one call of the module at `path`; none if it is called again and again.
+        """Return the one call of the module at `path`; none if it is called repeatedly.
 
-        `block.forward(...)` called directly never fires a hook: it is entered at the first module inside that does.
+        `block.forward(...)` called directly runs no hook: it is entered at the first module inside that does.
         """
         calls = self.called.get(path)
         if calls is None:
@@ -197,12 +172,12 @@ class _BlockFinder:
         return calls if len(calls) == 1 else []
 
     def without_stems(self) -> list[Call]:
-        """What was found, less the containers of mere layers (a stem, a downsampling) where there are larger blocks."""
+        """Return what was found, without containers of single layers (a stem, a downsampling) beside larger blocks."""
         composed = {_parent(call.path) for call in self.found if not is_layer(self.modules[call.path])}
         return [call for call in self.found if not composed or _parent(call.path) in composed]
 
     def is_stage(self, path: str, module: nn.Module) -> bool:
-        """A stage is mostly one container of blocks of one type, each of them called."""
+        """Return whether `module` is mostly one container of blocks of one type, each of them called."""
         return any(
             parameter_count(inner) > MOST * parameter_count(module)
             and _is_homogeneous(inner)
@@ -212,7 +187,7 @@ class _BlockFinder:
         )
 
     def containers(self, path: str, module: nn.Module) -> dict[str, nn.Module]:
-        """The outermost plain containers strictly inside `module`."""
+        """Return the outermost plain containers strictly inside `module`."""
         found: dict[str, nn.Module] = {}
         for name, inner in module.named_modules(prefix=path):
             if name != path and _is_container(inner) and not any(name.startswith(f"{outer}.") for outer in found):
@@ -220,7 +195,7 @@ class _BlockFinder:
         return found
 
     def shared_layer(self) -> list[Call]:
-        """The calls of one big layer that is called again and again (ALBERT): each call is a block."""
+        """Return the calls of one big layer that is called repeatedly (ALBERT): each call is a block."""
         total = parameter_count(self.model)
         for path, calls in self.called.items():
             if path and len(calls) >= FEW_BLOCKS and parameter_count(self.modules[path]) > SHARED * total:
@@ -228,7 +203,7 @@ class _BlockFinder:
         return []
 
     def top_level(self) -> list[Call]:
-        """The called children of a small model without repeated units."""
+        """Return the calls of the children of a small model without repeated units."""
         found: list[Call] = []
         for name, child in self.model.named_children():
             inner = (

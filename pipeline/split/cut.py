@@ -1,129 +1,35 @@
-"""Splitting a model, and writing a trained suffix back into it."""
+"""A cut: the point in time at which the forward pass of a network is divided."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor, nn
-
-from pipeline.errors import SplitError
-from pipeline.split.acceptance import Trial, take_fast_path
-from pipeline.split.advice import warn_about_padding, warn_about_shared_layers
-from pipeline.split.blocks import find_blocks, resolve
-from pipeline.split.check import check_outputs, check_repeatable, output_in_eval
-from pipeline.split.layout import batch_size, prove_layout, regroup, two_samples
-from pipeline.split.planner import Planned, make_plan
-from pipeline.split.prefix import Prefix, Slot, TensorSpec
-from pipeline.split.record import Tap, record
-from pipeline.split.sources import Source, state_names
-from pipeline.split.splittable import check_model
-from pipeline.split.suffix import Suffix
-from pipeline.split.trace import trace
-from pipeline.split.tree import Args, Kwargs, as_call
-
-
-def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suffix]:
-    """Cut `model` in two: `suffix(prefix(x), x)` equals `model(x)`, in eval and train mode, gradients too.
-
-    Args:
-        model: any module; it is left unchanged. The suffix holds copies of the weights it trains.
-        at: a share of the blocks (0: full fine-tuning from the inputs, 1: head only), a whole number of blocks from 2
-            on (1 is the share: name the second block's path to recycle one), a module path, or `path#2` for the third
-            call of a module. `candidates` lists the places, each under its share, number and path.
-        example: a batch of at least 2 samples: a mapping (called as `model(**example)`), a tuple, or one tensor. Of a
-            larger one, two samples are used.
-
-    Raises:
-        InputRefusedError: the model's own code fails on the example.
-        NoSuchCutError: `at` names no place in the model.
-        SplitError: the model cannot be split exactly there; the message names the reason.
-    """
-    check_model(model)
-    args, kwargs = read_example(example)
-    seen = trace(model, args, kwargs)
-    cut = resolve(model, at, seen.calls, find_blocks(model, seen.calls))
-    planned = make_plan(model, cut, seen, args, kwargs)
-    second = regroup(args, kwargs)
-    proved = prove_state(model, planned, (args, kwargs), second)
-    check_outputs(cut, seen.output, planned.output)
-    prefix = Prefix(model, planned.plan, proved.slots)
-    suffix = Suffix(model, planned.plan, proved.slots, proved.constants)
-    first = Trial(args, kwargs, prefix.collect(planned.tap, 2), seen.output)
-    other = Trial(second[0], second[1], prefix.collect(proved.tap, 3), proved.output)
-    warn_about_shared_layers(model, planned.plan)
-    warn_about_padding(model, planned, proved.slots, args, kwargs)
-    take_fast_path(suffix, [first, other])
-    if suffix.fast is None:
-        check_outputs(cut, other.expected, output_in_eval(suffix, other.state, other.args, other.kwargs))
-    return prefix, suffix
-
-
-def read_example(example: Any) -> tuple[Args, Kwargs]:
-    """Return the call of a model that `example` stands for, on two of its samples.
-
-    Raises:
-        SplitError: it holds fewer.
-    """
-    args, kwargs = as_call(example)
-    if batch_size(args, kwargs) < 2:
-        raise SplitError("the example holds 1 sample; give a batch of at least 2, so that the batch axis can be told")
-    return two_samples(args, kwargs)
-
-
-def merge(model: nn.Module, suffix: Suffix) -> nn.Module:
-    """Write the trained weights and buffers of `suffix` into `model`, and return it.
-
-    Raises:
-        SplitError: `model` is not of the architecture that was split, or has no memory for the weights.
-    """
-    check_model(model)
-    trained = suffix.state_dict()
-    own = model.state_dict()
-    wrong = [name for name, item in trained.items() if name not in own or own[name].shape != item.shape]
-    if wrong:
-        raise SplitError(
-            f"the suffix's {wrong[0]!r} does not fit the model; merge into the architecture that was split"
-        )
-    model.load_state_dict(trained, strict=False)
-    return model
 
 
 @dataclass(frozen=True)
-class ProvedState:
-    """The tensors of the state with their proved layouts, and the constants that belong to no sample.
+class Cut:
+    """The entry to call number `call` of module `path`; the empty path is the model itself.
 
     Attributes:
-        tap: what the full model had at the cut for the second batch.
-        output: what it returned for it.
+        blocks_before: how many of the network's blocks run before it.
+        blocks: how many blocks the network has.
     """
 
-    slots: list[Slot]
-    constants: dict[Source, Tensor]
-    tap: Tap
-    output: Any
+    path: str
+    call: int
+    blocks_before: int
+    blocks: int
 
+    @property
+    def share(self) -> float:
+        """The share of the blocks that run before the cut, 0 to 1."""
+        return self.blocks_before / self.blocks if self.blocks else 0.0
 
-def prove_state(
-    model: nn.Module, planned: Planned, first: tuple[Args, Kwargs], second: tuple[Args, Kwargs, Tensor]
-) -> ProvedState:
-    """Prove the layout of each tensor of the state by a second batch.
+    @property
+    def name(self) -> str:
+        """The cut as `split` takes it: a module path, or `layer#2` for its third call; empty for the inputs."""
+        return f"{self.path}#{self.call}" if self.call else self.path
 
-    Raises:
-        SplitError: a value has no provable batch axis, or differs between two runs on the same batch.
-    """
-    plan = planned.plan
-    again, other = Tap(plan.cut, plan.sources), Tap(plan.cut, plan.sources)
-    record(model, [again], *first)
-    output = record(model, [other], *second[:2], to_the_end=True)
-    slots, constants = [], {}
-    for source, name in state_names(model, dict(model.named_modules())[plan.cut.path], plan.sources).items():
-        value = planned.tap.values[source]
-        check_repeatable(name, value, again.values[source])
-        layout = prove_layout(name, value, other.values[source], second[2])
-        if layout is None:
-            constants[source] = value.clone()
-        else:
-            shape = tuple(layout.state(value, batch_size(*first)).shape[1:])
-            slots.append(Slot(name, source, layout, TensorSpec(value.dtype, shape)))
-    return ProvedState(slots, constants, other, output)
+    def __str__(self) -> str:
+        place = self.path or "the inputs"
+        again = f" (call {self.call})" if self.call else ""
+        return f"{place}{again}, after {self.blocks_before} of {self.blocks} blocks"

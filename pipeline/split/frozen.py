@@ -1,9 +1,9 @@
-"""The weights that a suffix reads nothing of, or reads without training them.
+"""The frozen parameters of a suffix, which do not train and most of which it does not hold.
 
-A parameter read before the cut leaves its module's `_parameters`, so that `parameters()`, `state_dict()`, `.to()`, DDP
-and optimizers see only what trains. At rest a plain attribute stands in its place: the real tensor where the suffix
-reads its values (a tied embedding), else a stand-in of one element, expanded: NaN, so that a forgotten read shows.
-While a replay runs phantoms stand in both places.
+A parameter that the prefix reads leaves its module's `_parameters`, so that `parameters()`, `state_dict()`, `.to()`,
+DDP and optimizers see only what trains. A plain attribute takes its place: the real tensor where the suffix reads its
+values (a tied embedding), else a dummy of one element, expanded. It is NaN, so that a read nobody expected shows. For
+a run on phantoms, phantoms take their places.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def dummy(like: Tensor, *, dense: bool = False) -> Tensor:
     return torch.full(like.shape if dense else (), fill, dtype=like.dtype, device=like.device).expand(like.shape)
 
 
-class Frozen:
+class FrozenParameters:
     """The frozen parameters of one suffix's module tree.
 
     Attributes:
@@ -42,21 +42,19 @@ class Frozen:
         modules = dict(root.named_modules(remove_duplicate=False))
         self.kept = dict(kept)
         self._places: list[tuple[nn.Module, str, str]] = []
-        self._resting: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
         for name, canonical in names.items():
             path, _, attribute = name.rpartition(".")
             parameter = modules[path]._parameters.pop(attribute, None)
             if parameter is None:  # the same module under a second path
                 continue
             self._places.append((modules[path], attribute, canonical))
-            resting = kept[canonical] if canonical in kept else dummy(parameter)
-            self._resting.setdefault(canonical, resting)
-        self._haunt: dict[str, Phantom] = {}
+            self._tensors.setdefault(canonical, kept[canonical] if canonical in kept else dummy(parameter))
         self._moved = {dtype: dtype for dtype in FLOATS}
-        self._rest()
+        self._put_tensors()
 
     def lacks(self, module: nn.Module) -> bool:
-        """Tell whether `module` reads a weight, of its own or of its children, that is not at hand."""
+        """Return whether `module` reads a parameter, its own or a child's, whose values the suffix does not hold."""
         inside = set(module.modules())
         return any(owner in inside and name not in self.kept for owner, _, name in self._places)
 
@@ -66,34 +64,27 @@ class Frozen:
 
     @contextmanager
     def as_phantoms(self) -> Iterator[None]:
-        """Put phantoms in place of the frozen parameters; those that are kept know their values."""
-        with torch.inference_mode(False):  # they are kept for later steps, which may train
-            self._haunt = self._haunt or {name: self._phantom(name) for name in self._resting}
+        """Put phantoms in place of the frozen parameters; those that are kept have their values."""
+        put = {name: Phantom.like(item, Weight(name), self.kept.get(name)) for name, item in self._tensors.items()}
         for module, attribute, name in self._places:
             module.__dict__.pop(attribute, None)
-            module._parameters[attribute] = self._haunt[name]  # type: ignore[assignment]
+            module._parameters[attribute] = put[name]  # type: ignore[assignment]
         try:
             yield
         finally:
             for module, attribute, _ in self._places:
                 module._parameters.pop(attribute, None)
-            self._rest()
+            self._put_tensors()
 
     def move(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply `change` (a move to a device or dtype) to the kept values, and let the stand-ins follow."""
+        """Apply `change` (a move to a device or dtype) to the kept values, and make dummies to match."""
         self.kept = {name: change(tensor) for name, tensor in self.kept.items()}
-        for name, tensor in self._resting.items():
+        for name, tensor in self._tensors.items():
             moved = change(torch.zeros((), dtype=tensor.dtype, device=tensor.device)).expand(tensor.shape)
-            self._resting[name] = self.kept[name] if name in self.kept else dummy(moved)
+            self._tensors[name] = self.kept[name] if name in self.kept else dummy(moved)
         self._moved = {dtype: change(torch.empty(0, dtype=to)).dtype for dtype, to in self._moved.items()}
-        self._haunt = {}
-        self._rest()
+        self._put_tensors()
 
-    def _phantom(self, name: str) -> Phantom:
-        phantom = Phantom.like(self._resting[name], Weight(name))
-        phantom.value = self.kept.get(name)
-        return phantom
-
-    def _rest(self) -> None:
+    def _put_tensors(self) -> None:
         for module, attribute, name in self._places:
-            module.__dict__[attribute] = self._resting[name]
+            module.__dict__[attribute] = self._tensors[name]

@@ -1,49 +1,50 @@
-"""The batch axis of what crosses a cut, proved by two batches.
+"""The batch axis of each tensor that crosses a cut, proved by two batches.
 
-A state keeps samples apart, so the batch axis of each of its tensors must be known: first in the state, and wherever
-the model has it in the value. Two batches of different size show it as the one axis that changes; if its size is a
+A state keeps samples apart, so the batch axis of each of its tensors must be known. It comes first in the state, and
+anywhere in the model's own tensor. Two batches of different size show it as the one axis that changes; if its size is a
 multiple of the batch (windows, flattened tokens), it holds the samples' rows one sample after the other. The second
-batch also holds the samples in another order, which proves that a sample's value does not depend on its companions.
+batch holds the samples in another order, which proves that a sample's value does not depend on the rest of its batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import SplitError
+from pipeline.split.comparison import difference
 from pipeline.split.tree import Args, Kwargs, arguments, map_arguments
 
 SAMPLE_TOLERANCE = 1e-3  # kernels round differently for batches of another size
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a value has its batch axis, and whether that axis also holds each sample's rows."""
+class BatchLayout:
+    """Where a tensor of the model has its batch axis.
+
+    Attributes:
+        axis: the axis.
+        folded: whether that axis holds several rows per sample, one sample after the other.
+    """
 
     axis: int
     folded: bool
 
-    def state(self, value: Tensor, batch: int) -> Tensor:
-        """Return `value` with the batch axis first and alone: (B, ...)."""
+    def to_state(self, value: Tensor, batch: int) -> Tensor:
+        """Return a tensor of the model as the state holds it, (B, ...)."""
         first = value.movedim(self.axis, 0)
         return first.reshape(batch, -1, *first.shape[1:]) if self.folded else first
 
-    def value(self, state: Tensor) -> Tensor:
-        """Undo `state`."""
+    def from_state(self, state: Tensor) -> Tensor:
+        """Return a tensor of the state, (B, ...), as the model has it."""
         rows = state.flatten(0, 1) if self.folded else state
         return rows.movedim(0, self.axis) if self.axis else rows
 
 
 def batch_size(args: Args, kwargs: Kwargs) -> int:
-    """Return the size of the first axis of the first tensor among the inputs.
-
-    Raises:
-        SplitError: the inputs hold no tensor with axes.
-    """
+    """Return the size of the first axis of the first tensor among the inputs."""
     size = next((item.shape[0] for item in arguments(args, kwargs).values() if item.dim()), None)
     if size is None:
         raise SplitError(
@@ -53,25 +54,21 @@ def batch_size(args: Args, kwargs: Kwargs) -> int:
 
 
 def two_samples(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """Return the batch of the two samples with the most and the fewest non-zeros among their integers and flags.
+    """Return a batch of two samples: those with the most and the fewest non-zeros among their integers and flags.
 
-    Of padded texts these are the longest and the shortest; of other inputs any two show the same.
+    Of padded texts these are the longest and the shortest; of other inputs the first two.
     """
     batch = batch_size(args, kwargs)
     filled = torch.zeros(batch)
     for item in arguments(args, kwargs).values():
         if item.dim() and item.shape[0] == batch and not item.is_floating_point():
             filled += item.reshape(batch, -1).count_nonzero(1).cpu()
-    rows = (
-        torch.tensor([int(filled.argmax()), int(filled.argmin())])
-        if bool((filled != filled[0]).any())
-        else torch.arange(2)
-    )
-    return _rows(args, kwargs, rows)
+    rows = [int(filled.argmax()), int(filled.argmin())] if bool((filled != filled[0]).any()) else [0, 1]
+    return _rows(args, kwargs, torch.tensor(rows))
 
 
 def regroup(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, Tensor]:
-    """Return a batch of one sample more, in another order, and the row of the first batch that each of its rows is."""
+    """Return a batch of the same samples in another order, one of them twice, and the former row of each row."""
     rows = torch.tensor([*reversed(range(batch_size(args, kwargs))), 0])
     return *_rows(args, kwargs, rows), rows
 
@@ -85,7 +82,7 @@ def _rows(args: Args, kwargs: Kwargs, rows: Tensor) -> tuple[Args, Kwargs]:
     return map_arguments(take, args, kwargs)
 
 
-def prove_layout(name: str, first: Tensor, second: Tensor, rows: Tensor) -> Layout | None:
+def prove_layout(name: str, first: Tensor, second: Tensor, rows: Tensor) -> BatchLayout | None:
     """Return the layout of a value seen in a batch and in its regrouping; None for a constant of the model.
 
     Raises:
@@ -105,30 +102,10 @@ def prove_layout(name: str, first: Tensor, second: Tensor, rows: Tensor) -> Layo
             f"state {name!r} is {tuple(first.shape)} for {before} samples and {tuple(second.shape)} for {after}: "
             "no single axis is the batch; cut elsewhere"
         )
-    layout = Layout(axes[0], folded=sizes[0] != before)
-    ours, theirs = layout.state(first, before)[rows.to(first.device)], layout.state(second, after)
+    layout = BatchLayout(axes[0], folded=sizes[0] != before)
+    ours, theirs = layout.to_state(first, before)[rows.to(first.device)], layout.to_state(second, after)
     if difference(ours, theirs) > SAMPLE_TOLERANCE:
         raise SplitError(
             f"state {name!r} of a sample depends on the other samples of its batch; cut before they are mixed"
         )
     return layout
-
-
-def difference(expected: Tensor, found: Tensor) -> float:
-    """Return the largest absolute difference relative to the largest finite magnitude of `expected`.
-
-    It is infinite where shapes, non-finite values or integers differ.
-    """
-    if expected.shape != found.shape:
-        return float("inf")
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(expected, found) else float("inf")
-    if not expected.numel():
-        return 0.0
-    ours, theirs = expected.double(), found.double()
-    finite = ours.isfinite()
-    if not torch.equal(ours[~finite].nan_to_num(nan=0.5), theirs[~finite].nan_to_num(nan=0.5)):
-        return float("inf")
-    scale = ours[finite].abs().amax() if finite.any() else ours.new_ones(())
-    gap: Any = (ours - theirs)[finite].abs().amax() if finite.any() else ours.new_zeros(())
-    return float(gap / scale.clamp_min(1e-30)) if float(gap) else 0.0

@@ -1,4 +1,4 @@
-"""How a model is run: train and eval flags and random state, set and given back; the errors that its code raises."""
+"""How a model is run: train and eval flags, random state and buffers set and restored; errors of its own code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` in eval mode, and give each its own flag back at the end."""
+    """Put every module of `model` in eval mode, and restore the flag of each at the end."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -29,15 +29,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eval_run(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[None]:
-    """Run the model that a user gave on these inputs: in eval mode, without gradients, not compiled.
-
-    Raises:
-        InputRefusedError: its own code raised an error; that of a lack of memory goes on as it is.
-    """
+    """Run the user's model on these inputs: in eval mode, without gradients, not compiled; errors are refusals."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(eval_mode(model))
-        if any(module._compiled_call_impl is not None for module in model.modules()):  # hooks cannot go through it
+        if any(module._compiled_call_impl is not None for module in model.modules()):  # hooks do not run inside it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         with errors_as_refusals(model, args, kwargs):
             yield
@@ -45,11 +41,7 @@ def eval_run(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[None]:
 
 @contextmanager
 def errors_as_refusals(model: nn.Module, args: Args, kwargs: Kwargs, mode: str = "eval") -> Iterator[None]:
-    """Tell an error of the model's own code as one of its inputs.
-
-    Raises:
-        InputRefusedError: as `eval_run` has it.
-    """
+    """Raise errors of the model's own code as InputRefusedError, except for a lack of memory."""
     try:
         yield
     except (RecyclingError, *OUT_OF_MEMORY):
@@ -66,15 +58,38 @@ def errors_as_refusals(model: nn.Module, args: Args, kwargs: Kwargs, mode: str =
 
 
 def accelerator_kind() -> str | None:
-    """Return the kind of accelerator that torch was built for and that is there: `cuda`, `mps`, `xpu`; None if none."""
+    """Return the kind of the accelerator that torch was built for, if present: `cuda`, `mps`, `xpu`; else None."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator is not None else None
 
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Leave the random state of the CPU and of the devices of `model` as it was."""
+    """Restore the random state of the CPU and of the devices of `model` at the end."""
     kind = accelerator_kind() or "cuda"
     devices = {item.device.index for item in model.parameters() if item.device.type == kind}
     with torch.random.fork_rng(devices=sorted(devices), device_type=kind):
         yield
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the random state and the buffers of `model` at the end.
+
+    A module may write into its buffer, or put another tensor in its place.
+    """
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    with random_state_kept(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, name, buffer, former in buffers:
+                    module._buffers[name] = buffer
+                    if not torch.equal(buffer, former):  # a write would stop the backward pass of an earlier step
+                        buffer.copy_(former)

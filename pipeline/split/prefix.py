@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.blocks import Cut
-from pipeline.split.layout import Layout, batch_size
-from pipeline.split.plan import Plan
-from pipeline.split.record import Tap, record
-from pipeline.split.sources import Source
+from pipeline.split.cut import Cut
+from pipeline.split.layout import BatchLayout, batch_size
+from pipeline.split.observation import Observation, observe
+from pipeline.split.plan import SplitPlan
+from pipeline.split.sources import TensorSource
 
 State: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What the prefix returns under one name: dtype, and shape without the batch axis as seen on the example."""
+    """The dtype of one tensor of the state, and its shape on the example without the batch axis."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -29,11 +29,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the state: its name, where the model has it, and how its axes lie there."""
+    """One tensor of the state: its name, where the model has it, and where its batch axis is there."""
 
     name: str
-    source: Source
-    layout: Layout
+    source: TensorSource
+    layout: BatchLayout
     spec: TensorSpec
 
 
@@ -45,7 +45,7 @@ class Prefix:
         spec: dtype and shape of each tensor of the state.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, slots: Sequence[Slot]) -> None:
+    def __init__(self, model: nn.Module, plan: SplitPlan, slots: Sequence[Slot]) -> None:
         """Use `split`, which finds `plan` and `slots` and proves them."""
         self.model = model
         self.cut: Cut = plan.cut
@@ -56,15 +56,14 @@ class Prefix:
     def __call__(self, *args: Any, **inputs: Any) -> State:
         """Return the state of a batch, each tensor with the batch axis first: (B, ...).
 
-        Runs in eval mode without gradients, stops at the cut, and gives the modules their train or eval flags back. At
-        the cut 0 the state holds the floating-point inputs themselves, not copies.
+        Runs in eval mode without gradients, stops at the cut, and restores the modules' train or eval flags. At the
+        cut 0 the state holds the floating-point inputs themselves, not copies.
 
         Raises:
+            InputRefusedError: the model's own code fails on these inputs.
             SplitError: these inputs do not lead to the cut.
         """
-        tap = self.tap()
-        record(self.model, [tap], args, inputs)
-        return self.collect(tap, batch_size(args, inputs))
+        return Capture([self])(*args, **inputs)[0]
 
     def weights(self) -> dict[str, Tensor]:
         """Return every parameter and buffer that is read before the cut, by its name in the full model, sorted."""
@@ -77,21 +76,22 @@ class Prefix:
         modules = dict(self.model.named_modules())
         return [(path, modules[path]) for path in self._plan.before]
 
-    def tap(self) -> Tap:
-        """Return the request for this prefix's state, to be filled by a run of the model."""
-        return Tap(self.cut, [slot.source for slot in self.slots])
+    def observation(self) -> Observation:
+        """Return the observation of this prefix's state, to be filled by a run of the model."""
+        return Observation(self.cut, [slot.source for slot in self.slots])
 
-    def collect(self, tap: Tap, batch: int) -> State:
-        """Return the state of `batch` samples from a filled tap."""
-        return {slot.name: slot.layout.state(_taken(tap, slot), batch) for slot in self.slots}
+    def collect(self, observation: Observation, batch: int) -> State:
+        """Return the state of `batch` samples from a filled observation.
 
-
-def _taken(tap: Tap, slot: Slot) -> Tensor:
-    if slot.source not in tap.values:
-        raise SplitError(
-            f"state {slot.name!r} is not made with these inputs; give the prefix inputs like the example's"
-        )
-    return tap.values[slot.source]
+        Raises:
+            SplitError: the run did not make a tensor of the state.
+        """
+        for slot in self.slots:
+            if slot.source not in observation.values:
+                raise SplitError(
+                    f"state {slot.name!r} is not made with these inputs; give the prefix inputs like the example's"
+                )
+        return {slot.name: slot.layout.to_state(observation.values[slot.source], batch) for slot in self.slots}
 
 
 class Capture:
@@ -106,12 +106,16 @@ class Capture:
         self.elapsed: list[float] = []
 
     def __call__(self, *args: Any, **inputs: Any) -> list[State]:
-        """Return the state of a batch at each cut, in the order of the prefixes; stops at the deepest."""
-        taps = [prefix.tap() for prefix in self.prefixes]
-        record(self.prefixes[0].model, taps, args, inputs)
-        self.elapsed = [tap.elapsed for tap in taps]
+        """Return the state of a batch at each cut, in the order of the prefixes; the run stops at the last cut.
+
+        Raises:
+            InputRefusedError, SplitError: as a Prefix does.
+        """
+        observations = [prefix.observation() for prefix in self.prefixes]
+        observe(self.prefixes[0].model, observations, args, inputs)
+        self.elapsed = [observation.elapsed for observation in observations]
         batch = batch_size(args, inputs)
-        return [prefix.collect(tap, batch) for prefix, tap in zip(self.prefixes, taps, strict=True)]
+        return [prefix.collect(one, batch) for prefix, one in zip(self.prefixes, observations, strict=True)]
 
 
 def capture(prefixes: Sequence[Prefix]) -> Capture:

@@ -1,176 +1,225 @@
-"""Which calls before the cut need not run: found by recording one replay on phantoms.
+"""A recording: how a step gets from its inputs to the cut without making the calls that can be skipped.
 
-The recording is the tree of module calls before the cut. A whole call can be skipped when all it returns are phantoms
-(nobody reads their values) or its own arguments, and nothing that is stored or read is made inside. What is left runs
-as it is: the callers of the cut, and whatever makes a value that is read, such as an attention mask.
+It is made by a run on phantoms. A whole call can be skipped when all it returns are phantoms (nobody reads their
+values) or its own arguments, and nothing that is stored or read is made inside. The rest runs at each step as it is:
+the callers of the cut, and whatever makes a value that is read, such as an attention mask.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from pipeline.split.blocks import Cut
-from pipeline.split.phantom import Phantom, Step
-from pipeline.split.replay import Replay, ancestry
-from pipeline.split.sources import Argument, Output, Source
-from pipeline.split.tree import Args, Kwargs, arguments, is_plain, tensors
-
-
-@dataclass(eq=False)
-class Visit:
-    """One call of a module before the cut.
-
-    Attributes:
-        taken: the tensors among its arguments.
-        returned: whether it returned before the cut; its callers are those that did not.
-        read: whether a value made in it, outside its children, was computed after all.
-    """
-
-    path: str
-    index: int
-    taken: dict[str, Tensor]
-    children: list[Visit] = field(default_factory=list)
-    output: Any = None
-    returned: bool = False
-    read: bool = False
-
-    def inside(self) -> Iterator[Visit]:
-        """Yield the calls made within this one, at any depth."""
-        for child in self.children:
-            yield child
-            yield from child.inside()
+from pipeline.split.cut import Cut
+from pipeline.split.frozen import dummy
+from pipeline.split.phantom import Operation, Phantom, unknown_ancestors
+from pipeline.split.phantom_run import CallKey, ObservedCall, PhantomRun
+from pipeline.split.sources import Argument, Input, Output, TensorSource
+from pipeline.split.tree import Args, Kwargs, arguments, is_plain, map_arguments, map_tensors, tensors
 
 
 class _CutReached(BaseException):
-    """Ends a recording at the cut; no `except Exception` in a model's code stops it."""
+    """Ends a recording at the cut; not an Exception, so that no `except` in a model's code stops it."""
 
 
-class Recorder(Replay):
-    """A replay that keeps the tree of calls before the cut.
+class Recorder(PhantomRun):
+    """A run that notes which calls make values that are read, and which outputs are passed to the cut call."""
 
-    Attributes:
-        calls: the root of the tree, holding the model's own call.
-        arrivals: (path, index, leaf) of the call whose output arrives at the cut -> the argument as which it is stored.
-    """
-
-    def __init__(self, root: nn.Module, cut: Cut, values: Mapping[Source, Tensor]) -> None:
-        super().__init__(root, cut, values)
-        self.calls = Visit("", -1, {})
-        self.arrivals: dict[Output, Argument] = {}
-        self._stops = False
-        self._open = [self.calls]
-        self._makers: dict[int, tuple[Visit, Step]] = {}
-        self._producers: dict[int, tuple[Output, Phantom, object]] = {}
-        self._paths = {id(module): path for path, module in root.named_modules()}
-
-    def run_to_cut(self, args: Args, kwargs: Kwargs) -> None:
-        """Record without running what comes after the cut; which values it reads is then not seen."""
-        self._stops = True
-        with contextlib.suppress(_CutReached):
-            self.run(args, kwargs)
+    def __init__(self, root: nn.Module, cut: Cut, values: Mapping[TensorSource, Tensor], *, to_the_end: bool) -> None:
+        """`to_the_end`: whether the run goes on after the cut, so that values which are read there are noted."""
+        super().__init__(root, cut, {source: value.clone() for source, value in values.items()})
+        self.arguments_of_cut: dict[Output, Argument] = {}  # output of a call -> the argument as which it is stored
+        self._to_the_end = to_the_end
+        self._makers: dict[Operation, ObservedCall] = {}
+        self._outputs: dict[Tensor, tuple[Output, object]] = {}  # phantoms that a call returned, and their origin then
 
     def run(self, args: Args, kwargs: Kwargs) -> Any:
-        handles = [module.register_forward_pre_hook(self._visit, with_kwargs=True) for module in self.root.modules()]
-        try:
+        with contextlib.suppress(_CutReached):
             return super().run(args, kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def output_paths(self) -> set[str]:
-        return set(self._paths.values())
-
-    def leave(self, path: str, call: int, args: Args, kwargs: Kwargs, output: Any) -> None:
-        super().leave(path, call, args, kwargs, output)
-        visit = self._open.pop()
-        visit.output, visit.returned = output, True
-        taken = {id(item) for item in visit.taken.values()}
-        for leaf, item in tensors(output).items():
-            handed_on = id(item) in taken and id(item) in self._producers
-            if isinstance(item, Phantom) and not handed_on:
-                self._producers[id(item)] = (Output(path, visit.index, leaf), item, item.origin)
 
     def operate(self, function: Any, args: Args, kwargs: Kwargs) -> Any:
         result = super().operate(function, args, kwargs)
         for item in tensors(result).values():
-            if isinstance(item, Phantom) and isinstance(item.origin, Step):
-                self._makers[id(item.origin)] = (self._open[-1], item.origin)
+            if isinstance(item, Phantom) and isinstance(item.origin, Operation):
+                self._makers[item.origin] = self.open[-1]
         return result
 
     def force(self, item: Tensor) -> Tensor:
         if isinstance(item, Phantom):
-            for made in ancestry(item):
-                if id(made.origin) in self._makers:
-                    self._makers[id(made.origin)][0].read = True
+            for ancestor in unknown_ancestors(item):
+                if isinstance(ancestor.origin, Operation) and ancestor.origin in self._makers:
+                    self._makers[ancestor.origin].read = True
         return super().force(item)
 
-    def enter(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def on_return(self, call: ObservedCall, output: Any) -> None:
+        super().on_return(call, output)
+        call.output = map_tensors(lambda _, item: dummy(item), output) if is_plain(output) else output
+        taken = {id(item) for item in call.taken.values()}
+        for leaf, item in tensors(output).items():
+            passed_on = id(item) in taken and item in self._outputs
+            if isinstance(item, Phantom) and not passed_on:
+                self._outputs[item] = (Output(call.path, call.index, leaf), item.origin)
+
+    def on_cut(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         for leaf, item in arguments(args, kwargs).items():
-            if Argument(leaf) in self.values and id(item) in self._producers:
-                output, phantom, origin = self._producers[id(item)]
-                if phantom.origin is origin:  # not changed in place since
-                    self.arrivals[output] = Argument(leaf)
-        entered = super().enter(args, kwargs)
-        if self._stops:
+            if Argument(leaf) in self.values and isinstance(item, Phantom) and item in self._outputs:
+                output, origin = self._outputs[item]
+                if item.origin is origin:  # not changed in place since
+                    self.arguments_of_cut[output] = Argument(leaf)
+        entered = super().on_cut(args, kwargs)
+        if not self._to_the_end:
             raise _CutReached
         return entered
 
-    def _visit(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        if not self.entered:
-            path = self._paths[id(module)]
-            visit = Visit(path, self._count("visit", path), arguments(args, kwargs))
-            self._open[-1].children.append(visit)
-            self._open.append(visit)
 
+def skippable_calls(
+    recorder: Recorder, among: Collection[CallKey] | None = None
+) -> tuple[dict[CallKey, ObservedCall], list[ObservedCall]]:
+    """Return the outermost calls that can be skipped, and the calls that are made all the same.
 
-def skippable_calls(recorder: Recorder, among: set[tuple[str, int]] | None = None) -> tuple[list[Visit], set[str]]:
-    """Return the outermost calls that can be skipped, and the paths of the modules that run all the same.
-
-    `among`: the calls to choose from, by path and number, as an earlier recording found them; all if not given.
+    `among`: the calls to choose from, as an earlier recording found them; all if not given.
     """
     stored = {(source.path, source.call) for source in recorder.values if isinstance(source, Output)}
-    skipped: list[Visit] = []
-    opened: set[str] = set()
+    skipped: dict[CallKey, ObservedCall] = {}
+    made: list[ObservedCall] = []
+    counts: Counter[str] = Counter()
     pending = list(recorder.calls.children)
     while pending:
-        visit = pending.pop()
-        if (among is None or (visit.path, visit.index) in among) and _is_skippable(visit, stored):
-            skipped.append(visit)
+        call = pending.pop()
+        call.number = counts[call.path]
+        counts[call.path] += 1
+        if (among is None or call.key in among) and _is_skippable(call, stored):
+            skipped[call.key] = call
         else:
-            opened.add(visit.path)
-            pending += visit.children
-    return skipped, opened
+            made.append(call)
+            pending += reversed(call.children)
+    return skipped, made
 
 
-def numbers_met(calls: Visit, skipped: Sequence[Visit]) -> dict[tuple[str, int], int]:
-    """Return how calls are numbered once those inside `skipped` calls do not come: (path, number) -> number left."""
-    closed = {id(visit) for visit in skipped}
-    numbers: dict[tuple[str, int], int] = {}
-    counts: dict[str, int] = {}
-    pending = list(reversed(calls.children))
-    while pending:
-        visit = pending.pop()
-        numbers[visit.path, visit.index] = counts.get(visit.path, 0)
-        counts[visit.path] = numbers[visit.path, visit.index] + 1
-        if id(visit) not in closed:
-            pending += reversed(visit.children)
-    return numbers
-
-
-def _is_skippable(visit: Visit, stored: set[tuple[str, int]]) -> bool:
-    if not visit.returned or visit.read:
+def _is_skippable(call: ObservedCall, stored: set[CallKey]) -> bool:
+    if call.made is None or call.read or any(inner.read or inner.key in stored for inner in call.inside()):
         return False
-    if any(inner.read or (inner.path, inner.index) in stored for inner in visit.inside()):
-        return False
-    taken = {id(item) for item in visit.taken.values()}
-    made = tensors(visit.output).values()
+    taken = {id(item) for item in call.taken.values()}
+    made = call.made.values()
     return (
-        is_plain(visit.output)
+        is_plain(call.output)
         and any(isinstance(item, Phantom) for item in made)
         and all(isinstance(item, Phantom) or id(item) in taken for item in made)
     )
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """What a skipped call returns at each step.
+
+    Attributes:
+        output: the recorded output, with dummies for tensors.
+        stored: leaf of the output -> the stored tensor that is returned there.
+        passed: leaf of the output -> the argument of the same call that is returned there.
+    """
+
+    output: Any
+    stored: Mapping[str, TensorSource]
+    passed: Mapping[str, str]
+
+    def __call__(self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs) -> Any:
+        """Return the output of the call for this step's stored `values` and arguments."""
+        if isinstance(self.output, Tensor) and not self.passed:
+            return values[self.stored[""]] if self.stored else self.output
+        taken = arguments(args, kwargs) if self.passed else {}
+
+        def leaf(path: str, item: Tensor) -> Tensor:
+            if path in self.stored:
+                return values[self.stored[path]]
+            return taken[self.passed[path]] if path in self.passed else item
+
+        return map_tensors(leaf, self.output)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The way to the cut for inputs of one kind.
+
+    Attributes:
+        results: the skipped calls, by path and number. Calls inside skipped ones are not made, so they do not count.
+        cut_call: number of the cut call among the calls of its module that are made.
+        late: stored arguments of the cut call that no skipped call returns; they are put in on entry.
+        dummies: floating-point inputs, by leaf; None for one that the state holds.
+        shapes: shapes of the stored tensors that belong to these inputs.
+        running: the modules that run before the cut.
+        calls: the skipped calls, and the others that return before the cut.
+    """
+
+    results: Mapping[CallKey, CallResult]
+    cut_call: int
+    late: frozenset[str]
+    dummies: Mapping[str, Tensor | None]
+    shapes: Mapping[TensorSource, torch.Size]
+    running: Sequence[nn.Module]
+    calls: tuple[Set[CallKey], Set[CallKey]]
+
+    def fits(self, values: Mapping[TensorSource, Tensor]) -> bool:
+        """Return whether stored `values` have the shapes that belong to the recorded inputs."""
+        return all(values[source].shape == shape for source, shape in self.shapes.items())
+
+    def inputs(self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Return the model's inputs without the values that only the prefix reads."""
+        if not self.dummies:
+            return args, kwargs
+
+        def replace(leaf: str, item: Tensor) -> Tensor:
+            known = self.dummies.get(leaf, item)
+            return values[Input(leaf)] if known is None else known
+
+        return map_arguments(replace, args, kwargs)
+
+
+def make_recording(
+    run: Recorder,
+    skipped: Mapping[CallKey, ObservedCall],
+    made: Sequence[ObservedCall],
+    inputs: tuple[Args, Kwargs],
+    *,
+    dense: bool,
+) -> Recording:
+    """Return the recording for inputs like those of the `run`; `dense` dummies can be written to."""
+    results = {(call.path, call.number): _result(call, run, dense) for call in skipped.values()}
+    returned = {
+        source.leaf for result in results.values() for source in result.stored.values() if isinstance(source, Argument)
+    }
+    floats = {leaf: item for leaf, item in arguments(*inputs).items() if item.is_floating_point()}
+    modules = dict(run.root.named_modules())
+    return Recording(
+        results=results,
+        cut_call=next(call.number for call in made if call.key == (run.cut.path, run.cut.call)),
+        late=frozenset(source.leaf for source in run.values if isinstance(source, Argument)) - returned,
+        dummies={leaf: None if Input(leaf) in run.values else dummy(item) for leaf, item in floats.items()},
+        shapes={source: value.shape for source, value in run.values.items()},
+        running=[modules[path] for path in {call.path for call in made}],
+        calls=(set(skipped), {call.key for call in made if call.made is not None}),
+    )
+
+
+def _result(call: ObservedCall, run: Recorder, dense: bool) -> CallResult:
+    taken = {id(item): leaf for leaf, item in call.taken.items()}
+    stored: dict[str, TensorSource] = {}
+    passed: dict[str, str] = {}
+    for leaf, item in (call.made or {}).items():
+        place = Output(call.path, call.index, leaf)
+        if place in run.values:
+            stored[leaf] = place
+        elif place in run.arguments_of_cut:
+            stored[leaf] = run.arguments_of_cut[place]
+        elif id(item) in taken:
+            passed[leaf] = taken[id(item)]
+
+    def with_memory(leaf: str, item: Tensor) -> Tensor:
+        return item if leaf in stored or leaf in passed else dummy(item, dense=True)
+
+    return CallResult(map_tensors(with_memory, call.output) if dense else call.output, stored, passed)

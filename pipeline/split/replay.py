@@ -1,199 +1,250 @@
-"""One run of the suffix: the model's own `forward`, on phantoms until the cut and on real tensors after it.
+"""The way of a suffix to its cut at run time: the replay of a recording, made once per kind of input.
 
-On entry to the cut call, phantom arguments take their stored values, or are recomputed from how they were made;
-outputs of earlier calls that the state holds take theirs when the call returns. From then on a phantom that an
-operation touches is *forced*: its value is computed from what is at hand. A value that cannot be had ends the run;
-while a plan is made, that is how what must be stored is discovered (see `planner`).
+Inputs of one kind have the same signature: shapes, dtypes, devices, other arguments. The first time, the way to the cut
+is recorded on phantoms, which costs milliseconds. A step that replays it gets to the cut in microseconds: stubs take
+the place of the modules whose calls are skipped, and everything else is the model's own code on plain tensors. A stub
+returns what the recording says: stored tensors where the state holds them, so that every later reference to that output
+is right, its own arguments where the call passed them on, and dummies without memory for values that nobody reads. From
+the cut on every stub is the module's own `forward`, and there is no other hook or wrapper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Set
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from pipeline.errors import SplitError
-from pipeline.split.blocks import Cut
-from pipeline.split.operations import imagine, needs_values, with_integer_indices
-from pipeline.split.phantom import Phantom, Step, interpreting, phantoms
-from pipeline.split.sources import Argument, Input, Output, Source, unfit
-from pipeline.split.tree import Args, Kwargs, map_arguments, map_tensors, tensors
+from pipeline.errors import RecyclingError, SplitError
+from pipeline.split.comparison import mismatch
+from pipeline.split.cut import Cut
+from pipeline.split.frozen import FrozenParameters
+from pipeline.split.modes import OUT_OF_MEMORY, accelerator_kind, errors_as_refusals, eval_mode, state_kept
+from pipeline.split.phantom import before_the_cut
+from pipeline.split.phantom_run import CallKey
+from pipeline.split.recording import Recorder, Recording, make_recording, skippable_calls
+from pipeline.split.sources import Argument, TensorSource
+from pipeline.split.tree import Args, Kwargs, arguments, map_arguments
+
+ACCELERATOR = accelerator_kind() or "cuda"
+SIGNATURES = 256  # recordings kept; each holds a few objects per skipped call
 
 
 class Replay:
-    """One run of `root`, whose frozen parameters are phantoms, from stored `values` on."""
+    """Runs the modules of a suffix from stored values, by recordings.
 
-    def __init__(self, root: nn.Module, cut: Cut, values: Mapping[Source, Tensor]) -> None:
-        self.root = root
-        self.cut = cut
-        self.values = values
-        self.entered = False
-        self._modes = [(module, module.training) for module in root.modules()]
-        self._counts: dict[tuple[str, str], int] = {}
+    Attributes:
+        before: whether a step is running that has not reached the cut; the next attributes describe that step.
+        recording: what it follows, or the last step followed.
+        values: the stored tensors, until the cut.
+        counts: how often each stub was called.
+    """
 
-    def run(self, args: Args, kwargs: Kwargs) -> Any:
-        """Return the model's output.
+    def __init__(self, root: nn.Module, cut: Cut, frozen: FrozenParameters, *, dense: bool, fills: bool) -> None:
+        """Prepare `root`, whose forward gets to `cut` with the `frozen` parameters missing.
+
+        Args:
+            dense: whether dummies have memory, for models that write into what a recycled layer returned.
+            fills: whether stored arguments of the cut call are put into the caller's own tensors, for callers that go
+                on using these, as in `x = x + block(x)`.
+        """
+        self.root, self.cut, self.frozen, self.dense, self.fills = root, cut, frozen, dense, fills
+        self.before = False
+        self.recording: Recording | None = None
+        self.values: Mapping[TensorSource, Tensor] = {}
+        self.counts: Counter[str] = Counter()
+        self._training: list[nn.Module] = []  # to be put back in train mode at the cut
+        self._recordings: dict[Hashable, Recording] = {}
+        self._first: Recording | None = None
+        self._forwards: dict[str, Any] = {}  # what modules with a stub had as their own attribute
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def begin(self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Start a step with stored `values`, and return the inputs to `run` it with.
 
         Raises:
-            SplitError: the cut is not reached, or a value is needed that is neither stored nor recomputable.
+            InputRefusedError: the model's own code fails on these inputs before the cut.
+            SplitError: the values belong to another batch than the inputs, or these inputs lead to the cut in a way
+                that cannot be replayed.
         """
-        args, kwargs = map_arguments(self._input, args, kwargs)
-        handles = self._hooks()
-        self.root.eval()
+        key = signature(args, kwargs)
+        recording = self._recordings.get(key)
+        if recording is None or not recording.fits(values):
+            with errors_as_refusals(self.root, args, kwargs):
+                recording = self._recordings[key] = self._record(values, args, kwargs)
+            if len(self._recordings) > SIGNATURES:
+                del self._recordings[next(iter(self._recordings))]
+        return self._start(recording, values, args, kwargs)
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
+    def run(self, args: Args, kwargs: Kwargs) -> Any:
+        """Return the model's output, after `begin`. `torch.compile` sees only the model's own code."""
         try:
-            with interpreting(self):
-                output = self.root(*args, **kwargs)
-                if not self.entered:
-                    raise SplitError(
-                        f"the cut {self.cut} was not reached with these inputs; give inputs like the example's"
-                    )
-                return map_tensors(lambda _, item: self.force(item), output)
-        finally:
-            self._restore_modes()
-            for handle in handles:
-                handle.remove()
-
-    def operate(self, function: Any, args: Args, kwargs: Kwargs) -> Any:
-        """Carry out an operation that some phantom takes part in."""
-        function, args = with_integer_indices(function, args)
-        if not self.entered and not needs_values(function, args):
-            return imagine(function, args, kwargs)
-        if not self.entered:
-            self.want_value(function, phantoms(args, kwargs))
-        args, kwargs = map_arguments(lambda _, item: self.force(item), args, kwargs)
-        return function(*args, **kwargs)
-
-    def read(self, reader: object, phantom: Phantom) -> Tensor:
-        """Return the value of a phantom that goes out of torch's hands: to lists, to numpy."""
-        if not self.entered:
-            self.want_value(reader, [phantom])
-        return self.force(phantom)
-
-    def want_value(self, function: object, needed: list[Phantom]) -> None:
-        """`function` depends on values before the cut; refuse unless they can be recomputed."""
-        for phantom in needed:
-            if not is_available(phantom):
+            output = self.root(*args, **kwargs)
+            if self.before:
                 raise SplitError(
-                    f"before the cut {self.cut}, {function} depends on the values of a recycled layer; cut earlier"
+                    f"the cut {self.cut} was not reached with these inputs; give inputs like the example's"
                 )
-
-    def force(self, item: Tensor) -> Tensor:
-        """Return the value of a phantom, and any other tensor itself."""
-        if not isinstance(item, Phantom):
-            return item
-        if item.value is None and not is_available(item):
-            self.lack(item)
-        return compute(item)
-
-    def lack(self, phantom: Phantom) -> None:
-        """The value of `phantom` is neither stored nor recomputable."""
-        raise SplitError(
-            f"after the cut {self.cut} the model reads a value of a recycled layer (shape {tuple(phantom.shape)}) "
-            "that it did not read on the example; split with an example of this kind"
-        )
+        except Exception as error:
+            if not self.before or isinstance(error, (RecyclingError, *OUT_OF_MEMORY)):
+                raise
+            raise SplitError(
+                f"before the cut {self.cut} the model's code fails with dummies in place of what recycled layers "
+                f"return ({type(error).__name__}: {error}); give inputs like the example's, split with an example of "
+                "this kind, or cut elsewhere"
+            ) from error
+        finally:
+            if self.before:
+                self._leave()
+        return output
 
     def enter(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """The cut is reached: give the stored arguments their values, and the modules their own train or eval flags."""
+        """Reach the cut; return the arguments of its call with the stored values that are still missing."""
+        values, recording = self.values, self.recording
+        self._leave()
+        if recording is None or not recording.late:
+            return args, kwargs
+        dummies = {id(item) for item in recording.dummies.values()}
 
-        def arrive(leaf: str, item: Tensor) -> Tensor:
-            if isinstance(item, Phantom) and Argument(leaf) in self.values:
-                self.assign(item, Argument(leaf))
+        def fill(leaf: str, item: Tensor) -> Tensor:
+            if leaf not in recording.late:
+                return item
+            value = values[Argument(leaf)]
+            if not self.fills or value.requires_grad or id(item) in dummies:
+                return value
+            item.data = value
             return item
 
-        map_arguments(arrive, args, kwargs)
-        self.entered = True
-        self._restore_modes()
-        return map_arguments(lambda _, item: self.force(item), args, kwargs)
+        return map_arguments(fill, args, kwargs)
 
-    def assign(self, phantom: Phantom, source: Source) -> None:
-        """Give `phantom` its stored value.
-
-        Raises:
-            SplitError: the stored value has another shape than the model expects with these inputs.
-        """
-        value = self.values[source]
-        if value.shape != phantom.shape:
-            raise unfit(source, value.shape, phantom.shape)
-        phantom.value = value
-
-    def output_paths(self) -> set[str]:
-        """Return the modules whose outputs are looked at before the cut."""
-        return {source.path for source in self.values if isinstance(source, Output)}
-
-    def leave(self, path: str, call: int, args: Args, kwargs: Kwargs, output: Any) -> None:
-        """Call number `call` of module `path` returned, before the cut."""
-        for leaf, item in tensors(output).items():
-            source = Output(path, call, leaf)
-            if source in self.values and isinstance(item, Phantom):
-                self.assign(item, source)
-
-    def _input(self, leaf: str, item: Tensor) -> Tensor:
-        if not item.is_floating_point():
-            return item
-        phantom = Phantom.like(item, Input(leaf))
-        phantom.value = self.values.get(Input(leaf))
-        return phantom
-
-    def _hooks(self) -> list[Any]:
+    def remove(self) -> None:
+        """Give the modules their own `forward` back."""
         modules = dict(self.root.named_modules())
+        for path, forward in self._forwards.items():
+            del modules[path].forward
+            if forward is not None:
+                modules[path].forward = forward
 
-        def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-            at_cut = not self.entered and self._count("enter", self.cut.path) == self.cut.call
-            return self.enter(args, kwargs) if at_cut else None
+    def forget(self) -> None:
+        """Drop all recordings: the suffix moved to another device or dtype."""
+        self._recordings.clear()
 
-        def leave(path: str) -> Any:
-            def hook(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
-                if not self.entered:
-                    self.leave(path, self._count("leave", path), args, kwargs, output)
+    def _start(
+        self, recording: Recording, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        args, kwargs = recording.inputs(values, args, kwargs)
+        self.recording, self.values, self.before = recording, values, True
+        self.counts.clear()
+        self._training = [module for module in recording.running if module.training]
+        for module in self._training:
+            module.training = False
+        return args, kwargs
 
-            return hook
+    def _leave(self) -> None:
+        self.before, self.values = False, {}
+        for module in self._training:
+            module.training = True
 
-        handles: list[Any] = [modules[self.cut.path].register_forward_pre_hook(enter, with_kwargs=True)]
-        handles += [modules[path].register_forward_hook(leave(path), with_kwargs=True) for path in self.output_paths()]
-        return handles
+    @torch.inference_mode(False)  # a recording made while predicting also serves training
+    @torch.no_grad()
+    def _record(self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs) -> Recording:
+        """Record the way to the cut.
 
-    def _count(self, event: str, path: str) -> int:
-        number = self._counts.get((event, path), 0)
-        self._counts[event, path] = number + 1
-        return number
+        The first recording runs to the end: what is read after the cut decides which calls are skipped. Later ones skip
+        the same calls, and end at the cut. Inputs that lead there by other calls are recorded to the end again, and the
+        replay must then return what that run returned.
+        """
+        first = self._first
+        with state_kept(self.root):
+            if first is not None:
+                recording, _ = self._run_on_phantoms(values, args, kwargs, among=first.calls[0])
+                if recording.calls == first.calls:
+                    return recording
+            recording, expected = self._run_on_phantoms(values, args, kwargs)
+            self._first = first or recording
+            if first is not None:
+                self._check(recording, expected, values, args, kwargs)
+        return recording
 
-    def _restore_modes(self) -> None:
-        for module, training in self._modes:
-            module.training = training
+    def _run_on_phantoms(
+        self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs, among: Set[CallKey] | None = None
+    ) -> tuple[Recording, Any]:
+        """Return a recording that skips calls `among` these, or of a run to the end any, and the output of that run."""
+        args, kwargs = self.frozen.cast(args, kwargs)
+        recorder = Recorder(self.root, self.cut, values, to_the_end=among is None)
+        with eval_mode(self.root), self.frozen.as_phantoms():
+            output = recorder.run(args, kwargs)
+        skipped, made = skippable_calls(recorder, among)
+        self._install_stubs({path for path, _ in skipped} | {self.cut.path})
+        return make_recording(recorder, skipped, made, (args, kwargs), dense=self.dense), output
+
+    def _check(
+        self, recording: Recording, expected: Any, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs
+    ) -> None:
+        """Compare the replay of a recording in eval mode with the recorded run."""
+        values = {source: value.clone() for source, value in values.items()}
+        with eval_mode(self.root):
+            found = self.run(*self._start(recording, values, args, kwargs))
+        if reason := mismatch(expected, found):
+            raise SplitError(
+                f"these inputs lead to the cut {self.cut} by other calls than the example's, which cannot be replayed "
+                f"({reason}); give inputs like the example's, split with an example of this kind, or cut elsewhere"
+            )
+
+    def _install_stubs(self, paths: set[str]) -> None:
+        modules = dict(self.root.named_modules())
+        for path in paths - self._forwards.keys():
+            module = modules[path]
+            self._forwards[path] = module.__dict__.get("forward")
+            incomplete = path != self.cut.path and self.frozen.lacks(module)
+            module.forward = Stub(self, path, module.forward, incomplete=incomplete)
 
 
-def ancestry(phantom: Phantom) -> list[Phantom]:
-    """Return the phantoms without a value that `phantom` is made from, itself included, nearest first."""
-    found: dict[int, Phantom] = {}
-    pending = [phantom]
-    while pending:
-        item = pending.pop(0)
-        if item.value is None and id(item) not in found:
-            found[id(item)] = item
-            if isinstance(item.origin, Step):
-                pending += item.origin.parents()
-    return list(found.values())
+class Stub:
+    """A module's `forward`, except before the cut."""
+
+    def __init__(self, replay: Replay, path: str, forward: Callable[..., Any], *, incomplete: bool) -> None:
+        """`incomplete`: the suffix does not hold all weights of the module, so that its own `forward` must not run."""
+        self.replay, self.path, self.forward, self.incomplete = replay, path, forward, incomplete
+        self.at_cut = path == replay.cut.path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        replay, recording = self.replay, self.replay.recording
+        if replay.before and recording is not None:
+            index = replay.counts[self.path]
+            replay.counts[self.path] = index + 1
+            if self.at_cut and index == recording.cut_call:
+                args, kwargs = replay.enter(args, kwargs)
+            elif (result := recording.results.get((self.path, index))) is not None:
+                return result(replay.values, args, kwargs)
+        elif recording is not None and (self.incomplete or self.at_cut) and not before_the_cut():
+            self._refuse_recomputation(recording, args, kwargs)
+        return self.forward(*args, **kwargs)
+
+    def _refuse_recomputation(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
+        """Refuse a call with dummies after the cut: gradient checkpointing repeats what was before it."""
+        taken = arguments(args, kwargs) if recording.late and not self.incomplete else {}
+        if self.incomplete or any(taken[leaf].isnan().all() for leaf in recording.late & taken.keys()):
+            raise SplitError(
+                f"{self.path!r} would run again without what recycled layers gave it: gradient checkpointing "
+                f"recomputes a region that holds the cut {self.replay.cut}; cut where one begins, or make it smaller"
+            )
 
 
-def is_available(phantom: Phantom) -> bool:
-    """Tell whether the value is known, or can be computed from known ones."""
-    return all(isinstance(item.origin, Step) for item in ancestry(phantom))
+def signature(args: Args, kwargs: Kwargs) -> Hashable:
+    """Return what the way to the cut depends on: all of the inputs except the values of tensors."""
+    named = [(name, _mark(item)) for name, item in kwargs.items()]
+    autocast = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", ACCELERATOR)]
+    return (*map(_mark, args), *named, *autocast)
 
 
-def compute(phantom: Phantom) -> Tensor:
-    """Return the value of a phantom that is available, computing and noting those of its ancestors."""
-    pending = [phantom]
-    while pending:
-        item = pending[-1]
-        step = item.origin
-        if item.value is None and isinstance(step, Step):
-            missing = [parent for parent in step.parents() if parent.value is None]
-            if missing:
-                pending += missing
-                continue
-            item.value = step.result()
-        pending.pop()
-    if phantom.value is None:
-        raise SplitError("a value of a recycled layer is not available")  # callers ask `is_available` first
-    return phantom.value
+def _mark(item: Any) -> Any:
+    if isinstance(item, Tensor):
+        return item.shape, item.dtype, item.device
+    if isinstance(item, Mapping):
+        return tuple((key, _mark(value)) for key, value in item.items())
+    if isinstance(item, list | tuple):
+        return tuple(map(_mark, item))
+    return item if isinstance(item, Hashable) else type(item)

@@ -1,7 +1,7 @@
-"""Where a value that crosses the cut comes from, and what it is called in the state.
+"""Where a tensor that crosses the cut comes from, and its name in the state.
 
 Three places can be observed without touching the model's code: the arguments of the cut call, the output of an earlier
-module call (a skip connection), and an input of the model. Parameters are named the same way, as leaves of recipes.
+module call (a skip connection), and an input of the model. Parameters are named the same way, as origins of phantoms.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import nn
-
-from pipeline.errors import SplitError
 
 
 @dataclass(frozen=True)
@@ -46,20 +44,12 @@ class Weight:
     name: str
 
 
-Source: TypeAlias = Argument | Output | Input
+TensorSource: TypeAlias = Argument | Output | Input
 
 
-def unfit(source: Source, found: tuple[int, ...], expected: tuple[int, ...]) -> SplitError:
-    """Return the error of a stored value that does not belong to the inputs it came with."""
-    return SplitError(
-        f"the state holds {tuple(found)} where these inputs lead to {tuple(expected)} ({source}); state and inputs "
-        "must belong to the same batch, padded to the same length"
-    )
-
-
-def state_names(model: nn.Module, cut_module: nn.Module, sources: list[Source]) -> dict[Source, str]:
+def state_names(model: nn.Module, cut_module: nn.Module, sources: list[TensorSource]) -> dict[TensorSource, str]:
     """Return a readable, unique, file-safe name for each source: `hidden_states`, `layer2.1.out`, `pixel_values`."""
-    names: dict[Source, str] = {}
+    names: dict[TensorSource, str] = {}
     for source in sources:
         match source:
             case Argument(leaf):

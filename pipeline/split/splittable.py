@@ -1,4 +1,4 @@
-"""Which models can be split: checked before anything runs, with a remedy for each that cannot."""
+"""The check whether a model can be split at all, with a remedy where it cannot, and copies of models."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ WRAPPERS = {
     "FSDPModule": ("fully_shard", None, "shard the suffix instead"),
     "DeepSpeedEngine": ("DeepSpeed", "module", "give the suffix to deepspeed.initialize instead"),
 }
-"""Class that runs another module in its own way -> its public name, where it holds that module, what to do with it."""
+"""Class that runs another module in its own way -> its public name, the attribute of that module, what to do."""
 
 
 def check_model(model: object) -> None:
-    """Refuse what cannot be split or merged into, whatever the cut.
+    """Refuse a model that cannot be split or merged into at any cut.
 
     Raises:
         SplitError: `model` is no module, is wrapped or exported by something that runs it in its own way, or holds
@@ -73,7 +73,7 @@ def _check_module(path: str, module: nn.Module) -> None:
 
 
 def _fault(tensor: Tensor) -> str | None:
-    """Say why a tensor of the model has no values that can be read and copied."""
+    """Return why a tensor of the model has no values that can be read and copied, or None."""
     if is_lazy(tensor):
         return "has no shape yet: its module is lazy; run the model on a batch before it is split"
     if tensor.is_meta:
@@ -93,7 +93,7 @@ def _fault(tensor: Tensor) -> str | None:
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a deep copy of `model`, in which the objects of `memo` stand for the originals by their ids.
+    """Return a deep copy of `model`, in which the objects of `memo` replace the originals of these ids.
 
     Raises:
         SplitError: a module holds what cannot be copied; the message names it.

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.blocks import Cut
-from pipeline.split.fast import FastPath
-from pipeline.split.frozen import Frozen, dummy
-from pipeline.split.opaque import close
-from pipeline.split.plan import Plan
+from pipeline.split.cut import Cut
+from pipeline.split.fake_forward import install_fake_forwards
+from pipeline.split.frozen import FrozenParameters, dummy
+from pipeline.split.modes import eval_mode
+from pipeline.split.plan import SplitPlan
 from pipeline.split.prefix import Slot, State, TensorSpec
 from pipeline.split.replay import Replay
-from pipeline.split.sources import Source
+from pipeline.split.sources import TensorSource
 from pipeline.split.splittable import copy_of
 from pipeline.split.tree import Args, Kwargs
 
@@ -32,13 +32,16 @@ class Suffix(nn.Module):
         cut: where the model is cut.
         spec: dtype and shape of each tensor of the state.
         root: the copy of the model whose children these are; its `forward` is what runs.
-        written: the values that the model writes into, so that it gets copies.
+        replay: how `root` gets to the cut.
     """
 
     root: nn.Module
+    replay: Replay
 
-    def __init__(self, model: nn.Module, plan: Plan, slots: Sequence[Slot], constants: Mapping[Source, Tensor]) -> None:
-        """Use `split`, which finds the arguments and proves them."""
+    def __init__(
+        self, model: nn.Module, plan: SplitPlan, slots: Sequence[Slot], constants: Mapping[TensorSource, Tensor]
+    ) -> None:
+        """Use `split`, which finds the arguments, proves them and sets `replay`."""
         super().__init__()
         self.cut: Cut = plan.cut
         self.spec: Mapping[str, TensorSpec] = {slot.name: slot.spec for slot in slots}
@@ -49,9 +52,8 @@ class Suffix(nn.Module):
         self._non_persistent_buffers_set = root._non_persistent_buffers_set
         self._dtypes = {slot.name: slot.spec.dtype for slot in slots}
         self._constants = dict(constants)
-        self.written = frozenset(plan.written)
-        self._recycled = [root.get_submodule(path) for path in plan.before if path not in plan.after]
-        self.fast: FastPath | None = None  # set by `split` once it gave the same outputs as the phantoms
+        self._written = frozenset(plan.written)
+        self._recycled = [root.get_submodule(path) for path in set(plan.before) - plan.after]
         self.register_load_state_dict_post_hook(_forgive_frozen_counts)  # type: ignore[no-untyped-call]
         self.train(model.training)
 
@@ -59,47 +61,44 @@ class Suffix(nn.Module):
     def forward(self, state: State, *args: Any, **inputs: Any) -> Any:
         """Return the model's output for a batch, given its state (each tensor (B, ...)) and the model's inputs.
 
-        `torch.compile` compiles the model's own `forward`, from the cut on, as one graph; without the fast path it
-        changes nothing. State tensors that require grad go on doing so, as reentrant gradient checkpointing needs it.
+        Batches may have any size, length and padding that the model takes. `torch.compile` compiles the model's own
+        `forward`, from the cut on, as one graph. State tensors that require grad go on doing so, as reentrant gradient
+        checkpointing needs it.
 
-        Floating-point inputs may be storage-less stand-ins of the right shape: their values are never read here, those
+        Floating-point inputs may be expanded placeholders of the right shape: their values are never read here, those
         that matter are part of the state. State tensors take the dtype that the model had there.
 
         Raises:
-            SplitError: the state lacks a tensor, or does not fit the inputs.
+            InputRefusedError: the model's own code fails on these inputs before the cut.
+            SplitError: the state lacks a tensor or does not fit the inputs, or these inputs lead to the cut in a way
+                that cannot be replayed.
         """
-        values, begun = self._begin(state, args, inputs)
-        if self.fast is None or begun is None:
-            return self.replay(values, args, inputs)
-        return self.fast.run(*begun)
+        args, inputs = self._begin(state, args, inputs)
+        return self.replay.run(args, inputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def replay(self, values: Mapping[Source, Tensor], args: Args, inputs: Kwargs) -> Any:
-        """Return the model's output by way of phantoms, which serve for every input."""
-        if torch.is_inference_mode_enabled():  # phantoms cannot be inference tensors
-            with torch.inference_mode(False), torch.no_grad():
-                return self.replay({source: value.clone() for source, value in values.items()}, args, inputs)
-        args, inputs = self.frozen.cast(args, inputs)
-        with self.frozen.as_phantoms():
-            return Replay(self.root, self.cut, values).run(args, inputs)
+    def _begin(self, state: State, args: Args, inputs: Kwargs) -> tuple[Args, Kwargs]:
+        started: tuple[Args, Kwargs] = self.replay.begin(self._values(state), args, inputs)
+        return started
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def values(self, state: State) -> dict[Source, Tensor]:
+    def _values(self, state: State) -> dict[TensorSource, Tensor]:
         """Return the tensors that the model meets at the cut, as it has them; copies where it writes into them."""
         if state.keys() != self.spec.keys():
             raise SplitError(f"the state holds {sorted(state)}, the suffix at {self.cut} takes {sorted(self.spec)}")
-        values: dict[Source, Tensor] = dict(self._constants)
+        values: dict[TensorSource, Tensor] = dict(self._constants)
         for slot in self.slots:
-            stored = state[slot.name]
-            value = slot.layout.value(stored.to(self._dtypes[slot.name]))
-            values[slot.source] = value.clone() if slot.source in self.written and shares(value, stored) else value
+            values[slot.source] = slot.layout.from_state(state[slot.name].to(self._dtypes[slot.name]))
+        stored = {tensor.untyped_storage().data_ptr() for tensor in [*state.values(), *self._constants.values()]}
+        for source in self._written & values.keys():
+            if values[source].untyped_storage().data_ptr() in stored:
+                values[source] = values[source].clone()
         return values
 
     @property
     def constants(self) -> dict[str, Tensor]:
         """The values that cross the cut and belong to no sample, by where the model has them.
 
-        They are what the weights before the cut gave; a suffix that was split off a model without these weights is
+        They are results of the weights before the cut; a suffix that was split off a model without these weights is
         given them.
 
         Raises:
@@ -114,21 +113,14 @@ class Suffix(nn.Module):
             raise SplitError(f"the suffix at {self.cut} has the constants {sorted(own)}, not {sorted(values)}")
         self._constants = {source: values[str(source)].to(value) for source, value in self._constants.items()}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin(
-        self, state: State, args: Args, inputs: Kwargs
-    ) -> tuple[dict[Source, Tensor], tuple[Args, Kwargs] | None]:
-        values = self.values(state)
-        return values, None if self.fast is None else self.fast.begin(values, args, inputs)
-
     def rename(self, names: Mapping[str, str]) -> None:
-        """Take the tensors of the state under other names: each slot's own name -> the one to come."""
+        """Take the tensors of the state under other names: each slot's present name -> the new one."""
         self.slots = tuple(replace(slot, name=names[slot.name]) for slot in self.slots)
         self.spec = {slot.name: slot.spec for slot in self.slots}
         self._dtypes = {names[name]: dtype for name, dtype in self._dtypes.items()}
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode; what runs before the cut stays in eval mode whatever it is."""
+        """Set training mode; modules that run only before the cut stay in eval mode."""
         super().train(mode)
         self.root.training = mode
         for module in self._recycled:
@@ -141,26 +133,19 @@ class Suffix(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.frozen.move(fn)
-        if self.fast is not None:
-            self.fast.forget()
+        self.replay.forget()
         self._constants = {source: fn(value) for source, value in self._constants.items()}
         self._dtypes = {name: fn(torch.empty(0, dtype=dtype)).dtype for name, dtype in self._dtypes.items()}
         return self
 
 
-def shares(tensor: Tensor, other: Tensor) -> bool:
-    """Tell whether a write into one of the tensors may be seen in the other."""
-    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def output_in_eval(suffix: Suffix, state: State, args: Args, kwargs: Kwargs) -> Any:
+    """Return the output of `suffix` in eval mode, without gradients; the flag of every module is restored."""
+    with torch.no_grad(), eval_mode(suffix), eval_mode(suffix.root):
+        return suffix(state, *args, **kwargs)
 
 
-def _forgive_frozen_counts(suffix: nn.Module, incompatible: Any) -> None:
-    """A frozen batch norm adds its own count to a state dict without version, and is then reported for it."""
-    frozen = set(dict(suffix.named_buffers())) - set(suffix.state_dict())
-    counts = tuple(name for name in frozen if name.endswith("num_batches_tracked"))
-    incompatible.unexpected_keys[:] = [key for key in incompatible.unexpected_keys if not key.endswith(counts)]
-
-
-def trainable_copy(model: nn.Module, plan: Plan) -> tuple[nn.Module, Frozen]:
+def trainable_copy(model: nn.Module, plan: SplitPlan) -> tuple[nn.Module, FrozenParameters]:
     """Return a copy of `model` that holds only what trains after the cut, and its frozen parameters, set aside.
 
     Parameters that train are copied, and so are all buffers; those of modules that only the prefix runs are left out of
@@ -169,10 +154,18 @@ def trainable_copy(model: nn.Module, plan: Plan) -> tuple[nn.Module, Frozen]:
     weights = {name: item for name, item in model.named_parameters() if name in set(plan.frozen.values())}
     memo: dict[int, Any] = {id(item): dummy(item) for item in weights.values()}
     root = copy_of(model, memo)
-    close(root, plan.opaque)
-    frozen = Frozen(root, plan.frozen, {name: weights[name].detach().clone() for name in plan.kept})
-    before = set(plan.before) - plan.after
+    install_fake_forwards(root, plan.fake_forwards)
+    frozen = FrozenParameters(root, plan.frozen, {name: weights[name].detach().clone() for name in plan.kept})
     for path, module in root.named_modules():
-        here = {name for name in module._buffers if path in before or f"{path}.{name}".lstrip(".") in plan.read}
-        module._non_persistent_buffers_set |= here if path not in plan.after else set()
+        if path not in plan.after:
+            called = path in plan.before
+            read = {name for name in module._buffers if called or f"{path}.{name}".lstrip(".") in plan.read}
+            module._non_persistent_buffers_set |= read
     return root, frozen
+
+
+def _forgive_frozen_counts(suffix: nn.Module, incompatible: Any) -> None:
+    """A frozen batch norm adds its own count to a state dict without version, and is then reported for it."""
+    frozen = set(dict(suffix.named_buffers())) - set(suffix.state_dict())
+    counts = tuple(name for name in frozen if name.endswith("num_batches_tracked"))
+    incompatible.unexpected_keys[:] = [key for key in incompatible.unexpected_keys if not key.endswith(counts)]

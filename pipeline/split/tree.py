@@ -2,7 +2,7 @@
 
 A leaf is named by its dotted path: `0` or `1.2` among positional arguments, `hidden_states` or `past.0` among named
 ones, the empty path for a value that is a tensor itself. Containers are mappings (model outputs too), lists, tuples,
-named tuples and dataclasses; anything else is opaque and passes through as the object it is.
+named tuples and dataclasses; any other object is kept as it is.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def as_call(example: Any) -> tuple[Args, Kwargs]:
 
 
 def is_plain(value: Any) -> bool:
-    """Tell whether `value` consists of containers, tensors, numbers, strings and None alone."""
+    """Return whether `value` consists of containers, tensors, numbers, strings and None only."""
     items = _items(value)
     if items is not None:
         return all(is_plain(item) for item in items.values())

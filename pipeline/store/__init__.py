@@ -1,10 +1,22 @@
-"""States on disk: written once in immutable zarr v3 segments, read through memory maps."""
+"""States on disk: written once in immutable zarr v3 segments, read through memory maps.
 
-from pipeline.store.ahead import Ahead
-from pipeline.store.attachments import has_attachment, read_attachment, remove_attachment, write_attachment
-from pipeline.store.codecs import CODECS
-from pipeline.store.describe import describe, readable, tell
-from pipeline.store.format import (
+format/    the format on disk: names, codecs, metadata, keys
+local/     segments on this disk: writing, caching, reading, batches
+remote/    stores in buckets, mirrored on this disk
+store      a folder of segments that share one recipe
+upkeep/    whole stores: describe, verify, compact, collect garbage, remove samples, attachments
+
+Imports go up this list only. Other packages import from here alone: what is imported here is public.
+"""
+
+# ruff: noqa: F401
+# mypy: implicit-reexport
+
+from pipeline.store.format.codecs import CODECS
+from pipeline.store.format.keyset import KeySet, first_rows
+from pipeline.store.format.layout import find_stores, segment_id
+from pipeline.store.format.listing import ListedFile, folder_nbytes
+from pipeline.store.format.names import (
     EXTRA_PREFIX,
     FORMAT,
     INPUT_PREFIX,
@@ -12,71 +24,20 @@ from pipeline.store.format import (
     SHAPE_PREFIX,
     STATE_PREFIX,
     SUFFIX,
-    find_stores,
-    segment_id,
 )
-from pipeline.store.index import Rows
-from pipeline.store.keyset import KeySet, first_rows
-from pipeline.store.listing import Listed
-from pipeline.store.listing import segment_nbytes as folder_nbytes
-from pipeline.store.materialise import Scratch
-from pipeline.store.objects import Bucket, Objects, Patience, check_place
-from pipeline.store.reader import Reader
-from pipeline.store.remote import Remote
-from pipeline.store.resident import Resident
-from pipeline.store.scratch import claim, discard, sweep
-from pipeline.store.scratch import scratch as temporary_folder
-from pipeline.store.store import Store, alone, own_entries, remove
-from pipeline.store.trial import through
-from pipeline.store.upkeep import Upkeep, plan_compact, plan_gc, plan_removal
-from pipeline.store.verify import verify
-from pipeline.store.writer import SegmentInfo
-
-__all__ = [
-    "Bucket",
-    "Objects",
-    "Patience",
-    "Remote",
-    "check_place",
-    "Ahead",
-    "CODECS",
-    "EXTRA_PREFIX",
-    "FORMAT",
-    "INPUT_PREFIX",
-    "PROBE",
-    "SHAPE_PREFIX",
-    "STATE_PREFIX",
-    "SUFFIX",
-    "KeySet",
-    "Listed",
-    "Reader",
-    "Resident",
-    "Rows",
-    "Scratch",
-    "SegmentInfo",
-    "Store",
-    "Upkeep",
-    "alone",
-    "claim",
-    "describe",
-    "discard",
-    "find_stores",
-    "folder_nbytes",
-    "first_rows",
-    "has_attachment",
-    "own_entries",
-    "plan_compact",
-    "plan_gc",
-    "plan_removal",
-    "read_attachment",
-    "readable",
-    "remove",
-    "remove_attachment",
-    "segment_id",
-    "sweep",
-    "tell",
-    "temporary_folder",
-    "through",
-    "verify",
-    "write_attachment",
-]
+from pipeline.store.local.files import own_entries
+from pipeline.store.local.index import Rows
+from pipeline.store.local.read_ahead import ReadAhead
+from pipeline.store.local.reader import Reader
+from pipeline.store.local.resident import Resident
+from pipeline.store.local.segment_cache import SegmentCache
+from pipeline.store.local.stored_tensor import round_trip
+from pipeline.store.local.temporary import discard, exclusive_lock, sweep, temporary_folder
+from pipeline.store.remote.bucket import Bucket, check_url
+from pipeline.store.remote.mirror import Remote
+from pipeline.store.store import Store, exclusive_access, remove_store
+from pipeline.store.upkeep.attachments import has_attachment, read_attachment, remove_attachment, write_attachment
+from pipeline.store.upkeep.describe import describe, format_bytes, format_facts
+from pipeline.store.upkeep.plans import UpkeepPlan, plan_compact, plan_gc, plan_removal
+from pipeline.store.upkeep.rewrite import apply_changes
+from pipeline.store.upkeep.verify import verify

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,29 +12,29 @@ import numpy as np
 
 from pipeline.errors import StaleStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe
-from pipeline.store.codecs import Values, check_storage
-from pipeline.store.format import (
-    FORMAT,
-    RECIPE_FILE,
-    committed_segments,
-    find_stores,
-    is_committed,
-    segment_id,
-)
-from pipeline.store.index import KeyIndex, Rows
-from pipeline.store.listing import segment_nbytes
-from pipeline.store.metadata import read_recipe, read_segment_spec
-from pipeline.store.remote import Remote
-from pipeline.store.rewrite import Change, Progress, apply
-from pipeline.store.scratch import claim, discard, hold, publish_file, scratch, sweep
-from pipeline.store.writer import SegmentInfo, write_segment
+from pipeline.store.format.keyset import check_keys
+from pipeline.store.format.layout import check_tensor_name, committed_segments, segment_id
+from pipeline.store.format.listing import folder_nbytes
+from pipeline.store.format.metadata import SegmentSpec, read_recipe, read_segment_spec
+from pipeline.store.format.names import FORMAT, RECIPE_FILE
+from pipeline.store.format.values import Values, encode, parse_storage
+from pipeline.store.local.files import DISK, StoreFiles, own_entries
+from pipeline.store.local.index import KeyIndex, Rows
+from pipeline.store.local.temporary import discard, exclusive_lock, shared_lock, sweep
+from pipeline.store.local.writer import SegmentInfo, commit
+from pipeline.store.remote.mirror import Remote
 
 
 class Store:
     """The states of one recipe. Any number of processes may write to it and read from it at the same time.
 
-    What other processes commit is seen after `refresh`. Segments are removed or merged under `alone` only, when
-    nobody writes; a store that `create` gave counts as writing for as long as it exists.
+    Segments that other processes commit are seen after `refresh`. Segments are removed or merged under
+    `exclusive_access` only; a store that `create` returned keeps it from other processes for as long as it exists.
+
+    Attributes:
+        path: the store's folder, or its mirror's.
+        remote: the bucket of the store, if it is in one.
+        files: the files of the store, on this disk or in the bucket.
     """
 
     def __init__(self, path: Path, recipe: Recipe, remote: Remote | None = None) -> None:
@@ -42,36 +42,31 @@ class Store:
         self.path = path
         self.recipe = recipe
         self.remote = remote
-        self._is_mirrored = False
+        self.files: StoreFiles = remote or DISK
+        self._is_fresh = False
         self._index: KeyIndex | None = None
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, remote: Remote | None = None) -> Store:
         """Open the store at `path` for writing, and make it if nothing is there; leftovers of killed writers go.
 
-        With `remote`, the store lies there, and `path` is a folder of its mirror.
+        With `remote`, the store is in a bucket, and `path` in its mirror.
 
         Raises:
             StaleStoreError: a store of another recipe is there.
             StoreError: the folder holds something else, or cannot be written, or its segments are being removed.
         """
-        check_storage(recipe.storage)
+        parse_storage(recipe.storage)
         if recipe.format != FORMAT:
             raise StoreError(f"recipe.format is {recipe.format}; this version writes format {FORMAT}")
         try:
             path.mkdir(parents=True, exist_ok=True)
             sweep(path)
-            if remote is not None:
-                remote.create(path, recipe.to_json())
-            elif not (path / RECIPE_FILE).exists():
-                _write_recipe(path, recipe)
+            (remote or DISK).create(path, recipe.to_json())
         except OSError as error:
             raise StoreError(f"{path}: no store can be made here ({error.strerror}); choose another folder") from error
         store = cls.open(path, recipe, remote)
-        try:
-            held = hold(path)
-        except BlockingIOError as error:
-            raise StoreError(f"{path}: {error.strerror}; wait for its end and run again") from error
+        held = shared_lock(path)
         if held is not None:
             weakref.finalize(store, os.close, held)
         return store
@@ -80,15 +75,14 @@ class Store:
     def open(cls, path: Path, expected: Recipe | None = None, remote: Remote | None = None) -> Store:
         """Open the store at `path`, of the recipe `expected` if one is given.
 
-        With `remote`, the store lies there, and `path` is a folder of its mirror.
+        With `remote`, the store is in a bucket, and `path` in its mirror.
 
         Raises:
             StoreError: no store is there, or one of a format that this version does not read.
             StaleStoreError: the recipe differs; the message names the first field that does, and both values.
             CorruptStoreError: `recipe.json` is no recipe.
         """
-        if remote is not None:
-            remote.open(path)
+        (remote or DISK).open(path)
         store = cls(path, read_recipe(path), remote)
         if expected is not None:
             store.check_recipe(expected)
@@ -109,20 +103,20 @@ class Store:
 
     @property
     def where(self) -> str:
-        """What messages call the store: its folder, or where else it lies."""
-        return str(self.path) if self.remote is None else self.remote.where(self.path)
+        """The store's name in messages: its folder, or its URL."""
+        return self.files.where(self.path)
 
     @property
     def is_linked(self) -> bool:
-        """Whether its files on this disk have other names too, as DVC's links to its cache do."""
+        """Whether its files are links, as DVC makes to its cache."""
         recipe = self.path / RECIPE_FILE
         return recipe.is_symlink() or recipe.stat().st_nlink > 1
 
     def segments(self) -> list[str]:
         """Return the ids of all committed segments, sorted."""
-        if self.remote is not None and not self._is_mirrored:
-            self.remote.refresh(self.path)
-            self._is_mirrored = True
+        if not self._is_fresh:
+            self.files.refresh(self.path)
+            self._is_fresh = True
         return committed_segments(self.path)
 
     def keys(self) -> np.ndarray:
@@ -131,15 +125,14 @@ class Store:
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Return (n,) bool: which of `keys` (n, 16) uint8 are not stored."""
-        return self._open_index().missing(keys)
+        return ~self._open_index().contains(keys)
 
     def holds(self, unit_keys: np.ndarray) -> bool:
-        """Say whether just the samples `unit_keys` (n, 16) uint8, in this order, are a committed segment."""
-        segment = self.path / segment_id(unit_keys)
-        return is_committed(segment) or (self.remote is not None and self.remote.adopt(segment))
+        """Return whether exactly the samples `unit_keys` (n, 16) uint8, in this order, are a committed segment."""
+        return self.files.holds(self.path / segment_id(unit_keys))
 
     def rows(self, keys: np.ndarray) -> Rows:
-        """Return where the samples `keys` (n, 16) uint8 lie, in their order.
+        """Return the places of the samples `keys` (n, 16) uint8, in their order.
 
         Raises:
             MissingKeysError: some were never encoded; the message names up to five.
@@ -148,18 +141,18 @@ class Store:
 
     def set_aside(self) -> np.ndarray:
         """Return the keys (m, 16) uint8 of the samples that were found bad in a unit that is committed."""
-        # Of the segments that `missing` knows: a unit that is committed meanwhile must count in both or in neither.
+        # Of the segments that `missing` knows, so that a unit that is committed meanwhile counts in both or in neither.
         known = self._open_index().segments
         keys = [key for segment in known for key in read_segment_spec(self.path / segment).set_aside]
         return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, KEY_BYTES)
 
     def nbytes(self) -> int:
         """Return the size of all committed segments in bytes, as files."""
-        return sum(segment_nbytes(self.path / segment) for segment in self.segments())
+        return sum(folder_nbytes(self.path / segment) for segment in self.segments())
 
     def refresh(self) -> None:
-        """Look again for segments; places that `rows` gave before stay valid."""
-        self._index, self._is_mirrored = None, False
+        """Forget the list of segments; places that `rows` returned before stay valid."""
+        self._index, self._is_fresh = None, False
 
     def write_segment(
         self, unit_keys: np.ndarray, tensors: Mapping[str, Values], set_aside: np.ndarray | None = None
@@ -167,60 +160,49 @@ class Store:
         """Commit one unit: its keys (n, 16) uint8 and its tensors by name (`state.NAME`, `input.NAME`, ...).
 
         A tensor is one array (n, ...), or a sequence of n arrays whose shapes may differ in one axis. `shape.NAME`
-        (n, axes) stands for a floating-point input of which the suffix needs the shape alone; `extra.NAME` is what the
-        task, and not the suffix, needs to know of a sample's inputs. Floating-point values
-        are stored in the recipe's dtype, or in a wider one where this unit's values need its range; int64 is
-        stored as int32 where it fits. A unit that is there already is left alone, whatever its tensors. `set_aside`
-        (m, 16) uint8 are the keys of bad samples of the unit, which a later plan must not count as waiting.
+        (n, axes) is the shape of a floating-point input whose values the suffix does not need; `extra.NAME` is what
+        the task, and not the suffix, needs of a sample's inputs. Floating-point values are stored in the recipe's
+        dtype, or in a wider one where this unit's values need its range; int64 is stored as int32 where it fits. A unit
+        that is there already is left as it is, whatever its tensors. `set_aside` (m, 16) uint8 are the keys of bad
+        samples of the unit, which a later plan must not count as waiting.
 
         Raises:
             StoreError: keys, names, shapes or dtypes cannot be stored, or the disk refuses; nothing is committed then.
         """
-        info = write_segment(self.path, unit_keys, tensors, self.recipe, set_aside, self.remote)
+        check_keys(unit_keys)
+        if not len(unit_keys):
+            raise StoreError("keys are an empty array; give at least one sample")
+        for name in tensors:
+            check_tensor_name(name)
+        bad = [] if set_aside is None else [key.tobytes().hex() for key in set_aside]
+        spec = SegmentSpec.new(self.recipe, len(unit_keys), sorted(tensors), bad)
+        encoded = (encode(name, tensors[name], len(unit_keys), self.recipe.storage) for name in spec.tensors)
+        info = commit(self.path, unit_keys, spec, encoded, self.recipe.storage, self.files)
         self._index = None
         return info
 
-    def apply(self, changes: Sequence[Change], progress: Progress = iter) -> list[str]:
-        """Carry out what `pipeline.store.upkeep` planned under this `alone`, and remove what dead writers left.
-
-        Returns the faults, one line each, of segments that could not be changed because their bytes are not those that
-        were written; they are left as they are.
-
-        Raises:
-            StoreError: the disk refuses; what was not changed yet is as it was. Or the store lies elsewhere.
-        """
-        if self.remote is not None:
-            raise StoreError(
-                f"{self.where}: segments of a store that lies elsewhere are not removed or merged; "
-                "do it on a copy on disk, and put that there"
-            )
-        faults = apply(self.path, self.recipe, changes, progress)
-        sweep(self.path)
-        self.refresh()
-        return faults
-
     def _open_index(self) -> KeyIndex:
-        index = self._index  # a thread that writes may forget it meanwhile
+        index = self._index  # another thread may write, and forget it, meanwhile
         if index is None:
             index = self._index = KeyIndex(self.path, self.segments())
         return index
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Keep other processes from writing to the store at `path`, and from changing it in any other way, meanwhile.
+def exclusive_access(path: Path) -> Iterator[None]:
+    """Keep other processes from writing to the store at `path`, and from changing it in any other way.
 
     Raises:
-        StoreError: somebody writes to it, or changes it.
+        StoreError: another process writes to it, or changes it.
     """
-    with claim(path) as is_alone:
-        if not is_alone:
+    with exclusive_lock(path) as is_exclusive:
+        if not is_exclusive:
             raise StoreError(f"{path}: somebody is writing to this store; wait for its end and run again")
         yield
 
 
-def remove(path: Path) -> None:
-    """Remove the store at `path`; further stores in its folder stay. After a kill what is left of it is a store."""
+def remove_store(path: Path) -> None:
+    """Remove the store at `path`, and no further store in its folder. A kill leaves a smaller store."""
     own = own_entries(path)
     if len(own) == len(list(path.iterdir())):
         discard(path)
@@ -230,18 +212,3 @@ def remove(path: Path) -> None:
             discard(entry)
         else:
             entry.unlink()
-
-
-def own_entries(path: Path) -> list[Path]:
-    """Return what lies in the folder `path` and neither is nor holds a store: all that is of a store there."""
-    return [entry for entry in sorted(path.iterdir()) if not find_stores(entry)]
-
-
-def _write_recipe(path: Path, recipe: Recipe) -> None:
-    others = [entry.name for entry in own_entries(path) if not entry.name.startswith(".")]
-    if others:
-        raise StoreError(f"{path} holds {others[0]!r} and no {RECIPE_FILE}; choose an empty folder for the store")
-    with scratch(path) as temporary:
-        draft = temporary / RECIPE_FILE
-        draft.write_text(recipe.to_json(), encoding="utf-8")
-        publish_file(draft, path / RECIPE_FILE)

@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.errors import ConfigError, StoreError
 from pipeline.files import write_whole
 from pipeline.keys import digest
-from pipeline.store import Listed
+from pipeline.store import ListedFile
 from pipeline.tracked.files import Files, files_of, object_path
 
 SCHEME = "dvc://"
@@ -64,11 +64,11 @@ class Tracked:
         self.url, self.digest = place.url, digest(dict(found))
         self._remote, self._files, self._found, self._sizes = remote, files, found, sizes
 
-    def list(self, below: str) -> Iterator[tuple[str, Listed]]:
+    def list(self, below: str) -> Iterator[tuple[str, ListedFile]]:
         """Yield the files below the folder `below`, by their whole paths; raises StoreError if one was never pushed."""
         inside = {path: md5 for path, md5 in self._found.items() if path.startswith(f"{below}/" if below else "")}
         sizes = self._sizes_of(inside)
-        return iter([(path, Listed(sizes[md5], md5)) for path, md5 in inside.items()])
+        return iter([(path, ListedFile(sizes[md5], md5)) for path, md5 in inside.items()])
 
     def read(self, path: str) -> bytes:
         """Return a small file, whole; raises FileNotFoundError where there is none."""

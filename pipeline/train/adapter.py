@@ -1,9 +1,8 @@
-"""Adapters: small trainable layers beside frozen pretrained ones, after the cut alone, and plain weights in the end.
+"""Adapters: small trainable layers beside frozen pretrained ones after the cut, merged into plain weights at the end.
 
-`peft` makes them. They are put into a twin of the full model, which is then split where the model was: the suffix holds
-them like any other layer, while the prefix, the recipe and the store know nothing of them. What a run keeps is
-`merged`: every adapter added to the weight it adapts, under the full model's own names. Nothing after training needs
-to know of adapters either.
+`peft` builds them in a copy of the full model, which is then split at the same cut: the suffix contains them like any
+other layer; prefix, recipe and store are unaffected. A run keeps `merged` weights: every adapter added to the weight it
+adapts, under the names of the full model, so that nothing after training depends on adapters.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from pipeline.config import Section
 from pipeline.errors import ConfigError, TrainError
 from pipeline.split import Prefix, State, Suffix, split
-from pipeline.split.check import output_in_eval
-from pipeline.split.layout import difference
+from pipeline.split.comparison import difference
+from pipeline.split.suffix import output_in_eval
 from pipeline.split.tree import tensors
 
 log = logging.getLogger("recycle")
 
 NAME = "default"
-"""What peft calls the one adapter of a layer."""
+"""Name that peft gives the adapter of a layer."""
 MERGED_TOLERANCE = 1e-3
-"""Largest difference between adapted and merged outputs on drawn adapters, relative to the largest output. Rounding
-through many layers stays far below; a weight that the model also reads otherwise than by calling its layer does not."""
+"""Largest relative difference between adapted and merged outputs on random adapters. Rounding through many layers stays
+far below it; a weight that the model also uses without calling its layer exceeds it."""
 
 
 class AdapterConfig(Section):
@@ -84,9 +83,9 @@ def adapt(
     fresh: frozenset[str],
     seed: int,
 ) -> Suffix:
-    """Return a suffix for the states of `prefix` in which adapters and fresh parameters train, all else is frozen.
+    """Return a suffix for the states of `prefix` with trainable adapters and new parameters; everything else is frozen.
 
-    It computes what `suffix` does until it is trained.
+    Before training, it computes the same as `suffix`.
 
     Args:
         model: the full model, left unchanged; `prefix` and `suffix` are its split.
@@ -96,7 +95,7 @@ def adapt(
 
     Raises:
         ConfigError: `config.targets` names a layer that cannot be adapted.
-        TrainError: no layer after the cut can be adapted, or a merged adapter would not do what it did unmerged.
+        TrainError: no layer after the cut can be adapted, or merging would change the outputs.
     """
     state = prefix(**example)
     targets = _targets(suffix, _called(suffix, state, example), config, fresh)
@@ -120,7 +119,7 @@ def adapt(
 
 
 def merged(suffix: Suffix) -> dict[str, Tensor]:
-    """Return the state dict of `suffix` with its adapters added to what they adapt, as the plain suffix names it."""
+    """Return the state dict of `suffix` with its adapters merged, under the names of the plain suffix."""
     weights: dict[str, Tensor] = suffix.state_dict()
     for path, layer in _adapters(suffix).items():
         inside = [name for name in weights if name.startswith(f"{path}.")]
@@ -141,17 +140,16 @@ def _adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def _kinds(config: AdapterConfig) -> tuple[type[nn.Module], ...]:
-    """The layers that the method can adapt and merge."""
+    """Return the layer types that the method can adapt and merge."""
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415
 
     return {"lora": (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D), "peanut": (nn.Linear,)}[config.kind]
 
 
 def _can_adapt(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Tell whether peft can adapt `module` and merge the adapter again.
+    """Return whether peft can adapt `module` and merge the adapter.
 
-    It cannot where a subclass has a `forward` of its own, nor merge into grouped convolutions, and its own convolutions
-    know neither dilation nor other padding than zeros.
+    It cannot for subclasses with their own `forward`, grouped convolutions, dilation, and padding other than zeros.
     """
     plain = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
     if plain and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -160,7 +158,7 @@ def _can_adapt(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 
 
 def _called(suffix: Suffix, state: State, example: dict[str, Tensor]) -> set[str]:
-    """Return the modules that are called in a run of the suffix; the weights of others are read in other ways."""
+    """Return the modules that a run of the suffix calls; the weights of others are used in other ways."""
     called: set[str] = set()
     hooks = [
         module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
@@ -173,9 +171,9 @@ def _called(suffix: Suffix, state: State, example: dict[str, Tensor]) -> set[str
 
 
 def _targets(suffix: Suffix, called: set[str], config: AdapterConfig, fresh: frozenset[str]) -> list[str]:
-    """Return the paths of the layers to adapt: called, pretrained, with a weight that trains and that no other has.
+    """Return the paths of the layers to adapt: called, pretrained, with a trainable weight that is not shared.
 
-    There may be none where nothing but normalisation and fresh layers comes after the cut.
+    There may be none if only normalisation and new layers follow the cut.
     """
     held = Counter(id(item) for _, item in suffix.named_parameters(remove_duplicate=False))
     unshared = {name for name, item in suffix.named_parameters() if held[id(item)] == 1}
@@ -232,7 +230,7 @@ def _inject(twin: nn.Module, targets: list[str], config: AdapterConfig, seed: in
 
 
 def _name_state(adapted: Suffix, suffix: Suffix) -> None:
-    """Give the state of `adapted` the names that it has in the store: peft calls a layer's argument otherwise."""
+    """Rename the state of `adapted` as in the store: peft renames the argument of a layer."""
     ours, theirs = ({(slot.source, slot.spec): slot.name for slot in half.slots} for half in (suffix, adapted))
     if ours.keys() != theirs.keys():
         raise TrainError(
@@ -243,7 +241,7 @@ def _name_state(adapted: Suffix, suffix: Suffix) -> None:
 
 
 def _keep_statistics(twin: nn.Module, fresh: frozenset[str]) -> None:
-    """Keep pretrained batch normalisation in eval mode, whatever the mode of the model."""
+    """Keep pretrained batch normalisation in eval mode in every mode of the model."""
     for path, module in twin.named_modules():
         own = {f"{path}.{name}" for name in module._parameters}
         if isinstance(module, _NormBase) and module.running_mean is not None and not own & fresh:
@@ -258,7 +256,7 @@ def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _prove(adapted: Suffix, plain: Suffix, state: State, example: dict[str, Tensor], config: AdapterConfig) -> None:
-    """Draw adapters and compare the adapted suffix with the plain one that holds them merged."""
+    """Compare the suffix with random adapters with the plain suffix into which they are merged."""
     weights = [item for layer in _adapters(adapted).values() for item in layer.parameters() if item.requires_grad]
     before = [item.detach().clone() for item in weights]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

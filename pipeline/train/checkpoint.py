@@ -1,4 +1,4 @@
-"""What a killed training run goes on from: written after every epoch, whole or not at all."""
+"""Checkpoints: the state of a training run, written atomically after every epoch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import TrainError
-from pipeline.store import claim
+from pipeline.store import exclusive_lock
 from pipeline.train import processes
 
 
 @dataclass
 class Progress:
-    """Where a run stands; written after every epoch, beside what accelerate saves."""
+    """Progress of a run, saved after every epoch beside accelerate's state."""
 
     epoch: int = 0
     best: float = float("nan")
@@ -34,9 +34,9 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def take(self, row: dict[str, float], value: float, *, higher: bool = True) -> bool:
-        """Add an epoch's figures; tell whether `value` is the best so far: the highest, or else the lowest.
+        """Add the figures of an epoch; return whether `value` is the best so far (the lowest unless `higher`).
 
-        Until there is a number, every epoch is: without validation samples, a run ends with its last one.
+        While the best is NaN, every epoch is: without validation samples, a run ends with its last epoch.
         """
         self.epoch += 1
         self.history.append(row)
@@ -46,23 +46,23 @@ class Progress:
         return better
 
     def exhausted(self, epochs: int, patience: int | None) -> bool:
-        """Tell whether training is over: all `epochs` are done, or the last `patience` brought nothing better."""
+        """Return whether training is over: all `epochs` are done, or the last `patience` did not improve."""
         waited = self.epoch - self.best_epoch
         return self.epoch >= epochs or (patience is not None and waited >= patience)
 
 
 @contextmanager
 def exclusive(checkpoint: Path) -> Iterator[Path]:
-    """Give the folder of a run's checkpoints to this run alone; of several processes the main one has it for all.
+    """Lock the checkpoint folder of a run; of several processes, the main one holds the lock.
 
     Raises:
-        TrainError: somebody else trains this very run.
+        TrainError: another process trains the same run.
     """
     if processes.rank() > 0:
         yield checkpoint
         return
     checkpoint.mkdir(parents=True, exist_ok=True)
-    with claim(checkpoint) as is_ours:
+    with exclusive_lock(checkpoint) as is_ours:
         if not is_ours:
             raise TrainError(
                 f"{checkpoint} is in use: another process trains a run with these settings; wait for its end, or "
@@ -72,7 +72,7 @@ def exclusive(checkpoint: Path) -> Iterator[Path]:
 
 
 def resume(accelerator: Accelerator, checkpoint: Path) -> Progress:
-    """Load what a killed run of this folder left, if anything; the number of processes may have changed."""
+    """Load the latest checkpoint, if there is one; the number of processes may have changed."""
     accelerator.register_save_state_pre_hook(partial(_save_plain, accelerator))
     accelerator.register_load_state_pre_hook(partial(_load_plain, accelerator))
     latest = next((folder for name in ("latest", "previous") if (folder := checkpoint / name).exists()), None)
@@ -85,9 +85,9 @@ def resume(accelerator: Accelerator, checkpoint: Path) -> Progress:
 def save(
     accelerator: Accelerator, weights: Mapping[str, Tensor], checkpoint: Path, progress: Progress, *, better: bool
 ) -> None:
-    """Commit the epoch: everything is written beside, the folder `latest` is swapped by renames, last.
+    """Commit an epoch: everything is written to a temporary folder, which then replaces `latest` by renames.
 
-    `weights` are those that the run would end with after this epoch, given by the main process. Every process adds the
+    `weights`, given by the main process, are those that the run would keep after this epoch. Every process adds the
     state of its random numbers.
     """
     beside, latest, previous = (checkpoint / name for name in ("beside", "latest", "previous"))
@@ -114,7 +114,7 @@ def save(
 
 
 def _save_plain(accelerator: Accelerator, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
-    """Save models under their own names, without what they are wrapped in where there are several processes."""
+    """Save models under their own names, without the wrapper for several processes."""
     weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
 
 

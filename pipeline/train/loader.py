@@ -15,7 +15,17 @@ from torch import Tensor
 
 from pipeline.errors import TrainError
 from pipeline.split import State
-from pipeline.store import EXTRA_PREFIX, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Ahead, Reader, Resident, Rows, Store
+from pipeline.store import (
+    EXTRA_PREFIX,
+    INPUT_PREFIX,
+    SHAPE_PREFIX,
+    STATE_PREFIX,
+    ReadAhead,
+    Reader,
+    Resident,
+    Rows,
+    Store,
+)
 from pipeline.tasks import IGNORED, Prepared, Ragged
 from pipeline.train.order import shares
 
@@ -198,7 +208,7 @@ class Loader:
         names, segment_of_row = self._places.segments, self._places.segment[self._place_of_row]
         own = (self._share(self._place_of_row, rows)[0] for rows in self._epoch)
         needed = [[names[number] for number in np.unique(segment_of_row[rows])] for rows in own]
-        with Ahead(self.source, needed, self._read_ahead, unread=self._prefetch) as ahead:
+        with ReadAhead(self.source, needed, self._read_ahead, unread=self._prefetch) as ahead:
             for number, rows in enumerate(self._epoch):
                 ahead.wait(number)
                 yield rows

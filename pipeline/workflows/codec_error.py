@@ -21,7 +21,7 @@ from pipeline.project.model import LoadedModel, pick_device
 from pipeline.project.towers import Tower, load_weights, open_tower
 from pipeline.runs.record import WEIGHTS
 from pipeline.split import Suffix
-from pipeline.store import CODECS, STATE_PREFIX, Reader, Rows, readable, through
+from pipeline.store import CODECS, STATE_PREFIX, Reader, Rows, format_bytes, round_trip
 from pipeline.tasks import read_tensor
 from pipeline.train.loader import Loader, StoredRows
 
@@ -108,7 +108,7 @@ def measure(project: Project, name: str, count: int, tower: str | None = None) -
     for storage in _storages(project.storage):
         tried, nbytes = dict[str, list[Tensor]](), 0
         for tensor, own in stored.items():
-            tried[tensor], size = through(tensor, own, storage)
+            tried[tensor], size = round_trip(tensor, own, storage)
             nbytes += size
         largest, mean = _compare_states(stored, tried)
         deviations.append(
@@ -119,10 +119,10 @@ def measure(project: Project, name: str, count: int, tower: str | None = None) -
 
 def table(report: CodecReport) -> str:
     """Return the report as text."""
-    dtype = report.storage.partition(":")[2]
+    codec, _, dtype = report.storage.partition(":")
     lost = {"float32": "those the prefix gave"}.get(dtype, f"already rounded to {dtype}")
-    if report.storage.startswith("int8"):
-        lost = "already rounded to int8"
+    if not CODECS[codec].is_lossless:
+        lost = f"already rounded to {codec}"
     weights = "a finished run" if report.is_trained else "pretrained layers and an untrained head: train first for more"
     changed = {"embedding": "neighbour changed", "span": "place changed"}.get(report.kind, "class changed")
     lines = [
@@ -134,8 +134,8 @@ def table(report: CodecReport) -> str:
     for one in report.deviations:
         mark = "*" if one.storage == report.storage else " "
         lines.append(
-            f"{mark} {one.storage:<20}{readable(one.bytes):>10}  {one.state_largest:>14.1e}{one.state_mean:>10.1e}  "
-            f"{one.output_largest:>15.1e}{one.output_mean:>10.1e}  {one.changed:.1%}"
+            f"{mark} {one.storage:<20}{format_bytes(one.bytes):>10}  {one.state_largest:>14.1e}"
+            f"{one.state_mean:>10.1e}  {one.output_largest:>15.1e}{one.output_mean:>10.1e}  {one.changed:.1%}"
         )
     lines.append(
         "* the store's. Of states, relative to the largest and the mean magnitude; of outputs, absolute and relative"

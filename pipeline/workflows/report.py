@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from pipeline.files import write_whole
 from pipeline.project import Project
 from pipeline.report.costs import read_costs
 from pipeline.report.summary import ResultRow, curves, plot, summarise
@@ -20,7 +21,7 @@ def report_project(project: Project) -> Sequence[ResultRow]:
     """
     costs, finished = read_costs(project), current_runs(project)
     rows = summarise(finished, costs)
-    (project.results / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    write_whole(project.results / "summary.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     curves(finished, costs).to_csv(project.results / "curves.csv", index=False)
     plot(finished, costs, project.results / "runs.png")
     return rows

@@ -1,13 +1,15 @@
-"""Maintenance of a project's stores: find them, compare them with the sample tables, remove samples."""
+"""Maintenance of stores, the verbs of `recycle store`: describe, verify, collect garbage, compact, remove samples."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,176 @@ from pipeline.encode import quarantine
 from pipeline.errors import ConfigError, DataError, StoreError
 from pipeline.keys import KEY_BYTES
 from pipeline.project import UNPACKED, Project
-from pipeline.store import KeySet, Store, find_stores
+from pipeline.project.stores import open_store, stores_of, unnamed_stores, wanted_keys
+from pipeline.store import (
+    KeySet,
+    Store,
+    UpkeepPlan,
+    apply_changes,
+    describe,
+    exclusive_access,
+    find_stores,
+    folder_nbytes,
+    format_bytes,
+    format_facts,
+    own_entries,
+    plan_compact,
+    plan_gc,
+    plan_removal,
+    remove_store,
+    sweep,
+    verify,
+)
+
+
+@dataclass(frozen=True)
+class Dialog:
+    """The user of a command: where lines are printed, and who confirms a plan.
+
+    Attributes:
+        confirm: returns whether to carry out the plan that was printed.
+        progress: wraps items in a progress bar, given a label and the name of an item.
+        changes: whether the command may change anything; False for a dry run.
+    """
+
+    say: Callable[[str], None]
+    confirm: Callable[[], bool]
+    progress: Callable[[str, str], Callable[[Sequence[Any]], Iterable[Any]]]
+    changes: bool = True
+
+
+def describe_store(project: Project, store: Store) -> Iterator[str]:
+    """Yield lines on the contents of `store`, the samples it lacks, and what compact or gc would change."""
+    yield from format_facts(describe(store))
+    if store.remote is None:
+        compact = plan_compact(store.path, store.recipe, project.encode.segment_samples)
+        if compact.changes:
+            yield f"  compact: {_replaced(compact)}"
+    if not project.samples.exists():
+        return
+    lacking = store.missing(wanted_keys(project, store.path))
+    yield f"  of {project.samples} it has {(~lacking).sum():,} of {len(lacking):,} samples"
+    if store.remote is not None:
+        return
+    used = used_by(project.samples, [])
+    garbage = plan_gc(store.path, used.keys, used.written, rewrite=True)
+    if garbage.changes:
+        yield f"  gc --rewrite: frees {_freed(garbage)}"
+
+
+def verify_stores(project: Project, named: Sequence[Path | str], dialog: Dialog) -> list[str]:
+    """Compare every byte of the `named` stores, or of all, with its checksum; return the faults, one line each."""
+    faults = []
+    for place in named or stores_of(project):
+        try:
+            store = open_store(project, place, named=bool(named))
+            faults += verify(store, dialog.progress(f"verify {store.where}", "segment"))
+        except StoreError as error:
+            faults.append(str(error))
+    return faults
+
+
+def collect_garbage(
+    project: Project, paths: Sequence[Path], keep: Sequence[Path], dialog: Dialog, *, rewrite: bool, cuts: bool
+) -> list[str]:
+    """Remove segments of the stores `paths` that no sample table refers to; return faults as `carry_out`.
+
+    Args:
+        keep: further sample tables whose samples stay.
+        rewrite: also remove unused samples from segments that have others.
+        cuts: also remove stores that the settings do not name.
+    """
+    used = used_by(project.samples, keep)
+    removed = unnamed_stores(project) if cuts else []
+    if cuts and dialog.changes:
+        for folder in {project.activations, *(path.parent for path in removed)}:
+            sweep(folder)
+    faults = carry_out(
+        paths,
+        lambda store: plan_gc(store.path, used.keys, used.written, rewrite=rewrite),
+        dialog,
+        removed=removed,
+    )
+    return faults or []
+
+
+def remove_samples(project: Project, keys: Sequence[str], sources: Sequence[str], dialog: Dialog) -> list[str]:
+    """Remove samples, given by key in hex or by source, from all stores, the sample table and the quarantine.
+
+    Returns faults as `carry_out`.
+    """
+    table = SampleTable.read(project.samples)
+    unwanted = find_samples(table, keys, sources)
+    smaller = without(table, unwanted)
+    dialog.say(f"{project.samples}: {len(table) - len(smaller):,} of {len(table):,} rows go")
+    faults = carry_out(
+        find_stores(project.activations),
+        lambda store: plan_removal(store.path, unwanted),
+        dialog,
+        also=len(smaller) < len(table),
+    )
+    if faults == []:
+        rewrite_table(smaller, project.samples)
+        forget(project, unwanted)
+        dialog.say(
+            "Remove these samples from the data set too, or the next encode brings them back. What DVC keeps of "
+            "earlier versions goes with `dvc commit` and then `dvc gc --workspace`, of a remote with --cloud."
+        )
+    return faults or []
+
+
+def carry_out(
+    paths: Sequence[Path],
+    plan: Callable[[Store], UpkeepPlan],
+    dialog: Dialog,
+    *,
+    removed: Sequence[Path] = (),
+    also: bool = False,
+) -> list[str] | None:
+    """Print the `plan` of each store, ask, and carry it out while nobody else writes.
+
+    `removed` are stores to remove as a whole; `also` says that there is something else to do. Returns the faults, one
+    line each; None where nothing was done.
+    """
+    with ExitStack() as locks:
+        stores = [Store.open(path) for path in paths]
+        for path in [*paths, *removed] if dialog.changes else []:
+            locks.enter_context(exclusive_access(path))
+        plans = [plan(store) for store in stores]
+        for store, upkeep in zip(stores, plans, strict=True):
+            for line in _announcement(upkeep):
+                dialog.say(f"{store.path}: {line}")
+        for path in removed:
+            nbytes = sum(map(folder_nbytes, own_entries(path)))
+            dialog.say(f"{path}: of no cut, view or tower of the settings; all of it goes, {format_bytes(nbytes)}")
+        if not removed and not also and not any(upkeep.changes or upkeep.leftovers for upkeep in plans):
+            dialog.say("nothing to do")
+            return None
+        if not (dialog.changes and dialog.confirm()):
+            return None
+        faults = []
+        for store, upkeep in zip(stores, plans, strict=True):
+            faults += apply_changes(store, upkeep.changes, dialog.progress(str(store.path), "change"))
+        for path in reversed(removed):  # stores of views before the store that contains them
+            remove_store(path)
+    return faults
+
+
+def _announcement(upkeep: UpkeepPlan) -> Iterator[str]:
+    if upkeep.changes:
+        yield f"{_replaced(upkeep)}; this frees {_freed(upkeep)}"
+    if upkeep.leftovers:
+        yield f"{upkeep.leftovers:,} temporary folders of killed writers go"
+    yield from upkeep.left
+
+
+def _replaced(upkeep: UpkeepPlan) -> str:
+    new = f", {upkeep.new_segments:,} come in their place" if upkeep.new_segments else ""
+    return f"{upkeep.segments:,} segments go{new}"
+
+
+def _freed(upkeep: UpkeepPlan) -> str:
+    return f"{upkeep.samples:,} samples and about {format_bytes(upkeep.bytes)}"
 
 
 @dataclass(frozen=True)
@@ -30,70 +201,6 @@ class Used:
 
     keys: KeySet
     written: float
-
-
-def open_store(project: Project, place: Path | str, *, named: bool) -> Store:
-    """Open the store at a folder or a URL that the user `named`, or in a folder that `stores_of` gave.
-
-    Raises:
-        ConfigError: the URL cannot be used.
-        StoreError: it cannot be opened.
-    """
-    if isinstance(place, str):
-        remote = project.remote_at(place)
-        return Store.open(remote.mirror, remote=remote)
-    return Store.open(place, remote=None if named else project.remote)
-
-
-def local_stores(project: Project, named: Sequence[Path | str], verb: str) -> list[Path]:
-    """Return the folders of the local stores to change: the named ones, or those of all cuts, views and towers.
-
-    Raises:
-        ConfigError: there is none yet.
-        StoreError: one of them is remote.
-    """
-    remote_stores = [place for place in named if isinstance(place, str)]
-    if remote_stores or (project.remote is not None and not named):
-        raise StoreError(
-            f"{remote_stores[0] if remote_stores else project.encode.store}: recycle store {verb} changes only local "
-            "stores; recycle store info and verify also read remote ones"
-        )
-    return [Path(place) for place in named or stores_of(project)]
-
-
-def stores_of(project: Project) -> list[Path]:
-    """Return the folders of the stores of all cuts, views and towers of params.yaml; of remote stores, their mirrors.
-
-    Raises:
-        ConfigError: there is none yet.
-    """
-    remote = project.remote
-    found = [path for path in _named(project) if (remote.find(path) if remote else path in find_stores(path))]
-    if not found:
-        place = project.encode.store or project.activations
-        raise ConfigError(f"{place} holds no store of encode.cuts; encode first, or name a folder")
-    return found
-
-
-def unnamed_stores(project: Project) -> list[Path]:
-    """Return the folders of stores of cuts, views and towers that params.yaml does not name."""
-    return [path for path in find_stores(project.activations) if path not in _named(project)]
-
-
-def _named(project: Project) -> dict[Path, str | None]:
-    """Return the folders of the stores that params.yaml names, with their towers."""
-    return {
-        part.store_path(cut, view): part.tower
-        for part in project.parts
-        for cut in part.encode.cuts
-        for view in part.views
-    }
-
-
-def wanted_keys(project: Project, store: Path) -> np.ndarray:
-    """Return the keys (n, 16) uint8 of the samples that belong in the store; a tower has those of its role."""
-    table, tower = SampleTable.read(project.samples), _named(project).get(store)
-    return table.keys if tower is None else table.keys[table.targets["role"] == tower]
 
 
 def used_by(table: Path, others: Sequence[Path]) -> Used:
@@ -149,7 +256,7 @@ def without(table: SampleTable, keys: np.ndarray) -> SampleTable:
     return table.of(np.flatnonzero(kept))
 
 
-def rewrite(table: SampleTable, path: Path) -> None:
+def rewrite_table(table: SampleTable, path: Path) -> None:
     """Write `table` to `path` with the times of the file it replaces: segments committed since stay protected."""
     before = path.stat()
     table.write(path)

@@ -26,15 +26,24 @@ from numcodecs import blosc
 
 from pipeline.errors import RecyclingError
 from pipeline.keys import digest
-from pipeline.store import Reader, Resident, Rows, Store, segment_id, verify
-from pipeline.store.format import ArraySpec
-from pipeline.store.materialise import Scratch
-from pipeline.store.metadata import read_array_spec
-from pipeline.store.store import alone
-from pipeline.store.upkeep import plan_removal
+from pipeline.store import (
+    CODECS,
+    Reader,
+    Resident,
+    Rows,
+    SegmentCache,
+    Store,
+    apply_changes,
+    exclusive_access,
+    plan_removal,
+    segment_id,
+    verify,
+)
+from pipeline.store.format.layout import ArraySpec
+from pipeline.store.format.metadata import read_array_spec
 
 GOLDEN = Path(__file__).parents[1] / "golden/stores"
-CODECS = ("raw", "zstd", "int8", "int8-channel")
+GOLDEN_CODECS = ("raw", "zstd", "int8", "int8-channel")
 MEMORY = 1 << 30
 """Bytes that opening a small hostile store may take."""
 SCRATCH = 1 << 28
@@ -257,8 +266,8 @@ def lie(draw: random.Random, victim: Victim) -> None:
         pairs = [(d, s) for d, ways in STORED.items() for s in ways]
         dtype, stored = draw.choice(pairs)
     axis = draw.choice([old.axis] * 4 + [None, 0, 1])
-    layout = draw.choice([old.layout] * 4 + ["raw", "zstd"])
-    forge(draw, victim, name, ArraySpec(tuple(shape), dtype, stored, axis, layout))
+    codec = draw.choice([old.codec] * 4 + [CODECS["raw"], CODECS["zstd"]])
+    forge(draw, victim, name, ArraySpec(tuple(shape), dtype, stored, axis, codec))
 
 
 STORED = {
@@ -276,8 +285,8 @@ def forge(draw: random.Random, victim: Victim, name: str, spec: ArraySpec) -> No
     victim.write(f"SEGMENT/{name}/zarr.json", json.dumps(metadata).encode())
     for chunk in spec.chunk_files[:3] if spec.nbytes < 1 << 62 and spec.chunks < 1000 else []:
         path = f"SEGMENT/{name}/{chunk}"
-        size = spec.nbytes if spec.layout == "raw" else spec.chunk_nbytes
-        if spec.layout == "zstd":
+        size = spec.nbytes if spec.codec.is_mappable else spec.chunk_nbytes
+        if not spec.codec.is_mappable:
             plain = draw.randbytes(size) if size < 1 << 12 else bytes(min(size, 1 << 20))
             packed = bytearray(blosc.compress(plain, b"zstd", 3, blosc.BITSHUFFLE))
             if size != len(plain) and size < 1 << 32:
@@ -423,15 +432,15 @@ def use_reader(root: Path, scratch: Path, truth: Truth) -> str:
 
 def use_scratch(root: Path, scratch: Path, truth: Truth) -> str:
     store = Store.open(root)
-    return truth.compare(Reader(root, scratch=Scratch(scratch, SCRATCH)).gather(truth.rows(store)))
+    return truth.compare(Reader(root, cache=SegmentCache(scratch, SCRATCH)).gather(truth.rows(store)))
 
 
 def use_upkeep(root: Path, scratch: Path, truth: Truth) -> str:
     """Take the first sample out: the one verb that reads a segment to write another."""
     store = Store.open(root)
-    with alone(root):
+    with exclusive_access(root):
         plan = plan_removal(root, store.keys()[:1])
-        return "refused" if store.apply(plan.changes) else "changed"
+        return "refused" if apply_changes(store, plan.changes) else "changed"
 
 
 def use_resident(root: Path, scratch: Path, truth: Truth) -> str:

@@ -17,8 +17,7 @@ import pytest
 import tiny
 
 from pipeline.errors import StoreError
-from pipeline.store import Reader, Store, verify
-from pipeline.store.materialise import Scratch
+from pipeline.store import Reader, SegmentCache, Store, verify
 
 pytestmark = pytest.mark.slow
 
@@ -180,7 +179,7 @@ def unpack(store: str, scratch: str) -> None:
     """The body of a child: what is written to a map on a full disk kills."""
     opened = Store.open(Path(store))
     try:
-        Reader(opened.path, scratch=Scratch(Path(scratch))).gather(opened.rows(opened.keys()[:1]))
+        Reader(opened.path, cache=SegmentCache(Path(scratch))).gather(opened.rows(opened.keys()[:1]))
     except StoreError as error:
         print(error)
         raise SystemExit(1) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -17,9 +18,8 @@ import trial
 
 from pipeline.errors import RecyclingError
 from pipeline.keys import parse_json
-from pipeline.store import Store
-from pipeline.store.format import ArraySpec
-from pipeline.store.metadata import read_array_spec
+from pipeline.store import CODECS, Store
+from pipeline.store.format.metadata import read_array_spec
 
 pytestmark = pytest.mark.slow
 
@@ -82,8 +82,7 @@ def forged(name: str, **changes: Any) -> Edit:
 
     def edit(victim: hostile.Victim) -> None:
         old = read_array_spec(victim.root / victim.segment / name)
-        fields = {"shape": old.shape, "dtype": old.dtype, "stored": old.stored, "axis": old.axis, "layout": old.layout}
-        hostile.forge(hostile.random.Random(0), victim, name, ArraySpec(**(fields | changes)))
+        hostile.forge(hostile.random.Random(0), victim, name, dataclasses.replace(old, **changes))
 
     return edit
 
@@ -98,7 +97,7 @@ def instead(kind: str, path: str, *what: Any) -> Edit:
 
 def bomb(victim: hostile.Victim) -> None:
     """A chunk of a few bytes whose header says that it holds 2 GB."""
-    forged("state.x", shape=(4, 1 << 29), layout="zstd")(victim)
+    forged("state.x", shape=(4, 1 << 29), codec=CODECS["zstd"])(victim)
 
 
 def hole(victim: hostile.Victim) -> None:
@@ -146,8 +145,8 @@ HOSTILE: dict[str, Edit] = {
     "keys without end": forged("keys", shape=(1 << 36, 16)),
     "sums without end": forged("sums", shape=(4, 1 << 36)),
     "bomb": bomb,
-    "packed keys": forged("keys", layout="zstd"),
-    "packed sums": forged("sums", layout="zstd"),
+    "packed keys": forged("keys", codec=CODECS["zstd"]),
+    "packed sums": forged("sums", codec=CODECS["zstd"]),
     "sums of another type": forged("sums", dtype="float32", stored="float32"),
     "empty and huge": forged("state.x", shape=(4, 0, 1 << 60)),
     "empty and ragged without end": forged("state.r", shape=(1 << 60, 0)),

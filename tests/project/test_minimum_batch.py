@@ -57,7 +57,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.extend(len(batch.rows) for batch in training)
         return fit(suffix, task, training, *args, **settings)
 
-    monkeypatch.setattr(pipeline.flow, "fit", noted)
+    monkeypatch.setattr(pipeline.workflows.train, "fit", noted)
     return found
 
 
@@ -121,7 +121,7 @@ def test_trying_one_sample_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.M
         assert torch.equal(state, torch.get_rng_state())
         return least
 
-    monkeypatch.setattr(pipeline.flow, "least_units", watched)
+    monkeypatch.setattr(pipeline.workflows.train, "minimum_units", watched)
     train_project(settings, "0.5")
     assert any("running_mean" in name for name in seen[0][0])
 

@@ -74,7 +74,7 @@ def test_code_that_no_digest_covers_is_found_where_the_prefix_is_run(folder: Pat
     monkeypatch.setattr(torch.nn.functional, "relu", lambda x, inplace=False: x.clamp(min=0.1))  # another library
     monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", lambda self, x, w, b: convolve(x, w, b, 1, 1) * 1.1)
     before = tiny.files(folder / "data/activations")
-    with pytest.raises(StaleStoreError, match=r"the network before the cut gives something else .*differs by"):
+    with pytest.raises(StaleStoreError, match=r"the network before the cut gives other values .*differs by"):
         use(folder, how)
     assert tiny.files(folder / "data/activations") == before
 
@@ -85,7 +85,7 @@ def test_so_is_another_preprocessing(folder: Path, monkeypatch: Any, how: str) -
     train_project(project(folder), "0.5")
     square = ImagePreprocess._square
     monkeypatch.setattr(ImagePreprocess, "_square", lambda self, image: square(self, image).flip(-1))
-    with pytest.raises(StaleStoreError, match=r"the preprocessing gives something else .*x differs by"):
+    with pytest.raises(StaleStoreError, match=r"the preprocessing gives other values .*x differs by"):
         use(folder, how)
 
 
@@ -118,7 +118,7 @@ def test_ids_must_be_the_very_same(tmp_path: Path, text_folder: Path, monkeypatc
         return tokenize(self, tuple(text.replace("c", "one") for text in texts), **settings)
 
     monkeypatch.setattr(TextPreprocess, "_tokenize", lower)
-    with pytest.raises(StaleStoreError, match=r"the preprocessing gives something else .*input_ids"):
+    with pytest.raises(StaleStoreError, match=r"the preprocessing gives other values .*input_ids"):
         encode_project(project(tmp_path, **given), rehash=True)
 
 

@@ -40,8 +40,8 @@ from pipeline.models.texts import TextPreprocess
 from pipeline.project.recipe import IRRELEVANT, recipe_of
 from pipeline.split import Prefix
 from pipeline.split.blocks import find_blocks, resolve
-from pipeline.split.planner import _survey
-from pipeline.split.record import Tap, record
+from pipeline.split.observation import Observation, observe
+from pipeline.split.planner import initial_plan
 from pipeline.split.trace import trace
 from pipeline.tasks import Head
 
@@ -117,11 +117,11 @@ def recipe_and_state(model: nn.Module, example: dict[str, Tensor]) -> tuple[str,
     modules = module_fingerprints(model, IRRELEVANT)
     seen = trace(model, (), example)
     cut = resolve(model, 0.5, seen.calls, find_blocks(model, seen.calls))
-    prefix = Prefix(model, _survey(model, cut, seen), [])
+    prefix = Prefix(model, initial_plan(model, cut, seen), [])
     made = recipe_of(prefix, {}, storage="raw:float16", compute_dtype="float32", modules=modules)
-    tap = Tap(cut, ())
-    record(model, [tap], (), example)
-    return made.digest, tap.values
+    observation = Observation(cut, ())
+    observe(model, [observation], (), example)
+    return made.digest, observation.values
 
 
 def differ(one: dict[Any, Tensor], other: dict[Any, Tensor]) -> bool:

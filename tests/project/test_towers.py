@@ -25,6 +25,7 @@ from pipeline.data import Content, DataConfig, Row, SampleTable, Source
 from pipeline.errors import ConfigError, DataError, StaleStoreError, StoreError, TrainError
 from pipeline.project import Project
 from pipeline.project.loaders import open_loaders
+from pipeline.project.stores import stores_of, unnamed_stores
 from pipeline.project.towers import Towers, new_parameters, open_tower, trainable_model
 from pipeline.store import Store
 from pipeline.tasks import Head
@@ -33,7 +34,6 @@ from pipeline.workflows.encode import encode_project
 from pipeline.workflows.export import export_run
 from pipeline.workflows.predict import predict_project
 from pipeline.workflows.report import report_project
-from pipeline.workflows.store_upkeep import stores_of, unnamed_stores
 from pipeline.workflows.train import train_project
 from stages.cli import recycle
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import linecache
+import re
 import statistics
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,7 +115,7 @@ def test_the_report_shows_what_it_has_and_names_the_rest(
     assert {line for line in said if line.startswith(("run", "cuts"))} == {
         "run 0.5 is left out: it has train.head_lr = None, now it is 0.1; train it again, or set it back",
         "run 0.5-0.1 is left out: it has train.head_lr = None, now it is 0.1; train it again, or set it back",
-        "run 0.5-1 is left out: it was made of other settings, samples or stores; train it again",
+        "run 0.5-1 is left out: it has other settings, samples or stores; train it again",
         "cuts without a run: 1.0; train them (dvc repro train)",
     }
     caplog.clear()
@@ -124,6 +129,12 @@ def test_a_report_without_the_costs_of_encode(project: Project) -> None:
     Path("results/encode.json").unlink()
     (row,) = report_project(project)
     assert (row.speedup_over_frozen, row.break_even_epoch, row.state_bytes_per_sample) == (None, None, None)
+
+
+def test_a_file_of_costs_that_a_kill_left_empty_is_written_anew(project: Project) -> None:
+    Path("results/encode.json").write_text("")
+    assert encode_project(project)
+    assert json.loads(Path("results/encode.json").read_text())["cuts"]["0.5"]["samples"] == 60
 
 
 def test_a_run_is_not_overwritten_by_one_of_other_settings_with_its_values(project: Project) -> None:
@@ -156,6 +167,26 @@ def test_a_run_of_other_samples_is_left_out(project: Project) -> None:
         DataError, match=r"run 0\.5 is left out: the samples, their labels or their splits have changed"
     ):
         report_project(project)
+
+
+def test_a_run_of_other_code_of_one_s_own_is_left_out(project: Project, tmp_path: Path, monkeypatch: Any) -> None:
+    """The task of docs/tasks.md, changed after training."""
+    text = (Path(__file__).parents[2] / "docs/tasks.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    Path("my_task.py").write_text(code)
+    monkeypatch.delitem(sys.modules, "my_task", raising=False)
+    kind = {"kind": "my_task:focal", "options": {"gamma": 1.5}}
+    tiny.write_params(tmp_path, encode={"cuts": [0.5]}, task=kind, train={"epochs": 2})
+    own = Project.load(project.params)
+    run = train_project(own, "0.5")
+    assert run.history[1]["train/loss"] < run.history[0]["train/loss"]
+    assert [row.cut for row in report_project(own)] == [0.5]
+    linecache.clearcache()
+    Path("my_task.py").write_text(code.replace('"gamma", 2.0', '"gamma", 3.0'))
+    monkeypatch.delitem(sys.modules, "my_task")
+    importlib.invalidate_caches()
+    with pytest.raises(DataError, match=r"run 0\.5 is left out: the code of your own network or task has changed"):
+        report_project(own)
 
 
 def test_a_run_is_exported_with_its_settings(project: Project, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from split_contract import recycle
 from torch import nn
 
 from pipeline.errors import NoSuchCutError, SplitError
-from pipeline.split import capture, merge, record, split
+from pipeline.split import capture, merge, observation, split
+from pipeline.split.comparison import difference
 
 
 class Chain(nn.Module):
@@ -127,7 +128,7 @@ def test_the_time_to_a_cut_waits_for_an_accelerator_and_for_nothing_on_the_cpu(m
     prefix, _ = split(Chain(), 0.5, batch())
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
     for kind in (None, "cuda", "meta"):
-        monkeypatch.setattr(record, "accelerator_kind", lambda kind=kind: kind)
+        monkeypatch.setattr(observation, "accelerator_kind", lambda kind=kind: kind)
         capture([prefix])(batch())
     assert not waited
     prefix.model.to("meta")  # stands for a device whose operations are queued
@@ -147,3 +148,24 @@ def test_the_prefix_names_its_weights_and_modules():
         "",
         *(f"layers.{p}" for p in ("0", "0.0", "0.1", "1", "1.0", "1.1", "2")),
     ]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "gap"),
+    [
+        ([1.0, 2.0], [1.0, NAN], INF),
+        ([1.0, NAN], [1.0, 2.0], INF),
+        ([1.0, INF], [1.0, -INF], INF),
+        ([1.0, 2.0], [1.0, INF], INF),
+        ([1.0, NAN, INF], [1.0, NAN, INF], 0.0),
+        ([NAN, NAN], [NAN, NAN], 0.0),
+        ([1.0, 2.0], [1.0, 2.5], 0.25),
+        ([1, 2], [1, 3], INF),
+        ([1.0, 2.0], [[1.0, 2.0]], INF),
+    ],
+)
+def test_a_value_that_is_not_finite_is_no_rounding(expected, found, gap):
+    assert difference(torch.tensor(expected), torch.tensor(found)) == gap

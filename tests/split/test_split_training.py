@@ -104,16 +104,13 @@ def prove_step(net, full, suffix, bound=EXACT, size=3, batch=None, state=None):
 
 class TestDtypeAndDevice:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    @pytest.mark.parametrize("fast", [True, False])
-    def test_a_suffix_moves_to_another_dtype(self, net, dtype, fast):
+    def test_a_suffix_moves_to_another_dtype(self, net, dtype):
         """A model that was moved before its split is the reference; the inputs may stay as they were."""
         model = copy.deepcopy(net.model).to(dtype)
         batch = cast(net.batch(3), dtype)
         prefix, moved = split(model, net.at, cast(net.batch(2), dtype))
         state = encode(prefix, batch)
-        net.suffix.fast = net.suffix.fast if fast else None
         prove_step(net, full_model(net, model), net.suffix.to(dtype), batch=batch, state=state)
-        assert moved.fast is not None
         expected = learn(moved.train(), lambda: run(moved, state, batch))
         found = learn(net.suffix, lambda: run(net.suffix, state, net.batch(3)))
         assert_same("gradients", expected["gradients"], found["gradients"], 0.0)
@@ -141,13 +138,10 @@ class TestDtypeAndDevice:
 
     def test_training_after_prediction_in_inference_mode(self, net):
         state = encode(net.prefix, net.batch(3))
-        for fast in (True, False):
-            suffix = copy.deepcopy(net.suffix)
-            suffix.fast = suffix.fast if fast else None
-            with torch.inference_mode():
-                found = run(suffix.eval(), {name: item.clone() for name, item in state.items()}, net.batch(3))
-                assert_same("outputs", call(net.model, net.batch(3)), found, EXACT)
-            prove_step(net, full_model(net), suffix.train())
+        with torch.inference_mode():
+            found = run(net.suffix.eval(), {name: item.clone() for name, item in state.items()}, net.batch(3))
+            assert_same("outputs", call(net.model, net.batch(3)), found, EXACT)
+        prove_step(net, full_model(net), net.suffix.train())
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
     def test_cuda(self, net):
@@ -213,7 +207,6 @@ class TestGradientCheckpointing:
             model = copy.deepcopy(net.model)
             model.gradient_checkpointing_enable(settings)
             suffix = split(model, net.at, net.batch(2))[1].train()
-            assert suffix.fast is not None
         else:
             suffix = net.suffix
             suffix.root.gradient_checkpointing_enable(settings)
@@ -257,7 +250,6 @@ class TestGradientCheckpointing:
     @pytest.mark.parametrize(("region", "at"), [(2, "layers.3"), (1, "layers.0"), (4, "layers.1")])
     def test_of_a_region_that_holds_the_cut_is_refused(self, region, at):
         prefix, suffix = split(Checkpointed(region), at, torch.randn(3, 4))
-        assert suffix.fast is not None
         batch = torch.randn(3, 4)
         with pytest.raises(SplitError, match=f"recomputes a region that holds the cut {at}"):
             loss(recycle(prefix, suffix.train(), batch)).backward()
@@ -285,18 +277,6 @@ class TestCompile:
                 assert_same(what, values, found[what], 1e-5)
         assert not counters["graph_break"]
         assert backend.frame_count == 2
-
-    @only("skip")
-    def test_leaves_a_suffix_without_fast_path_as_it_is(self, net):
-        torch._dynamo.reset()
-        net.suffix.fast = None
-        backend = CompileCounterWithBackend("eager")
-        prove_step(net, full_model(net), net.suffix)
-        state = encode(net.prefix, net.batch(3))
-        compiled = torch.compile(net.suffix.eval(), backend=backend)
-        with torch.no_grad():
-            assert_same("outputs", call(net.model, net.batch(3)), run(compiled, state, net.batch(3)), EXACT)
-        assert backend.frame_count == 0
 
 
 PARALLEL = ("bert", "resnet", "skip")
@@ -364,7 +344,6 @@ def test_a_copy_runs_on_its_own_modules(net, duplicate):
     with torch.no_grad():
         expected = run(net.suffix.eval(), state, batch)
         twin = duplicate(net.suffix)
-        assert twin.fast is not None
         for parameter in net.suffix.parameters():
             parameter.fill_(float("nan"))
         assert_same("outputs of the copy", expected, run(twin, state, batch), 0.0)

@@ -157,7 +157,7 @@ def test_verbs_that_change_a_store_refuse_one_elsewhere(folder: Path, verb: list
     assert encode_project(there)
     done = CliRunner().invoke(recycle, ["store", *verb, "--yes"])
     assert isinstance(done.exception, StoreError)
-    assert str(done.exception).startswith(f"file://{folder}/shared: recycle store {verb[0]} changes stores on this")
+    assert str(done.exception).startswith(f"file://{folder}/shared: recycle store {verb[0]} changes only local stores")
 
 
 def test_a_store_of_other_settings_stays(folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.encode.ragged import Sample, find_trimming, pad_batch
 from pipeline.errors import SplitError
 from pipeline.split import Prefix, Suffix, merge, split
-from pipeline.split.layout import difference
+from pipeline.split.comparison import difference
 from pipeline.split.tree import as_call, map_tensors, tensors
 
 OUTPUT = 1e-6
@@ -43,8 +43,6 @@ class Proof:
     """"exact", "refused" (`split` said no), "wrong" (it said yes, and is not exact) or "failed" (anything else)."""
     cut: str = ""
     reason: str = ""
-    fast: bool = False
-    """Whether the fast path is taken."""
     ragged: str = ""
     """"equal", or why the comparison in another padding does not apply."""
     double: bool = False
@@ -66,7 +64,7 @@ def prove(make: Callable[[], nn.Module], example: Example, at: float | str) -> P
             model = make()
             add_noise_to_constants(model)
             prefix, suffix = split(model, at, example(2))
-            proof.cut, proof.fast = str(prefix.cut), suffix.fast is not None
+            proof.cut = str(prefix.cut)
             proof.state_bytes = sum(2 * torch.Size(spec.shape).numel() for spec in prefix.spec.values())
             for size in (2, 3):
                 prove_outputs(model, prefix, suffix, example(size))

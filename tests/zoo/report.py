@@ -32,10 +32,10 @@ A cut is **exact** if all of this holds:
   ({RAGGED:.0e}).
 
 **refused**: `split` says that it cannot be exact there, and why. **wrong**: it did not say so, and is not exact.
-**failed**: anything else went wrong. A model counts as its worst cut does. *Fast* is the path without phantoms before
-the cut; the others are as exact, and cost more per step. Bytes are those of one sample's state, in 16 bits per number,
-for the small inputs used here. Detectors get stacked images and targets, and are asked for ten detections of any score;
-boxes come as whole pixels, since their check for empty boxes reads values before the cut, which floats are refused for.
+**failed**: anything else went wrong. A model counts as its worst cut does. Bytes are those of one sample's state, in 16
+bits per number, for the small inputs used here. Detectors get stacked images and targets, and are asked for ten
+detections of any score; boxes come as whole pixels, since their check for empty boxes reads values before the cut,
+which floats are refused for.
 A family of timm is one of its modules, of which the model with the fewest parameters is taken.
 """
 
@@ -66,21 +66,20 @@ def groups(catalogue: Sequence[Entry]) -> list[str]:
 
 def counts(catalogue: Sequence[Entry], rows: Rows) -> str:
     """Return the table of how many models of each group are what."""
-    lines = [cells("group", "models", *reversed(STATUSES), "not run", "fast", "cuts"), cells(*["---"] + ["---:"] * 9)]
+    lines = [cells("group", "models", *reversed(STATUSES), "not run", "cuts"), cells(*["---"] + ["---:"] * 8)]
     for group in groups(catalogue):
         members = [rows.get((entry.group, entry.name)) for entry in catalogue if entry.group == group]
         found = Counter(row.status if row else "not run" for row in members)
-        fast = sum(row.fast for row in members if row)
         cuts = ", ".join(f"{at:g}" for at in sorted({proof.at for row in members if row for proof in row.proofs}))
-        lines.append(cells(group, len(members), *(found[one] for one in (*reversed(STATUSES), "not run")), fast, cuts))
+        lines.append(cells(group, len(members), *(found[one] for one in (*reversed(STATUSES), "not run")), cuts))
     return "\n".join(lines) + "\n"
 
 
 def table(group: str, rows: Sequence[Row]) -> str:
     """Return one line per model of a group."""
     depths = sorted({proof.at for row in rows for proof in row.proofs})
-    lines = [f"## {group}\n", cells("model", *(f"at {at:g}" for at in depths), "fast", "ragged", "notes")]
-    lines.append(cells(*["---"] * (len(depths) + 4)))
+    lines = [f"## {group}\n", cells("model", *(f"at {at:g}" for at in depths), "ragged", "notes")]
+    lines.append(cells(*["---"] * (len(depths) + 3)))
     for row in rows:
         proofs = {proof.at: proof for proof in row.proofs}
         results = [result(proofs[at]) if at in proofs else "not run" for at in depths]
@@ -88,7 +87,7 @@ def table(group: str, rows: Sequence[Row]) -> str:
         notes = sorted({short(text) for proof in row.proofs for text in [proof.reason, *proof.warnings] if text})
         notes += [f"gradients at {proof.at:g} in fp64" for proof in row.proofs if proof.double]
         name = f"{row.name}: {row.member}" if row.member else row.name
-        lines.append(cells(name, *results, "yes" if row.fast else "no", "; ".join(ragged), "; ".join(notes)))
+        lines.append(cells(name, *results, "; ".join(ragged), "; ".join(notes)))
     return "\n".join(lines) + "\n"
 
 

@@ -36,12 +36,6 @@ class Row:
         """The worst status of all cuts."""
         return min((proof.status for proof in self.proofs), key=STATUSES.index)
 
-    @property
-    def fast(self) -> bool:
-        """Whether every exact cut takes the fast path."""
-        exact = [proof.fast for proof in self.proofs if proof.status == "exact"]
-        return bool(exact) and all(exact)
-
     def answers(self, digest: str, depths: list[float]) -> bool:
         """Tell whether this row still holds, and was asked about all of `depths`."""
         return self.digest == digest and {proof.at for proof in self.proofs} >= set(depths)

@@ -1,0 +1,120 @@
+"""The places where a model can be cut, and the cost of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from tqdm import tqdm
+
+from pipeline.errors import SplitError
+from pipeline.split.blocks import boundaries, find_blocks
+from pipeline.split.cut import Cut
+from pipeline.split.layout import batch_size, regroup
+from pipeline.split.modes import eval_run
+from pipeline.split.planner import make_plan
+from pipeline.split.splittable import check_model
+from pipeline.split.splitting import prove_state, read_example
+from pipeline.split.trace import Trace, observed_calls, trace
+from pipeline.split.tree import Args, Kwargs
+
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to the counter
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A possible cut, with its costs.
+
+    Attributes:
+        cut: the place.
+        flops: floating-point operations of one sample's forward pass before it: matrix products, convolutions and
+            attention, as `torch.utils.flop_counter` counts them.
+        flops_after: those after it.
+        parameters: how many parameters the prefix freezes; None where the cut is refused.
+        state_bytes: size of one sample's state, stored in 16 bits per number, at the example's lengths; None where the
+            cut is refused.
+        refused: why the model cannot be split there, or None.
+    """
+
+    cut: Cut
+    flops: int
+    flops_after: int
+    parameters: int | None = None
+    state_bytes: int | None = None
+    refused: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The cut as `split` takes it as `at`; the empty path is the cut 0."""
+        return self.cut.name
+
+    @property
+    def share(self) -> float:
+        """Share of the blocks before it, 0 to 1."""
+        return self.cut.share
+
+
+def candidates(model: nn.Module, example: Any) -> list[Candidate]:
+    """Return the block boundaries where `model` can be cut, in execution order, from the inputs to the head.
+
+    Each is planned and its state proved as by `split`; refused ones are listed with the reason.
+
+    Raises:
+        InputRefusedError: the model's own code fails on the example.
+        SplitError: the example holds no batch of at least 2 samples, or the model cannot be split anywhere.
+    """
+    check_model(model)
+    args, kwargs = read_example(example)
+    seen = trace(model, args, kwargs)
+    cuts = boundaries(model, seen.calls, find_blocks(model, seen.calls))
+    *before, total = _count_flops(model, cuts, args, kwargs)
+    found = []
+    for cut, flops in zip(tqdm(cuts, desc="cuts", disable=None), before, strict=True):
+        try:
+            parameters, state_bytes = _sizes(model, cut, seen, args, kwargs)
+            found.append(Candidate(cut, flops, total - flops, parameters, state_bytes))
+        except SplitError as error:
+            found.append(Candidate(cut, flops, total - flops, refused=str(error)))
+    return found
+
+
+def flops_around(model: nn.Module, cuts: Sequence[Cut], example: Any) -> list[tuple[int, int]] | None:
+    """Return the operations per sample of a forward pass before and after each of `cuts`; None if uncountable."""
+    args, kwargs = read_example(example)
+    try:
+        *before, total = _count_flops(model, cuts, args, kwargs)
+    except Exception:  # the network runs; the counter need not be able to follow it
+        return None
+    return [(flops, total - flops) for flops in before]
+
+
+def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwargs) -> list[int]:
+    """Return the operations per sample of one forward pass until each of the cuts, and until its end."""
+    counted: dict[tuple[str, int], int] = {}
+
+    def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:
+        counted[path, index] = counter.get_total_flops()
+
+    counter = FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: _attention_flops})
+    paths = {cut.path for cut in cuts}
+    with eval_run(model, args, kwargs), observed_calls(model, on_call, paths=paths), counter:
+        model(*args, **kwargs)
+    batch = batch_size(args, kwargs)
+    return [flops // batch for flops in [*(counted[cut.path, cut.call] for cut in cuts), counter.get_total_flops()]]
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _sizes(model: nn.Module, cut: Cut, seen: Trace, args: Args, kwargs: Kwargs) -> tuple[int, int]:
+    """Return how many parameters the prefix freezes, and the bytes of one sample's state."""
+    planned = make_plan(model, cut, seen, args, kwargs)
+    slots = prove_state(model, planned, seen.output, (args, kwargs), regroup(args, kwargs)).slots
+    weights = dict(model.named_parameters())
+    frozen = sum(weights[name].numel() for name in set(planned.plan.frozen.values()))
+    return frozen, sum(2 * torch.Size(slot.spec.shape).numel() for slot in slots)

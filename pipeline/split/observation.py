@@ -1,0 +1,94 @@
+"""Running the full model up to one or several cuts, and taking the tensors that cross them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import SplitError
+from pipeline.split.cut import Cut
+from pipeline.split.modes import accelerator_kind, eval_run
+from pipeline.split.sources import Argument, Input, Output, TensorSource
+from pipeline.split.trace import observed_calls
+from pipeline.split.tree import Args, Kwargs, arguments, tensors
+
+
+@dataclass
+class Observation:
+    """What to take at one cut, and what the last run took there.
+
+    Attributes:
+        wanted: outputs and inputs to take besides the arguments of the cut call.
+        values: every tensor argument of the cut call, and what is `wanted`.
+        elapsed: seconds from the start of the run to the cut.
+    """
+
+    cut: Cut
+    wanted: Collection[TensorSource]
+    values: dict[TensorSource, Tensor] = field(default_factory=dict)
+    elapsed: float = 0.0
+
+
+class _LastCutReached(BaseException):
+    """Ends a run at its last cut; not an Exception, so that no `except` in a model's code stops it."""
+
+
+def observe(
+    model: nn.Module, observations: Sequence[Observation], args: Args, kwargs: Kwargs, *, to_the_end: bool = False
+) -> Any:
+    """Run `model` in eval mode without gradients, fill `observations`, and stop at the last cut that is reached.
+
+    Where the model runs on, because of further cuts or `to_the_end`, values are copies, for it may write into them.
+    Returns the model's output `to_the_end`, else None.
+
+    Raises:
+        InputRefusedError: the model's own code fails on these inputs.
+        SplitError: a cut is not reached with these inputs.
+    """
+    inputs = arguments(args, kwargs)
+    for one in observations:
+        one.values = {source: inputs[source.leaf] for source in one.wanted if isinstance(source, Input)}
+    pending = list(observations)
+
+    def on_return(path: str, index: int, args: Args, kwargs: Kwargs, output: Any) -> None:
+        found = {Output(path, index, leaf): tensor for leaf, tensor in tensors(output).items()}
+        for one in pending:
+            one.values |= {source: found[source].detach().clone() for source in one.wanted if source in found}
+
+    def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:
+        reached = [one for one in pending if (one.cut.path, one.cut.call) == (path, index)]
+        for one in reached:
+            pending.remove(one)
+            _take_arguments(one, arguments(args, kwargs), copy=to_the_end or bool(pending))
+            one.elapsed = time.perf_counter() - start
+        if reached and not pending and not to_the_end:
+            raise _LastCutReached
+
+    outputs = {source.path for one in observations for source in one.wanted if isinstance(source, Output)}
+    paths = outputs | {one.cut.path for one in observations}
+    with suppress(_LastCutReached), observed_calls(model, on_call, on_return, paths), eval_run(model, args, kwargs):
+        start = time.perf_counter()
+        output = model(*args, **kwargs)
+        if pending:
+            raise SplitError(
+                f"the cut {pending[0].cut} was not reached with these inputs; the model took another path than on the "
+                "example"
+            )
+        return output
+    return None
+
+
+def _take_arguments(one: Observation, found: dict[str, Tensor], *, copy: bool) -> None:
+    """Take the arguments of the cut call, and wait until they are computed."""
+    for leaf, tensor in found.items():
+        value = tensor.detach()
+        one.values[Argument(leaf)] = value.clone() if copy and Argument(leaf) in one.wanted else value
+    for device in {tensor.device for tensor in one.values.values()} - {torch.device("cpu")}:
+        if device.type == accelerator_kind():
+            torch.accelerator.synchronize(device)

@@ -1,0 +1,176 @@
+"""One run of a model on phantoms: its own `forward`, without values until the cut and on real tensors after it.
+
+On entry to the cut call, its phantom arguments take their stored values, or are computed from their origins; outputs
+of earlier calls that the state holds take theirs when the call returns. From then on a phantom that an operation takes
+is *forced*: its value is computed from known ones. A value that cannot be computed ends the run. The two kinds of run
+are the search for what must be stored (`plan`) and the recording of what happens before the cut (`recording`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from pipeline.errors import SplitError
+from pipeline.split.cut import Cut
+from pipeline.split.operations import apply, needs_values, with_integer_indices
+from pipeline.split.phantom import Interpreter, Phantom, compute, interpreting, is_computable, phantoms
+from pipeline.split.sources import Argument, Input, Output, TensorSource
+from pipeline.split.trace import observed_calls
+from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, map_tensors, tensors
+
+CallKey: TypeAlias = tuple[str, int]
+"""Path of a module and number of the call."""
+
+
+@dataclass(eq=False)
+class ObservedCall:
+    """One call of a module before the cut.
+
+    Attributes:
+        taken: the tensors among its arguments.
+        children: the calls made directly within it.
+        made: the tensors that it returned; None until it returns, which the callers of the cut never do.
+        output: what it returned, with dummies for tensors: a copy, since callers may change the object later.
+        read: whether a value made in it, outside its children, was computed after all.
+        number: number of the call once the calls within skipped ones are no longer made.
+    """
+
+    path: str
+    index: int
+    taken: dict[str, Tensor]
+    children: list[ObservedCall] = field(default_factory=list)
+    made: dict[str, Tensor] | None = None
+    output: Any = None
+    read: bool = False
+    number: int = -1
+
+    @property
+    def key(self) -> CallKey:
+        return self.path, self.index
+
+    def inside(self) -> Iterator[ObservedCall]:
+        """Yield the calls made within this one, at any depth."""
+        for child in self.children:
+            yield child
+            yield from child.inside()
+
+
+class PhantomRun(Interpreter):
+    """One run of `root`, whose frozen parameters are phantoms, that goes on from stored `values` at the cut.
+
+    Every module is in eval mode until the cut, and in its own mode from there on.
+
+    Attributes:
+        calls: the root of the tree of calls before the cut, holding the model's own call.
+        open: the calls that have not returned, outermost first, after that root.
+    """
+
+    def __init__(self, root: nn.Module, cut: Cut, values: Mapping[TensorSource, Tensor]) -> None:
+        self.root = root
+        self.cut = cut
+        self.values = values
+        self.calls = ObservedCall("", -1, {})
+        self.open = [self.calls]
+        self._modes = [(module, module.training) for module in root.modules()]
+
+    def run(self, args: Args, kwargs: Kwargs) -> Any:
+        """Return the model's output, or raise SplitError: the cut is not reached, or a value cannot be computed."""
+        args, kwargs = map_arguments(self._input, args, kwargs)
+        self.root.eval()
+        try:
+            with interpreting(self), observed_calls(self.root, self._on_call, self._on_return):
+                output = self.root(*args, **kwargs)
+                if not self.entered:
+                    raise SplitError(
+                        f"the cut {self.cut} was not reached with these inputs; give inputs like the example's"
+                    )
+                return map_tensors(lambda _, item: self.force(item), output)
+        finally:
+            self._restore_modes()
+
+    def operate(self, function: Any, args: Args, kwargs: Kwargs) -> Any:
+        function, args = with_integer_indices(function, args)
+        if not self.entered and not needs_values(function, args):
+            return apply(function, args, kwargs)
+        if not self.entered:
+            self.require_values(function, phantoms(args, kwargs))
+        args, kwargs = map_arguments(lambda _, item: self.force(item), args, kwargs)
+        return function(*args, **kwargs)
+
+    def read(self, reader: object, phantom: Phantom) -> Tensor:
+        if not self.entered:
+            self.require_values(reader, [phantom])
+        return self.force(phantom)
+
+    def require_values(self, function: object, needed: list[Phantom]) -> None:
+        """Refuse a `function` before the cut that depends on values which cannot be computed."""
+        if not all(map(is_computable, needed)):
+            raise SplitError(
+                f"before the cut {self.cut}, {function} depends on the values of a recycled layer; cut earlier"
+            )
+
+    def force(self, item: Tensor) -> Tensor:
+        """Return the value of a phantom, and any other tensor itself."""
+        if not isinstance(item, Phantom):
+            return item
+        if not is_computable(item):
+            self.on_missing_value(item)
+        return compute(item)
+
+    def on_missing_value(self, phantom: Phantom) -> None:
+        """Raise the error of a value that is neither stored nor computable."""
+        raise SplitError(
+            f"after the cut {self.cut} the model reads a value of a recycled layer (shape {tuple(phantom.shape)}) "
+            "that it did not read on the example; split with an example of this kind"
+        )
+
+    def on_return(self, call: ObservedCall, output: Any) -> None:
+        """Give the `output` of a call before the cut its stored values."""
+        for leaf, item in tensors(output).items():
+            self._assign(item, Output(call.path, call.index, leaf))
+
+    def on_cut(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Give the arguments of the cut call their values, and the modules their own train or eval flags."""
+        for leaf, item in arguments(args, kwargs).items():
+            self._assign(item, Argument(leaf))
+        self.entered = True
+        self._restore_modes()
+        return map_arguments(lambda _, item: self.force(item), args, kwargs)
+
+    def _assign(self, item: Tensor, source: TensorSource) -> None:
+        """Give a phantom its value if it is stored."""
+        if isinstance(item, Phantom) and source in self.values:
+            value = self.values[source]
+            if value.shape != item.shape:
+                raise SplitError(
+                    f"the state holds {tuple(value.shape)} where these inputs lead to {tuple(item.shape)} ({source}); "
+                    "state and inputs must belong to the same batch, padded to the same length"
+                )
+            item.value = value
+
+    def _on_call(self, path: str, index: int, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        if self.entered:
+            return None
+        call = ObservedCall(path, index, arguments(args, kwargs))
+        self.open[-1].children.append(call)
+        self.open.append(call)
+        return self.on_cut(args, kwargs) if call.key == (self.cut.path, self.cut.call) else None
+
+    def _on_return(self, path: str, index: int, args: Args, kwargs: Kwargs, output: Any) -> None:
+        if not self.entered:
+            call = self.open.pop()
+            call.made = tensors(output)
+            self.on_return(call, output)
+
+    def _input(self, leaf: str, item: Tensor) -> Tensor:
+        if not item.is_floating_point():
+            return item
+        return Phantom.like(item, Input(leaf), self.values.get(Input(leaf)))
+
+    def _restore_modes(self) -> None:
+        for module, training in self._modes:
+            module.training = training

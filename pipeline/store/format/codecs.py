@@ -1,0 +1,171 @@
+"""Codecs: how the values of an array are stored. Each is one class, registered in `CODECS`.
+
+    raw             the values
+    zstd            the values, compressed
+    int8            states as integers -127..127 with fp32 scales beside them: value = integer * scale, where the scale
+                    is the largest magnitude / 127 of each row: what follows the first axis of a sample, (n, T, 1) of
+                    states (n, T, D), (n, C, 1, 1) of (n, C, H, W); of (n, D) and ragged tensors (E, ...) each entry
+    int8-channel    the same with a scale for each channel of the segment: (1, 1, D) of (n, T, D), (1, D) of (n, D),
+                    (1, C, 1, 1) of (n, C, H, W)
+
+To add one, derive a class from `Codec` and register it; name it in `encode.codec` and in docs/store-format.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numcodecs import blosc
+from torch import Tensor
+
+from pipeline.store.format.names import OFFSETS, SCALES, STATE_PREFIX
+from pipeline.store.format.untrusted import corrupt
+
+LEVELS = 127
+"""Largest integer that int8 stores; -128 has no counterpart."""
+CLEVEL = 3
+BLOSC_HEADER = 16
+
+FLOATS = ("float16", "bfloat16", "float32")
+STORED_AS: Mapping[str, tuple[str, ...]] = {
+    "float16": ("float16",),
+    "bfloat16": ("uint16",),
+    "float32": ("float32",),
+    "int64": ("int32", "int64"),
+    **{name: (name,) for name in ("int32", "int16", "int8", "uint8", "uint32", "bool")},
+}
+"""Dtype of values -> zarr types that may hold them as they are; zarr has no bfloat16, and holds its bits."""
+
+
+class Codec:
+    """How the values of an array are stored; a subclass overrides what differs from storing them as they are."""
+
+    name: ClassVar[str]
+    is_mappable: ClassVar[bool] = True
+    """Whether the array is one chunk file that can be memory-mapped; else `compress` makes several."""
+    is_lossless: ClassVar[bool] = True
+    """Whether the stored numbers are the values; else `decode` computes the values from them."""
+    is_mergeable: ClassVar[bool] = True
+    """Whether arrays of several segments, and those beside them, may be laid end to end."""
+    beside: ClassVar[Mapping[str, str]] = {}
+    """Arrays stored beside the array: suffix of their names -> zarr type. They broadcast against the array."""
+    max_chunk_bytes: ClassVar[int] = sys.maxsize
+
+    def covers(self, name: str, dtype: torch.dtype) -> bool:
+        """Return whether the tensor `name` is stored by this codec, rather than by `raw`."""
+        return True
+
+    def stored_types(self, dtype: str) -> Sequence[str]:
+        """Return the zarr types that may hold values of `dtype`."""
+        return STORED_AS.get(dtype, ())
+
+    def encode(self, tensor: Tensor, narrow: Tensor, *, ragged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the stored numbers of a tensor, and the arrays beside them by suffix; `narrow` has the final dtype."""
+        return narrow.view(torch.uint16) if narrow.dtype == torch.bfloat16 else narrow, {}
+
+    def decode(self, stored: Tensor, beside: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the values in `dtype` of stored numbers; not called for a lossless codec."""
+        raise NotImplementedError
+
+    def compressors(self, itemsize: int) -> list[dict[str, Any]]:
+        """Return the zarr codecs between `bytes` and `crc32c`, as metadata names them."""
+        return []
+
+    def compress(self, chunk: np.ndarray) -> np.ndarray:
+        """Return the content of a chunk's file, but for the checksum; `chunk` is little-endian in C order."""
+        return chunk
+
+    def decompress(self, where: Path, packed: np.ndarray, out: np.ndarray) -> None:
+        """Fill `out` with the chunk that the file `where` holds as `packed`, (bytes,) uint8.
+
+        Raises:
+            CorruptStoreError: it is no chunk of this size.
+        """
+        raise NotImplementedError
+
+
+class Raw(Codec):
+    """Values as they are."""
+
+    name = "raw"
+
+
+class Zstd(Codec):
+    """Values compressed by blosc with zstd."""
+
+    name = "zstd"
+    is_mappable = False
+    max_chunk_bytes = (1 << 31) - (1 << 20)  # the compressor's own limit, less its overhead
+
+    def compressors(self, itemsize: int) -> list[dict[str, Any]]:
+        settings = {"typesize": itemsize, "cname": "zstd", "clevel": CLEVEL, "shuffle": "bitshuffle", "blocksize": 0}
+        return [{"name": "blosc", "configuration": settings}]
+
+    def compress(self, chunk: np.ndarray) -> np.ndarray:
+        packed = blosc.compress(chunk, b"zstd", CLEVEL, blosc.BITSHUFFLE, 0, chunk.itemsize)
+        return np.frombuffer(packed, np.uint8)
+
+    def decompress(self, where: Path, packed: np.ndarray, out: np.ndarray) -> None:
+        # blosc believes the sizes in the header.
+        claimed, size = int.from_bytes(packed[4:8], "little"), int.from_bytes(packed[12:16], "little")
+        if len(packed) < BLOSC_HEADER or claimed != out.nbytes or size != len(packed):
+            raise corrupt(where, f"says to hold {claimed} bytes in {size}, expected {out.nbytes} in {len(packed)}")
+        try:
+            blosc.decompress(packed, out)
+        except (RuntimeError, ValueError) as error:
+            raise corrupt(where, f"cannot be decompressed ({error})") from error
+
+
+class Int8(Codec):
+    """States as 8-bit integers with a scale for each row."""
+
+    name = "int8"
+    is_lossless = False
+    beside: ClassVar[Mapping[str, str]] = {SCALES: "float32"}
+
+    def covers(self, name: str, dtype: torch.dtype) -> bool:
+        return name.startswith(STATE_PREFIX) and dtype.is_floating_point
+
+    def stored_types(self, dtype: str) -> Sequence[str]:
+        return ("int8",) if dtype in FLOATS else ()
+
+    def encode(self, tensor: Tensor, narrow: Tensor, *, ragged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        spread, wide = self.reduced_axes(tensor.ndim, ragged=ragged), tensor.float()
+        largest = wide.abs().amax(spread, keepdim=True) if spread and wide.numel() else wide.abs()
+        scales = largest / LEVELS
+        whole = (wide / torch.where(scales > 0, scales, 1)).round_().clamp_(-LEVELS, LEVELS)
+        return whole.to(torch.int8), {SCALES: scales}
+
+    def decode(self, stored: Tensor, beside: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        scales, bounds = beside[SCALES], torch.finfo(dtype)
+        values = stored * scales
+        if scales.numel() and scales.max() * (LEVELS + 1) >= bounds.max:  # rounding may exceed the range
+            values.clamp_(bounds.min, bounds.max)
+        return values.to(dtype)
+
+    def reduced_axes(self, ndim: int, *, ragged: bool) -> list[int]:
+        """Return the axes that share a scale."""
+        return list(range(2 if ndim > 2 and not ragged else 1, ndim))
+
+
+class Int8Channel(Int8):
+    """States as 8-bit integers with a scale for each channel of the segment."""
+
+    name = "int8-channel"
+    is_mergeable = False
+
+    def reduced_axes(self, ndim: int, *, ragged: bool) -> list[int]:
+        channel = ndim - 1 if ndim < 4 else 1
+        return [axis for axis in range(ndim) if axis != channel or ndim == 1]
+
+
+CODECS: Mapping[str, Codec] = {codec.name: codec for codec in (Raw(), Zstd(), Int8(), Int8Channel())}
+"""All codecs by name. Metadata names no codec: of those that would have written an array, the first one reads it."""
+RAW = CODECS["raw"]
+BESIDE = (OFFSETS, *dict.fromkeys(suffix for codec in CODECS.values() for suffix in codec.beside))
+"""Suffixes of the names of arrays that belong to a tensor."""
