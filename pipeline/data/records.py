@@ -120,8 +120,7 @@ def read_records(
         merged = {name: pa.chunked_array([c for part in columns for c in part[name].chunks]) for name in columns[0]}
     except pa.ArrowException as error:
         raise DataError(f"data.path {path}: a field differs in type between the files ({error})") from error
-    names = [file.name if file == path else file.relative_to(path).as_posix() for file, _, _ in parts]
-    files = [(name, table.num_rows) for name, (_, _, table) in zip(names, parts, strict=True)]
+    files = [(file.relative_to(path).as_posix() if file != path else file.name, len(table)) for file, _, table in parts]
     return Records(merged, files, splits or None, left_out, faults)
 
 

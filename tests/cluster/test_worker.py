@@ -264,8 +264,7 @@ def test_a_task_tells_line_by_line_and_a_half_line_is_not_read(
                 main(folder, 1)
             os.rename(self.job.home / "moved", self.job.home / "job.json")
             assert main(folder, 1) == 0
-            for report in [*told, *lines.new()]:
-                yield report.outcome(units[report.unit].parts[report.part])
+            yield from map(Rates(units).outcome, [*told, *lines.new()])
 
     monkeypatch.setattr(executor, "run", by_task)
     assert encode_project(project(arrays(), ELSEWHERE))
