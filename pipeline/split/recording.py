@@ -207,17 +207,17 @@ def make_recording(
 
 
 def _result(call: ObservedCall, run: Recorder, dense: bool) -> CallResult:
+    made = call.made or {}
     taken = {id(item): leaf for leaf, item in call.taken.items()}
-    stored: dict[str, TensorSource] = {}
-    passed: dict[str, str] = {}
-    for leaf, item in (call.made or {}).items():
+    sources: dict[int, TensorSource] = {}  # one tensor may be at several leaves
+    for leaf, item in made.items():
         place = Output(call.path, call.index, leaf)
         if place in run.values:
-            stored[leaf] = place
+            sources[id(item)] = place
         elif place in run.arguments_of_cut:
-            stored[leaf] = run.arguments_of_cut[place]
-        elif id(item) in taken:
-            passed[leaf] = taken[id(item)]
+            sources.setdefault(id(item), run.arguments_of_cut[place])
+    stored = {leaf: sources[id(item)] for leaf, item in made.items() if id(item) in sources}
+    passed = {leaf: taken[id(item)] for leaf, item in made.items() if id(item) in taken and leaf not in stored}
 
     def with_memory(leaf: str, item: Tensor) -> Tensor:
         return item if leaf in stored or leaf in passed else dummy(item, dense=True)

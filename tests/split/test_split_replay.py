@@ -211,6 +211,30 @@ def test_an_output_that_its_caller_changes_after_the_cut():
         torch.testing.assert_close(found["hidden"], expected["hidden"])
 
 
+def test_a_stored_output_that_is_returned_twice():
+    class Twice(Body):
+        class Tower(nn.Linear):
+            def forward(self, x):
+                hidden = super().forward(x)
+                return {"last": hidden, "all": (x, hidden)}
+
+        def __init__(self):
+            super().__init__()
+            self.tower = self.Tower(4, 4)
+
+        def forward(self, x):
+            output = self.tower(x)
+            return {"head": self.head(self.body(output["last"].relu())), **output}
+
+    model, x = Twice().eval(), torch.randn(2, 4)
+    prefix, suffix = split(model, "body", x)
+    found, expected = recycle(prefix, suffix, x), model(x)
+    for name in ("head", "last"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+    for ours, theirs in zip(found["all"], expected["all"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
 def test_inputs_that_the_model_fails_on_before_the_cut_are_refused(bert):
     _, prefix, suffix = bert
     state = prefix(**text(2, 8))
