@@ -98,7 +98,7 @@ def measure(
         folder = Path(tempfile.mkdtemp())
         keyed = key_contents(source, workers=workers or 1)
         stores = [[Store.create(folder / "store", recipe)]]
-        encoder = Encoder(source, [backbone.preprocess], [prefix], stores, config, keyed.probes)
+        encoder = Encoder(source, [backbone.preprocess], [prefix], stores, config, keyed.trimming_rows)
         encode(encoder, source, keyed, stores, [keyed.good], segment_samples=config.segment_samples)
         end = time.perf_counter()
         shutil.rmtree(folder)

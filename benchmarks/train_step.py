@@ -76,7 +76,7 @@ def measure(cut: float, options: argparse.Namespace) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         store = Store.create(Path(folder, "store"), recipe)
         config = EncodeConfig(cuts=[cut])
-        encoder = Encoder(source, [backbone.preprocess], [prefix], [[store]], config, keyed.probes)
+        encoder = Encoder(source, [backbone.preprocess], [prefix], [[store]], config, keyed.trimming_rows)
         encode(encoder, source, keyed, [[store]], [keyed.good], segment_samples=config.segment_samples)
         batches = order.batches(np.arange(len(table)), options.batch, seed=0, epoch=0, shuffle=True)
         loader = Loader(StoredRows.of(store, table.keys), task.prepare(table), batches)

@@ -58,7 +58,7 @@ class Job(BaseModel):
     """Rows of the data set."""
     example: list[int]
     """Rows of the two samples on which the splits are proved."""
-    probes: list[int]
+    trimming_rows: list[int]
     """Rows of the samples that determine how states are trimmed."""
     recipes: list[list[str]]
     """The expected recipes as JSON, by view and cut."""
@@ -72,7 +72,7 @@ class Job(BaseModel):
         loaded: LoadedModel,
         source: Source,
         example: list[int],
-        probes: np.ndarray,
+        trimming_rows: np.ndarray,
         recipes: Sequence[Sequence[Recipe]],
     ) -> Job:
         """Return the job of the coordinator's model `loaded` with its `recipes[view][cut]`."""
@@ -86,7 +86,7 @@ class Job(BaseModel):
             head=replace(loaded.head, labels=()),  # they decide no state
             rows=len(source),
             example=example,
-            probes=probes.tolist(),
+            trimming_rows=trimming_rows.tolist(),
             recipes=[[recipe.to_json() for recipe in of_view] for of_view in recipes],
             retries=project.encode.executor.retries,
             threads=_threads(project.encode.executor),
@@ -130,7 +130,7 @@ class Job(BaseModel):
         loaded = LoadedModel.with_head(project, self.head)
         loaded.to_device()
         example = decode_samples(source, loaded.backbone.preprocess, np.asarray(self.example))
-        prefixes, recipes, _ = loaded.freeze(example)
+        prefixes, recipes, _ = loaded.split_at_cuts(example)
         self._prove(recipes)
         stores = [
             [
@@ -139,7 +139,7 @@ class Job(BaseModel):
             ]
             for view, of_view in zip(project.views, recipes, strict=True)
         ]
-        return loaded.encoder(source, prefixes, stores, np.asarray(self.probes))
+        return loaded.encoder(source, prefixes, stores, np.asarray(self.trimming_rows))
 
     def _prove(self, recipes: Sequence[Sequence[Recipe]]) -> None:
         for of_view, expected in zip(recipes, self.recipes, strict=True):

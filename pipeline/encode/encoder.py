@@ -32,7 +32,7 @@ from pipeline.store import Store
 Buffers: TypeAlias = dict[int, UnitBuffer]
 """The tensors of one part at each of its cuts, by the number of the cut."""
 
-PROBED_AT_ONCE = 4
+TRIMMED_AT_ONCE = 4
 PARTS_IN_FLIGHT = 2
 """Number of finished parts that may wait for the writer; with the part being computed they bound the memory."""
 INFINITE = "its state holds NaN or infinity"
@@ -52,13 +52,13 @@ class Encoder:
         prefixes: Sequence[Prefix],
         stores: Sequence[Sequence[Store]],
         config: EncodeConfig,
-        probes: np.ndarray,
+        trimming_rows: np.ndarray,
     ) -> None:
         """Prepare to run units into `stores[view][cut]`.
 
-        The first of the rows `probes` with unequal shapes decide how ragged states are trimmed.
+        The first of the rows `trimming_rows` with unequal shapes decide how ragged states are trimmed.
         """
-        self.source, self.views, self.probes = source, views, probes
+        self.source, self.views, self.trimming_rows = source, views, trimming_rows
         self.preprocess = views[0]  # for what all views share
         self.prefixes, self.stores, self.config = prefixes, stores, config
         self.device = model_device(prefixes)
@@ -195,11 +195,11 @@ class Encoder:
             yield _unzip(batch)
 
     def _trimming(self, cut: int) -> Trimming:
-        """Return how the states of a cut are trimmed, determined on the probes."""
+        """Return how the states of a cut are trimmed, determined on some samples."""
         if cut not in self.trimmings:
             samples: list[Sample] = []
-            for begin in range(0, len(self.probes), PROBED_AT_ONCE):
-                rows = np.sort(self.probes[begin : begin + PROBED_AT_ONCE])
+            for begin in range(0, len(self.trimming_rows), TRIMMED_AT_ONCE):
+                rows = np.sort(self.trimming_rows[begin : begin + TRIMMED_AT_ONCE])
                 samples += decode_samples(self.source, self.preprocess, rows)
                 if len({shapes(sample) for sample in samples}) > 1:
                     break

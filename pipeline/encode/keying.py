@@ -16,13 +16,13 @@ from pipeline.errors import BadSampleError
 from pipeline.keys import KEY_BYTES
 
 KEYED_AT_ONCE = 256
-PROBES = 1 << 10
+TRIMMING_ROWS = 1 << 10
 """Number of rows searched for two samples of unequal shapes."""
 
 
 @dataclass(frozen=True)
 class KeyedSamples:
-    """The keys of a data set."""
+    """The sample keys of a data set, the rows set aside, and the selected rows."""
 
     keys: np.ndarray
     """(N, 16) uint8, one per row; zeros where the row cannot be read."""
@@ -44,9 +44,9 @@ class KeyedSamples:
         return rows if self.rows is None else np.intersect1d(rows, self.rows)
 
     @property
-    def probes(self) -> np.ndarray:
-        """The first rows of `outside_in`, at most `PROBES`, used to determine how states are trimmed."""
-        return self.outside_in()[:PROBES]
+    def trimming_rows(self) -> np.ndarray:
+        """The first rows of `outside_in`, at most `TRIMMING_ROWS`, used to determine how states are trimmed."""
+        return self.outside_in()[:TRIMMING_ROWS]
 
     def outside_in(self) -> np.ndarray:
         """Return the good rows by size: the shortest content, the longest, the second shortest, and so on."""
@@ -58,7 +58,7 @@ class KeyedSamples:
 
 
 def key_contents(source: Source, *, workers: int, cache: StatCache | None = None, trust: bool = True) -> KeyedSamples:
-    """Return the key of every content of `source`, read once for it in `workers` threads.
+    """Return the key of every sample of `source`; each is read once, by `workers` threads.
 
     A file whose stamp is in `cache` is not read, unless `trust` is False: then all are read and the cache is updated.
     """

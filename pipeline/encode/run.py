@@ -50,19 +50,21 @@ def encode(
     wanted: Sequence[np.ndarray],
     *,
     segment_samples: int,
-    groups: np.ndarray | None = None,
+    segment_groups: np.ndarray | None = None,
 ) -> EncodeResult:
     """Encode the rows `wanted[view]` that `stores[view][cut]` lack; return what was done.
 
-    Samples that `keyed` sets aside are left out. The samples of a segment belong to one group where `groups` (N,) int64
-    gives the group of each row.
+    Samples that `keyed` sets aside are left out. Where `segment_groups` (N,) int64 gives a group for each row, the
+    samples of a segment belong to one group.
 
     Raises:
         TypeError: `wanted[view]` is not an array of row numbers.
         MissingKeysError: a sample was encoded but is not found; the message names the store.
     """
     check_rows(wanted)
-    units = plan(keyed.keys, [np.intersect1d(rows, keyed.good) for rows in wanted], stores, segment_samples, groups)
+    units = plan(
+        keyed.keys, [np.intersect1d(rows, keyed.good) for rows in wanted], stores, segment_samples, segment_groups
+    )
     result = encode_units(executor, source, units, keyed, cuts=len(stores[0]))
     if units:
         _check_stored(stores, [np.intersect1d(rows, result.keyed.good) for rows in wanted], keyed.keys)

@@ -34,7 +34,7 @@ CACHED_SHARE = 0.5
 SIZED_SEGMENTS = 256
 """Segments whose sizes are read where the sizes of files do not tell them."""
 ROOM_SHARE = 0.5
-"""Share of that for segments: half for those drawn from, half for those fetched in advance."""
+"""Share of the page cache for a window of segments: half for those in use, half for those fetched in advance."""
 
 
 def open_loaders(

@@ -120,7 +120,7 @@ class LoadedModel:
         else:
             remove_attachment(store, SUFFIX)
 
-    def freeze(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[SuffixTensors]]:
+    def split_at_cuts(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[SuffixTensors]]:
         """Return the prefix of every cut, proved on two `samples`, `recipes[view][cut]`, and the tensors each suffix
         needs.
         """
@@ -137,11 +137,11 @@ class LoadedModel:
         return flops_around(self.backbone.model, [prefix.cut for prefix in prefixes], self._on_device(samples))
 
     def encoder(
-        self, source: Source, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]], probes: np.ndarray
+        self, source: Source, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]], trimming_rows: np.ndarray
     ) -> Encoder:
         """Return the encoder that runs units in this process, into `stores[view][cut]`."""
         views = [self.preprocess(view) for view in self.project.views]
-        return Encoder(source, views, prefixes, stores, self.project.encode, probes)
+        return Encoder(source, views, prefixes, stores, self.project.encode, trimming_rows)
 
     def preprocess(self, view: int | None) -> Preprocess:
         """Return the preprocessing of a view; None is the plain view."""
@@ -168,7 +168,7 @@ class LoadedModel:
         return opened, prefix, suffix
 
     def is_former(self, store: Store, prefix: Prefix, recipe: Recipe, view: int | None) -> bool:
-        """Say whether `store` is of version 0.1.0 and of what that version's recipe covered of `recipe`."""
+        """Return whether version 0.1.0 wrote `store` with the narrower recipe that it would have for `recipe`."""
         former = former_recipe(recipe, prefix, self.preprocess(view).former_recipe())
         return store.recipe != recipe and store.recipe == former
 

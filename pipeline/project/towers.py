@@ -52,7 +52,7 @@ class Tower:
 
 
 def open_tower(project: Project, cut: CutName, table: SampleTable, *, to_train: bool = False) -> Tower:
-    """Open the encoder of one of a project's `parts` for runs of `cut`, on its samples among those of `table`.
+    """Open one encoder (`project` is one of `Project.parts`) for runs of `cut`, with the rows of `table` in its role.
 
     Neither raw data nor another recipe's store is read. With `to_train`, the weights before the cut may be missing on
     this machine: the pretrained suffix in the store has the others.

@@ -31,7 +31,7 @@ def view_name(view: int) -> str:
 def rows_by_view(keys: np.ndarray, table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of a data set that are stored plain and those stored in augmented views.
 
-    `keys` (N, 16) uint8 are those of all rows. A content that is in several splits is stored for each.
+    `keys` (N, 16) uint8 are those of all rows. Equal contents in several splits are stored once for each.
     """
     augmented = table.split == VIEWED
     held_out, training = (KeySet(table.keys[chosen]).contains(keys) for chosen in (~augmented, augmented))
@@ -41,8 +41,8 @@ def rows_by_view(keys: np.ndarray, table: SampleTable) -> tuple[np.ndarray, np.n
 def split_numbers(keys: np.ndarray, table: SampleTable) -> np.ndarray:
     """Return the number of the split of each row of a data set, (N,) int64; `keys` (N, 16) uint8 are those of all rows.
 
-    A segment holds samples of one split, so that an epoch reads only segments of the splits it needs. A content that is
-    in several splits counts for the first of them.
+    A segment holds samples of one split, so that an epoch reads only segments of the splits it needs. Equal contents
+    in several splits count for the first of them.
     """
     numbers: np.ndarray = np.unique(table.split, return_inverse=True)[1][KeySet(table.keys).find(keys)]
     return numbers

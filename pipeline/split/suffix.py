@@ -165,7 +165,7 @@ def trainable_copy(model: nn.Module, plan: SplitPlan) -> tuple[nn.Module, Frozen
 
 
 def _forgive_frozen_counts(suffix: nn.Module, incompatible: Any) -> None:
-    """A frozen batch norm adds its own count to a state dict without version, and is then reported for it."""
+    """Ignore the batch counts that frozen batch norms add to a state dict without a version, and torch then reports."""
     frozen = set(dict(suffix.named_buffers())) - set(suffix.state_dict())
     counts = tuple(name for name in frozen if name.endswith("num_batches_tracked"))
     incompatible.unexpected_keys[:] = [key for key in incompatible.unexpected_keys if not key.endswith(counts)]

@@ -29,7 +29,7 @@ class Store:
     """The states of one recipe. Any number of processes may write to it and read from it at the same time.
 
     Segments that other processes commit are seen after `refresh`. Segments are removed or merged under
-    `exclusive_access` only; a store that `create` returned keeps it from other processes for as long as it exists.
+    `exclusive_access` only, which no other process gets while a store returned by `create` exists.
 
     Attributes:
         path: the store's folder, or its mirror's.

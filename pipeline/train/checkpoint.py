@@ -36,7 +36,7 @@ class Progress:
     def take(self, row: dict[str, float], value: float, *, higher: bool = True) -> bool:
         """Add the figures of an epoch; return whether `value` is the best so far (the lowest unless `higher`).
 
-        While the best is NaN, every epoch is: without validation samples, a run ends with its last epoch.
+        While the score is NaN, as without validation samples, every epoch counts as the best: the last one is kept.
         """
         self.epoch += 1
         self.history.append(row)
@@ -52,7 +52,7 @@ class Progress:
 
 
 @contextmanager
-def exclusive(checkpoint: Path) -> Iterator[Path]:
+def exclusive_checkpoint(checkpoint: Path) -> Iterator[Path]:
     """Lock the checkpoint folder of a run; of several processes, the main one holds the lock.
 
     Raises:

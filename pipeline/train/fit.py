@@ -28,7 +28,7 @@ from tqdm import tqdm
 from pipeline.errors import ConfigError, TrainError
 from pipeline.tasks import Task
 from pipeline.train import processes
-from pipeline.train.checkpoint import resume, save
+from pipeline.train.checkpoint import Progress, resume, save
 from pipeline.train.config import TrainConfig
 from pipeline.train.loader import Batch
 from pipeline.train.objective import Objective, evaluate
@@ -40,7 +40,7 @@ log = logging.getLogger("recycle")
 
 
 @dataclass
-class Summary:
+class TrainResult:
     """The result of a training run."""
 
     metric: str
@@ -100,7 +100,7 @@ def fit(
     accelerator: Accelerator,
     fresh: frozenset[str] = frozenset(),
     weights: Callable[[nn.Module], dict[str, Tensor]] = nn.Module.state_dict,
-) -> Summary:
+) -> TrainResult:
     """Train `suffix`; write its weights to `out/model.safetensors` and its curves beside them.
 
     A killed run resumes from `checkpoint`, a folder of this run only, which is removed at the end. `fresh` names the
@@ -109,7 +109,7 @@ def fit(
     writes = accelerator.is_main_process
     objective = Objective(suffix, task)
     model = prepare(objective, training, accelerator)
-    optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))  # of the parameters that moving left
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))
     scheduler = schedule(optimizer, config, steps=config.epochs * -(-len(training) // config.gradient_accumulation))
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     progress = resume(accelerator, checkpoint)
@@ -132,15 +132,20 @@ def fit(
             if live:
                 live.log_epoch(row)
             save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
-    best = config.keep == "best"
+    result = _result(progress, task, config)
     if writes:
-        shutil.copyfile(checkpoint / ("best.safetensors" if best else "last.safetensors"), out / "model.safetensors")
+        kept = "best.safetensors" if config.keep == "best" else "last.safetensors"
+        shutil.copyfile(checkpoint / kept, out / "model.safetensors")
         shutil.rmtree(checkpoint)
-    epoch = progress.best_epoch if best else progress.epoch
-    return Summary(
+    return result
+
+
+def _result(progress: Progress, task: Task, config: TrainConfig) -> TrainResult:
+    epoch = progress.best_epoch if config.keep == "best" else progress.epoch
+    return TrainResult(
         metric=task.monitor,
         value=progress.history[epoch - 1][f"validation/{task.monitor}"],
-        initial=progress.initial,
+        initial=float("nan") if progress.initial is None else progress.initial,
         best_epoch=epoch,
         train_seconds_per_epoch=statistics.median(row["train/seconds"] for row in progress.history),
         history=progress.history,

@@ -57,7 +57,7 @@ class Batch:
     Attributes:
         state: what crosses the cut, each (B, ...) in its stored dtype, padded with 0 on the right where ragged.
         inputs: the suffix's other inputs, each (B, ...); those in floating point have a shape and no values.
-        targets: each (B, ...), in the order of the samples; with them the extras that the store has of them.
+        targets: each (B, ...), in the order of the samples; plus the extras stored with these samples.
         rows: (B,) int64, the samples' rows in the sample table; always on the CPU.
         places: for each of several processes, the indices of its samples in the whole step, (B,) int64.
         padding: what targets are padded with, by name, where they are ragged and it is not 0.

@@ -28,7 +28,7 @@ from pipeline.store import Store, first_rows
 
 log = logging.getLogger("recycle")
 
-EXAMPLE = 2
+EXAMPLE_SAMPLES = 2
 """Number of samples on which a split is proved; a single one is taken twice."""
 
 
@@ -102,7 +102,7 @@ def _encode_missing(
     if project.encode.executor.is_here:
         loaded.to_device()
     example, samples = _find_example(loaded, source, keyed)
-    prefixes, recipes, suffix_tensors = loaded.freeze(samples)
+    prefixes, recipes, suffix_tensors = loaded.split_at_cuts(samples)
     wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
     stores = open_stores(loaded, prefixes, recipes, wanted, replace_stores=replace_stores)
     for view, of_view in zip(project.views, stores, strict=True):
@@ -111,9 +111,9 @@ def _encode_missing(
         loaded.keep_pretrained_suffix(store, tensors)
     _warn_of_duplicate_cuts(project.encode.cuts, stores[0])
     if project.encode.executor.is_here:
-        executor: Executor = loaded.encoder(source, prefixes, stores, keyed.probes)
+        executor: Executor = loaded.encoder(source, prefixes, stores, keyed.trimming_rows)
     else:
-        executor = open_executor(Job.of(loaded, source, example, keyed.probes, recipes), project.encode.executor)
+        executor = open_executor(Job.of(loaded, source, example, keyed.trimming_rows, recipes), project.encode.executor)
     flops = loaded.count_flops(prefixes, samples)
     return EncoderResult(project, stores, _encode_views(executor, project, source, keyed, table, stores), flops)
 
@@ -126,10 +126,10 @@ def _find_example(loaded: LoadedModel, source: Source, keyed: KeyedSamples) -> t
     for row in keyed.outside_in().tolist():
         found = decode_samples(source, preprocess, np.asarray([row]))
         rows, samples = rows + [row] * len(found), samples + found
-        if len(samples) == EXAMPLE:
+        if len(samples) == EXAMPLE_SAMPLES:
             return rows, samples
     if samples:
-        return rows * EXAMPLE, samples * EXAMPLE
+        return rows * EXAMPLE_SAMPLES, samples * EXAMPLE_SAMPLES
     bad = decode_rows(source, Chunk(keyed.good, [preprocess]))[0].bad
     quarantine.write(loaded.project.quarantine, [*keyed.bad, *bad], keyed.keys)
     raise DataError(
@@ -161,7 +161,7 @@ def _encode_views(
             stores,
             _rows_by_view(project, result.keyed, table),
             segment_samples=project.encode.segment_samples,
-            groups=split_numbers(keyed.keys, table),
+            segment_groups=split_numbers(keyed.keys, table),
         )
         result = result.followed_by(more)
         if len(project.views) == 1 or len(result.keyed.bad) == found:

@@ -111,7 +111,7 @@ class SharedStates:
             else Store.create(folder / "store", self.known.recipe)
         )
         views = [loaded.preprocess(None)]
-        self.encoder = Encoder(source, views, [first.prefix], [[self.fresh]], self.config, keyed.probes)
+        self.encoder = Encoder(source, views, [first.prefix], [[self.fresh]], self.config, keyed.trimming_rows)
         self.result = EncodeResult.empty(keyed, cuts=1)
         self.predictions = Predictions(self._columns())
 

@@ -19,8 +19,8 @@ from pipeline.project.minimum_batch import minimum_units
 from pipeline.project.towers import Tower, new_parameters, open_tower, plain_weights, trainable_model
 from pipeline.runs import record
 from pipeline.runs.record import Run
-from pipeline.train.checkpoint import exclusive
-from pipeline.train.fit import Summary, fit, open_accelerator
+from pipeline.train.checkpoint import exclusive_checkpoint
+from pipeline.train.fit import TrainResult, fit, open_accelerator
 
 log = logging.getLogger("recycle")
 
@@ -41,7 +41,7 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
     stores = [store for tower in towers for store in tower.store.stores]
     provenance = record.provenance(project, cut, stores)
     identity = record.identity(provenance)
-    with exclusive(project.work_dir / "checkpoints" / identity) as checkpoint:
+    with exclusive_checkpoint(project.work_dir / "checkpoints" / identity) as checkpoint:
         summary = _train(project, table, towers, accelerator, out, checkpoint)
     run = Run(
         name=name,
@@ -73,7 +73,7 @@ def _train(
     accelerator: Accelerator,
     out: Path,
     checkpoint: Path,
-) -> Summary:
+) -> TrainResult:
     """Train the suffixes of `towers`; write the result to the folder `out`."""
     suffix = trainable_model(towers)
     if project.train.channels_last:

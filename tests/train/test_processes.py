@@ -23,7 +23,7 @@ from test_flow_words import ASKED, TAGGED, write_words
 from pipeline.errors import ConfigError, TrainError
 from pipeline.project import Project
 from pipeline.runs.record import identity, provenance
-from pipeline.train.checkpoint import exclusive
+from pipeline.train.checkpoint import exclusive_checkpoint
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.train import train_project
 
@@ -190,6 +190,9 @@ def test_each_process_needs_a_unit(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_one_run_is_not_trained_twice_at_a_time(folder: Path) -> None:
     project = Project.load(Path("params.yaml"))
     checkpoint = project.work_dir / "checkpoints" / identity(provenance(project, 0.5))
-    with exclusive(checkpoint), pytest.raises(TrainError, match="is in use: another process trains a run with these"):
+    with (
+        exclusive_checkpoint(checkpoint),
+        pytest.raises(TrainError, match="is in use: another process trains a run with these"),
+    ):
         train_project(project, "0.5", "other")
     assert len(train_project(project, "0.5", "other").history) == EPOCHS

@@ -165,7 +165,8 @@ class Int8Channel(Int8):
 
 
 CODECS: Mapping[str, Codec] = {codec.name: codec for codec in (Raw(), Zstd(), Int8(), Int8Channel())}
-"""All codecs by name. Metadata names no codec: of those that would have written an array, the first one reads it."""
+"""All codecs by name. Metadata does not name the codec: the first one whose types and compressors match reads an array,
+so a new codec must differ from all others in these."""
 RAW = CODECS["raw"]
 BESIDE = (OFFSETS, *dict.fromkeys(suffix for codec in CODECS.values() for suffix in codec.beside))
 """Suffixes of the names of arrays that belong to a tensor."""

@@ -4,7 +4,7 @@ gc             segments none of whose samples a sample table refers to
 compact        small segments, as many increments leave them, into larger ones
 rm-samples     named samples, in any segment
 
-Segments whose samples others hold as well, as a kill of one of these leaves them, go with the first two.
+gc and compact also remove segments whose samples are all in other segments, as an interrupted command leaves them.
 """
 
 from __future__ import annotations
