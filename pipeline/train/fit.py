@@ -109,6 +109,7 @@ def fit(
     writes = accelerator.is_main_process
     objective = Objective(suffix, task)
     model = prepare(objective, training, accelerator)
+    # After the move to the device, which may replace parameters.
     optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))
     scheduler = schedule(optimizer, config, steps=config.epochs * -(-len(training) // config.gradient_accumulation))
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
