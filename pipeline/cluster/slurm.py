@@ -114,13 +114,13 @@ class SlurmArray:
 
 
 @dataclass
-class _Array:
+class _JobArray:
     id: str
     process: subprocess.Popen[str]
 
 
 @contextmanager
-def _submitted(command: Sequence[str]) -> Iterator[_Array]:
+def _submitted(command: Sequence[str]) -> Iterator[_JobArray]:
     """Submit a job array; tasks still running at the end are cancelled; raises ClusterError if it is refused."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:  # noqa: S603
@@ -129,14 +129,14 @@ def _submitted(command: Sequence[str]) -> Iterator[_Array]:
             message = " ".join(process.stderr.read().split()) if process.stderr else ""
             raise ClusterError(f"sbatch refused the job ({message}); see encode.executor.options, and sinfo")
         try:
-            yield _Array(job, process)
+            yield _JobArray(job, process)
         finally:
             if process.poll() is None:
                 subprocess.run(["scancel", job], check=False)  # noqa: S603, S607
                 process.terminate()
 
 
-def _reports(folder: Path, array: _Array, tasks: int) -> Iterator[WorkerReport | Failure]:
+def _reports(folder: Path, array: _JobArray, tasks: int) -> Iterator[WorkerReport | Failure]:
     """Yield the reports of the tasks until the array has ended and no more can come."""
     lines, last = Lines(folder), float("inf")
     while time.monotonic() < last:

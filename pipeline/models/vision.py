@@ -38,7 +38,7 @@ class Library(ABC):
         """Return the image preprocessing of the network."""
 
 
-class Torchvision(Library):
+class TorchvisionLibrary(Library):
     """Classification networks of torchvision."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
@@ -69,7 +69,7 @@ class Torchvision(Library):
         return torchvision.models.get_model_weights(self.name).DEFAULT
 
 
-class Timm(Library):
+class TimmLibrary(Library):
     """Networks of timm, an optional dependency."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
@@ -141,4 +141,7 @@ def _triple(values: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
-LIBRARIES: dict[str, Callable[[str, Mapping[str, Any]], Library]] = {"torchvision": Torchvision, "timm": Timm}
+LIBRARIES: dict[str, Callable[[str, Mapping[str, Any]], Library]] = {
+    "torchvision": TorchvisionLibrary,
+    "timm": TimmLibrary,
+}
