@@ -29,6 +29,8 @@ from pipeline.workflows.export import export_run
 from pipeline.workflows.predict import predict_project
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

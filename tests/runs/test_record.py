@@ -27,6 +27,8 @@ from pipeline.workflows.export import export_run
 from pipeline.workflows.report import report_project
 from pipeline.workflows.train import train_project
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:

@@ -8,6 +8,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from pipeline.split import split
 
+pytestmark = pytest.mark.slow
+
 
 def images(size, pixels):
     return torch.randn(size, 3, pixels, pixels, generator=torch.Generator().manual_seed(size))

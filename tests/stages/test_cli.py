@@ -12,6 +12,8 @@ from click.testing import CliRunner
 
 from stages import cli
 
+pytestmark = pytest.mark.slow
+
 
 def test_help_loads_no_torch() -> None:
     code = (
