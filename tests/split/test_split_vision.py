@@ -1,5 +1,6 @@
 """Image models split exactly."""
 
+import pytest
 import timm
 import torch
 import torchvision.models as tv
