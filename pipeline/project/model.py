@@ -169,8 +169,9 @@ class LoadedModel:
 
     def is_former(self, store: Store, prefix: Prefix, recipe: Recipe, view: int | None) -> bool:
         """Return whether version 0.1.0 wrote `store` with the narrower recipe that it would have for `recipe`."""
-        former = former_recipe(recipe, prefix, self.preprocess(view).former_recipe())
-        return store.recipe != recipe and store.recipe == former
+        if store.recipe == recipe:
+            return False
+        return store.recipe == former_recipe(recipe, prefix, self.preprocess(view).former_recipe())
 
     def adapt(self, store: Views, prefix: Prefix, suffix: Suffix) -> Suffix:
         """Return the suffix to train, with adapters if `train.adapter` is set.

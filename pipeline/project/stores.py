@@ -48,9 +48,12 @@ def open_stores(
         for cut, prefix, recipe in zip(project.encode.cuts, prefixes, of_view, strict=True):
             path = project.store_path(cut, view)
             try:
-                project.open_store(cut, view, recipe)
-            except StaleStoreError as error:
                 store = project.open_store(cut, view)
+            except StoreError:
+                continue  # it does not exist, or is broken: then `create` raises
+            try:
+                store.check_recipe(recipe)
+            except StaleStoreError as error:
                 if loaded.is_former(store, prefix, recipe, view) and not store.missing(keys).any():
                     warn_of_former_recipe(store)
                     former[path] = store
@@ -58,8 +61,6 @@ def open_stores(
                     remove_store(path)
                 else:
                     stale[path] = f"{error.difference} ({store.nbytes() / 1e6:.1f} MB)"
-            except StoreError:
-                continue  # it does not exist, or is broken: then `create` raises
     if stale and (project.remote is not None or not replace_stores):
         raise StaleStoreError(_refusal(project, list(stale.values())))
     for path, change in stale.items():
@@ -150,7 +151,8 @@ def stores_of(project: Project) -> list[Path]:
 
 def unnamed_stores(project: Project) -> list[Path]:
     """Return the folders of stores of cuts, views and towers that params.yaml does not name."""
-    return [path for path in find_stores(project.activations) if path not in _named(project)]
+    named = _named(project)
+    return [path for path in find_stores(project.activations) if path not in named]
 
 
 def _named(project: Project) -> dict[Path, str | None]:
