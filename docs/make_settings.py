@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipeline.config import Section
+from pipeline.config import Section, sections_in
 from pipeline.project.settings import SECTIONS
 from pipeline.tasks.heads import LAYERS
 
@@ -53,7 +53,7 @@ def described(name: str, section: type[Section]) -> Iterator[str]:
     yield f"\n{'###' if '.' in name else '##'} `{name}`\n\n{cell(paragraph(section))}\n\n"
     yield "| Setting | Type | Default | Meaning |\n|---|---|---|---|\n"
     for setting, field in section.model_fields.items():
-        for found in sections(field.annotation):
+        for found in sections_in(field.annotation):
             if found not in SECTIONS.values():
                 inner.setdefault(found, []).append(f"{name}.{setting}")
         kind = typed(field.annotation, field.metadata)
@@ -118,14 +118,6 @@ def default(field: FieldInfo) -> str:
     if isinstance(value, Section):
         return "its defaults"
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
-
-
-def sections(annotation: Any) -> Iterator[type[Section]]:
-    """Yield the section classes in an annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for part in get_args(annotation):
-        yield from sections(part)
 
 
 def paragraph(section: type[Section]) -> str:

@@ -145,16 +145,16 @@ def _fault(name: str, section: type[Section], item: dict[str, Any]) -> str:
 def _inner(section: type[Section], path: list[str]) -> type[Section]:
     """Return the section at `path` inside `section`."""
     for name in path:
-        section = next(_sections(section.model_fields[name].annotation))
+        section = next(sections_in(section.model_fields[name].annotation))
     return section
 
 
-def _sections(annotation: Any) -> Iterator[type[Section]]:
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
     """Yield the sections in an annotation, such as `Annotated[AdapterConfig, ...] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for part in get_args(annotation):
-        yield from _sections(part)
+        yield from sections_in(part)
 
 
 def _nearest(key: str, known: list[str]) -> str:

@@ -7,12 +7,12 @@ import importlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import yaml
 
-from pipeline.config import Section
+from pipeline.config import Section, sections_in
 from pipeline.project.settings import SECTIONS
 from stages.cli import recycle
 
@@ -171,13 +171,6 @@ def is_setting(section: str, name: str, rest: str) -> bool:
             return not known  # inside a mapping, such as `task.loss_options`, anything goes
         known = [inner for field in fields for inner in sections_in(field.annotation)]
     return True
-
-
-def sections_in(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for part in get_args(annotation):
-        yield from sections_in(part)
 
 
 def prose(path: Path) -> str:

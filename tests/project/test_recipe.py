@@ -244,19 +244,28 @@ def test_every_setting_of_an_audio_processor(kind: Any, record_property: Any) ->
         preprocess = AudioPreprocess(16000, None, names, extractor)
         return fingerprint(dict(preprocess.recipe())), preprocess(wave)
 
+    tried, moved = changes_seen(made, settings)
+    assert moved
+    record_property("settings", f"{kind.__name__}: {tried} tried, {len(moved)} change inputs: {sorted(moved)}")
+
+
+def changes_seen(made: Callable[..., tuple[str, dict[str, Tensor]]], settings: dict[str, Any]) -> tuple[int, set[str]]:
+    """Vary `settings` one by one: what changes the inputs changes the recipe. Return how many were tried, and which do.
+
+    `made` returns recipe and inputs under some changed settings.
+    """
     (recipe, state), tried, moved = made(), 0, set()
     assert made()[0] == recipe
     for name, value in variants(settings):
         try:
             found, changed = made(**{name: value})
-        except Exception:  # there is no such extractor
+        except Exception:  # the library refuses this value
             continue
         tried += 1
         if differ(state, changed):
             moved.add(name)
             assert found != recipe, f"{name} = {value!r} changes the inputs unseen"
-    assert moved
-    record_property("settings", f"{kind.__name__}: {tried} tried, {len(moved)} change inputs: {sorted(moved)}")
+    return tried, moved
 
 
 OWN = """
@@ -404,16 +413,6 @@ def test_every_setting_of_an_image_processor(kind: Any, tmp_path: Path, record_p
         backbone = load(ModelConfig(backbone=f"hf:{tmp_path}"), PreprocessConfig(), Head("classes", 3))
         return fingerprint(dict(backbone.preprocess.recipe())), backbone.preprocess(image)
 
-    (recipe, state), tried, moved = made(), 0, set()
-    assert made()[0] == recipe
-    for name, value in variants({name: value for name, value in settings.items() if name != "image_processor_type"}):
-        try:
-            found, changed = made(**{name: value})
-        except Exception:  # there is no such processor
-            continue
-        tried += 1
-        if differ(state, changed):
-            moved.add(name)
-            assert found != recipe, f"{name} = {value!r} changes the inputs unseen"
+    tried, moved = changes_seen(made, {n: value for n, value in settings.items() if n != "image_processor_type"})
     assert len(moved) >= 3
     record_property("settings", f"{kind.__name__}: {tried} tried, {len(moved)} change inputs: {sorted(moved)}")
