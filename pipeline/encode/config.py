@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from pipeline.config import Section
 
@@ -14,7 +15,7 @@ CUT_PATH = re.compile(r"\w[\w-]*(\.[\w-]+)*(#\d+)?")
 
 
 class ExecutorConfig(Section):
-    """Who runs the units of an encode. No effect on what is stored; docs/cluster.md has recipes."""
+    """The executor of the units of an encode. It does not change what is stored; docs/cluster.md has recipes."""
 
     kind: Literal["local", "dask", "slurm"] = "local"
     """"local": processes on this machine. "dask": the workers of a dask.distributed scheduler. "slurm": the tasks of a
@@ -45,24 +46,19 @@ class ExecutorConfig(Section):
         """Say whether the process that was started runs all units itself."""
         return self.kind == "local" and (self.processes or 1) == 1
 
-    @model_validator(mode="after")
-    def _fits_kind(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         used = {
             "local": {"processes", "threads", "retries"},
             "dask": {"address", "jobqueue", "resources", "threads", "retries"},
             "slurm": {"jobs", "options", "threads", "retries"},
         }[self.kind]
         used |= {"jobs", "options"} if self.jobqueue else set()
-        faults = [
-            f"{name} is {getattr(self, name)!r}, which kind {self.kind} does not use{self._remedy(name)}; remove it"
-            for name in sorted(self.model_fields_set - used - {"kind"})
-            if getattr(self, name) not in (None, {})
-        ]
+        for name in sorted(self.model_fields_set - used - {"kind"}):
+            if getattr(self, name) not in (None, {}):
+                unused = f"which kind {self.kind} does not use{self._remedy(name)}"
+                yield f"{name} is {getattr(self, name)!r}, {unused}; remove it"
         if self.address and self.jobqueue:
-            faults.append(f"address is {self.address!r} and jobqueue is {self.jobqueue!r}; keep one")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+            yield f"address is {self.address!r} and jobqueue is {self.jobqueue!r}; keep one"
 
     def _remedy(self, name: str) -> str:
         return " without jobqueue" if self.kind == "dask" and name in ("jobs", "options") else ""
@@ -72,11 +68,11 @@ class EncodeConfig(Section):
     """How states are made. Only `cuts`, `dtype`, `codec`, `precision` and `views` decide what is stored."""
 
     cuts: list[float | int | str] = Field(min_length=1)
-    """Where to split: a share of the blocks (0.5; 0 stores the inputs, 1 leaves only the head to train), a number of
-    blocks from 2 on (6), or a module path ("layer3"; "layer#2" for its third call). `recycle cuts` lists them with
-    their costs. One pass serves all cuts."""
+    """Places to split the network: a share of the blocks (0.5; 0 stores the inputs, 1 leaves only the head to train), a
+    number of blocks from 2 on (6), or a module path ("layer3"; "layer#2" for its third call). `recycle cuts` lists them
+    with their costs. One pass serves all cuts."""
     store: str | None = None
-    """Where states are stored: null for the folder data/activations, or a URL below which each cut has its folder:
+    """Location of the stores: null for the folder data/activations, or a URL below which each cut has its folder:
     `s3://BUCKET/PREFIX`, `gs://`, `az://` or `file:///FOLDER`. Credentials, endpoint and region come from the
     environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_REGION, ...). Training downloads segments to local scratch
     (`train.scratch_gb`)."""
@@ -104,7 +100,7 @@ class EncodeConfig(Section):
     """Processes that read and preprocess samples; 0 does it in the main process. null: 0 if the prefix runs on the CPU,
     where it uses all cores itself, else one per core."""
     executor: ExecutorConfig = ExecutorConfig()
-    """Who runs the units: this process, several, or a cluster."""
+    """The executor of the units: this process, several processes, or a cluster."""
     device: str = "auto"
     """"auto" (the accelerator if there is one), "cpu", "cuda:0", ..."""
     channels_last: bool = False

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Iterator
 
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
 
 from pipeline.config import Section
 from pipeline.encode.config import check_cut
@@ -29,7 +29,7 @@ class TowerConfig(Section):
     layers: Layers | None = None
     """Its head, as in `task.layers`; [] for none. All towers must produce embeddings of one size."""
     trains: bool = True
-    """Whether its suffix is trained. If not, its embeddings are those of the pretrained network."""
+    """Train the suffix of this tower. If false, its embeddings are those of the pretrained network."""
     key: str | None = None
     """Function that makes the keys of its samples, as in `data.key`."""
     residency: Residency | None = None
@@ -71,18 +71,12 @@ class TowersConfig(Section):
         found: TowerConfig | None = None if role is None else getattr(self, role)
         return found or TowerConfig()
 
-    @model_validator(mode="after")
-    def _can_share(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         if not self.shared:
-            return self
+            return
         anchor, positive = self.of("anchor"), self.of("positive")
-        faults = [
-            f"shared is true, but {name} differs between anchor and positive; set it for neither"
-            for name in ("model", "cut", "pooling", "layers", "trains")
-            if getattr(anchor, name) != getattr(positive, name)
-        ]
+        for name in ("model", "cut", "pooling", "layers", "trains"):
+            if getattr(anchor, name) != getattr(positive, name):
+                yield f"shared is true, but {name} differs between anchor and positive; set it for neither"
         if not self.is_set:
-            faults.append("shared is true, but there are no towers; set anchor or positive, or remove it")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+            yield "shared is true, but there are no towers; set anchor or positive, or remove it"

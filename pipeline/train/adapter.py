@@ -12,11 +12,12 @@ import logging
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from types import MethodType
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -58,11 +59,9 @@ class AdapterConfig(Section):
     """Layers to adapt, by path or by the end of the path ("query" is every layer of that name). null: every layer after
     the cut that the method can adapt."""
 
-    @model_validator(mode="after")
-    def _dropout_is_lora_s(self) -> AdapterConfig:
+    def _faults(self) -> Iterator[str]:
         if self.dropout and self.kind != "lora":
-            raise ValueError(f"{self.kind} has no dropout; set adapter.dropout to 0, or adapter.kind to lora")
-        return self
+            yield f"{self.kind} has no dropout; set adapter.dropout to 0, or adapter.kind to lora"
 
 
 def _from_kind(value: object) -> object:
