@@ -60,8 +60,8 @@ class DataConfig(Section):
     audio: str | None = None
     """audio in a table: name of the field with the file's path, relative to the table's folder, or with its bytes."""
     labelled: bool = True
-    """Whether labels, splits and groups are read. If false, only contents are read, as `recycle predict` does: files
-    need no folder per class, tables no label field, and pairs only one of the two texts."""
+    """Read labels, splits and groups. If false, read only contents, as `recycle predict` does: files need no folder per
+    class, tables no label field, and pairs only one of the two texts."""
     label: str | int | Names | None = None
     """Tables: name of the label field (its values may be lists), or names of several fields, to regress a list of
     numbers. pairs: name of a field that says whether the two texts match (1, true) or not (0, false); without it, all

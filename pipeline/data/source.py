@@ -26,7 +26,7 @@ _SPLIT_NAMES = {"training": "train", "valid": "validation", "val": "validation",
 
 
 class Row(NamedTuple):
-    """What is known about a sample without reading its content."""
+    """The name, the split and the targets of a sample, known without reading its content."""
 
     source: str
     """Name of the sample for people: a path below the data set, or file and row number."""

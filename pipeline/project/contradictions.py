@@ -50,8 +50,8 @@ def _of_views(encode: EncodeConfig, train: TrainConfig, is_augmented: bool) -> l
     faults = []
     if is_augmented and encode.views is None:
         faults.append(
-            "preprocess.augment is set, but encode.views is not: what is stored is encoded once, and cannot change "
-            "at random from epoch to epoch; set encode.views to how many views are stored (such as 4), or remove "
+            "preprocess.augment is set, but encode.views is not: each sample is encoded once, and its state cannot "
+            "change from epoch to epoch; set encode.views to the number of views to store (such as 4), or remove "
             "preprocess.augment"
         )
     if encode.views is not None and not is_augmented:

@@ -97,7 +97,7 @@ class Feed:
 
     @property
     def needs_fetching(self) -> bool:
-        """Whether segments are fetched or unpacked to local files before they are read."""
+        """True if segments are fetched or unpacked to local files before they are read."""
         project = self.tower.loaded.project
         return project.remote is not None or not CODECS[project.encode.codec].is_mappable
 

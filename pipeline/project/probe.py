@@ -42,7 +42,7 @@ class Probe:
 
     inputs: Sequence[Sample]
     is_drawn: bool
-    """Whether they were drawn at random, because the kind of content is unknown."""
+    """True if the inputs were drawn at random because the kind of content is unknown."""
 
     @classmethod
     def of(cls, preprocess: Preprocess, like: Sequence[Sample]) -> Probe:

@@ -105,6 +105,6 @@ def warn_of_former_recipe(store: Store) -> None:
     log.warning(
         "%s was made by version 0.1.0, whose recipe covers less: it cannot be verified that the configuration of the "
         "network, attributes that are lists or functions, and the settings of a slow tokenizer are still the same. It "
-        "is read; nothing is added to it (recycle encode --replace makes it anew)",
+        "is read; nothing is added to it (recycle encode --replace encodes it again)",
         store.where,
     )

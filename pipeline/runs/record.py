@@ -202,7 +202,7 @@ def _changed(then: Mapping[str, Any], today: Mapping[str, Any]) -> str:
     if not then:
         return "it has other settings, samples or stores; train it again"
     if then["stores"] != today["stores"]:
-        return "its states have been encoded anew with other settings; train it again"
+        return "its states have been encoded again with other settings; train it again"
     if then["samples"] != today["samples"]:
         return "the samples, their labels or their splits have changed; train it again"
     if then.get("code") != today.get("code"):
