@@ -133,7 +133,7 @@ def fit(
             if live:
                 live.log_epoch(row)
             save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
-    result = _result(progress, task, config)
+    result = _result(progress, progress.initial, task, config)
     if writes:
         kept = "best.safetensors" if config.keep == "best" else "last.safetensors"
         shutil.copyfile(checkpoint / kept, out / "model.safetensors")
@@ -141,12 +141,12 @@ def fit(
     return result
 
 
-def _result(progress: Progress, task: Task, config: TrainConfig) -> TrainResult:
+def _result(progress: Progress, initial: float, task: Task, config: TrainConfig) -> TrainResult:
     epoch = progress.best_epoch if config.keep == "best" else progress.epoch
     return TrainResult(
         metric=task.monitor,
         value=progress.history[epoch - 1][f"validation/{task.monitor}"],
-        initial=float("nan") if progress.initial is None else progress.initial,
+        initial=initial,
         best_epoch=epoch,
         train_seconds_per_epoch=statistics.median(row["train/seconds"] for row in progress.history),
         history=progress.history,
