@@ -49,14 +49,20 @@ def load_sections(
             each with its path in the file, the value met, the bound and the remedy.
     """
     raw = _read(path)
-    for setting, value in (overrides or {}).items():
+    set_values(raw, overrides or {})
+    return check_sections(raw, schema, str(path))
+
+
+def set_values(content: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Replace values of the content of a params.yaml, given by setting, as in {"train.lr": 0.1}."""
+    for setting, value in overrides.items():
         *outer, name = setting.split(".")
-        inside = raw
+        inside = content
         for step in outer:
-            inside[step] = dict(inside[step]) if isinstance(inside.get(step), dict) else {}
+            if not isinstance(inside.get(step), dict):
+                inside[step] = {}
             inside = inside[step]
         inside[name] = value
-    return check_sections(raw, schema, str(path))
 
 
 def parse_override(text: str) -> tuple[str, Any]:

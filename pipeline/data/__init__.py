@@ -11,6 +11,8 @@ from pipeline.data.labelled import open_texts
 from pipeline.data.media import open_audio, open_images
 from pipeline.data.pairs import ROLES, open_pairs
 from pipeline.data.pixels import open_pixels
+from pipeline.data.proposal import DataProposal
+from pipeline.data.propose import propose
 from pipeline.data.repeats import remarks
 from pipeline.data.source import Content, Row, Source, Stamp
 from pipeline.data.squad import open_squad
@@ -24,6 +26,7 @@ __all__ = [
     "ROLES",
     "Content",
     "DataConfig",
+    "DataProposal",
     "Row",
     "SampleTable",
     "Source",
@@ -31,6 +34,7 @@ __all__ = [
     "build",
     "in_role",
     "open_source",
+    "propose",
     "remarks",
     "rows_in_role",
     "with_keys",

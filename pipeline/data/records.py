@@ -110,7 +110,7 @@ def read_records(
     if splits and "split" in fields:
         raise ConfigError(f"data.split is {fields['split']!r}, but {path} has a file per split; remove it")
     columns = [_choose(file, table, fields, any_of) for file, _, table in parts]
-    delimited = [part for part, (file, _, _) in zip(columns, parts, strict=True) if _kind(file) in DELIMITERS]
+    delimited = [part for part, (file, _, _) in zip(columns, parts, strict=True) if kind_of(file) in DELIMITERS]
     for setting in [name for name in columns[0] if name.partition(".")[0] == "label"]:
         if delimited and not labels_as_text:  # numbers in all files, or in none
             labels = read_labels([part[setting] for part in delimited])
@@ -124,7 +124,7 @@ def read_records(
     return Records(merged, files, splits or None, left_out, faults)
 
 
-def _kind(file: Path) -> str:
+def kind_of(file: Path) -> str:
     return file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
 
 
@@ -143,7 +143,7 @@ def _choose(file: Path, table: pa.Table, fields: dict[str, str], any_of: Collect
 
 
 def _read_file(path: Path, fields: dict[str, str], records: str | None) -> tuple[pa.Table, Faults]:
-    kind, names = _kind(path), frozenset(fields.values())
+    kind, names = kind_of(path), frozenset(fields.values())
     if kind not in KINDS or (kind == ".parquet" and path.suffix == ".gz"):
         raise ConfigError(
             f"data.path is {path}; expected a name that ends in {', '.join(KINDS)} (.gz but for the last), a folder "
