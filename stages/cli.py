@@ -18,6 +18,7 @@ from pipeline.errors import RecyclingError
 from pipeline.memory import keep_freed_memory
 
 COMMANDS = {
+    "init": "stages.init:command",
     "cuts": "stages.cuts:command",
     "encode": "stages.encode:command",
     "train": "stages.train:command",
@@ -51,6 +52,7 @@ class LazyGroup(click.Group):
 
 
 SUMMARIES = {
+    "init": "Look at a data set and write params.yaml and dvc.yaml for it.",
     "cuts": "List every place to cut a model, with its costs and the speed-up to expect; mark the sensible ones.",
     "encode": "Run the frozen layers once over the data set and store what they give.",
     "train": "Fine-tune the layers above one cut from its store.",

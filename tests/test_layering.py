@@ -11,7 +11,16 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"stages.cli"},
-    {"stages.encode", "stages.train", "stages.report", "stages.cuts", "stages.export", "stages.fetch", "stages.store"}
+    {
+        "stages.encode",
+        "stages.train",
+        "stages.report",
+        "stages.cuts",
+        "stages.export",
+        "stages.fetch",
+        "stages.init",
+        "stages.store",
+    }
     | {"stages.predict"},
     {"stages.options"},
     {"pipeline.workflows"},

@@ -1,5 +1,6 @@
-"""Stores that DVC tracks: dvc://REVISION:PATH[?remote=NAME], read from the remote where they are."""
+"""DVC: stores that it tracks, dvc://REVISION:PATH[?remote=NAME], read from the remote; and a new repository of it."""
 
+from pipeline.tracked.new import init_dvc
 from pipeline.tracked.outputs import SCHEME, Place, Tracked, open_tracked
 
-__all__ = ["SCHEME", "Place", "Tracked", "open_tracked"]
+__all__ = ["SCHEME", "Place", "Tracked", "init_dvc", "open_tracked"]

@@ -1,5 +1,6 @@
 """One module per verb, told from top to bottom; `stages/X.py` parses and calls `workflows/X.py`.
 
+init.py          a look at the data -> params.yaml, dvc.yaml
 encode.py        raw data -> stores, sample table
 train.py         stores, sample table -> a finished run
 report.py        finished runs -> table, plot
