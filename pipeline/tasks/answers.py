@@ -13,10 +13,9 @@ from torch import Tensor
 from torchmetrics.text import SQuAD
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
 from pipeline.tasks.config import SCORES, TaskConfig
-from pipeline.tasks.scores import ALONE, Metrics, Scores, read_tensor
-from pipeline.tasks.targets import Table, column
+from pipeline.tasks.scores import ALONE, Metrics, read_tensor
 
 # B batch, T token, A tokens of an answer
 
@@ -90,7 +89,7 @@ class Answers(Task):
         }
 
 
-class AnswerScores(Scores):
+class AnswerScores(Metrics):
     """`f1` (of words) and `exact_match` of the best answer to each question, means over questions, in 0..1.
 
     A window's best answer is the likeliest span of at most `max_answer` tokens; a question's is the one with the

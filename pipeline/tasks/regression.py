@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
 from pipeline.tasks.config import LOWER_IS_BETTER, REGRESSION_LOSSES, SCORES, TaskConfig
-from pipeline.tasks.scores import ALONE, Metrics, Scores, read_tensor, without_advice
-from pipeline.tasks.targets import Table, column
+from pipeline.tasks.scores import ALONE, Metrics, read_tensor, without_advice
 
 # N row of the table, B batch, K number to regress
 
@@ -109,7 +108,7 @@ class Regression(Task):
         return RegressionScores(self._scale)
 
 
-class RegressionScores(Scores):
+class RegressionScores(Metrics):
     """`rmse`, `mae` in the user's unit, `r2`, `pearson`, `spearman` (NaN for constants); means over the numbers."""
 
     def __init__(self, scale_K: np.ndarray) -> None:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
 from pipeline.tasks.config import TaskConfig, retrieval_scores
 from pipeline.tasks.heads import last_width
 from pipeline.tasks.losses import Memory, choose_loss, make_loss, make_miner
 from pipeline.tasks.retrieval import RetrievalScores
 from pipeline.tasks.scores import Metrics, read_tensor
-from pipeline.tasks.targets import Table, column
 
 ROLES = ("anchor", "positive")
 
