@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.data.arrays import open_arrays
-from pipeline.data.chosen import in_role, rows_in_role, with_keys
+from pipeline.data.arrays import open_arrays, open_pixels
 from pipeline.data.config import DataConfig
-from pipeline.data.labelled import open_texts
+from pipeline.data.labelled import ROLES, open_pairs, open_texts
 from pipeline.data.media import open_audio, open_images
-from pipeline.data.pairs import ROLES, open_pairs
-from pipeline.data.pixels import open_pixels
 from pipeline.data.repeats import remarks
-from pipeline.data.source import Content, Row, Source, Stamp
+from pipeline.data.source import Content, Row, Source, Stamp, in_role, rows_in_role, with_keys
 from pipeline.data.squad import open_squad
 from pipeline.data.table import SampleTable, build
 from pipeline.data.tagged import open_conll, open_tagged

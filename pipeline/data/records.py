@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from pipeline.data.delimited import COMMA, TAB, read_delimited, read_labels
 from pipeline.data.json_records import Faults, from_objects, read_lines, read_list
-from pipeline.data.saved import is_saved, read_saved, with_class_names
 from pipeline.data.source import LeftOut, split_named
 from pipeline.data.walk import files_by_split
 from pipeline.errors import BadSampleError, ConfigError, DataError
 
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+STATE, SPLITS = "state.json", "dataset_dict.json"
+_FEATURES = b"huggingface"
 DELIMITERS = {".csv": COMMA, ".tsv": TAB}
 CONTENTS = frozenset({"text", "text_pair", "anchor", "positive", "image", "audio"})
 """Settings of fields with contents: where one is bad, its record is set aside."""
@@ -153,21 +156,111 @@ def _read_file(path: Path, fields: dict[str, str], records: str | None) -> tuple
         if kind == ".parquet":
             return pa.parquet.read_table(path), {}
         if kind in DELIMITERS:
-            return read_delimited(path, read_bytes(path), DELIMITERS[kind], names), {}
-        text = read_text(path)
+            return read_delimited(path, _read_bytes(path), DELIMITERS[kind], names), {}
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"data.path {path} cannot be read as {kind}: {error}") from error
+    text = read_text(path, kind)
     objects = read_lines(path, text) if kind == ".jsonl" else read_list(path, text, records)
     others = {name for setting, name in fields.items() if setting not in CONTENTS}
     return from_objects(path, objects, names, names - others)
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the content of a file, decompressed if its name says so; raises OSError if it cannot be read."""
+def _read_bytes(path: Path) -> bytes:
+    """Return the content of a file, decompressed if its name says so."""
     with pa.input_stream(str(path), compression="detect") as stream:
         return bytes(stream.read())
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file, decompressed if its name says so; raises OSError or UnicodeDecodeError."""
-    return read_bytes(path).decode("utf-8-sig")
+def read_text(path: Path, kind: str) -> str:
+    """Return the text of a file, decompressed if its name says so; raises DataError, with `kind`, if there is none."""
+    try:
+        return _read_bytes(path).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise DataError(f"data.path {path} cannot be read as {kind}: {error}") from error
+
+
+def is_saved(path: Path) -> bool:
+    """Say whether `path` is a folder that `save_to_disk` wrote, of one data set or of a dictionary of splits."""
+    return (path / STATE).is_file() or (path / SPLITS).is_file()
+
+
+def read_saved(path: Path) -> list[tuple[Path, str | None, pa.Table]]:
+    """Return folder, split and table of each part of the data set at `path`; one without splits is one part.
+
+    Tables are memory-mapped by pyarrow, without the data set's code, cache or pickles.
+
+    Raises:
+        DataError: a file is missing or damaged, or names one outside the folder, or a split is called unusually.
+    """
+    if not (path / SPLITS).is_file():
+        return [(path, None, _read_one(path))]
+    names = [_plain(name, path / SPLITS) for name in _read_json(path / SPLITS, "splits")]
+    return [(path / name, split_named(name, str(path)), _read_one(path / name)) for name in names]
+
+
+def with_class_names(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """Return the column `name`, with class numbers replaced by names, -1 by null.
+
+    The names are in the metadata of tables of Hugging Face datasets, in Parquet too.
+
+    Raises:
+        DataError: a number has no name.
+    """
+    if (names := _class_names(table, name)) is None:
+        return table.column(name)
+    flat = table.column(name).combine_chunks()
+    numbers = flat.flatten() if pa.types.is_list(flat.type) else flat
+    try:
+        numbers = numbers.cast(pa.int64())
+        numbers = pa.compute.if_else(pa.compute.equal(numbers, -1), None, numbers)
+        labels = pa.array(names, pa.string()).take(numbers)
+    except pa.ArrowException as error:
+        raise DataError(f"field {name} has a class number beyond its {len(names)} names ({error})") from error
+    if not pa.types.is_list(flat.type):
+        return pa.chunked_array([labels])
+    first = pa.compute.min(flat.offsets)
+    return pa.chunked_array([pa.ListArray.from_arrays(pa.compute.subtract(flat.offsets, first), labels)])
+
+
+def _read_one(folder: Path) -> pa.Table:
+    tables = []
+    for item in _read_json(folder / STATE, "_data_files"):
+        file = folder / _plain(item.get("filename") if isinstance(item, dict) else item, folder / STATE)
+        try:
+            tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all())
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{file} cannot be read as an Arrow stream ({error}); save the data set again") from error
+    if not tables:
+        raise DataError(f"data.path {folder} holds no records")
+    return pa.concat_tables(tables)
+
+
+def _read_json(path: Path, key: str) -> list[Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); save the data set again") from error
+    if not isinstance(found, list):
+        raise DataError(f"{path}: {key} is {found!r}; expected a list; save the data set again")
+    return found
+
+
+def _plain(name: object, where: Path) -> str:
+    """Return a name that stays in its folder."""
+    if not isinstance(name, str) or name in ("", ".", "..") or PurePath(name).name != name or "\\" in name:
+        raise DataError(f"{where} names {name!r}; expected a name in the same folder")
+    return name
+
+
+def _class_names(table: pa.Table, name: str) -> Sequence[str] | None:
+    try:
+        features = json.loads((table.schema.metadata or {})[_FEATURES])["info"]["features"]
+        feature = features[name]
+    except (KeyError, TypeError, ValueError):
+        return None
+    if isinstance(feature, list) and len(feature) == 1:  # how a list was written before it had a type
+        feature = feature[0]
+    if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+        feature = feature["feature"]
+    found: Sequence[str] | None = feature.get("names") if isinstance(feature, dict) else None
+    return found

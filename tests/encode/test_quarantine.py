@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from pipeline.data import DataConfig, Row, SampleTable, Source
-from pipeline.data.folders import ImageFolder
+from pipeline.data.media import ImageFolder
 from pipeline.encode.quarantine import BadSample, summary
 from pipeline.errors import BadSampleError
 from pipeline.keys import content_key

@@ -22,7 +22,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.folders import ImageFolder
+from pipeline.data.media import ImageFolder
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.keys import digest
 from pipeline.models import Preprocess, PreprocessConfig

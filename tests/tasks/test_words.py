@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pipeline.errors import DataError
 from pipeline.tasks import Ragged, Task, TaskConfig, open_task
 from pipeline.tasks.answers import AnswerScores, Windows, at_tokens, best_spans
-from pipeline.tasks.tagging import TaggingScores, at_words
 from pipeline.tasks.base import IGNORED
+from pipeline.tasks.tagging import TaggingScores, at_words
 
 
 def lists(rows: list[list[Any]]) -> np.ndarray:
