@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from pipeline.data.table import SampleTable
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _NAMED = 3
 _LABELS = ("label", "tags", "belongs")
@@ -13,68 +18,46 @@ _LABELS = ("label", "tags", "belongs")
 
 def remarks(table: SampleTable) -> list[str]:
     """Return a sentence about each kind of repeated content (equal keys); of pairs, whole pairs are compared."""
-    rows, keys = _of_pairs(table) if {"pair", "role"} <= table.targets.keys() else (np.arange(len(table)), table.keys)
-    what = "pairs" if len(rows) < len(table) else "contents"
-    order, of_order = _repeated(keys)  # those that occur more than once, equal ones side by side
-    rows = rows[order]
-    lines = []
+    of_pairs = {"pair", "role"} <= table.targets.keys()
+    what = "pairs" if of_pairs else "contents"
+    which = "pairs are another pair" if of_pairs else "samples have the content of another sample"
+    repeated = _repeated(table, of_pairs=of_pairs)
+    rows, lines = repeated.index.to_numpy(), []
     for name in [name for name in _LABELS if name in table.targets]:
-        labels = _numbered(table.targets[name][rows], in_order=name == "tags")
-        differs = _differs(of_order, labels)
-        if differs.any():
-            which = "pairs are another pair" if what == "pairs" else "samples have the content of another sample"
-            named = _named(table, rows[differs], of_order[differs])
-            lines.append(f"{int(differs.sum())} {which} under another {name}, first: {named}")
+        labels = [
+            str(sorted(set(label)) if isinstance(label, list) and name != "tags" else label)  # tags alone have an order
+            for label in table.targets[name][rows].tolist()
+        ]
+        kinds = repeated.assign(label=labels).groupby("content")["label"].transform("nunique")
+        differs = repeated[kinds > 1]
+        if len(differs):
+            lines.append(f"{len(differs)} {which} under another {name}, first: {_named(table, differs)}")
     for split in ("validation", "test"):
-        held_out, training = table.split[rows] == split, table.split[rows] == "train"
-        both = np.intersect1d(of_order[held_out], of_order[training])
+        held_out, training = (repeated[table.split[rows] == name] for name in (split, "train"))
+        both = np.intersect1d(held_out["content"], training["content"])
         if both.size:
-            inside = np.isin(of_order, both) & (held_out | training)
-            named = _named(table, rows[inside], of_order[inside])
-            lines.append(f"{both.size} {what} lie in train and in {split}, first: {named}")
+            inside = repeated[repeated["content"].isin(both) & np.isin(table.split[rows], (split, "train"))]
+            lines.append(f"{both.size} {what} lie in train and in {split}, first: {_named(table, inside)}")
     return lines
 
 
-def _of_pairs(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row of each pair's anchor, and the keys of both, (n, 32) uint8."""
-    pairs, roles = table.targets["pair"], table.targets["role"]
-    anchors, positives = (np.flatnonzero(roles == role) for role in ("anchor", "positive"))
-    anchors, positives = (rows[np.argsort(pairs[rows], kind="stable")] for rows in (anchors, positives))
-    return anchors, np.hstack([table.keys[anchors], table.keys[positives]])
+def _repeated(table: SampleTable, *, of_pairs: bool) -> pd.DataFrame:
+    """Return the column `content`, a number for equal keys, of the rows (of pairs, the anchors') that share theirs."""
+    import pandas as pd  # noqa: PLC0415  (slow to import)
+
+    rows, keys = np.arange(len(table)), table.keys
+    if of_pairs:
+        pairs, roles = table.targets["pair"], table.targets["role"]
+        anchors, positives = (np.flatnonzero(roles == role) for role in ("anchor", "positive"))
+        rows, positives = (found[np.argsort(pairs[found], kind="stable")] for found in (anchors, positives))
+        keys = np.hstack([keys[rows], keys[positives]])
+    words = pd.DataFrame(np.ascontiguousarray(keys).view(np.uint64), index=rows).sort_index()
+    repeated = words[words.duplicated(keep=False)]
+    return repeated.groupby(list(words.columns), sort=False).ngroup().to_frame("content")
 
 
-def _repeated(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows whose key (N, 16 or 32) uint8 occurs more than once, equal ones side by side, with its number."""
-    words = np.ascontiguousarray(keys).view(np.uint64)
-    order = np.lexsort(words.T[::-1])
-    new = np.ones(len(order), bool)
-    new[1:] = (words[order[1:]] != words[order[:-1]]).any(1)
-    number = np.cumsum(new) - 1
-    often = np.bincount(number, minlength=1)[number] > 1 if len(number) else new
-    return order[often], number[often]
-
-
-def _numbered(labels: np.ndarray, *, in_order: bool) -> np.ndarray:
-    """Return a number for each label (n,); the order within a set of labels does not count, that of tags does."""
-    if labels.dtype != object:
-        return np.unique(labels, return_inverse=True)[1]
-    known: dict[tuple[object, ...], int] = {}
-    tuples = (tuple(one if in_order else sorted(set(one))) for one in labels.tolist())
-    return np.array([known.setdefault(one, len(known)) for one in tuples], np.int64)
-
-
-def _differs(groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return (n,) bool: in which rows' group, of equal numbers side by side, labels differ."""
-    if not len(groups):
-        return np.zeros(0, bool)
-    begins = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
-    several = np.minimum.reduceat(labels, begins) < np.maximum.reduceat(labels, begins)
-    return np.repeat(several, np.diff(np.append(begins, len(groups))))
-
-
-def _named(table: SampleTable, rows: np.ndarray, groups: np.ndarray) -> str:
-    """Name the groups of the earliest rows: `cat/1.png = dog/7.png`; equal `groups` (n,) are side by side."""
-    begins = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
-    first = begins[np.argsort(rows[begins], kind="stable")[:_NAMED]]
-    members = [rows[begin : begin + _NAMED][groups[begin : begin + _NAMED] == groups[begin]] for begin in first]
-    return ", ".join(" = ".join(table.source[row] for row in found.tolist()) for found in members)
+def _named(table: SampleTable, repeated: pd.DataFrame) -> str:
+    """Name the rows of the earliest groups: `cat/1.png = dog/7.png`."""
+    first = repeated["content"].unique()[:_NAMED]
+    groups = (repeated.index[repeated["content"] == content][:_NAMED] for content in first)
+    return ", ".join(" = ".join(table.source[row] for row in rows.tolist()) for rows in groups)
