@@ -7,11 +7,10 @@ from pathlib import Path
 from pipeline.data.arrays import open_arrays, open_pixels
 from pipeline.data.config import DataConfig
 from pipeline.data.labelled import ROLES, open_pairs, open_texts
-from pipeline.data.media import open_audio, open_images
-from pipeline.data.repeats import remarks
+from pipeline.data.media import open_media
 from pipeline.data.source import Content, Row, Source, Stamp, in_role, rows_in_role, with_keys
 from pipeline.data.squad import open_squad
-from pipeline.data.table import SampleTable, build
+from pipeline.data.table import SampleTable, build, remarks
 from pipeline.data.tagged import open_conll, open_tagged
 from pipeline.data.vision import open_torchvision
 from pipeline.errors import ConfigError
@@ -34,8 +33,8 @@ __all__ = [
 ]
 
 _OPEN = {
-    "images": open_images,
-    "audio": open_audio,
+    "images": open_media,
+    "audio": open_media,
     "text": open_texts,
     "pairs": open_pairs,
     "conll": open_conll,

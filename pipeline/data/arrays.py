@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipeline.data.config import DataConfig
-from pipeline.data.delimited import is_number, read_labels
+from pipeline.data.formats import is_number, read_labels
 from pipeline.data.source import Row, Source, is_missing, split_named
 from pipeline.errors import ConfigError, DataError, first_few
 

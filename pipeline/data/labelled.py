@@ -29,9 +29,13 @@ class Labelled(Source):
         self._records, self._delimiter, self._left_out = records, delimiter, records.left_out
         self._labels = [column for setting, column in records.columns.items() if setting.partition(".")[0] == LABEL]
         for setting, column in records.columns.items():
-            if setting.partition(".")[0] in (LABEL, "group"):
-                may_be_blank = delimiter is not None and setting == LABEL  # it holds no label of many
-                refuse_missing(name, records, column, setting.partition(".")[0], may_be_blank=may_be_blank)
+            what = setting.partition(".")[0]
+            may_be_blank = delimiter is not None and setting == LABEL  # it holds no label of many
+            if what in (LABEL, "group") and (rows := _missing(column, may_be_blank=may_be_blank)):
+                named = first_few(map(records.where, rows))
+                raise DataError(
+                    f"{name}: {len(rows)} records have no {what} ({named}); give each one, or leave them out"
+                )
 
     def __len__(self) -> int:
         return len(self._records)
@@ -68,8 +72,12 @@ class Pairs(Source):
     def __init__(self, records: Records) -> None:
         self._records, self._left_out = records, records.left_out
         self._roles = [role for role in ROLES if role in records.columns]
-        answers = records.columns["label"].to_pylist() if "label" in records.columns else []
-        self._belongs = [_belongs(answer, records.where(i)) for i, answer in enumerate(answers)]
+        self._belongs: list[int] = []
+        for i, answer in enumerate(records.columns["label"].to_pylist() if "label" in records.columns else []):
+            if (value := str(answer).strip().lower()) not in _ANSWERS:
+                expected = f"expected {', '.join(_ANSWERS)}: do the two belong together?"
+                raise DataError(f"{records.where(i)}: label {answer!r}; {expected}")
+            self._belongs.append(_ANSWERS[value])
 
     def __len__(self) -> int:
         return len(self._roles) * len(self._records)
@@ -88,28 +96,12 @@ class Pairs(Source):
 
 def open_texts(config: DataConfig, path: Path) -> Texts:
     """Read the table of texts at `path`."""
-    texts = {name: getattr(config, name) for name in ("text", "text_pair")}
-    named = {setting: name for setting, name in texts.items() if name is not None} | label_fields(config)
-    records = read_records(path, named, records=config.records, labels_as_text=config.delimiter is not None)
-    return Texts(path.name, records, config.delimiter)
+    return Texts(path.name, read_records(path, config, ("text", "text_pair")), config.delimiter)
 
 
 def open_pairs(config: DataConfig, path: Path) -> Pairs:
     """Read the table of pairs at `path`."""
-    fields = {name: getattr(config, name) for name in (*ROLES, "split", "label") if config.labelled or name in ROLES}
-    named = {setting: name for setting, name in fields.items() if name is not None}
-    any_of = () if config.labelled else ROLES
-    return Pairs(read_records(path, named, records=config.records, any_of=any_of))
-
-
-def label_fields(config: DataConfig) -> dict[str, str]:
-    """Return the settings that all labelled tables share, with their fields; none if `config` is not `labelled`."""
-    if not config.labelled:
-        return {}
-    labels = config.label if isinstance(config.label, tuple) else (config.label,)
-    named = {LABEL if not number else f"{LABEL}.{number}": name for number, name in enumerate(labels)}
-    named |= {"split": config.split, "group": config.group}
-    return {setting: str(name) for setting, name in named.items() if name is not None}
+    return Pairs(read_records(path, config, ROLES, ("split", "label")))
 
 
 def as_target(value: object, where: str) -> Any:
@@ -124,14 +116,8 @@ def as_target(value: object, where: str) -> Any:
     return target
 
 
-def refuse_missing(
-    name: str, records: Records, column: pa.ChunkedArray, what: str, *, may_be_blank: bool = False
-) -> None:
-    """Check that a column has a value in all records: no null or NaN, and no blank text unless it `may_be_blank`.
-
-    Raises:
-        DataError: some records have none; the message has their count and names the first.
-    """
+def _missing(column: pa.ChunkedArray, *, may_be_blank: bool) -> list[int]:
+    """Return the records without a value in a column: null, NaN, or a blank text unless it `may_be_blank`."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     missing = column.is_null()
@@ -139,13 +125,5 @@ def refuse_missing(
         missing = column.is_null(nan_is_null=True)
     elif not may_be_blank and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         missing = pc.or_(missing, pc.fill_null(pc.equal(pc.ascii_trim_whitespace(column), ""), False))
-    if rows := pc.indices_nonzero(missing).to_pylist():
-        named = first_few(map(records.where, rows))
-        raise DataError(f"{name}: {len(rows)} records have no {what} ({named}); give each one, or leave them out")
-
-
-def _belongs(answer: object, where: str) -> int:
-    value = str(answer).strip().lower()
-    if value not in _ANSWERS:
-        raise DataError(f"{where}: label {answer!r}; expected {', '.join(_ANSWERS)}: do the two belong together?")
-    return _ANSWERS[value]
+    rows: list[int] = pc.indices_nonzero(missing).to_pylist()
+    return rows

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.config import DataConfig
-from pipeline.data.labelled import Labelled, label_fields
+from pipeline.data.labelled import Labelled
 from pipeline.data.records import Records, is_saved, read_records
 from pipeline.data.source import LeftOut, Row, Source, Stamp, Target, find_split
 from pipeline.data.walk import files_below, visible
@@ -29,6 +29,8 @@ class ClassFolder(Source):
 
     holds: ClassVar[str]
     """What the files are, in the plural."""
+    setting: ClassVar[str]
+    """The setting with the field of a table that names or holds such files."""
     extensions: ClassVar[frozenset[str]]
     signature: ClassVar[re.Pattern[bytes]]
     """How the contents of files begin whose extension says nothing."""
@@ -81,7 +83,7 @@ class ClassFolder(Source):
 class ImageFolder(ClassFolder):
     """Images in a folder per class."""
 
-    holds = "images"
+    holds, setting = "images", "image"
     extensions = frozenset(
         {".apng", ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png", ".pnm"}
         | {".ppm", ".tif", ".tiff", ".webp"}
@@ -93,7 +95,7 @@ class ImageFolder(ClassFolder):
 class AudioFolder(ClassFolder):
     """Sounds in a folder per class."""
 
-    holds = "sounds"
+    holds, setting = "sounds", "audio"
     extensions = frozenset(
         {".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".w64"}
         | {".wav", ".wave"}
@@ -128,17 +130,10 @@ class MediaTable(Labelled):
         return stamp_file(self.root / path) if path else None
 
 
-def open_images(config: DataConfig, path: Path) -> Source:
-    """Open the folder of images at `path`, or the table that names or holds them."""
-    return _open(config, path, "image", ImageFolder)
-
-
-def open_audio(config: DataConfig, path: Path) -> Source:
-    """Open the folder of sounds at `path`, or the table that names or holds them."""
-    return _open(config, path, "audio", AudioFolder)
-
-
-def _open(config: DataConfig, path: Path, setting: str, folder: type[ClassFolder]) -> Source:
+def open_media(config: DataConfig, path: Path) -> Source:
+    """Open the folder of images or sounds at `path`, or the table that names or holds them."""
+    folder = ImageFolder if config.source == "images" else AudioFolder
+    setting = folder.setting
     if path.is_dir() and not is_saved(path):
         of_tables = (setting, "label", "split", "group", "records", "delimiter")
         unused = [name for name in of_tables if getattr(config, name) is not None]
@@ -152,10 +147,8 @@ def _open(config: DataConfig, path: Path, setting: str, folder: type[ClassFolder
     if missing := [name for name in needed if getattr(config, name) is None]:
         remedy = "name the field, or give a folder of classes"
         raise ConfigError(f"data.{missing[0]} is not set; data.path {path} is a table; {remedy}")
-    named = {setting: getattr(config, setting)} | label_fields(config)
-    records = read_records(path, named, records=config.records, labels_as_text=config.delimiter is not None)
     root = path if path.is_dir() else path.parent
-    return MediaTable(path.name, records, setting, root, config.delimiter)
+    return MediaTable(path.name, read_records(path, config, (setting,)), setting, root, config.delimiter)
 
 
 def read_file(path: Path) -> bytes:

@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from pipeline.data.delimited import COMMA, TAB, read_delimited, read_labels
-from pipeline.data.json_records import Faults, from_objects, read_lines, read_list
+from pipeline.data.config import DataConfig
+from pipeline.data.formats import COMMA, TAB, Faults, from_objects, read_delimited, read_labels, read_lines, read_list
 from pipeline.data.source import LeftOut, split_named
 from pipeline.data.walk import files_by_split
 from pipeline.errors import BadSampleError, ConfigError, DataError
@@ -81,29 +81,32 @@ class Records:
 
 
 def read_records(
-    path: Path,
-    fields: dict[str, str],
-    *,
-    records: str | None,
-    labels_as_text: bool = False,
-    any_of: Collection[str] = (),
+    path: Path, config: DataConfig, contents: Sequence[str], labels: Sequence[str] = ("label", "split", "group")
 ) -> Records:
-    """Return the columns `fields` (setting -> field name) of a file or a folder; those in `any_of` are optional.
+    """Return the columns that the settings `contents` and, if `config` is labelled, `labels` name.
 
-    A folder has files of splits (`files_by_split`), or is a data set saved by Hugging Face datasets, whose class
-    numbers become names. In CSV and TSV all is text but labels, which `read_labels` converts unless `labels_as_text`.
+    Several names of a setting are `label`, `label.1`, ... `path` is a file, a folder with files of splits
+    (`files_by_split`), or a data set saved by Hugging Face datasets, whose class numbers become names. In CSV and TSV
+    all is text but labels, which `read_labels` converts unless a delimiter separates several. Of pairs without labels,
+    one of the two texts is enough.
 
     Raises:
         ConfigError: a field does not exist (the message names those that do), or the kind of file is unknown.
         DataError: a file cannot be read as its name says.
     """
     left_out, faults = LeftOut(), Faults()
+    fields = dict[str, str]()
+    for setting in (*contents, *(labels if config.labelled else ())):
+        value = getattr(config, setting)
+        for number, name in enumerate(value if isinstance(value, tuple) else (value,)):
+            if name is not None:
+                fields[f"{setting}.{number}" if number else setting] = str(name)
     if is_saved(path):
         parts = read_saved(path)
     else:
         parts, count = [], 0
         for file, split in files_by_split(path, left_out, KINDS):
-            table, wrong = _read_file(file, fields, records)
+            table, wrong = _read_file(file, fields, config.records)
             parts.append((file, split, table))
             for setting in [setting for setting, name in fields.items() if name in wrong]:
                 of_file = {count + row: reason for row, reason in wrong[fields[setting]].items()}
@@ -112,10 +115,11 @@ def read_records(
     splits = [split for _, split, _ in parts if split is not None]
     if splits and "split" in fields:
         raise ConfigError(f"data.split is {fields['split']!r}, but {path} has a file per split; remove it")
+    any_of = set() if config.labelled else {"anchor", "positive"} & set(fields)
     columns = [_choose(file, table, fields, any_of) for file, _, table in parts]
     delimited = [part for part, (file, _, _) in zip(columns, parts, strict=True) if _kind(file) in DELIMITERS]
     for setting in [name for name in columns[0] if name.partition(".")[0] == "label"]:
-        if delimited and not labels_as_text:  # numbers in all files, or in none
+        if delimited and config.delimiter is None:  # numbers in all files, or in none
             labels = read_labels([part[setting] for part in delimited])
             for part, column in zip(delimited, labels, strict=True):
                 part[setting] = column

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.config import DataConfig
-from pipeline.data.json_records import parse
+from pipeline.data.formats import parse
 from pipeline.data.records import read_text
 from pipeline.data.source import LeftOut, Row, Source, Target
 from pipeline.data.walk import files_by_split

@@ -84,13 +84,13 @@ def open_conll(config: DataConfig, path: Path) -> Tagged:
 
 def open_tagged(config: DataConfig, path: Path) -> Tagged:
     """Read a table whose fields hold a list of words and a list of tags."""
-    named = {name: str(getattr(config, name)) for name in (("words", "tags") if config.labelled else ("words",))}
-    split = {"split": config.split} if config.split and config.labelled else {}
-    records = read_records(path, named | split, records=config.records)
+    records = read_records(path, config, ("words",), ("tags", "split"))
+    wanted = ("words", "tags") if config.labelled else ("words",)
     sentences = []
     for i in range(len(records)):
         where = records.where(i)
-        words, *others = (_texts(records.columns[name], i, f"{where}: field {named[name]}") for name in named)
+        fields = [(records.columns[name], f"{where}: field {getattr(config, name)}") for name in wanted]
+        words, *others = (_texts(column, i, field) for column, field in fields)
         tags = others[0] if others else []
         if not words or (others and len(words) != len(tags)):
             raise DataError(f"{where} has {len(words)} words and {len(tags)} tags; give every word one")
