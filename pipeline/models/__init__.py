@@ -63,11 +63,9 @@ def _load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, state: M
         from pipeline.models.own import load_own  # noqa: PLC0415
 
         return load_own(model, preprocess, head, state)
-    if head.kind in ("tokens", "span"):
-        raise ModelError(f"{model.backbone} takes images; the task needs a network of texts: hf: or module:function")
-    from pipeline.models.vision import LIBRARIES, load_vision  # noqa: PLC0415
+    from pipeline.models.vision import load_vision  # noqa: PLC0415
 
-    return load_vision(LIBRARIES[model.library](model.name, model.options), model, preprocess, head, state)
+    return load_vision(model, preprocess, head, state)
 
 
 def describe(model: ModelConfig, backbone: Backbone, folder: Path) -> None:

@@ -45,13 +45,10 @@ class Augment:
         Raises:
             BadSampleError: a transform cannot be used on this image.
         """
-        before = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(seed)
-        try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             for transform in self._transforms:
                 image = _apply(transform, image)
-        finally:
-            torch.default_generator.set_state(before)
         return image
 
 

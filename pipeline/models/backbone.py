@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,11 @@ class Embedder(nn.Module):
         """Size D of the vectors."""
         return last_width(self.layers) or self.features
 
+    @property
+    def fresh(self) -> frozenset[str]:
+        """Names of the parameters after pooling, none of which is pretrained."""
+        return frozenset(f"projection.{name}" for name, _ in self.projection.named_parameters())
+
     def forward(self, **inputs: Tensor) -> Tensor:
         pooled_BD = self.pool(self.backbone(**inputs), inputs.get("attention_mask"))
         projected_BD: Tensor = self.projection(pooled_BD)
@@ -106,16 +111,14 @@ class Embedder(nn.Module):
         return (states * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1).clamp(min=1)
 
 
-def embed(backbone: nn.Module, head: Head, pooling: str, example: Mapping[str, Tensor]) -> Embedder:
-    """Return `backbone` with an embedding head.
-
-    The backbone's width is found by running it once on `example`, one sample's inputs without a batch axis.
+def embed(backbone: nn.Module, head: Head, pooling: str, preprocess: Preprocess) -> Embedder:
+    """Return `backbone` with an embedding head; its width is found by running it once on an example.
 
     Raises:
         ModelError: its output cannot be pooled this way.
     """
     embedder = Embedder(backbone, pooling)
-    batch = {name: tensor.unsqueeze(0) for name, tensor in example.items()}
+    batch = {name: tensor.unsqueeze(0) for name, tensor in preprocess(preprocess.probe_contents()[0]).items()}
     training = backbone.training
     try:
         with torch.no_grad():
@@ -129,11 +132,6 @@ def embed(backbone: nn.Module, head: Head, pooling: str, example: Mapping[str, T
         ) from error
     embedder.project(head.layers, features)
     return embedder.train(training)
-
-
-def projection_names(embedder: Embedder) -> frozenset[str]:
-    """Return the names of the parameters after pooling, none of which is pretrained."""
-    return frozenset(f"projection.{name}" for name, _ in embedder.projection.named_parameters())
 
 
 def first_input(model: nn.Module) -> str:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig
@@ -20,8 +19,8 @@ from transformers.utils import logging as transformers_log
 
 from pipeline.errors import AbsentError, ConfigError, ModelError, RecyclingError, first_few
 from pipeline.files import PACKAGE, check_sha256, locate
-from pipeline.models.audio import AudioPreprocess, make_audio_preprocess
-from pipeline.models.backbone import Backbone, Embedder, embed, projection_names
+from pipeline.models.audio import make_audio_preprocess
+from pipeline.models.backbone import Backbone, Embedder, embed
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.hf_heads import arrange_head, auto_class, label_settings
 from pipeline.models.hf_images import image_defaults, load_image_processor
@@ -99,8 +98,8 @@ def load_hf(
                 whole = _completed(state, auto, settings, config, extra)
                 model, fresh = _fill(type(blueprint), None, config, {"config": settings, "state_dict": whole, **extra})
             if head.kind == "embedding":
-                model = embed(model, head, pooling, preprocessor(_example(preprocessor)))
-                fresh = projection_names(model)
+                model = embed(model, head, pooling, preprocessor)
+                fresh = model.fresh
         return Backbone(model, preprocessor, config.backbone, fresh)
 
 
@@ -221,7 +220,13 @@ def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, bl
     if config.kind not in (None, kind):
         raise ConfigError(f"preprocess.kind is {config.kind!r}; the backbone's is {kind!r}; remove it")
     if kind == "audio":
-        return make_audio_preprocess(config, blueprint, _load_extractor(origin))
+        load: Any = AutoFeatureExtractor.from_pretrained
+        try:
+            extractor = load(origin.source, **origin.arguments)
+        except (OSError, ValueError, ImportError) as error:
+            fault = f"no feature extractor can be loaded from {origin.source} ({first_line(error)})"
+            raise ConfigError(fault) from error
+        return make_audio_preprocess(config, blueprint, extractor)
     if kind == "image":
         defaults = image_defaults(origin.source, settings, origin.arguments)
         return ImagePreprocess(config, defaults, blueprint.main_input_name)
@@ -241,20 +246,6 @@ def _positions(blueprint: nn.Module, settings: Any) -> int | None:
         if isinstance(module, nn.Embedding) and "position" in path and module.num_embeddings == stated:
             return stated - (0 if module.padding_idx is None else module.padding_idx + 1)
     return stated
-
-
-def _load_extractor(origin: Origin) -> Any:
-    load: Any = AutoFeatureExtractor.from_pretrained
-    try:
-        return load(origin.source, **origin.arguments)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"no feature extractor can be loaded from {origin.source} ({first_line(error)})") from error
-
-
-def _example(preprocess: Preprocess) -> object:
-    if isinstance(preprocess, AudioPreprocess):
-        return np.zeros(preprocess.rate, np.float32)
-    return np.zeros((8, 8), np.uint8) if isinstance(preprocess, ImagePreprocess) else "a"
 
 
 @contextmanager

@@ -36,9 +36,8 @@ from transformers import (
 from pipeline.errors import AbsentError, ConfigError, ModelError
 from pipeline.files import sha256
 from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load, network_inputs
-from pipeline.models.efficientnet_pytorch import with_timm_names
 from pipeline.models.preprocess import ArrayPreprocess
-from pipeline.models.weights import read_weights
+from pipeline.models.weights import read_weights, with_timm_names
 from pipeline.tasks import Head, read_tensor
 
 pytestmark = pytest.mark.slow
