@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,8 +18,8 @@ from pipeline.errors import ConfigError, DataError
 
 COMMA, TAB = b",", b"\t"
 _BOM = b"\xef\xbb\xbf"
-_QUOTED = rb'"[^"]*+(?:""[^"]*+)*+"(?=[%s\r\n]|\Z)'
-_OPENING = rb'(?:\A|[%s\r\n])"'
+_QUOTED = rb'"(?<![^%s\r\n]")(?:([^"]*+(?:""[^"]*+)*+)"(?=[%s\r\n]|\Z))?'
+"""A cell that begins with a quotation mark; its content is group 1 if the cell is enclosed as a whole."""
 _NOTHING = frozenset({"", "#N/A", "N/A", "NA", "NaN", "nan", "NULL", "null", "None", "<NA>", "n/a"})
 """Texts for a missing number in a numeric column."""
 Faults: TypeAlias = dict[str, dict[int, str]]
@@ -29,77 +28,44 @@ Faults: TypeAlias = dict[str, dict[int, str]]
 _SHOWN = 40
 
 
-@dataclass
-class _Quotes:
-    """The structure of a file, read with quotation marks that enclose cells."""
-
-    count: int = 0
-    """Number of cells that begin with a quotation mark."""
-    doubled: int = 0
-    """Number of those that contain quotation marks, too."""
-    broken: tuple[int, int] | None = None
-    """The first and the last line of the first cell that goes over several."""
-    fault: int | None = None
-    """The line of the first cell that is not enclosed as a whole."""
-    rest: bytes = b""
-    """The file with every enclosed cell replaced by one character."""
-
-
 def read_delimited(path: Path, data: bytes, delimiter: bytes, texts: Collection[str]) -> pa.Table:
     """Return the table in `data`, the content of the file at `path`; the columns `texts` are read as texts.
 
     In CSV a cell that begins with a quotation mark is enclosed in them (RFC 4180). In TSV quotation marks enclose cells
     if that holds for all such cells, and lines would break otherwise, or each has a doubled mark, or every record has
-    one; else they are characters, and a line is a record.
-
-    Raises:
-        DataError: a cell is not enclosed as a whole, or a TSV can be read in two ways; the message names the lines.
+    one; else they are characters, and a line is a record. Raises DataError, with the lines, if a cell is not enclosed
+    as a whole, or a TSV can be read in two ways.
     """
     data = data.removeprefix(_BOM)
-    quotes = _quotes(data, delimiter) if b'"' in data else _Quotes()
-    if delimiter == COMMA and quotes.fault is not None:
+    cell = re.compile(_QUOTED % (delimiter, delimiter))
+    torn = next((found for found in cell.finditer(data) if found[1] is None), None)
+    if delimiter == COMMA and torn is not None:
         raise DataError(
-            f"{path}, line {quotes.fault}: a cell begins with a quotation mark, and does not end with one; enclose the "
-            "whole cell, and double the quotation marks inside it"
+            f"{path}, line {_line(data, torn.start())}: a cell begins with a quotation mark, and does not end with "
+            "one; enclose the whole cell, and double the quotation marks inside it"
         )
-    encloses = delimiter == COMMA or _encloses(path, data, delimiter, quotes)
+    encloses = delimiter == COMMA or (torn is None and _encloses(path, data, delimiter, cell))
     quote = '"' if encloses else False
     parse = pa.csv.ParseOptions(delimiter=delimiter.decode(), quote_char=quote, newlines_in_values=encloses)
     convert = pa.csv.ConvertOptions(strings_can_be_null=False, column_types=dict.fromkeys(texts, pa.string()))
     return pa.csv.read_csv(pa.BufferReader(data), parse_options=parse, convert_options=convert)
 
 
-def _encloses(path: Path, data: bytes, delimiter: bytes, quotes: _Quotes) -> bool:
-    """Return True where the quotation marks of a TSV enclose cells."""
-    if not quotes.count or quotes.fault is not None or not _is_even(quotes.rest, delimiter):
+def _encloses(path: Path, data: bytes, delimiter: bytes, cell: re.Pattern[bytes]) -> bool:
+    """Return True where the quotation marks of a TSV, in which no `cell` is torn, enclose cells."""
+    cells = list(cell.finditer(data))
+    if not cells or not _is_even(cell.sub(b"x", data), delimiter):
         return False
     if not _is_even(data, delimiter):
         return True
-    if quotes.broken is not None:
+    if broken := next((found for found in cells if b"\n" in found[1]), None):
         raise DataError(
-            f"{path}, lines {quotes.broken[0]}-{quotes.broken[1]}: this is one cell in quotation marks, or each line "
-            "is a record; remove the marks that begin and end it, or double them and enclose their cells"
+            f"{path}, lines {_line(data, broken.start())}-{_line(data, broken.end())}: this is one cell in quotation "
+            "marks, or each line is a record; remove the marks that begin and end it, or double them and enclose their "
+            "cells"
         )
     records = sum(1 for line in data.splitlines() if line) - 1
-    return quotes.doubled == quotes.count or quotes.count >= records
-
-
-def _quotes(data: bytes, delimiter: bytes) -> _Quotes:
-    opening, cell = re.compile(_OPENING % delimiter), re.compile(_QUOTED % delimiter)
-    quotes, pieces, place = _Quotes(), [], 0
-    while found := opening.search(data, place):
-        begin = found.end() - 1
-        quotes.count += 1
-        if (whole := cell.match(data, begin)) is None:
-            quotes.fault = _line(data, begin)
-            return quotes
-        pieces.append(data[place:begin])
-        place, inner = whole.end(), data[begin + 1 : whole.end() - 1]
-        quotes.doubled += b'"' in inner
-        if quotes.broken is None and b"\n" in inner:
-            quotes.broken = (_line(data, begin), _line(data, place))
-    quotes.rest = b"x".join([*pieces, data[place:]])
-    return quotes
+    return all(b'"' in found[1] for found in cells) or len(cells) >= records
 
 
 def _line(data: bytes, place: int) -> int:
@@ -178,10 +144,8 @@ def from_objects(
 ) -> tuple[pa.Table, Faults]:
     """Return a table with values of the `wanted` fields only: others may be nested, or differ in type between records.
 
-    A fault in one record of a field of `contents` is returned, and its cell is empty.
-
-    Raises:
-        DataError: a record is no object; or a field mixes types, or holds in one record what no table can.
+    A fault in one record of a field of `contents` is returned, and its cell is empty. Raises DataError if a record is
+    no object, or another field mixes types, or holds in one record what no table can.
     """
     for number, item in enumerate(objects):
         if not isinstance(item, dict):

@@ -191,10 +191,8 @@ def is_saved(path: Path) -> bool:
 def read_saved(path: Path) -> list[tuple[Path, str | None, pa.Table]]:
     """Return folder, split and table of each part of the data set at `path`; one without splits is one part.
 
-    Tables are memory-mapped by pyarrow, without the data set's code, cache or pickles.
-
-    Raises:
-        DataError: a file is missing or damaged, or names one outside the folder, or a split is called unusually.
+    Tables are memory-mapped by pyarrow, without the data set's code, cache or pickles. Raises DataError if a file is
+    missing or damaged, or names one outside the folder, or a split is called unusually.
     """
     if not (path / SPLITS).is_file():
         return [(path, None, _read_one(path))]
@@ -203,12 +201,9 @@ def read_saved(path: Path) -> list[tuple[Path, str | None, pa.Table]]:
 
 
 def with_class_names(table: pa.Table, name: str) -> pa.ChunkedArray:
-    """Return the column `name`, with class numbers replaced by names, -1 by null.
+    """Return the column `name`, with class numbers replaced by names, -1 by null; raises DataError if one has no name.
 
     The names are in the metadata of tables of Hugging Face datasets, in Parquet too.
-
-    Raises:
-        DataError: a number has no name.
     """
     if (names := _class_names(table, name)) is None:
         return table.column(name)

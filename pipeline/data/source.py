@@ -104,11 +104,7 @@ class Source(ABC):
         """
 
     def key(self, i: int, content: Content) -> bytes:
-        """Return the sample key, 16 bytes, of row `i` with `content`: samples with one key share a state.
-
-        Raises:
-            TypeError: content of this type has no key.
-        """
+        """Return the sample key, 16 bytes, of row `i` with `content`: samples with one key share a state."""
         return content_key(content)
 
     def stamp(self, i: int) -> Stamp | None:

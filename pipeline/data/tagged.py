@@ -51,11 +51,7 @@ class Tagged(Source):
     """A row per sentence: its content is the list of words, its target `tags` their tags in IOB2, if it has any."""
 
     def __init__(self, sentences: Sequence[Sentence], scheme: str | None, left_out: LeftOut) -> None:
-        """Take in the sentences, whose tags follow `scheme` ("auto" finds out which); None where they have none.
-
-        Raises:
-            DataError: some tags do not; the message names sentence and word.
-        """
+        """Take sentences with tags in `scheme`: None for none, "auto" finds it; raises DataError if tags break it."""
         if scheme == "auto":
             scheme = detect(tag for sentence in sentences for tag in sentence.tags)
         self._sentences, self._left_out = sentences, left_out

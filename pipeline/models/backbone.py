@@ -114,8 +114,7 @@ class Embedder(nn.Module):
 def embed(backbone: nn.Module, head: Head, pooling: str, preprocess: Preprocess) -> Embedder:
     """Return `backbone` with an embedding head; its width is found by running it once on an example.
 
-    Raises:
-        ModelError: its output cannot be pooled this way.
+    Raises ModelError if its output cannot be pooled this way.
     """
     embedder = Embedder(backbone, pooling)
     batch = {name: tensor.unsqueeze(0) for name, tensor in preprocess(preprocess.probe_contents()[0]).items()}

@@ -22,12 +22,7 @@ from pipeline.tasks.base import Head
 def load_own(
     config: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
 ) -> Backbone:
-    """Call the user's function with the head; what it returns already ends in that head. `state` as `load` has it.
-
-    Raises:
-        ConfigError: the function is missing, or preprocessing is not described.
-        ModelError: it returned something else than a network, or the weights do not fit it.
-    """
+    """Call the user's function with the head, in which its network ends already; `state` and errors are `load`'s."""
     function = load_function(config.backbone, "model.backbone", "head: Head")
     with seeded(config.seed):
         built = function(head)

@@ -47,11 +47,7 @@ class Preprocess(ABC):
         return content
 
     def begin(self, opened: Any) -> dict[str, Tensor]:
-        """Do what must be done sample by sample, without changing `opened`; `finish` does the rest on a batch.
-
-        Raises:
-            BadSampleError: the content cannot be used; the message says why.
-        """
+        """Do what must be done sample by sample, `finish` the rest; `opened` stays as it is. Raises as `__call__`."""
         return self(opened)
 
     def excess(self, content: object, sample: dict[str, Tensor]) -> int:
@@ -68,8 +64,7 @@ class Preprocess(ABC):
     def view(self, number: int) -> Preprocess:
         """Return the preprocessing of the augmented view `number`, from 0 on; `open` and `finish` are the plain one's.
 
-        Raises:
-            ConfigError: there are no augmented views.
+        Raises ConfigError if there are no augmented views.
         """
         kind, remedy = type(self).__name__, "remove it, and encode.views"
         raise ConfigError(f"preprocess.augment is for images, and {kind} does not know it; {remedy}")

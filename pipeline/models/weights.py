@@ -115,9 +115,7 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Checkpoin
     """Copy `state` into `model`; return the names of head tensors that it lacks or has in another shape.
 
     These, and tensors on the meta device, keep their initial weights. `model` may lack the classifier of `layout`.
-
-    Raises:
-        ModelError: any other tensor is missing, unexpected or of another shape.
+    Raises ModelError if any other tensor is missing, unexpected or of another shape.
     """
     state = with_timm_names(state, layout.shapes)
     if faults := _name_faults(state, layout):

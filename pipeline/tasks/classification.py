@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -10,18 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MultilabelAveragePrecision,
-    MultilabelF1Score,
-    MultilabelStatScores,
-)
+from torchmetrics import classification as library
 
 from pipeline.errors import DataError
 from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column, refuse_unseen
 from pipeline.tasks.config import SCORES, TaskConfig
-from pipeline.tasks.scores import ALONE, ClassScores, Metrics, read_tensor, without_advice
+from pipeline.tasks.scores import ALONE, ClassScores, Metrics, read_tensor
 
 # N row of the table, B batch, C class
 
@@ -177,7 +172,9 @@ class MultiLabelScores(ClassScores):
         _, false_positives_C, _, _, support_C = self.scores["counts"].compute().T
         there_C = support_C > 0
         said_C = there_C | (false_positives_C > 0)
-        with without_advice():  # on labels that no sample has: they are left out here
+        with warnings.catch_warnings(
+            action="ignore", category=UserWarning
+        ):  # on labels that no sample has: they are left out here
             precision_C = self.scores["precision"].compute()
         return {
             "average_precision": float(precision_C[there_C].mean()),
@@ -189,15 +186,15 @@ class MultiLabelScores(ClassScores):
 def _class_scores(classes: int) -> dict[str, Any]:
     """Return `accuracy` and `macro_f1` (the mean of the classes' F1), both in 0..1."""
     return {
-        "accuracy": MulticlassAccuracy(classes, average="micro", **ALONE),
-        "macro_f1": MulticlassF1Score(classes, average="macro", **ALONE),
+        "accuracy": library.MulticlassAccuracy(classes, average="micro", **ALONE),
+        "macro_f1": library.MulticlassF1Score(classes, average="macro", **ALONE),
     }
 
 
 def _label_scores(labels: int) -> dict[str, Any]:
     return {
-        "precision": MultilabelAveragePrecision(labels, average="none", **ALONE),
-        "micro": MultilabelF1Score(labels, average="micro", **ALONE),
-        "each": MultilabelF1Score(labels, average="none", **ALONE),
-        "counts": MultilabelStatScores(labels, average="none", **ALONE),
+        "precision": library.MultilabelAveragePrecision(labels, average="none", **ALONE),
+        "micro": library.MultilabelF1Score(labels, average="micro", **ALONE),
+        "each": library.MultilabelF1Score(labels, average="none", **ALONE),
+        "counts": library.MultilabelStatScores(labels, average="none", **ALONE),
     }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.tasks.config import retrieval_scores
-from pipeline.tasks.losses import make_distance
+from pipeline.tasks.losses import DISTANCES
 from pipeline.tasks.scores import Metrics
 
 # Q query, R reference, D channel, M member (reference of the query's group), K nearest
@@ -62,7 +62,7 @@ def rank(
     precision_at: Sequence[int] = (1,),
 ) -> dict[str, float]:
     """Return the scores of queries among references, or among the other queries, float32 on the CPU, in blocks."""
-    measure: Any = make_distance(distance)
+    measure = DISTANCES[distance]()
     query_QD, itself = _comparable(query_QD, measure), reference_RD is None
     reference_RD = query_QD if reference_RD is None else _comparable(reference_RD, measure)
     group_R = group_Q if group_R is None else group_R

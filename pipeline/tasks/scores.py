@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,20 +58,9 @@ class ClassScores(Metrics):
         return {name: float(score.compute()) for name, score in self.scores.items()}
 
 
-@contextmanager
-def without_advice() -> Iterator[None]:
-    """Silence warnings of a library of scores about intended use."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
 def read_tensor(output: Any) -> Tensor:
     """Return the tensor in a model's output: itself, its `logits`, the first of a tuple, or both logits of a span
-    (`start_logits` and `end_logits`, each (B, T)) as (B, 2, T).
-
-    Raises:
-        TrainError: there is none.
+    (`start_logits` and `end_logits`, each (B, T)) as (B, 2, T). Raises TrainError if there is none.
     """
     if isinstance(output, Mapping) and "start_logits" in output:
         return torch.stack([output["start_logits"], output["end_logits"]], dim=1)

@@ -51,8 +51,7 @@ class Tagging(Task):
     def tags(self, table: Table) -> list[str]:
         """Return the tags in the order of the logits.
 
-        Raises:
-            DataError: the tags are no lists in IOB2, the training split has no entity, or others have types it lacks.
+        Raises DataError if they are no lists in IOB2, training has no entity, or other splits have types that it lacks.
         """
         by_split: dict[bool, set[str]] = {True: set(), False: set()}
         tags = column(table, "tags", self.name)
