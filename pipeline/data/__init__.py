@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.data.arrays import open_arrays, open_pixels
 from pipeline.data.config import DataConfig
-from pipeline.data.labelled import ROLES, open_pairs, open_texts
+from pipeline.data.labelled import ROLES, Pairs, Texts
 from pipeline.data.media import open_media
 from pipeline.data.source import Content, Row, Source, Stamp, in_role, rows_in_role, with_keys
 from pipeline.data.squad import open_squad
@@ -32,11 +33,11 @@ __all__ = [
     "with_keys",
 ]
 
-_OPEN = {
+_OPEN: Mapping[str, Callable[[DataConfig, Path], Source]] = {
     "images": open_media,
     "audio": open_media,
-    "text": open_texts,
-    "pairs": open_pairs,
+    "text": Texts,
+    "pairs": Pairs,
     "conll": open_conll,
     "tagged": open_tagged,
     "squad": open_squad,
@@ -59,7 +60,7 @@ def open_source(config: DataConfig) -> Source:
     if path is not None:
         check_sha256(path, config.sha256, "data")
     if config.source in _OPEN and path is not None:
-        source: Source = _OPEN[config.source](config, path)
+        source = _OPEN[config.source](config, path)
     else:
         source = load_function(config.source, "data.source", "config: DataConfig")(config)
     if not isinstance(source, Source):

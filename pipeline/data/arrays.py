@@ -138,15 +138,20 @@ def open_pixels(config: DataConfig, path: Path) -> Arrays:
     table, column = _read(config, path, header=header)
     pixels = table if column is None else table.remove_column(column)
     for name, values in zip(pixels.column_names, pixels.columns, strict=True):
-        _check_bytes(path, name, values)
-    flat = np.empty((table.num_rows, pixels.num_columns), np.uint8)
-    for i, values in enumerate(pixels.columns):
-        flat[:, i] = values.to_numpy()
+        remedy = "pixels of a table are whole numbers in 0..255; source arrays holds other ranges"
+        if not pa.types.is_integer(values.type) or values.null_count:
+            raise DataError(f"{path}: column {name} holds {values.type}, {values.null_count} of them empty; {remedy}")
+        bounds = pc.min_max(values).as_py()
+        if bounds["min"] is not None and (bounds["min"] < 0 or bounds["max"] > 255):
+            raise DataError(f"{path}: column {name} holds {bounds['min']}..{bounds['max']}; {remedy}")
     shape = config.shape or _square(pixels.num_columns)
     if shape is None:
         raise ConfigError(f"{path} has {pixels.num_columns} pixels a row, which is no square image; set data.shape")
     if math.prod(shape) != pixels.num_columns:
         raise ConfigError(f"data.shape is {list(shape)}, {math.prod(shape)} pixels; {path} has {pixels.num_columns}")
+    flat = np.empty((table.num_rows, pixels.num_columns), np.uint8)
+    for i, values in enumerate(pixels.columns):
+        flat[:, i] = values.to_numpy()
     images = flat.reshape(-1, *shape)
     if column is None or not config.labelled:
         return Arrays(path, images, None)
@@ -196,15 +201,6 @@ def _label_column(config: DataConfig, names: list[str], *, named: bool) -> int |
     if not -len(names) <= label < len(names):
         raise ConfigError(f"data.label is {label}; {config.path} has {len(names)} columns")
     return label % len(names)
-
-
-def _check_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:
-    remedy = "pixels of a table are whole numbers in 0..255; source arrays holds other ranges"
-    if not pa.types.is_integer(values.type) or values.null_count:
-        raise DataError(f"{path}: column {name} holds {values.type}, {values.null_count} of them empty; {remedy}")
-    bounds = pc.min_max(values).as_py()
-    if bounds["min"] is not None and (bounds["min"] < 0 or bounds["max"] > 255):
-        raise DataError(f"{path}: column {name} holds {bounds['min']}..{bounds['max']}; {remedy}")
 
 
 def _square(pixels: int) -> tuple[int, ...] | None:

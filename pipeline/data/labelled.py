@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.config import DataConfig
-from pipeline.data.records import Records, read_records
+from pipeline.data.records import read_records
 from pipeline.data.source import Row, Source, Target, is_missing
 from pipeline.errors import DataError, first_few
 
@@ -25,16 +25,18 @@ class Labelled(Source):
     named (numbers to regress); or, with a `delimiter`, the list of the texts between the delimiters.
     """
 
-    def __init__(self, name: str, records: Records, delimiter: str | None = None) -> None:
-        self._records, self._delimiter, self._left_out = records, delimiter, records.left_out
+    def __init__(self, config: DataConfig, path: Path, *contents: str) -> None:
+        """Read the fields that the settings `contents` name, and those of labels, of the table at `path`."""
+        self._records = records = read_records(path, config, contents)
+        self._delimiter, self._left_out = config.delimiter, records.left_out
         self._labels = [column for setting, column in records.columns.items() if setting.partition(".")[0] == LABEL]
         for setting, column in records.columns.items():
             what = setting.partition(".")[0]
-            may_be_blank = delimiter is not None and setting == LABEL  # it holds no label of many
+            may_be_blank = config.delimiter is not None and setting == LABEL  # it holds no label of many
             if what in (LABEL, "group") and (rows := _missing(column, may_be_blank=may_be_blank)):
                 named = first_few(map(records.where, rows))
                 raise DataError(
-                    f"{name}: {len(rows)} records have no {what} ({named}); give each one, or leave them out"
+                    f"{path.name}: {len(rows)} records have no {what} ({named}); give each one, or leave them out"
                 )
 
     def __len__(self) -> int:
@@ -57,6 +59,9 @@ class Labelled(Source):
 class Texts(Labelled):
     """A text (or a text and its partner) and a label per record of a table."""
 
+    def __init__(self, config: DataConfig, path: Path) -> None:
+        super().__init__(config, path, "text", "text_pair")
+
     def content(self, i: int) -> str | tuple[str, str]:
         text = self._records.text("text", i)
         return (text, self._records.text("text_pair", i)) if "text_pair" in self._records.columns else text
@@ -69,8 +74,9 @@ class Pairs(Source):
     give one row each.
     """
 
-    def __init__(self, records: Records) -> None:
-        self._records, self._left_out = records, records.left_out
+    def __init__(self, config: DataConfig, path: Path) -> None:
+        self._records = records = read_records(path, config, ROLES, ("split", "label"))
+        self._left_out = records.left_out
         self._roles = [role for role in ROLES if role in records.columns]
         self._belongs: list[int] = []
         for i, answer in enumerate(records.columns["label"].to_pylist() if "label" in records.columns else []):
@@ -92,16 +98,6 @@ class Pairs(Source):
     def content(self, i: int) -> str:
         pair, role = divmod(i, len(self._roles))
         return self._records.text(self._roles[role], pair)
-
-
-def open_texts(config: DataConfig, path: Path) -> Texts:
-    """Read the table of texts at `path`."""
-    return Texts(path.name, read_records(path, config, ("text", "text_pair")), config.delimiter)
-
-
-def open_pairs(config: DataConfig, path: Path) -> Pairs:
-    """Read the table of pairs at `path`."""
-    return Pairs(read_records(path, config, ROLES, ("split", "label")))
 
 
 def as_target(value: object, where: str) -> Any:

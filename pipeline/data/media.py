@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline.data.config import DataConfig
 from pipeline.data.labelled import Labelled
-from pipeline.data.records import Records, is_saved, read_records
+from pipeline.data.records import is_saved
 from pipeline.data.source import LeftOut, Row, Source, Stamp, Target, find_split
 from pipeline.data.walk import files_below, visible
 from pipeline.errors import BadSampleError, ConfigError, DataError
@@ -108,13 +108,16 @@ class MediaTable(Labelled):
     of {bytes, path}, as Hugging Face saves it, the bytes come first.
     """
 
-    def __init__(self, name: str, records: Records, setting: str, root: Path, delimiter: str | None) -> None:
-        super().__init__(name, records, delimiter)
-        self.root, self._files, self._setting = root, records.columns[setting], setting
+    def __init__(self, config: DataConfig, path: Path, setting: str) -> None:
+        super().__init__(config, path, setting)
+        self.root = root = path if path.is_dir() else path.parent
+        self._files, self._setting = self._records.columns[setting], setting
         self._paths = _paths(self._files, setting)
-        for i, path in enumerate(self._paths.to_pylist()):
-            if path is not None and not _is_below(path):
-                raise DataError(f"{records.where(i)}: {setting} is {path!r}; expected one relative to {root}, below it")
+        for i, file in enumerate(self._paths.to_pylist()):
+            if file is not None and not _is_below(file):
+                raise DataError(
+                    f"{self._records.where(i)}: {setting} is {file!r}; expected one relative to {root}, below it"
+                )
 
     def content(self, i: int) -> bytes:
         cell = self._files[i].as_py()
@@ -147,8 +150,7 @@ def open_media(config: DataConfig, path: Path) -> Source:
     if missing := [name for name in needed if getattr(config, name) is None]:
         remedy = "name the field, or give a folder of classes"
         raise ConfigError(f"data.{missing[0]} is not set; data.path {path} is a table; {remedy}")
-    root = path if path.is_dir() else path.parent
-    return MediaTable(path.name, read_records(path, config, (setting,)), setting, root, config.delimiter)
+    return MediaTable(config, path, setting)
 
 
 def read_file(path: Path) -> bytes:

@@ -9,9 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models.backbone import Backbone
+from pipeline.models.backbone import EXTRA, Backbone, Preprocess, network_inputs
 from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
-from pipeline.models.preprocess import EXTRA, Preprocess, network_inputs
 from pipeline.tasks.base import Head
 
 __all__ = [

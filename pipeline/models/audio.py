@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.keys import JSON, digest
-from pipeline.models.backbone import first_input
+from pipeline.models.backbone import Preprocess, first_input
 from pipeline.models.config import PreprocessConfig
 from pipeline.models.fingerprint import Irrelevant, fingerprint
-from pipeline.models.preprocess import Preprocess
 
 MAX_VALUES = 1 << 28
 """Longer sounds are taken for decompression bombs: 1 GiB in float32, all channels together."""

@@ -20,12 +20,11 @@ from transformers.utils import logging as transformers_log
 from pipeline.errors import AbsentError, ConfigError, ModelError, RecyclingError, first_few
 from pipeline.files import PACKAGE, check_sha256, locate
 from pipeline.models.audio import make_audio_preprocess
-from pipeline.models.backbone import Backbone, Embedder, embed
+from pipeline.models.backbone import Backbone, Embedder, Preprocess, embed
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.hf_heads import arrange_head, auto_class, label_settings
 from pipeline.models.hf_images import image_defaults, load_image_processor
 from pipeline.models.images import ImagePreprocess
-from pipeline.models.preprocess import Preprocess
 from pipeline.models.texts import first_line, load_tokenizer, make_text_preprocess
 from pipeline.models.weights import read_weights, seeded
 from pipeline.tasks.base import Head

@@ -20,8 +20,8 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.keys import JSON, content_key, digest
 from pipeline.models.augment import Augment
+from pipeline.models.backbone import Preprocess
 from pipeline.models.config import PreprocessConfig
-from pipeline.models.preprocess import Preprocess
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(["AVIF"] if "avif" in features.modules else []))
 """Formats that are decoded. PIL knows more, some of which start other programs (EPS)."""

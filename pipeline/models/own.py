@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import load_function
 from pipeline.models.audio import make_audio_preprocess
-from pipeline.models.backbone import Backbone, first_input
+from pipeline.models.backbone import ArrayPreprocess, Backbone, Preprocess, first_input
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
-from pipeline.models.preprocess import ArrayPreprocess, Preprocess
 from pipeline.models.texts import make_text_preprocess
 from pipeline.models.weights import CheckpointLayout, fit_weights, read_weights, seeded
 from pipeline.tasks.base import Head

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.files import PACKAGE, locate
 from pipeline.keys import JSON, digest
+from pipeline.models.backbone import EXTRA, Preprocess
 from pipeline.models.config import PreprocessConfig
 from pipeline.models.fingerprint import fingerprint
-from pipeline.models.preprocess import EXTRA, Preprocess
 from pipeline.tasks.base import Head
 
 PROBE_TEXTS = (

@@ -36,7 +36,7 @@ from transformers import (
 from pipeline.errors import AbsentError, ConfigError, ModelError
 from pipeline.files import sha256
 from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load, network_inputs
-from pipeline.models.preprocess import ArrayPreprocess
+from pipeline.models.backbone import ArrayPreprocess
 from pipeline.models.weights import read_weights, with_timm_names
 from pipeline.tasks import Head, read_tensor
 

@@ -26,8 +26,8 @@ from pipeline.data.media import ImageFolder
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.keys import digest
 from pipeline.models import Preprocess, PreprocessConfig
+from pipeline.models.backbone import ArrayPreprocess
 from pipeline.models.images import FORMATS, MAX_PIXELS, ImageDefaults, ImagePreprocess
-from pipeline.models.preprocess import ArrayPreprocess
 from pipeline.models.texts import SpanPreprocess, TextPreprocess, WordPreprocess, load_tokenizer, longest_input
 
 GREY = np.arange(30 * 20, dtype=np.uint8).reshape(30, 20)
