@@ -34,17 +34,15 @@ class Records:
 
     columns: Mapping[str, pa.ChunkedArray]
     """The requested columns, by setting."""
-    files: Sequence[tuple[str, int]]
-    """Name and number of records of each file."""
-    splits: Sequence[str] | None
-    """The split of each file, if there is a file per split."""
+    files: Sequence[tuple[str, int, str | None]]
+    """Name, number of records and split of each file; None if there is no file per split."""
     left_out: LeftOut
     """Other files of the folder."""
     faults: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """Faults of contents known before reading: setting -> record number -> reason."""
 
     def __len__(self) -> int:
-        return sum(count for _, count in self.files)
+        return self._ends[-1]
 
     def where(self, i: int) -> str:
         """Return the file and the number of record `i`, for people."""
@@ -53,10 +51,8 @@ class Records:
 
     def split(self, i: int) -> str | None:
         """Return the split of record `i`: what its file says, or the split column; None without either."""
-        if self.splits is not None:
-            return self.splits[self._place(i)[0]]
         column = self.columns.get("split")
-        return None if column is None else split_named(column[i].as_py(), self.where(i))
+        return self.files[self._place(i)[0]][2] if column is None else split_named(column[i].as_py(), self.where(i))
 
     def text(self, setting: str, i: int) -> str:
         """Return the text of record `i` in the column of a setting; raises BadSampleError if the cell has no text."""
@@ -73,7 +69,7 @@ class Records:
 
     @cached_property
     def _ends(self) -> list[int]:
-        return list(accumulate(count for _, count in self.files))
+        return list(accumulate(count for _, count, _ in self.files))
 
     def _place(self, i: int) -> tuple[int, int]:
         file = bisect_right(self._ends, i)
@@ -112,8 +108,7 @@ def read_records(
                 of_file = {count + row: reason for row, reason in wrong[fields[setting]].items()}
                 faults[setting] = faults.get(setting, {}) | of_file
             count += table.num_rows
-    splits = [split for _, split, _ in parts if split is not None]
-    if splits and "split" in fields:
+    if "split" in fields and any(split for _, split, _ in parts):
         raise ConfigError(f"data.split is {fields['split']!r}, but {path} has a file per split; remove it")
     any_of = set() if config.labelled else {"anchor", "positive"} & set(fields)
     columns = [_choose(file, table, fields, any_of) for file, _, table in parts]
@@ -127,8 +122,9 @@ def read_records(
         merged = {name: pa.chunked_array([c for part in columns for c in part[name].chunks]) for name in columns[0]}
     except pa.ArrowException as error:
         raise DataError(f"data.path {path}: a field differs in type between the files ({error})") from error
-    files = [(file.relative_to(path).as_posix() if file != path else file.name, len(table)) for file, _, table in parts]
-    return Records(merged, files, splits or None, left_out, faults)
+    names = [file.relative_to(path).as_posix() if file != path else file.name for file, _, _ in parts]
+    files = [(name, len(table), split) for name, (_, split, table) in zip(names, parts, strict=True)]
+    return Records(merged, files, left_out, faults)
 
 
 def _kind(file: Path) -> str:

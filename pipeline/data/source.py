@@ -170,9 +170,8 @@ class Chosen(Source):
         return self._source.left_out()
 
     def _function(self, i: int) -> tuple[str, KeyFunction] | None:
-        if not self._functions:
-            return None
-        return self._functions.get(role_of(self._source, int(self._rows[i])), self._functions.get(None))
+        role = role_of(self._source, int(self._rows[i])) if self._functions else None
+        return self._functions.get(role, self._functions.get(None))
 
 
 def with_keys(source: Source, functions: Mapping[str | None, str], setting: str) -> Source:

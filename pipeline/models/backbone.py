@@ -132,11 +132,16 @@ class Backbone:
         """Size of the embeddings; None of logits, and of the user's own network."""
         return self.model.width if isinstance(self.model, Embedder) else None
 
+    @property
+    def network(self) -> Any:
+        """The network without layers of an embedding head."""
+        return self.model.backbone if isinstance(self.model, Embedder) else self.model
+
     def pretrained(self, library: str) -> tuple[nn.Module, frozenset[str]]:
         """Return the network that weight files of `library` match, and the names of its pretrained tensors."""
-        embedded = isinstance(self.model, Embedder) and library != "function"
-        network: Any = self.model.backbone if embedded else self.model
-        return network, frozenset(network.state_dict()) - (frozenset() if embedded else self.fresh)
+        if isinstance(self.model, Embedder) and library != "function":
+            return self.network, frozenset(self.network.state_dict())
+        return self.model, frozenset(self.model.state_dict()) - self.fresh
 
     def save(self, folder: Path) -> None:
         """Write the network to the existing `folder` in the form its library reads; `backbone.json` describes it.
@@ -144,17 +149,16 @@ class Backbone:
         A network of Hugging Face is a directory for `from_pretrained`, with its tokenizer; any other is a state dict,
         `model.safetensors`. Layers of an embedding head have their weights in `projection.safetensors`.
         """
-        network: Any = self.model.backbone if isinstance(self.model, Embedder) else self.model
         description: dict[str, Any] = {"backbone": self.name, "preprocess": self.preprocess.recipe()}
-        if hasattr(network, "save_pretrained"):
-            network.save_pretrained(folder)
+        if hasattr(self.network, "save_pretrained"):
+            self.network.save_pretrained(folder)
             self.preprocess.save(folder)
         else:
-            save_model(network, str(folder / "model.safetensors"))
+            save_model(self.network, str(folder / "model.safetensors"))
         if isinstance(self.model, Embedder):
-            embedder = self.model
-            description |= {"pooling": embedder.pooling, "features": embedder.features, "layers": [*embedder.layers]}
-            if projection := embedder.projection.state_dict():
+            head = self.model
+            description |= {"pooling": head.pooling, "features": head.features, "layers": [*head.layers]}
+            if projection := head.projection.state_dict():
                 save_file(projection, folder / "projection.safetensors")
         (folder / "backbone.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
