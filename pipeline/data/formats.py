@@ -107,12 +107,6 @@ def is_number(text: str) -> bool:
     return text.isascii() and "_" not in text
 
 
-def read_lines(path: Path, text: str) -> list[Any]:
-    """Return the values of JSON Lines; empty lines are skipped; raises DataError if a line is not JSON."""
-    lines = enumerate(text.split("\n"), 1)
-    return [parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
-
-
 def read_list(path: Path, text: str, records: str | None) -> list[Any]:
     """Return the list a JSON file holds: the file itself, the value at key `records`, or the only list there is."""
     loaded = parse(text, f"data.path {path} cannot be read as .json")
@@ -159,19 +153,16 @@ def from_objects(
             raise DataError(f"{path}: field {name} of record {number} {reason}; mend it ({len(wrong)} such records)")
         if wrong:
             faults[name] = wrong
-        column = _column(path, name, [None if i in wrong else value for i, value in enumerate(values)])
+        values = [None if i in wrong else value for i, value in enumerate(values)]
+        try:
+            column = pa.chunked_array([pa.array(values)])
+        except (pa.ArrowException, OverflowError) as error:
+            kinds = [type(value) for value in values if value is not None]
+            odd = next((i for i, value in enumerate(values) if value is not None and type(value) is not kinds[0]), 0)
+            raise DataError(f"{path}: field {name} mixes types, from record {odd} on ({error}); use one") from error
         plain = name.encode("utf-8", "backslashreplace").decode()
         columns[plain] = column.cast(pa.string()) if wrong and pa.types.is_null(column.type) else column
     return pa.table(columns), faults
-
-
-def _column(path: Path, name: str, values: list[Any]) -> pa.ChunkedArray:
-    try:
-        return pa.chunked_array([pa.array(values)])
-    except (pa.ArrowException, OverflowError) as error:
-        kinds = [type(value) for value in values if value is not None]
-        odd = next((i for i, value in enumerate(values) if value is not None and type(value) is not kinds[0]), 0)
-        raise DataError(f"{path}: field {name} mixes types, from record {odd} on ({error}); use one") from error
 
 
 def _wrong(values: list[Any]) -> dict[int, str]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pipeline.data.config import DataConfig
-from pipeline.data.formats import COMMA, TAB, Faults, from_objects, read_delimited, read_labels, read_lines, read_list
+from pipeline.data.formats import COMMA, TAB, Faults, from_objects, parse, read_delimited, read_labels, read_list
 from pipeline.data.source import LeftOut, split_named
 from pipeline.data.walk import files_by_split
 from pipeline.errors import BadSampleError, ConfigError, DataError
@@ -160,7 +160,11 @@ def _read_file(path: Path, fields: dict[str, str], records: str | None) -> tuple
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"data.path {path} cannot be read as {kind}: {error}") from error
     text = read_text(path, kind)
-    objects = read_lines(path, text) if kind == ".jsonl" else read_list(path, text, records)
+    if kind == ".jsonl":
+        lines = enumerate(text.split("\n"), 1)
+        objects = [parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    else:
+        objects = read_list(path, text, records)
     others = {name for setting, name in fields.items() if setting not in CONTENTS}
     return from_objects(path, objects, names, names - others)
 

@@ -46,7 +46,15 @@ class Augment:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for transform in self._transforms:
-                image = _apply(transform, image)
+                name, before = type(transform).__name__, image
+                try:
+                    image = transform(before)
+                except Exception as error:  # as many faults as there are transforms
+                    raise BadSampleError(f"{name} cannot be used on an image {tuple(before.shape)}: {error}") from error
+                if not isinstance(image, Tensor) or image.ndim != 3 or len(image) != 3 or image.dtype != before.dtype:
+                    is_tensor = isinstance(image, Tensor)
+                    found = f"{tuple(image.shape)} of {image.dtype}" if is_tensor else type(image).__name__
+                    raise BadSampleError(f"{name} returns {found}; an image stays (3, H, W) of {before.dtype}")
         return image
 
 
@@ -100,16 +108,3 @@ def _make(name: str, arguments: Mapping[str, Any]) -> v2.Transform:
     except Exception as error:  # each transform checks its arguments in its own way
         takes = ", ".join(inspect.signature(KNOWN[name]).parameters) or "no arguments"
         raise ValueError(f"{name} with {dict(arguments)}: {error}; it takes {takes}") from error
-
-
-def _apply(transform: v2.Transform, image: Tensor) -> Tensor:
-    name = type(transform).__name__
-    try:
-        changed = transform(image)
-    except Exception as error:  # as many faults as there are transforms
-        raise BadSampleError(f"{name} cannot be used on an image {tuple(image.shape)}: {error}") from error
-    if not isinstance(changed, Tensor) or changed.ndim != 3 or len(changed) != 3 or changed.dtype != image.dtype:
-        is_tensor = isinstance(changed, Tensor)
-        found = f"{tuple(changed.shape)} of {changed.dtype}" if is_tensor else type(changed).__name__
-        raise BadSampleError(f"{name} returns {found}; an image stays (3, H, W) of {image.dtype}")
-    return changed

@@ -173,10 +173,6 @@ class Embedder(nn.Module):
         self.layers: Sequence[Layer] = ()
         self.features = 0
 
-    def project(self, layers: Sequence[Layer], features: int) -> None:
-        """Put `layers` after pooling, which gives (B, features)."""
-        self.projection, self.layers, self.features = build_head(layers, features), layers, features
-
     @property
     def width(self) -> int:
         """Size D of the vectors."""
@@ -228,7 +224,7 @@ def embed(backbone: nn.Module, head: Head, pooling: str, preprocess: Preprocess)
             f"the inputs {shapes} ({type(error).__name__}: {error}); set pooling to mean, cls, max or pooled, or "
             "preprocess to what the network takes"
         ) from error
-    embedder.project(head.layers, features)
+    embedder.projection, embedder.layers, embedder.features = build_head(head.layers, features), head.layers, features
     return embedder.train(training)
 
 
