@@ -150,14 +150,9 @@ _NOT_FROM_YAML = frozenset(
 )
 
 
-def choose_loss(name: str, distance: str) -> LossSpec:
-    """Return the loss `name`; raises ConfigError if it does not exist, or does not compare by `distance`."""
-    return _choose(_LOSSES, name, distance, "loss")
-
-
 def make_loss(name: str, options: Mapping[str, Any], distance: str, *, labels: int = 0, width: int = 0) -> nn.Module:
     """Return the loss `name`; one that holds vectors per label has them for `labels` labels, each of size `width`."""
-    choice = choose_loss(name, distance)
+    choice = choose("loss", name, distance)
     sizes = {"num_classes": labels, "embedding_size": width} if choice.compares == "vectors" else {}
     return _make(choice, options, distance, "task.loss_options", sizes)
 
@@ -171,13 +166,15 @@ def make_miner(
         return None if default is None else _make(_MINERS[default[0]], {}, distance, "task.miner_options", default[1])
     if default is not None:
         raise ConfigError(f"task.miner is {name!r}; {loss} brings its own: remove it, or set task.loss to contrastive")
-    choice = _choose(_MINERS, name, distance, "miner")
+    choice = choose("miner", name, distance)
     margin = {**_LOSSES[loss].defaults, **loss_options}.get("margin")
     shared = {} if margin is None or "margin" not in _options(choice.make) else {"margin": margin}
     return _make(choice, {**shared, **options}, distance, "task.miner_options", {})
 
 
-def _choose(known: Mapping[str, LossSpec], name: str, distance: str, setting: str) -> LossSpec:
+def choose(setting: Literal["loss", "miner"], name: str, distance: str) -> LossSpec:
+    """Return the loss or miner `name`; raises ConfigError if it does not exist, or does not compare by `distance`."""
+    known = _LOSSES if setting == "loss" else _MINERS
     if name not in known:
         raise ConfigError(f"task.{setting} is {name!r}; expected one of {', '.join(sorted(known))}")
     if known[name].distance == "cosine" and distance != "cosine":
