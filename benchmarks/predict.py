@@ -30,7 +30,7 @@ import yaml
 from common import digits
 from PIL import Image
 
-from pipeline.data.chosen import Chosen
+from pipeline.data.source import Chosen
 from pipeline.project import Project
 from pipeline.runs.finished import open_run
 from pipeline.workflows import predict

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pipeline.data.arrays import open_arrays
-from pipeline.data.chosen import in_role, rows_in_role, with_keys
+from pipeline.data.arrays import open_arrays, open_pixels
 from pipeline.data.config import DataConfig
-from pipeline.data.labelled import open_texts
-from pipeline.data.media import open_audio, open_images
-from pipeline.data.pairs import ROLES, open_pairs
-from pipeline.data.pixels import open_pixels
+from pipeline.data.labelled import ROLES, Pairs, Texts
+from pipeline.data.media import open_media
 from pipeline.data.proposal import DataProposal
 from pipeline.data.propose import propose
-from pipeline.data.repeats import remarks
-from pipeline.data.source import Content, Row, Source, Stamp
+from pipeline.data.source import Content, Row, Source, Stamp, in_role, rows_in_role, with_keys
 from pipeline.data.squad import open_squad
-from pipeline.data.table import SampleTable, build
+from pipeline.data.table import SampleTable, build, remarks
 from pipeline.data.tagged import open_conll, open_tagged
 from pipeline.data.vision import open_torchvision
 from pipeline.errors import ConfigError
@@ -40,11 +37,11 @@ __all__ = [
     "with_keys",
 ]
 
-_OPEN = {
-    "images": open_images,
-    "audio": open_audio,
-    "text": open_texts,
-    "pairs": open_pairs,
+_OPEN: Mapping[str, Callable[[DataConfig, Path], Source]] = {
+    "images": open_media,
+    "audio": open_media,
+    "text": Texts,
+    "pairs": Pairs,
     "conll": open_conll,
     "tagged": open_tagged,
     "squad": open_squad,
@@ -67,7 +64,7 @@ def open_source(config: DataConfig) -> Source:
     if path is not None:
         check_sha256(path, config.sha256, "data")
     if config.source in _OPEN and path is not None:
-        source: Source = _OPEN[config.source](config, path)
+        source = _OPEN[config.source](config, path)
     else:
         source = load_function(config.source, "data.source", "config: DataConfig")(config)
     if not isinstance(source, Source):

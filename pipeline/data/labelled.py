@@ -1,4 +1,4 @@
-"""Labelled samples in a table with named fields: the base of sources with different contents, and texts."""
+"""Samples in a table with named fields: the base of labelled ones, texts with labels, and pairs of texts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.config import DataConfig
-from pipeline.data.records import Records, read_records
+from pipeline.data.records import read_records
 from pipeline.data.source import Row, Source, Target, is_missing
 from pipeline.errors import DataError, first_few
 
 LABEL = "label"
+ROLES = ("anchor", "positive")
+_ANSWERS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 
 
 class Labelled(Source):
@@ -23,13 +25,19 @@ class Labelled(Source):
     named (numbers to regress); or, with a `delimiter`, the list of the texts between the delimiters.
     """
 
-    def __init__(self, name: str, records: Records, delimiter: str | None = None) -> None:
-        self._records, self._delimiter, self._left_out = records, delimiter, records.left_out
+    def __init__(self, config: DataConfig, path: Path, *contents: str) -> None:
+        """Read the fields that the settings `contents` name, and those of labels, of the table at `path`."""
+        self._records = records = read_records(path, config, contents)
+        self._delimiter, self._left_out = config.delimiter, records.left_out
         self._labels = [column for setting, column in records.columns.items() if setting.partition(".")[0] == LABEL]
         for setting, column in records.columns.items():
-            if setting.partition(".")[0] in (LABEL, "group"):
-                may_be_blank = delimiter is not None and setting == LABEL  # it holds no label of many
-                refuse_missing(name, records, column, setting.partition(".")[0], may_be_blank=may_be_blank)
+            what = setting.partition(".")[0]
+            may_be_blank = config.delimiter is not None and setting == LABEL  # it holds no label of many
+            if what in (LABEL, "group") and (rows := _missing(column, may_be_blank=may_be_blank)):
+                named = first_few(map(records.where, rows))
+                raise DataError(
+                    f"{path.name}: {len(rows)} records have no {what} ({named}); give each one, or leave them out"
+                )
 
     def __len__(self) -> int:
         return len(self._records)
@@ -51,27 +59,45 @@ class Labelled(Source):
 class Texts(Labelled):
     """A text (or a text and its partner) and a label per record of a table."""
 
+    def __init__(self, config: DataConfig, path: Path) -> None:
+        super().__init__(config, path, "text", "text_pair")
+
     def content(self, i: int) -> str | tuple[str, str]:
         text = self._records.text("text", i)
         return (text, self._records.text("text_pair", i)) if "text_pair" in self._records.columns else text
 
 
-def open_texts(config: DataConfig, path: Path) -> Texts:
-    """Read the table of texts at `path`."""
-    texts = {name: getattr(config, name) for name in ("text", "text_pair")}
-    named = {setting: name for setting, name in texts.items() if name is not None} | label_fields(config)
-    records = read_records(path, named, records=config.records, labels_as_text=config.delimiter is not None)
-    return Texts(path.name, records, config.delimiter)
+class Pairs(Source):
+    """Two rows per record, the anchor and then its positive; the target `pair` is the record's number.
 
+    A label that says whether the two match becomes the target `belongs`, 1 or 0. Records that have only one of the two
+    give one row each.
+    """
 
-def label_fields(config: DataConfig) -> dict[str, str]:
-    """Return the settings that all labelled tables share, with their fields; none if `config` is not `labelled`."""
-    if not config.labelled:
-        return {}
-    labels = config.label if isinstance(config.label, tuple) else (config.label,)
-    named = {LABEL if not number else f"{LABEL}.{number}": name for number, name in enumerate(labels)}
-    named |= {"split": config.split, "group": config.group}
-    return {setting: str(name) for setting, name in named.items() if name is not None}
+    def __init__(self, config: DataConfig, path: Path) -> None:
+        self._records = records = read_records(path, config, ROLES, ("split", "label"))
+        self._left_out = records.left_out
+        self._roles = [role for role in ROLES if role in records.columns]
+        self._belongs: list[int] = []
+        for i, answer in enumerate(records.columns["label"].to_pylist() if "label" in records.columns else []):
+            if (value := str(answer).strip().lower()) not in _ANSWERS:
+                expected = f"expected {', '.join(_ANSWERS)}: do the two belong together?"
+                raise DataError(f"{records.where(i)}: label {answer!r}; {expected}")
+            self._belongs.append(_ANSWERS[value])
+
+    def __len__(self) -> int:
+        return len(self._roles) * len(self._records)
+
+    def row(self, i: int) -> Row:
+        pair, role = divmod(i, len(self._roles))
+        targets: dict[str, Target] = {"pair": pair, "role": self._roles[role]}
+        if self._belongs:
+            targets["belongs"] = self._belongs[pair]
+        return Row(self._records.where(pair), self._records.split(pair), targets)
+
+    def content(self, i: int) -> str:
+        pair, role = divmod(i, len(self._roles))
+        return self._records.text(self._roles[role], pair)
 
 
 def as_target(value: object, where: str) -> Any:
@@ -86,14 +112,8 @@ def as_target(value: object, where: str) -> Any:
     return target
 
 
-def refuse_missing(
-    name: str, records: Records, column: pa.ChunkedArray, what: str, *, may_be_blank: bool = False
-) -> None:
-    """Check that a column has a value in all records: no null or NaN, and no blank text unless it `may_be_blank`.
-
-    Raises:
-        DataError: some records have none; the message has their count and names the first.
-    """
+def _missing(column: pa.ChunkedArray, *, may_be_blank: bool) -> list[int]:
+    """Return the records without a value in a column: null, NaN, or a blank text unless it `may_be_blank`."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     missing = column.is_null()
@@ -101,6 +121,5 @@ def refuse_missing(
         missing = column.is_null(nan_is_null=True)
     elif not may_be_blank and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         missing = pc.or_(missing, pc.fill_null(pc.equal(pc.ascii_trim_whitespace(column), ""), False))
-    if rows := pc.indices_nonzero(missing).to_pylist():
-        named = first_few(map(records.where, rows))
-        raise DataError(f"{name}: {len(rows)} records have no {what} ({named}); give each one, or leave them out")
+    rows: list[int] = pc.indices_nonzero(missing).to_pylist()
+    return rows

@@ -10,17 +10,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import pyarrow as pa
-import pyarrow.parquet
-
-from pipeline.data.delimited import is_number, read_delimited
-from pipeline.data.folders import AudioFolder, ImageFolder
-from pipeline.data.json_records import read_lines, read_list
-from pipeline.data.records import DELIMITERS, KINDS, kind_of, read_bytes, read_text
-from pipeline.data.saved import is_saved, read_saved, with_class_names
-from pipeline.data.schemes import parse as parse_tag
+from pipeline.data.formats import is_number
+from pipeline.data.media import AudioFolder, ImageFolder
+from pipeline.data.records import KINDS, is_saved, kind_of, read_arrow, read_objects, read_saved, with_class_names
 from pipeline.data.source import find_split, is_missing
-from pipeline.errors import ConfigError, DataError
+from pipeline.data.tagged import parse as parse_tag
+from pipeline.errors import ConfigError
 
 ContentKind: TypeAlias = Literal["image", "audio", "text", "array"]
 
@@ -117,26 +112,16 @@ def read_columns(file: Path) -> dict[str, list[Any]]:
         ConfigError: it is no table.
         DataError: it cannot be read.
     """
-    kind = kind_of(file)
     if is_saved(file):
         table = read_saved(file)[0][2]
-    elif kind not in KINDS:
+    elif kind_of(file) not in KINDS:
         raise ConfigError(f"{file} is no table; expected a name that ends in {', '.join(KINDS)}")
+    elif kind_of(file) in (".jsonl", ".json"):
+        records = [one for one in read_objects(file)[:RECORDS] if isinstance(one, dict)]
+        names = dict.fromkeys(name for one in records for name in one)
+        return {name: [one.get(name) for one in records] for name in names}
     else:
-        try:
-            if kind in (".jsonl", ".json"):
-                text = read_text(file)
-                objects = (read_lines(file, text) if kind == ".jsonl" else read_list(file, text, None))[:RECORDS]
-                records = [one for one in objects if isinstance(one, dict)]
-                names = dict.fromkeys(name for one in records for name in one)
-                return {name: [one.get(name) for one in records] for name in names}
-            table = (
-                pa.parquet.read_table(file)
-                if kind == ".parquet"
-                else read_delimited(file, read_bytes(file), DELIMITERS[kind], ())
-            )
-        except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-            raise DataError(f"{file} cannot be read as {kind}: {error}") from error
+        table = read_arrow(file)
     table = table.slice(0, RECORDS)
     if len(set(table.column_names)) < table.num_columns:  # a table of pixels without a header
         table = table.rename_columns([str(number) for number in range(table.num_columns)])

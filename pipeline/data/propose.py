@@ -9,14 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.folders import AudioFolder, ImageFolder
-from pipeline.data.json_records import parse
+from pipeline.data.formats import parse
+from pipeline.data.media import AudioFolder, ImageFolder
 from pipeline.data.proposal import ContentKind, DataProposal, percentile, propose_table
-from pipeline.data.records import KINDS, kind_of, read_text
-from pipeline.data.saved import is_saved
-from pipeline.data.schemes import parse as parse_tag
+from pipeline.data.records import KINDS, is_saved, kind_of, read_text
 from pipeline.data.source import LeftOut
 from pipeline.data.tagged import NO_WORDS
+from pipeline.data.tagged import parse as parse_tag
 from pipeline.data.walk import files_by_split, is_hidden
 from pipeline.errors import ConfigError, DataError
 
@@ -102,7 +101,7 @@ def _of_file(path: Path, first: Path) -> DataProposal:
 
 
 def _is_squad(file: Path) -> bool:
-    content = parse(_text(file), f"{file} cannot be read as .json")
+    content = parse(read_text(file, ".json"), f"{file} cannot be read as .json")
     articles = content.get("data") if isinstance(content, dict) else None
     first = articles[0] if isinstance(articles, list) and articles else None
     return isinstance(first, dict) and "paragraphs" in first
@@ -111,7 +110,7 @@ def _is_squad(file: Path) -> bool:
 def _conll_words(file: Path) -> int:
     """Return the number of words of a long sentence if the file has a word and its tag on each line, else 0."""
     lengths, length = list[int](), 0
-    for line in _text(file).splitlines()[:LINES]:
+    for line in read_text(file, "text").splitlines()[:LINES]:
         columns = line.split()
         if not columns or line.startswith(NO_WORDS):
             lengths, length = [*lengths, length], 0
@@ -120,10 +119,3 @@ def _conll_words(file: Path) -> int:
         else:
             length += 1
     return percentile(lengths)
-
-
-def _text(file: Path) -> str:
-    try:
-        return read_text(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as text: {error}") from error

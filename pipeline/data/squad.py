@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from pipeline.data.config import DataConfig
-from pipeline.data.json_records import parse
+from pipeline.data.formats import parse
 from pipeline.data.records import read_text
 from pipeline.data.source import LeftOut, Row, Source, Target
 from pipeline.data.walk import files_by_split
@@ -114,11 +112,7 @@ def _first_inside(answers: Sequence[tuple[int, str]], begin: int, end: int) -> t
 
 
 def _read(path: Path, split: str | None, config: DataConfig) -> Iterator[Question]:
-    try:
-        text = read_text(path)
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise DataError(f"data.path {path} cannot be read as JSON: {error}") from error
-    loaded = parse(text, f"data.path {path} cannot be read as JSON")
+    loaded = parse(read_text(path, "JSON"), f"data.path {path} cannot be read as JSON")
     for a, article in enumerate(_get(loaded, "data", list, str(path))):
         where = f"{path}: article {a}"
         title = _get(article, "title", str, where, default=f"article {a}")

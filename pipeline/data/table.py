@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +24,14 @@ from pipeline.errors import DataError, first_few
 from pipeline.files import whole
 from pipeline.keys import KEY_BYTES
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _FIXED = ("key", "split", "source")
 _VIEWS = b"views"
+_NAMED = 3
+_LABELS = ("label", "tags", "belongs")
+"""Targets of which a content should have one."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,11 @@ class SampleTable:
         buffers = [None, pa.py_buffer(np.ascontiguousarray(self.keys))]
         keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(self), buffers)
         columns = {"key": keys, "split": self.split.tolist(), "source": pa.array(list(self.source), pa.string())}
-        columns |= {name: _arrow(name, values) for name, values in self.targets.items()}
+        for name, values in self.targets.items():
+            try:
+                columns[name] = pa.array(values.tolist())
+            except (pa.ArrowException, OverflowError) as error:
+                raise DataError(f"the lists of the target {name} mix types ({error}); give all of them one") from error
         metadata = None if self.views is None else {_VIEWS: str(self.views)}
         with whole(path) as beside:
             pa.parquet.write_table(pa.table(columns, metadata=metadata), beside, compression="zstd")
@@ -137,6 +148,34 @@ def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray
     return SampleTable(np.ascontiguousarray(keys), split, [row.source for row in described], targets)
 
 
+def remarks(table: SampleTable) -> list[str]:
+    """Return a sentence about each contradiction: one content (equal keys) under two labels, or in two splits.
+
+    Of pairs, whole pairs are compared.
+    """
+    of_pairs = {"pair", "role"} <= table.targets.keys()
+    what = "pairs" if of_pairs else "contents"
+    which = "pairs are another pair" if of_pairs else "samples have the content of another sample"
+    repeated = _repeated(table, of_pairs=of_pairs)
+    rows, lines = repeated.index.to_numpy(), []
+    for name in [name for name in _LABELS if name in table.targets]:
+        labels = [
+            str(sorted(set(label)) if isinstance(label, list) and name != "tags" else label)  # tags alone have an order
+            for label in table.targets[name][rows].tolist()
+        ]
+        kinds = repeated.assign(label=labels).groupby("content")["label"].transform("nunique")
+        differs = repeated[kinds > 1]
+        if len(differs):
+            lines.append(f"{len(differs)} {which} under another {name}, first: {_named(table, differs)}")
+    for split in ("validation", "test"):
+        held_out, training = (repeated[table.split[rows] == name] for name in (split, "train"))
+        both = np.intersect1d(held_out["content"], training["content"])
+        if both.size:
+            inside = repeated[repeated["content"].isin(both) & np.isin(table.split[rows], (split, "train"))]
+            lines.append(f"{both.size} {what} lie in train and in {split}, first: {_named(table, inside)}")
+    return lines
+
+
 def _column(name: str, values: list[Target]) -> np.ndarray:
     """Return a target of all rows, (N,): numbers or texts, or an object array of lists."""
     lists = sum(isinstance(value, list) for value in values)
@@ -145,13 +184,6 @@ def _column(name: str, values: list[Target]) -> np.ndarray:
     if lists < len(values):
         raise DataError(f"the target {name} is a list in {lists} of {len(values)} rows; make it one in all, or in none")
     return np.fromiter(values, object, len(values))
-
-
-def _arrow(name: str, values: np.ndarray) -> pa.Array:
-    try:
-        return pa.array(values.tolist())
-    except (pa.ArrowException, OverflowError) as error:
-        raise DataError(f"the lists of the target {name} mix types ({error}); give all of them one") from error
 
 
 def _target(row: Row, name: str) -> Target:
@@ -218,3 +250,25 @@ def _fraction(identity: bytes, seed: int) -> float:
     """Return a number in 0..1 that looks random and depends on the arguments alone."""
     digest = hashlib.blake2b(identity, digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") / 2**64
+
+
+def _repeated(table: SampleTable, *, of_pairs: bool) -> pd.DataFrame:
+    """Return the column `content`, a number for equal keys, of the rows (of pairs, the anchors') that share theirs."""
+    import pandas as pd  # noqa: PLC0415  (slow to import)
+
+    rows, keys = np.arange(len(table)), table.keys
+    if of_pairs:
+        pairs, roles = table.targets["pair"], table.targets["role"]
+        anchors, positives = (np.flatnonzero(roles == role) for role in ("anchor", "positive"))
+        rows, positives = (found[np.argsort(pairs[found], kind="stable")] for found in (anchors, positives))
+        keys = np.hstack([keys[rows], keys[positives]])
+    words = pd.DataFrame(np.ascontiguousarray(keys).view(np.uint64), index=rows).sort_index()
+    repeated = words[words.duplicated(keep=False)]
+    return repeated.groupby(list(words.columns), sort=False).ngroup().to_frame("content")
+
+
+def _named(table: SampleTable, repeated: pd.DataFrame) -> str:
+    """Name the rows of the earliest groups: `cat/1.png = dog/7.png`."""
+    first = repeated["content"].unique()[:_NAMED]
+    groups = (repeated.index[repeated["content"] == content][:_NAMED] for content in first)
+    return ", ".join(" = ".join(table.source[row] for row in rows.tolist()) for rows in groups)

@@ -1,16 +1,23 @@
-"""Sentences with a tag per word: columns of a CoNLL file, or lists in a table with named fields."""
+"""Sentences with a tag per word: columns of a CoNLL file, or lists in a table with named fields.
+
+Tags mark entities in IOB1, IOB2 or BIOES, and all are read into IOB2. A tag is `O`, or a letter and a type, as in
+`B-Disease`. In IOB2 B- begins every entity and I- goes on with it. In IOB1 I- begins one too, and B- does only where
+one of its type comes right before. In BIOES S- is an entity of one word, and E- ends a longer one; BILOU writes L- and
+U- for E- and S-.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 
 from pipeline.data.config import DataConfig
 from pipeline.data.records import read_records, read_text
-from pipeline.data.schemes import Tag, detect, parse, to_iob2
 from pipeline.data.source import LeftOut, Row, Source
 from pipeline.data.walk import files_by_split
 from pipeline.errors import ConfigError, DataError
@@ -19,6 +26,15 @@ DOCUMENT = "-DOCSTART-"
 COMMENT = "#"
 NO_WORDS = (DOCUMENT, COMMENT)
 """What lines without a word begin with; a word may be "#", too."""
+
+Tag: TypeAlias = tuple[str, str]
+"""A letter and a type; of `O` the type is empty."""
+
+TAG = re.compile(r"(O)|([BIESLU])(?:-(.+))?")
+UNNAMED = "entity"
+"""Type of entities in data with a single type that is left out, as in plain B and I."""
+LETTERS = {"iob1": "OBI", "iob2": "OBI", "bioes": "OBIES"}
+_SAME = {"L": "E", "U": "S"}
 
 
 @dataclass(frozen=True)
@@ -35,11 +51,7 @@ class Tagged(Source):
     """A row per sentence: its content is the list of words, its target `tags` their tags in IOB2, if it has any."""
 
     def __init__(self, sentences: Sequence[Sentence], scheme: str | None, left_out: LeftOut) -> None:
-        """Take in the sentences, whose tags follow `scheme` ("auto" finds out which); None where they have none.
-
-        Raises:
-            DataError: some tags do not; the message names sentence and word.
-        """
+        """Take sentences with tags in `scheme`: None for none, "auto" finds it; raises DataError if tags break it."""
         if scheme == "auto":
             scheme = detect(tag for sentence in sentences for tag in sentence.tags)
         self._sentences, self._left_out = sentences, left_out
@@ -68,13 +80,13 @@ def open_conll(config: DataConfig, path: Path) -> Tagged:
 
 def open_tagged(config: DataConfig, path: Path) -> Tagged:
     """Read a table whose fields hold a list of words and a list of tags."""
-    named = {name: str(getattr(config, name)) for name in (("words", "tags") if config.labelled else ("words",))}
-    split = {"split": config.split} if config.split and config.labelled else {}
-    records = read_records(path, named | split, records=config.records)
+    records = read_records(path, config, ("words",), ("tags", "split"))
+    wanted = ("words", "tags") if config.labelled else ("words",)
     sentences = []
     for i in range(len(records)):
         where = records.where(i)
-        words, *others = (_texts(records.columns[name], i, f"{where}: field {named[name]}") for name in named)
+        fields = [(records.columns[name], f"{where}: field {getattr(config, name)}") for name in wanted]
+        words, *others = (_texts(column, i, field) for column, field in fields)
         tags = others[0] if others else []
         if not words or (others and len(words) != len(tags)):
             raise DataError(f"{where} has {len(words)} words and {len(tags)} tags; give every word one")
@@ -84,11 +96,12 @@ def open_tagged(config: DataConfig, path: Path) -> Tagged:
 
 def _read_conll(path: Path, split: str | None, word: int, tag: int | None) -> Iterator[Sentence]:
     """Yield the sentences of a file; one is called by the number of its first line."""
-    lines = [line.split("\t") if "\t" in line else line.split() for line in _lines(path)]
-    first = next((i for i, line in enumerate(lines) if any(line) and not line[0].startswith(NO_WORDS)), None)
-    width = 0 if first is None else _checked_width(lines[first], word, tag, f"{path.name}:{first + 1}")
+    lines = [line.removesuffix("\r") for line in read_text(path, "text").split("\n")]
+    cells = [line.split("\t") if "\t" in line else line.split() for line in lines]
+    first = next((i for i, fields in enumerate(cells) if any(fields) and not fields[0].startswith(NO_WORDS)), None)
+    width = 0 if first is None else _checked_width(cells[first], word, tag, f"{path.name}:{first + 1}")
     first_line, words, tags = 0, list[str](), list[Tag]()
-    for number, fields in enumerate([*lines, []], 1):
+    for number, fields in enumerate([*cells, []], 1):
         where = f"{path.name}:{number}"
         if _is_comment(fields, width, tag):
             continue
@@ -104,13 +117,6 @@ def _read_conll(path: Path, split: str | None, word: int, tag: int | None) -> It
         first_line = number if not words else first_line
         words.append(fields[word])
         tags += [] if tag is None else [_parsed(fields[tag].strip(), where)]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line.removesuffix("\r") for line in read_text(path).split("\n")]
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise DataError(f"data.path {path} cannot be read as text: {error}") from error
 
 
 def _is_comment(fields: list[str], width: int, tag: int | None) -> bool:
@@ -142,3 +148,43 @@ def _texts(column: pa.ChunkedArray, i: int, where: str) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
         raise DataError(f"{where} is {str(values)[:60]!r}; expected a list of texts, none empty")
     return values
+
+
+def parse(tag: str) -> Tag | None:
+    """Return the letter and the type of a tag; None if it belongs to no scheme."""
+    if (found := TAG.fullmatch(tag)) is None:
+        return None
+    outside, letter, kind = found.groups()
+    return (outside, "") if outside else (_SAME.get(letter, letter), kind or UNNAMED)
+
+
+def detect(tags: Iterable[Tag]) -> str:
+    """Return the scheme of a data set: "bioes" or "iob1", as which valid IOB2 is read alike."""
+    return "bioes" if {"E", "S"} & {letter for letter, _ in tags} else "iob1"
+
+
+def to_iob2(tags: Sequence[Tag], scheme: str, where: str) -> list[str]:
+    """Return the tags of one sentence in IOB2; raises DataError if they break the rules of `scheme`."""
+    read = []
+    inside: str | None = None  # type of the entity that the next word may go on with
+    for number, (letter, kind) in enumerate(tags, 1):
+        goes_on = letter in "IE" and kind == inside
+        if rule := _broken(scheme, letter, inside, goes_on=goes_on):
+            tag = f"{letter}-{kind}" if kind else letter
+            raise DataError(f"{where}, word {number}: the tag {tag} {rule}; mend it, or set data.scheme")
+        read.append("O" if letter == "O" else f"{'I' if goes_on else 'B'}-{kind}")
+        inside = None if letter in "OES" else kind
+    if scheme == "bioes" and inside is not None:
+        raise DataError(f"{where}: the last entity, {inside}, has no end (E-); mend it, or set data.scheme")
+    return read
+
+
+def _broken(scheme: str, letter: str, inside: str | None, *, goes_on: bool) -> str | None:
+    """Return the rule of `scheme` that a tag breaks after a word that leaves the entity `inside` open."""
+    if letter not in LETTERS[scheme]:
+        return f"does not occur in {scheme}"
+    if letter in "IE" and not goes_on and scheme != "iob1":
+        return f"goes on with no entity, which {scheme} does not allow"
+    if scheme == "bioes" and inside is not None and not goes_on:
+        return f"comes before the end of {inside}, which {scheme} marks by E-"
+    return None

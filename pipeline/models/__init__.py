@@ -9,9 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models.backbone import Backbone
+from pipeline.models.backbone import EXTRA, Backbone, Preprocess, network_inputs
 from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
-from pipeline.models.preprocess import EXTRA, Preprocess, network_inputs
 from pipeline.tasks.base import Head
 
 __all__ = [
@@ -45,29 +44,19 @@ def load(
     """
     if model.weights is None:
         log.warning("model.weights is null: %s gets random weights (model.seed %d)", model.backbone, model.seed)
-    backbone = _load(model, preprocess, head, state)
+    if model.library == "hf":
+        from pipeline.models.hf import load_hf as build  # noqa: PLC0415
+    elif model.library == "function":
+        from pipeline.models.own import load_own as build  # noqa: PLC0415
+    else:
+        from pipeline.models.vision import load_vision as build  # noqa: PLC0415
+    backbone = build(model, preprocess, head, state)
     kind = backbone.preprocess.recipe().get("kind")
     if unused := [name for name in ("rate", "seconds") if getattr(preprocess, name) is not None and kind != "audio"]:
         raise ConfigError(f"preprocess.{unused[0]} is for audio; {model.backbone} takes {kind}; remove it")
     if preprocess.augment is not None:
         backbone.preprocess.view(0)
     return backbone
-
-
-def _load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None) -> Backbone:
-    if model.library == "hf":
-        from pipeline.models.hf import load_hf  # noqa: PLC0415
-
-        return load_hf(model, preprocess, head, state)
-    if model.library == "function":
-        from pipeline.models.own import load_own  # noqa: PLC0415
-
-        return load_own(model, preprocess, head, state)
-    if head.kind in ("tokens", "span"):
-        raise ModelError(f"{model.backbone} takes images; the task needs a network of texts: hf: or module:function")
-    from pipeline.models.vision import LIBRARIES, load_vision  # noqa: PLC0415
-
-    return load_vision(LIBRARIES[model.library](model.name, model.options), model, preprocess, head, state)
 
 
 def describe(model: ModelConfig, backbone: Backbone, folder: Path) -> None:
@@ -85,8 +74,7 @@ def as_described(
 ) -> tuple[ModelConfig, PreprocessConfig]:
     """Return the settings for `load` to build the network of `model` from the files of `describe` in `folder`.
 
-    Raises:
-        ModelError: the network needs code of its repository.
+    Raises ModelError if it needs code of its repository.
     """
     if model.trust_remote_code:
         raise ModelError(f"{model.backbone} is made by code of its own repository, which is not carried; fetch that")

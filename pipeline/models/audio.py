@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.keys import JSON, digest
-from pipeline.models.backbone import first_input
+from pipeline.models.backbone import Preprocess, first_input
 from pipeline.models.config import PreprocessConfig
 from pipeline.models.fingerprint import Irrelevant, fingerprint
-from pipeline.models.preprocess import Preprocess
 
 MAX_VALUES = 1 << 28
 """Longer sounds are taken for decompression bombs: 1 GiB in float32, all channels together."""
@@ -40,7 +39,10 @@ class AudioPreprocess(Preprocess):
         self._digest = fingerprint(extractor, IRRELEVANT)
 
     def __call__(self, content: object) -> dict[str, Tensor]:
-        wave_T = self._sized(self._wave(content))
+        wave_T = self._wave(content)
+        if self.seconds is not None:
+            wave_T = wave_T[: round(self.seconds * self.rate)]
+            wave_T = np.pad(wave_T, (0, round(self.seconds * self.rate) - len(wave_T)))
         if self.extractor is None:
             return {self.inputs[0]: torch.from_numpy(wave_T)}
         features = self.extractor(wave_T, sampling_rate=self.rate, return_tensors="np")
@@ -61,12 +63,6 @@ class AudioPreprocess(Preprocess):
             length = f"{1000 * len(wave) / self.rate:.1f} ms"
             raise BadSampleError(f"the sound has {length}, less than {1000 * SHORTEST:g} ms")
         return wave
-
-    def _sized(self, wave_T: np.ndarray) -> np.ndarray:
-        if self.seconds is None:
-            return wave_T
-        wave_T = wave_T[: round(self.seconds * self.rate)]
-        return np.pad(wave_T, (0, round(self.seconds * self.rate) - len(wave_T)))
 
     def recipe(self) -> Mapping[str, JSON]:
         extractor = None if self.extractor is None else self._digest
@@ -97,8 +93,7 @@ class AudioPreprocess(Preprocess):
 def make_audio_preprocess(config: PreprocessConfig, model: nn.Module, extractor: Any = None) -> AudioPreprocess:
     """Return the preprocessing of sounds for `model`, with the feature `extractor` of Hugging Face if there is one.
 
-    Raises:
-        ConfigError: the rate is not known, or not the one of the extractor; or what decodes sounds is not installed.
+    Raises ConfigError if the rate is not known, or not the extractor's, or what decodes sounds is not installed.
     """
     _codecs()
     if extractor is None:
@@ -117,8 +112,7 @@ def make_audio_preprocess(config: PreprocessConfig, model: nn.Module, extractor:
 def decode(content: bytes, rate: int, seconds: float | None = None) -> np.ndarray:
     """Return an encoded sound as one channel at `rate` samples per second, (T,) float32; its first `seconds` alone.
 
-    Raises:
-        BadSampleError: it is empty, too long, or no sound.
+    Raises BadSampleError if it is empty, too long, or no sound.
     """
     soundfile, soxr = _codecs()
     if not content:

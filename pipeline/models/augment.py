@@ -40,18 +40,21 @@ class Augment:
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Return `image` (3, H, W), uint8 or float32, changed: (3, H', W') of the same type.
 
-        The transforms draw only from torch's CPU generator, whose state is restored.
-
-        Raises:
-            BadSampleError: a transform cannot be used on this image.
+        The transforms draw only from torch's CPU generator, whose state is restored. Raises BadSampleError if one
+        cannot be used on this image.
         """
-        before = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(seed)
-        try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             for transform in self._transforms:
-                image = _apply(transform, image)
-        finally:
-            torch.default_generator.set_state(before)
+                name, before = type(transform).__name__, image
+                try:
+                    image = transform(before)
+                except Exception as error:  # as many faults as there are transforms
+                    raise BadSampleError(f"{name} cannot be used on an image {tuple(before.shape)}: {error}") from error
+                if not isinstance(image, Tensor) or image.ndim != 3 or len(image) != 3 or image.dtype != before.dtype:
+                    is_tensor = isinstance(image, Tensor)
+                    found = f"{tuple(image.shape)} of {image.dtype}" if is_tensor else type(image).__name__
+                    raise BadSampleError(f"{name} returns {found}; an image stays (3, H, W) of {before.dtype}")
         return image
 
 
@@ -99,26 +102,9 @@ def _make(name: str, arguments: Mapping[str, Any]) -> v2.Transform:
         near = ", ".join(get_close_matches(name, KNOWN, n=3)) or "none; see its documentation"
         raise ValueError(f"torchvision.transforms.v2 has no transform {name!r} (near: {near}); name one that it has")
     try:
-        return KNOWN[name](**{key: _argument(key, value) for key, value in arguments.items()})
+        given = {key: _make_all(value) if key == INNER else value for key, value in arguments.items()}
+        given |= {key: ENUMS[key](value) for key, value in given.items() if key in ENUMS and isinstance(value, str)}
+        return KNOWN[name](**given)
     except Exception as error:  # each transform checks its arguments in its own way
         takes = ", ".join(inspect.signature(KNOWN[name]).parameters) or "no arguments"
         raise ValueError(f"{name} with {dict(arguments)}: {error}; it takes {takes}") from error
-
-
-def _argument(name: str, value: Any) -> Any:
-    if name == INNER:
-        return _make_all(value)
-    return ENUMS[name](value) if name in ENUMS and isinstance(value, str) else value
-
-
-def _apply(transform: v2.Transform, image: Tensor) -> Tensor:
-    name = type(transform).__name__
-    try:
-        changed = transform(image)
-    except Exception as error:  # as many faults as there are transforms
-        raise BadSampleError(f"{name} cannot be used on an image {tuple(image.shape)}: {error}") from error
-    if not isinstance(changed, Tensor) or changed.ndim != 3 or len(changed) != 3 or changed.dtype != image.dtype:
-        is_tensor = isinstance(changed, Tensor)
-        found = f"{tuple(changed.shape)} of {changed.dtype}" if is_tensor else type(changed).__name__
-        raise BadSampleError(f"{name} returns {found}; an image stays (3, H, W) of {image.dtype}")
-    return changed

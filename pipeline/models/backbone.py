@@ -1,24 +1,119 @@
-"""A backbone with its preprocessing, and the head that pools features into an embedding."""
+"""A backbone, the interface of its preprocessing, and the head that pools features into an embedding."""
 
 from __future__ import annotations
 
 import inspect
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from pipeline.errors import ModelError
-from pipeline.models.preprocess import Preprocess
+from pipeline.errors import BadSampleError, ConfigError, ModelError
+from pipeline.keys import JSON
 from pipeline.tasks.base import Head
 from pipeline.tasks.heads import Layer, build_head, last_width
 
 # B batch, T token, D channel; images of convolutional networks: H height, W width
+
+EXTRA = "extra."
+"""Begins the names of what a preprocessing knows of a sample that the task needs and the network does not take."""
+
+
+def network_inputs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of a sample's or a batch's tensors that the network takes: all but the extras."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(EXTRA)}
+
+
+class Preprocess(ABC):
+    """A pure function of the content. Can be pickled: worker processes get a copy."""
+
+    @property
+    def pad(self) -> dict[str, float]:
+        """Value that fills up an input or an extra to the longest of its batch, by name; 0 where not given."""
+        return {}
+
+    @abstractmethod
+    def __call__(self, content: object) -> dict[str, Tensor]:
+        """Return the inputs of one sample by name, without a batch axis, and beside them its extras (int64).
+
+        An extra (`extra.NAME`) is stored with the state as the inputs are, and comes back to the task among the targets
+        of a batch, under NAME.
+
+        Raises:
+            BadSampleError: the content cannot be used; the message says why.
+        """
+
+    def open(self, content: object) -> Any:
+        """Do once what all views share (decoding); `begin` continues from it. Raises BadSampleError as `__call__`."""
+        return content
+
+    def begin(self, opened: Any) -> dict[str, Tensor]:
+        """Do what must be done sample by sample, `finish` the rest; `opened` stays as it is. Raises as `__call__`."""
+        return self(opened)
+
+    def excess(self, content: object, sample: dict[str, Tensor]) -> int:
+        """Return how many tokens of a text its inputs, `sample`, leave out; 0 where they hold all of the content."""
+        return 0
+
+    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn what `begin` returned, stacked along a new first axis, into the inputs of a batch, on its device.
+
+        It may write into `batch`. Sample by sample or in a batch, it gives the same values.
+        """
+        return batch
+
+    def view(self, number: int) -> Preprocess:
+        """Return the preprocessing of the augmented view `number`, from 0 on; `open` and `finish` are the plain one's.
+
+        Raises ConfigError if there are no augmented views.
+        """
+        kind, remedy = type(self).__name__, "remove it, and encode.views"
+        raise ConfigError(f"preprocess.augment is for images, and {kind} does not know it; {remedy}")
+
+    @abstractmethod
+    def recipe(self) -> Mapping[str, JSON]:
+        """Return everything that decides the values of the inputs."""
+
+    def former_recipe(self) -> Mapping[str, JSON]:
+        """Return `recipe` as version 0.1.0 gave it, by which stores of that version are known."""
+        return self.recipe()
+
+    def advice(self) -> str:
+        """Return which settings decide the inputs, and their values: for a network that refuses these inputs."""
+        return "compare preprocess, and model.options, with what the network takes"
+
+    def probe_contents(self) -> Sequence[object]:
+        """Return fixed contents whose inputs show whether the preprocessing is still the same; none where unknown."""
+        return ()
+
+    def save(self, folder: Path) -> None:
+        """Write what a network's own library reads of the preprocessing (a tokenizer) to the existing `folder`."""
+        return None
+
+
+class ArrayPreprocess(Preprocess):
+    """Hands an array on as it is, in float32."""
+
+    def __init__(self, input_name: str) -> None:
+        self.input_name = input_name
+
+    def __call__(self, content: object) -> dict[str, Tensor]:
+        if not isinstance(content, np.ndarray):
+            raise BadSampleError(f"content is {type(content).__name__}; preprocess.kind array expects an array")
+        tensor = torch.from_numpy(np.array(content, np.float32))
+        if not tensor.isfinite().all():
+            raise BadSampleError("the array holds NaN or infinite values")
+        return {self.input_name: tensor}
+
+    def recipe(self) -> Mapping[str, JSON]:
+        return {"kind": "array", "input": self.input_name}
 
 
 @dataclass(frozen=True)
@@ -37,11 +132,16 @@ class Backbone:
         """Size of the embeddings; None of logits, and of the user's own network."""
         return self.model.width if isinstance(self.model, Embedder) else None
 
+    @property
+    def network(self) -> Any:
+        """The network without layers of an embedding head."""
+        return self.model.backbone if isinstance(self.model, Embedder) else self.model
+
     def pretrained(self, library: str) -> tuple[nn.Module, frozenset[str]]:
         """Return the network that weight files of `library` match, and the names of its pretrained tensors."""
-        embedded = isinstance(self.model, Embedder) and library != "function"
-        network: Any = self.model.backbone if embedded else self.model
-        return network, frozenset(network.state_dict()) - (frozenset() if embedded else self.fresh)
+        if isinstance(self.model, Embedder) and library != "function":
+            return self.network, frozenset(self.network.state_dict())
+        return self.model, frozenset(self.model.state_dict()) - self.fresh
 
     def save(self, folder: Path) -> None:
         """Write the network to the existing `folder` in the form its library reads; `backbone.json` describes it.
@@ -49,17 +149,16 @@ class Backbone:
         A network of Hugging Face is a directory for `from_pretrained`, with its tokenizer; any other is a state dict,
         `model.safetensors`. Layers of an embedding head have their weights in `projection.safetensors`.
         """
-        network: Any = self.model.backbone if isinstance(self.model, Embedder) else self.model
         description: dict[str, Any] = {"backbone": self.name, "preprocess": self.preprocess.recipe()}
-        if hasattr(network, "save_pretrained"):
-            network.save_pretrained(folder)
+        if hasattr(self.network, "save_pretrained"):
+            self.network.save_pretrained(folder)
             self.preprocess.save(folder)
         else:
-            save_model(network, str(folder / "model.safetensors"))
+            save_model(self.network, str(folder / "model.safetensors"))
         if isinstance(self.model, Embedder):
-            embedder = self.model
-            description |= {"pooling": embedder.pooling, "features": embedder.features, "layers": [*embedder.layers]}
-            if projection := embedder.projection.state_dict():
+            head = self.model
+            description |= {"pooling": head.pooling, "features": head.features, "layers": [*head.layers]}
+            if projection := head.projection.state_dict():
                 save_file(projection, folder / "projection.safetensors")
         (folder / "backbone.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -74,14 +173,15 @@ class Embedder(nn.Module):
         self.layers: Sequence[Layer] = ()
         self.features = 0
 
-    def project(self, layers: Sequence[Layer], features: int) -> None:
-        """Put `layers` after pooling, which gives (B, features)."""
-        self.projection, self.layers, self.features = build_head(layers, features), layers, features
-
     @property
     def width(self) -> int:
         """Size D of the vectors."""
         return last_width(self.layers) or self.features
+
+    @property
+    def fresh(self) -> frozenset[str]:
+        """Names of the parameters after pooling, none of which is pretrained."""
+        return frozenset(f"projection.{name}" for name, _ in self.projection.named_parameters())
 
     def forward(self, **inputs: Tensor) -> Tensor:
         pooled_BD = self.pool(self.backbone(**inputs), inputs.get("attention_mask"))
@@ -106,16 +206,13 @@ class Embedder(nn.Module):
         return (states * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1).clamp(min=1)
 
 
-def embed(backbone: nn.Module, head: Head, pooling: str, example: Mapping[str, Tensor]) -> Embedder:
-    """Return `backbone` with an embedding head.
+def embed(backbone: nn.Module, head: Head, pooling: str, preprocess: Preprocess) -> Embedder:
+    """Return `backbone` with an embedding head; its width is found by running it once on an example.
 
-    The backbone's width is found by running it once on `example`, one sample's inputs without a batch axis.
-
-    Raises:
-        ModelError: its output cannot be pooled this way.
+    Raises ModelError if its output cannot be pooled this way.
     """
     embedder = Embedder(backbone, pooling)
-    batch = {name: tensor.unsqueeze(0) for name, tensor in example.items()}
+    batch = {name: tensor.unsqueeze(0) for name, tensor in preprocess(preprocess.probe_contents()[0]).items()}
     training = backbone.training
     try:
         with torch.no_grad():
@@ -127,13 +224,8 @@ def embed(backbone: nn.Module, head: Head, pooling: str, example: Mapping[str, T
             f"the inputs {shapes} ({type(error).__name__}: {error}); set pooling to mean, cls, max or pooled, or "
             "preprocess to what the network takes"
         ) from error
-    embedder.project(head.layers, features)
+    embedder.projection, embedder.layers, embedder.features = build_head(head.layers, features), head.layers, features
     return embedder.train(training)
-
-
-def projection_names(embedder: Embedder) -> frozenset[str]:
-    """Return the names of the parameters after pooling, none of which is pretrained."""
-    return frozenset(f"projection.{name}" for name, _ in embedder.projection.named_parameters())
 
 
 def first_input(model: nn.Module) -> str:

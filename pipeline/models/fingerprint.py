@@ -112,10 +112,7 @@ class _Describer:
     def _(self, value: torch.device) -> JSON:
         return "a device"  # where something is computed decides no more than its rounding
 
-    @_describe.register(torch.dtype)
-    @_describe.register(torch.layout)
-    @_describe.register(torch.memory_format)
-    @_describe.register(torch.Size)
+    @_describe.register(torch.dtype | torch.layout | torch.memory_format | torch.Size)
     def _(self, value: Any) -> JSON:
         return ["named", str(value)]
 
@@ -127,8 +124,7 @@ class _Describer:
     def _(self, value: torch.Tensor) -> JSON:
         return ["tensor", str(tuple(value.shape)), "meta" if value.is_meta else tensors_digest({"": value})]
 
-    @_describe.register(np.ndarray)
-    @_describe.register(np.generic)
+    @_describe.register(np.ndarray | np.generic)
     def _(self, value: Any) -> JSON:
         if value.dtype.kind in "biufc":
             return ["array", content_key(np.asarray(value)).hex()]
@@ -139,19 +135,16 @@ class _Describer:
         state = {name: self.describe(item) for name, item in value.state_dict(keep_vars=True).items()}
         return ["module", state, [[name, self.module(one)] for name, one in value.named_modules()]]
 
-    @_describe.register(dict)
-    @_describe.register(Mapping)
+    @_describe.register(dict | Mapping)
     def _(self, value: Mapping[Any, Any]) -> JSON:
         items = ([self.describe(key), self.describe(item)] for key, item in value.items())
         return [type(value).__name__, sorted(items, key=str)]
 
-    @_describe.register(list)
-    @_describe.register(tuple)
+    @_describe.register(list | tuple)
     def _(self, value: Any) -> JSON:
         return ["list", [self.describe(item) for item in value]]
 
-    @_describe.register(set)
-    @_describe.register(frozenset)
+    @_describe.register(set | frozenset)
     def _(self, value: Any) -> JSON:
         return ["set", sorted((self.describe(item) for item in value), key=str)]
 
@@ -159,13 +152,11 @@ class _Describer:
     def _(self, value: property) -> JSON:
         return ["property", [self.describe(one) for one in (value.fget, value.fset, value.fdel)]]
 
-    @_describe.register(staticmethod)
-    @_describe.register(classmethod)
+    @_describe.register(staticmethod | classmethod)
     def _(self, value: Any) -> JSON:
         return [type(value).__name__, self.describe(value.__func__)]
 
-    @_describe.register(types.MethodType)
-    @_describe.register(types.BuiltinMethodType)
+    @_describe.register(types.MethodType | types.BuiltinMethodType)
     def _(self, value: Any) -> JSON:
         owner = value.__self__
         function = self.describe(value.__func__) if isinstance(value, types.MethodType) else value.__qualname__

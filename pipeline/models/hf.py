@@ -7,12 +7,10 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig
@@ -20,13 +18,12 @@ from transformers.utils import logging as transformers_log
 
 from pipeline.errors import AbsentError, ConfigError, ModelError, RecyclingError, first_few
 from pipeline.files import PACKAGE, check_sha256, locate
-from pipeline.models.audio import AudioPreprocess, make_audio_preprocess
-from pipeline.models.backbone import Backbone, Embedder, embed, projection_names
+from pipeline.models.audio import make_audio_preprocess
+from pipeline.models.backbone import Backbone, Preprocess, embed
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.hf_heads import arrange_head, auto_class, label_settings
 from pipeline.models.hf_images import image_defaults, load_image_processor
 from pipeline.models.images import ImagePreprocess
-from pipeline.models.preprocess import Preprocess
 from pipeline.models.texts import first_line, load_tokenizer, make_text_preprocess
 from pipeline.models.weights import read_weights, seeded
 from pipeline.tasks.base import Head
@@ -37,35 +34,23 @@ KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "au
 """Kind of content by the name of the network's main input; texts have several inputs."""
 
 
-@dataclass(frozen=True)
 class Origin:
-    """Where configuration, weights and tokenizer come from: a directory, or a repository of the hub."""
+    """Where configuration, weights and tokenizer come from: a directory, or a repository of the hub.
 
-    source: str
-    revision: str | None
-    trust_remote_code: bool
+    `folder` is the directory, None for a repository; `arguments` are those of every `from_pretrained`.
+    """
 
-    @classmethod
-    def of(cls, config: ModelConfig) -> Origin:
-        name = config.name
-        if name.startswith(PACKAGE) or Path(name).expanduser().is_dir():
-            name = str(locate(name, "model.backbone"))
-        elif name.startswith((".", "/", "~")):
+    def __init__(self, config: ModelConfig) -> None:
+        self.source = config.name
+        if self.source.startswith(PACKAGE) or Path(self.source).expanduser().is_dir():
+            self.source = str(locate(self.source, "model.backbone"))
+        elif self.source.startswith((".", "/", "~")):
             raise AbsentError(f"model.backbone is {config.backbone!r}; there is no such directory")
-        return cls(name, config.revision, config.trust_remote_code)
-
-    @property
-    def folder(self) -> Path | None:
-        """The directory; None for a repository of the hub."""
-        return Path(self.source) if Path(self.source).is_dir() else None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of every `from_pretrained`. A directory is never looked up on the network."""
-        return {
-            "revision": self.revision or "main",
-            "trust_remote_code": self.trust_remote_code,
-            "local_files_only": self.folder is not None,
+        self.folder = Path(self.source) if Path(self.source).is_dir() else None
+        self.arguments: dict[str, Any] = {
+            "revision": config.revision or "main",
+            "trust_remote_code": config.trust_remote_code,
+            "local_files_only": self.folder is not None,  # a directory is never looked up on the network
         }
 
 
@@ -73,7 +58,7 @@ def load_hf(
     config: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
 ) -> Backbone:
     """Build the network with the head, and fill in its weights; `state` and errors as `load` has them."""
-    origin = Origin.of(config)
+    origin = Origin(config)
     with _quiet():
         settings = _read_config(origin, config, head)
         auto = auto_class(settings, config, head)
@@ -99,19 +84,18 @@ def load_hf(
                 whole = _completed(state, auto, settings, config, extra)
                 model, fresh = _fill(type(blueprint), None, config, {"config": settings, "state_dict": whole, **extra})
             if head.kind == "embedding":
-                model = embed(model, head, pooling, preprocessor(_example(preprocessor)))
-                fresh = projection_names(model)
+                model = embed(model, head, pooling, preprocessor)
+                fresh = model.fresh
         return Backbone(model, preprocessor, config.backbone, fresh)
 
 
 def describe_hf(config: ModelConfig, backbone: Backbone, folder: Path) -> None:
     """Write the configurations of the network and of its image processor, if any, to the existing `folder`."""
-    network: Any = backbone.model.backbone if isinstance(backbone.model, Embedder) else backbone.model
-    settings = copy.deepcopy(network.config)
+    settings = copy.deepcopy(backbone.network.config)
     count, settings.id2label = settings.num_labels, None  # names of labels may change, and belong to the sample table
     settings.num_labels = count
     settings.save_pretrained(folder)
-    origin = Origin.of(config)
+    origin = Origin(config)
     if isinstance(backbone.preprocess, ImagePreprocess) and (
         processor := load_image_processor(origin.source, origin.arguments)
     ):
@@ -221,7 +205,13 @@ def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, bl
     if config.kind not in (None, kind):
         raise ConfigError(f"preprocess.kind is {config.kind!r}; the backbone's is {kind!r}; remove it")
     if kind == "audio":
-        return make_audio_preprocess(config, blueprint, _load_extractor(origin))
+        load: Any = AutoFeatureExtractor.from_pretrained
+        try:
+            extractor = load(origin.source, **origin.arguments)
+        except (OSError, ValueError, ImportError) as error:
+            fault = f"no feature extractor can be loaded from {origin.source} ({first_line(error)})"
+            raise ConfigError(fault) from error
+        return make_audio_preprocess(config, blueprint, extractor)
     if kind == "image":
         defaults = image_defaults(origin.source, settings, origin.arguments)
         return ImagePreprocess(config, defaults, blueprint.main_input_name)
@@ -241,20 +231,6 @@ def _positions(blueprint: nn.Module, settings: Any) -> int | None:
         if isinstance(module, nn.Embedding) and "position" in path and module.num_embeddings == stated:
             return stated - (0 if module.padding_idx is None else module.padding_idx + 1)
     return stated
-
-
-def _load_extractor(origin: Origin) -> Any:
-    load: Any = AutoFeatureExtractor.from_pretrained
-    try:
-        return load(origin.source, **origin.arguments)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"no feature extractor can be loaded from {origin.source} ({first_line(error)})") from error
-
-
-def _example(preprocess: Preprocess) -> object:
-    if isinstance(preprocess, AudioPreprocess):
-        return np.zeros(preprocess.rate, np.float32)
-    return np.zeros((8, 8), np.uint8) if isinstance(preprocess, ImagePreprocess) else "a"
 
 
 @contextmanager

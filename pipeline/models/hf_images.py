@@ -58,10 +58,8 @@ def _compare_colours(processor: Any, defaults: ImageDefaults, source: str) -> No
         log.warning(
             "%s: its image processor makes %s of the colour %s, preprocess gives %s; set preprocess.mean and std, or "
             "wrap the network in a module:function of your own",
-            *(
-                source,
-                *([round(float(value), 2) for value in values] for values in (output.mean((1, 2)), colour, expected)),
-            ),
+            source,
+            *([round(float(value), 2) for value in values] for values in (output.mean((1, 2)), colour, expected)),
         )
 
 

@@ -20,8 +20,8 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.keys import JSON, content_key, digest
 from pipeline.models.augment import Augment
+from pipeline.models.backbone import Preprocess
 from pipeline.models.config import PreprocessConfig
-from pipeline.models.preprocess import Preprocess
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(["AVIF"] if "avif" in features.modules else []))
 """Formats that are decoded. PIL knows more, some of which start other programs (EPS)."""
@@ -151,8 +151,7 @@ class ImagePreprocess(Preprocess):
 def decode(content: bytes) -> Tensor:
     """Return an encoded image, upright, in RGB: (3, H, W) uint8; float32 in 0..1 if it is grey in 16 bits or floats.
 
-    Raises:
-        BadSampleError: it is truncated, too large, or no image, or its white is unknown.
+    Raises BadSampleError if it is truncated, too large, or no image, or its white is unknown.
     """
     if not content:
         raise BadSampleError("the image file is empty")
@@ -222,8 +221,7 @@ def _resize(image: Tensor, size: list[int], mode: v2.InterpolationMode) -> Tenso
 def from_array(pixels: np.ndarray) -> Tensor:
     """Return pixels (H, W) or (H, W, C), C 1, 3 or 4, in RGB: (3, H, W) uint8, or float32 in 0..1 if they are floats.
 
-    Raises:
-        BadSampleError: another shape, type or range.
+    Raises BadSampleError for another shape, type or range.
     """
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)) or 0 in pixels.shape:
         raise BadSampleError(f"the array is {pixels.shape}; an image is (H, W), or (H, W, C) with 1, 3 or 4 channels")

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import load_function
 from pipeline.models.audio import make_audio_preprocess
-from pipeline.models.backbone import Backbone, first_input
+from pipeline.models.backbone import ArrayPreprocess, Backbone, Preprocess, first_input
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
-from pipeline.models.preprocess import ArrayPreprocess, Preprocess
 from pipeline.models.texts import make_text_preprocess
 from pipeline.models.weights import CheckpointLayout, fit_weights, read_weights, seeded
 from pipeline.tasks.base import Head
@@ -22,12 +21,7 @@ from pipeline.tasks.base import Head
 def load_own(
     config: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
 ) -> Backbone:
-    """Call the user's function with the head; what it returns already ends in that head. `state` as `load` has it.
-
-    Raises:
-        ConfigError: the function is missing, or preprocessing is not described.
-        ModelError: it returned something else than a network, or the weights do not fit it.
-    """
+    """Call the user's function with the head, in which its network ends already; `state` and errors are `load`'s."""
     function = load_function(config.backbone, "model.backbone", "head: Head")
     with seeded(config.seed):
         built = function(head)

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.files import PACKAGE, locate
 from pipeline.keys import JSON, digest
+from pipeline.models.backbone import EXTRA, Preprocess
 from pipeline.models.config import PreprocessConfig
 from pipeline.models.fingerprint import fingerprint
-from pipeline.models.preprocess import EXTRA, Preprocess
 from pipeline.tasks.base import Head
 
 PROBE_TEXTS = (
@@ -33,6 +33,11 @@ PROBE_TEXTS = (
 """Texts with case, accents, spaces, digits, special tokens and scripts, which tokenizers treat differently."""
 UNBOUNDED = 1_000_000
 """A tokenizer without a maximum length has a number far above this one."""
+IRRELEVANT = frozenset(
+    {"name_or_path", "vocab_file", "merges_file", "init_inputs", "init_kwargs", "files_loaded"}  # whence it was loaded
+    | {"model_max_length", "_processor_class", "verbose", "deprecation_warnings", "_in_target_context_manager"}
+)
+"""Attributes of a tokenizer that do not affect ids: paths, names, and the maximum length, which is in the recipe."""
 
 
 class TextPreprocess(Preprocess):
@@ -43,7 +48,8 @@ class TextPreprocess(Preprocess):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, inputs: tuple[str, ...]) -> None:
         self.tokenizer, self.max_length, self.inputs = tokenizer, max_length, inputs
-        self._digest = tokenizer_digest(tokenizer)
+        own = {name: value for name, value in vars(tokenizer).items() if name not in (*IRRELEVANT, "_tokenizer")}
+        self._digest = fingerprint([type(tokenizer), own, _backend(tokenizer) if tokenizer.is_fast else None])
 
     def __call__(self, content: object) -> dict[str, Tensor]:
         return self._inputs(self._tokenize(self.texts(content)))
@@ -119,7 +125,13 @@ class WordPreprocess(TextPreprocess):
     def __call__(self, content: object) -> dict[str, Tensor]:
         (text,) = self.texts(content)
         encoded = self._tokenize((text,), return_offsets_mapping=True)
-        words = _word_of_tokens(_words(content), encoded)
+        lengths = [len(word) for word in _words(content)]
+        begins = [0, *itertools.accumulate(length + 1 for length in lengths[:-1])]
+        words = []  # the word that each token ends in, -1 for none
+        for sequence, (begin, end) in zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True):
+            word = bisect_right(begins, end - 1) - 1
+            inside = sequence == 0 and begin < end <= begins[word] + lengths[word]
+            words.append(word if inside else -1)
         first = [word if word != before else -1 for before, word in itertools.pairwise([-1, *words])]
         return self._inputs(encoded) | {f"{EXTRA}word": torch.tensor(first, dtype=torch.int64)}
 
@@ -164,27 +176,12 @@ def _words(content: object) -> list[str]:
     return content
 
 
-def _word_of_tokens(words: Sequence[str], encoded: BatchEncoding) -> list[int]:
-    """Return the word that each token ends in, -1 for none; the words were tokenized as one text, joined by spaces."""
-    begins = [0, *itertools.accumulate(len(word) + 1 for word in words[:-1])]
-    found = []
-    for sequence, (begin, end) in zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True):
-        word = bisect_right(begins, end - 1) - 1
-        inside = sequence == 0 and begin < end <= begins[word] + len(words[word])
-        found.append(word if inside else -1)
-    return found
-
-
 PREPROCESS: Mapping[str, type[TextPreprocess]] = {"tokens": WordPreprocess, "span": SpanPreprocess}
 """Preprocessing by the kind of the head; other heads take whole texts."""
 
 
 def load_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a directory (of a package, too) or hub repository.
-
-    Raises:
-        ConfigError: there is none, or it cannot be loaded.
-    """
+    """Return the tokenizer of a directory (of a package, too) or hub repository; raises ConfigError without one."""
     if source.startswith(PACKAGE):
         source = str(locate(source, "preprocess.tokenizer"))
     try:
@@ -228,8 +225,7 @@ def make_text_preprocess(
 def longest_input(requested: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int:
     """Return the maximum length in tokens: the `requested` one, or that of the tokenizer.
 
-    Raises:
-        ConfigError: neither is known, or more were requested than the network has positions.
+    Raises ConfigError if neither is known, or more were requested than the network has positions.
     """
     stated = tokenizer.model_max_length if tokenizer.model_max_length < UNBOUNDED else None
     length = requested or stated
@@ -240,19 +236,6 @@ def longest_input(requested: int | None, tokenizer: PreTrainedTokenizerBase, pos
             return positions
         raise ConfigError(f"preprocess.max_length is {length}; the backbone has {positions} positions; set fewer")
     return int(length)
-
-
-IRRELEVANT = frozenset(
-    {"name_or_path", "vocab_file", "merges_file", "init_inputs", "init_kwargs", "files_loaded"}  # whence it was loaded
-    | {"model_max_length", "_processor_class", "verbose", "deprecation_warnings", "_in_target_context_manager"}
-)
-"""Attributes of a tokenizer that do not affect ids: paths, names, and the maximum length, which is in the recipe."""
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the digest of everything that decides the ids of a text, except the maximum length."""
-    own = {name: value for name, value in vars(tokenizer).items() if name not in IRRELEVANT and name != "_tokenizer"}
-    return fingerprint([type(tokenizer), own, _backend(tokenizer) if tokenizer.is_fast else None])
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

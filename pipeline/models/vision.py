@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-import numpy as np
 import torchvision
 from torch import Tensor, nn
 
 from pipeline.errors import AbsentError, ConfigError, ModelError
-from pipeline.models.backbone import Backbone, embed, first_input, projection_names
-from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
+from pipeline.models.backbone import Backbone, embed, first_input
+from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
 from pipeline.models.weights import CheckpointLayout, fit_weights, read_weights, seeded
 from pipeline.tasks.base import Head
 
 
-class Library(ABC):
-    """A library of image networks; `name` is one of its networks, `options` further arguments of its constructor."""
+class Torchvision:
+    """Classification networks of torchvision; `options` are further arguments of the constructor of `name`."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self.name, self.options = name, dict(options)
-
-    @abstractmethod
-    def build(self, classes: int) -> nn.Module:
-        """Return the network with random weights and a classifier of `classes` outputs; with 0, it returns features."""
-
-    @abstractmethod
-    def pretrained(self) -> Mapping[str, Tensor]:
-        """Return the library's own weights."""
-
-    @abstractmethod
-    def defaults(self, model: nn.Module) -> ImageDefaults:
-        """Return the image preprocessing of the network."""
-
-
-class TorchvisionLibrary(Library):
-    """Classification networks of torchvision."""
-
-    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        super().__init__(name, options)
         known = torchvision.models.list_models(module=torchvision.models)
         if name not in known:
             raise ConfigError(f"model.backbone is 'torchvision:{name}'; torchvision has {', '.join(known)}")
 
     def build(self, classes: int) -> nn.Module:
+        """Return the network with random weights and a classifier of `classes` outputs; with 0, it returns features."""
         # What torchvision sets itself when it loads these networks' weights.
         old = {"init_weights": True, "transform_input": True} if self.name in ("googlenet", "inception_v3") else {}
         options = old | self.options
@@ -58,10 +38,12 @@ class TorchvisionLibrary(Library):
         return model
 
     def pretrained(self) -> Mapping[str, Tensor]:
+        """Return the library's own weights."""
         weights: Mapping[str, Tensor] = self._weights().get_state_dict(progress=False, check_hash=True)
         return weights
 
     def defaults(self, model: nn.Module) -> ImageDefaults:
+        """Return the image preprocessing of the network."""
         preset = self._weights().transforms()
         return ImageDefaults(preset.crop_size[0], preset.interpolation.value, _triple(preset.mean), _triple(preset.std))
 
@@ -69,11 +51,11 @@ class TorchvisionLibrary(Library):
         return torchvision.models.get_model_weights(self.name).DEFAULT
 
 
-class TimmLibrary(Library):
-    """Networks of timm, an optional dependency."""
+class Timm:
+    """Networks of timm, an optional dependency; methods as in `Torchvision`."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        super().__init__(name, options)
+        self.name, self.options = name, dict(options)
         try:
             import timm  # noqa: PLC0415  (optional, and slow to import)
         except ImportError as error:
@@ -96,14 +78,16 @@ class TimmLibrary(Library):
         return ImageDefaults(data["input_size"][-1], data["interpolation"], _triple(data["mean"]), _triple(data["std"]))
 
 
+LIBRARIES: Mapping[str, type[Torchvision | Timm]] = {"torchvision": Torchvision, "timm": Timm}
+
+
 def load_vision(
-    library: Library,
-    config: ModelConfig,
-    preprocess: PreprocessConfig,
-    head: Head,
-    state: Mapping[str, Tensor] | None = None,
+    config: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
 ) -> Backbone:
     """Build the network with the head, and fill in its weights; `state` and errors as `load` has them."""
+    if head.kind in ("tokens", "span"):
+        raise ModelError(f"{config.backbone} takes images; the task needs a network of texts: hf: or module:function")
+    library = LIBRARIES[config.library](config.name, config.options)
     if preprocess.kind not in (None, "image"):
         raise ConfigError(f"preprocess.kind is {preprocess.kind!r}; {config.backbone} takes images; remove it")
     classes = head.size or 0 if head.kind == "classes" else 0
@@ -113,35 +97,26 @@ def load_vision(
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{config.backbone} cannot be built with model.options {config.options}: {error}") from error
     fresh: frozenset[str] = frozenset()
-    if state is None and config.weights is not None:
-        state = _pretrained(library, config) if config.weights == PRETRAINED else read_weights(config)
+    if state is None and config.has_file:
+        state = read_weights(config)
+    elif state is None and config.weights is not None:
+        try:
+            state = library.pretrained()
+        except Exception as error:  # a download fails in as many ways as there are libraries
+            raise AbsentError(
+                f"the pretrained weights of {config.backbone} cannot be had ({type(error).__name__}: {error}); "
+                "connect to the network, or set model.weights to a file, or to null for random weights"
+            ) from error
     if state is not None:
         fresh = fit_weights(model, state, CheckpointLayout.of(library.build), f"model.weights {config.weights}")
     preprocessor = ImagePreprocess(preprocess, library.defaults(model), first_input(model))
     if head.kind == "classes":
         return Backbone(model, preprocessor, config.backbone, fresh)
-    example = preprocessor(np.zeros((preprocessor.size, preprocessor.size), np.uint8))
     with seeded(config.seed):
-        embedder = embed(model, head, head.pooling or "pooled", example)
-    return Backbone(embedder, preprocessor, config.backbone, projection_names(embedder))
-
-
-def _pretrained(library: Library, config: ModelConfig) -> Mapping[str, Tensor]:
-    try:
-        return library.pretrained()
-    except Exception as error:  # a download fails in as many ways as there are libraries
-        raise AbsentError(
-            f"the pretrained weights of {config.backbone} cannot be had ({type(error).__name__}: {error}); "
-            "connect to the network, or set model.weights to a file, or to null for random weights"
-        ) from error
+        embedder = embed(model, head, head.pooling or "pooled", preprocessor)
+    return Backbone(embedder, preprocessor, config.backbone, embedder.fresh)
 
 
 def _triple(values: Any) -> tuple[float, float, float]:
     red, green, blue = (float(value) for value in values)
     return red, green, blue
-
-
-LIBRARIES: dict[str, Callable[[str, Mapping[str, Any]], Library]] = {
-    "torchvision": TorchvisionLibrary,
-    "timm": TimmLibrary,
-}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,28 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError, ModelError, first_few
 from pipeline.files import check_sha256, locate
 from pipeline.models.config import ModelConfig
-from pipeline.models.efficientnet_pytorch import with_timm_names
 
 log = logging.getLogger(__name__)
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 WRAPPERS = ("state_dict", "model")
+OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+PLAIN = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_se_reduce": "se.conv_reduce",
+    "_se_expand": "se.conv_expand",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}
+EXPANDING = PLAIN | {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+"""Names in the package efficientnet_pytorch -> in timm: of layers outside of blocks, in blocks, in expanding blocks."""
 
 
 @contextmanager
@@ -99,9 +115,7 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Checkpoin
     """Copy `state` into `model`; return the names of head tensors that it lacks or has in another shape.
 
     These, and tensors on the meta device, keep their initial weights. `model` may lack the classifier of `layout`.
-
-    Raises:
-        ModelError: any other tensor is missing, unexpected or of another shape.
+    Raises ModelError if any other tensor is missing, unexpected or of another shape.
     """
     state = with_timm_names(state, layout.shapes)
     if faults := _name_faults(state, layout):
@@ -139,3 +153,24 @@ def _by_position(state: Mapping[str, Tensor], layout: CheckpointLayout) -> dict[
         ):
             return dict(zip(names, state.values(), strict=True))
     return None
+
+
+def with_timm_names(state: Mapping[str, Tensor], names: Iterable[str]) -> Mapping[str, Tensor]:
+    """Return a `state` of the package efficientnet_pytorch under the `names` of timm; others unchanged.
+
+    The package counts all blocks (`_blocks.1._expand_conv`), timm the stages and their blocks (`blocks.1.0.conv_pw`).
+    """
+    blocks = sorted({tuple(map(int, name.split(".")[1:3])) for name in names if name.startswith("blocks.")})
+    if "_conv_stem.weight" not in state or not blocks:
+        return state
+    renamed = {}
+    for name, tensor in state.items():
+        layer, _, rest = name.partition(".")
+        if layer == "_blocks":
+            number, layer, rest = rest.split(".", 2)
+            stage, index = blocks[int(number)]
+            table = EXPANDING if f"_blocks.{number}._expand_conv.weight" in state else PLAIN
+            renamed[f"blocks.{stage}.{index}.{table.get(layer, layer)}.{rest}"] = tensor
+        else:
+            renamed[f"{OUTER.get(layer, layer)}.{rest}"] = tensor
+    return renamed

@@ -74,9 +74,9 @@ def _of_batches(data: DataConfig, task: TaskConfig, train: TrainConfig) -> list[
             "train.batch_size is 1: one pair, or one label, per step leaves nothing to tell it from; set 2 or "
             "more, or task.memory"
         )
-    from pipeline.tasks.losses import choose_loss  # noqa: PLC0415 (slow to import, and few projects need it)
+    from pipeline.tasks.losses import choose  # noqa: PLC0415 (slow to import, and few projects need it)
 
-    if data.source == "pairs" and choose_loss(task.loss, task.distance).compares != "pairs":
+    if data.source == "pairs" and choose("loss", task.loss, task.distance).compares != "pairs":
         faults.append(f"task.loss is {task.loss!r}, which needs labels; for pairs set another loss")
     return faults
 

@@ -101,7 +101,11 @@ def _sum(stores: Sequence[Mapping[str, Any]], *, is_bounded: bool) -> CutCost:
     Operations bound the speed-ups only where everything after the cut trains (`is_bounded`).
     """
     seconds = [store["encode_seconds"] for store in stores]
-    forward = [_forward(store) for store in stores]
+    # nothing runs before the cut 0
+    forward = [
+        0.0 if store["at"].startswith("the inputs") else store["measured"]["seconds_per_sample"].get("forward")
+        for store in stores
+    ]
     flops = [store.get("flops_per_sample", {}) if is_bounded else {} for store in stores]
     total, counts = max(1, sum(store["samples"] for store in stores)), [store["samples"] for store in stores]
 
@@ -116,11 +120,3 @@ def _sum(stores: Sequence[Mapping[str, Any]], *, is_bounded: bool) -> CutCost:
         flops_before=mean([one.get("before") for one in flops]),
         flops_after=mean([one.get("after") for one in flops]),
     )
-
-
-def _forward(store: Mapping[str, Any]) -> float | None:
-    """Return the seconds per sample of the layers before the cut, as measured by encode; 0 for the cut 0."""
-    if store["at"].startswith("the inputs"):
-        return 0.0
-    found: float | None = store["measured"]["seconds_per_sample"].get("forward")
-    return found

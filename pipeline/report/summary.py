@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -86,23 +87,14 @@ def settings(run: Run) -> str:
     return ", ".join(f"{name}={value}" for name, value in sorted(run.overrides.items()) if name not in (SEED, STORE))
 
 
-def _seconds(group: Sequence[Run]) -> float:
-    return statistics.median(run.train_seconds_per_epoch for run in group)
-
-
-def _mean(group: Sequence[Run]) -> float:
-    return statistics.fmean(run.value for run in group)
-
-
-def _kept(group: Sequence[Run], full: Sequence[Run]) -> float:
-    ours, theirs = _mean(group), _mean(full)
-    better, worse = (theirs, ours) if group[0].metric in LOWER_IS_BETTER else (ours, theirs)
-    return better / worse if worse else math.nan
-
-
 def _row(group: Sequence[Run], cost: CutCost, full: Sequence[Run] | None) -> ResultRow:
-    run, seconds = group[0], _seconds(group)
-    values = [one.value for one in group]
+    run, values = group[0], [one.value for one in group]
+    seconds, value = _seconds(group), statistics.fmean(values)
+    kept = None
+    if full is not None:
+        of_full = statistics.fmean(one.value for one in full)
+        better, worse = (of_full, value) if run.metric in LOWER_IS_BETTER else (value, of_full)
+        kept = better / worse if worse else math.nan
     frozen = None if cost.frozen_seconds_per_sample is None else cost.frozen_seconds_per_sample * run.train_samples
     timed = {
         "speedup_over_full": None if full is None else _seconds(full) / seconds,
@@ -118,9 +110,9 @@ def _row(group: Sequence[Run], cost: CutCost, full: Sequence[Run] | None) -> Res
         recycled=run.recycled,
         metric=run.metric,
         runs=len(group),
-        value=_mean(group),
+        value=value,
         spread=statistics.stdev(values) if len(values) > 1 else None,
-        kept=None if full is None else _kept(group, full),
+        kept=kept,
         untrained=statistics.fmean(one.initial for one in group),
         state_bytes_per_sample=None if cost.state_bytes_per_sample is None else round(cost.state_bytes_per_sample),
         encode_seconds=cost.encode_seconds,
@@ -134,6 +126,10 @@ def _row(group: Sequence[Run], cost: CutCost, full: Sequence[Run] | None) -> Res
     )
 
 
+def _seconds(group: Sequence[Run]) -> float:
+    return statistics.median(run.train_seconds_per_epoch for run in group)
+
+
 def _allowed(run: Run, cost: CutCost) -> tuple[float | None, float | None]:
     """Return the bounds, from operation counts, of the two speed-ups: over full fine-tuning and over frozen layers."""
     if cost.flops_before is None or cost.flops_after is None:
@@ -144,63 +140,55 @@ def _allowed(run: Run, cost: CutCost) -> tuple[float | None, float | None]:
 
 def table(rows: Sequence[ResultRow], *, markdown: bool = False) -> str:
     """Return the rows as text, aligned for a terminal, or as a table of Markdown."""
-    frame = pd.DataFrame([asdict(row) for row in rows])
     shown = pd.DataFrame(
-        {
-            "cut": [str(row.cut) for row in rows],
-            "settings": frame["settings"],
-            "recycled": frame["recycled"].map("{:.0%}".format),
-            rows[0].metric: [_with_spread(row) for row in rows],
-            "of full": ["-" if row.kept is None else f"{row.kept:.2f}" for row in rows],
-            "untrained": frame["untrained"].map("{:.3f}".format),
-            "bytes/sample": [
-                "-" if row.state_bytes_per_sample is None else f"{row.state_bytes_per_sample:,}" for row in rows
-            ],
-            "encode s": frame["encode_seconds"].map(_rounded),
-            "train s/epoch": frame["train_seconds_per_epoch"].map("{:.2f}".format),
-            "epochs": frame["epochs"].map("{:.3g}".format),
-            "x full": [_factor(row, "speedup_over_full") for row in rows],
-            "x frozen": [_factor(row, "speedup_over_frozen") for row in rows],
-            "break-even epoch": frame["break_even_epoch"].map(lambda epoch: "-" if pd.isna(epoch) else f"{epoch:.0f}"),
-        }
+        [
+            {
+                "cut": str(row.cut),
+                "settings": row.settings,
+                "recycled": f"{row.recycled:.0%}",
+                rows[0].metric: _with_spread(row),
+                "of full": _known(row.kept, ".2f"),
+                "untrained": f"{row.untrained:.3f}",
+                "bytes/sample": _known(row.state_bytes_per_sample, ","),
+                "encode s": _known(row.encode_seconds, ".1f"),
+                "train s/epoch": f"{row.train_seconds_per_epoch:.2f}",
+                "epochs": f"{row.epochs:.3g}",
+                "x full": _factor(row, "speedup_over_full"),
+                "x frozen": _factor(row, "speedup_over_frozen"),
+                "break-even epoch": _known(row.break_even_epoch, "d"),
+            }
+            for row in rows
+        ]
     )
-    if not frame["settings"].any():
+    if not any(row.settings for row in rows):
         shown = shown.drop(columns="settings")
     text = shown.to_markdown(index=False, disable_numparse=True) if markdown else shown.to_string(index=False)
     return f"{text}\n\n{BOUNDED}" if any(row.bounded for row in rows) else text
 
 
 def _factor(row: ResultRow, name: str) -> str:
-    return ("<= " if name in row.bounded else "") + _rounded(getattr(row, name))
+    return ("<= " if name in row.bounded else "") + _known(getattr(row, name), ".1f")
 
 
 def _with_spread(row: ResultRow) -> str:
     return f"{row.value:.3f}" if row.spread is None else f"{row.value:.3f} ± {row.spread:.3f} ({row.runs})"
 
 
-def _rounded(value: float | None) -> str:
-    return "-" if value is None or pd.isna(value) else f"{value:.1f}"
+def _known(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def curves(runs: Sequence[Run], costs: Mapping[str, CutCost]) -> pd.DataFrame:
     """Return metric and loss of every epoch of every run against the seconds spent until then, encode included."""
-    lines = []
+    lines: list[dict[str, Any]] = []
     for run in runs:
         seconds = costs.get(str(run.cut), CutCost()).encode_seconds or 0.0
+        fixed = {"run": run.name, "cut": str(run.cut), "metric": run.metric}
         for epoch, row in enumerate(run.history, start=1):
             seconds += row["train/seconds"]
-            lines.append(
-                {
-                    "run": run.name,
-                    "cut": str(run.cut),
-                    "epoch": epoch,
-                    "seconds": seconds,
-                    "metric": run.metric,
-                    "value": row[f"validation/{run.metric}"],
-                    "loss": row["train/loss"],
-                }
-            )
-    return pd.DataFrame(lines)
+            scores = {"value": row[f"validation/{run.metric}"], "loss": row["train/loss"]}
+            lines.append({**fixed, "epoch": epoch, "seconds": seconds, **scores})
+    return pd.DataFrame(lines, columns=["run", "cut", "epoch", "seconds", "metric", "value", "loss"])
 
 
 def plot(runs: Sequence[Run], costs: Mapping[str, CutCost], path: Path) -> None:

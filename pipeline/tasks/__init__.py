@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from pipeline.errors import ConfigError
 from pipeline.files import load_function
-from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
+from pipeline.tasks.base import IGNORED, Column, Head, Kind, PredictionContext, Prepared, Ragged, Table, Task
 from pipeline.tasks.config import Layers, Pooling, TaskConfig
 from pipeline.tasks.scores import Metrics, read_tensor
-from pipeline.tasks.targets import IGNORED, Prepared, Ragged, Table
 
 __all__ = [
     "IGNORED",
@@ -32,7 +31,7 @@ __all__ = [
 
 _KINDS = {
     "classification": "pipeline.tasks.classification:Classification",
-    "multi-label": "pipeline.tasks.multi_label:MultiLabel",
+    "multi-label": "pipeline.tasks.classification:MultiLabel",
     "regression": "pipeline.tasks.regression:Regression",
     "similarity": "pipeline.tasks.similarity:Similarity",
     "tagging": "pipeline.tasks.tagging:Tagging",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,26 +12,14 @@ from torch import Tensor
 from torchmetrics.text import SQuAD
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
 from pipeline.tasks.config import SCORES, TaskConfig
-from pipeline.tasks.scores import ALONE, Metrics, Scores, read_tensor
-from pipeline.tasks.targets import Table, column
+from pipeline.tasks.scores import ALONE, Metrics, read_tensor
 
 # B batch, T token, A tokens of an answer
 
 NOWHERE = 0
 """Token for "no answer here": the first one, which is [CLS] in BERT-like networks."""
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The targets of N windows of texts, each with a question."""
-
-    text: Sequence[str]
-    question: Sequence[str]
-    """Names of the questions; several windows of a long text share a question."""
-    answers: Sequence[Sequence[str]]
-    """Right answers; empty if the text has none."""
 
 
 class Answers(Task):
@@ -48,7 +35,7 @@ class Answers(Task):
     def __init__(self, config: TaskConfig) -> None:
         self.max_answer = config.max_answer
         self.monitor = config.monitor or SCORES[self.name][0]
-        self._windows = Windows([], [], [])
+        self._windows: tuple[list[str], list[str], list[list[str]]] = ([], [], [])
 
     def head(self, table: Table) -> Head:
         return Head("span")
@@ -60,7 +47,7 @@ class Answers(Task):
                 "no window of the training split holds an answer; answers needs some: look at data.window, "
                 "or set another data.seed or data.validation"
             )
-        self._windows = Windows(*(columns[name].tolist() for name in ("window", "question", "answers")))
+        self._windows = (columns["window"].tolist(), columns["question"].tolist(), columns["answers"].tolist())
         return {"row": np.arange(len(table.split)), "start": columns["start"], "end": columns["end"]}
 
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
@@ -71,7 +58,7 @@ class Answers(Task):
         return F.cross_entropy(logits_B2T.transpose(1, 2), places_B2)
 
     def metrics(self) -> Metrics:
-        return AnswerScores(self._windows, self.max_answer)
+        return AnswerScores(*self._windows, self.max_answer)
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"question": str, "answer": str, "start": int, "end": int, "margin": float}
@@ -90,25 +77,28 @@ class Answers(Task):
         }
 
 
-class AnswerScores(Scores):
+class AnswerScores(Metrics):
     """`f1` (of words) and `exact_match` of the best answer to each question, means over questions, in 0..1.
 
     A window's best answer is the likeliest span of at most `max_answer` tokens; a question's is the one with the
     largest margin over "no answer here", or none if no margin is positive and some questions have no answer.
     """
 
-    def __init__(self, windows: Windows, max_answer: int) -> None:
+    def __init__(
+        self, texts: Sequence[str], questions: Sequence[str], answers: Sequence[Sequence[str]], max_answer: int
+    ) -> None:
+        """Take in the targets of N windows: a text, its question, and the right answers, empty if there is none."""
         super().__init__(SCORES["answers"])
-        self.windows, self.max_answer = windows, max_answer
-        self._may_be_none = not all(windows.answers)
+        self.texts, self.questions, self.answers, self.max_answer = texts, questions, answers, max_answer
+        self._may_be_none = not all(answers)
         self._best: dict[str, tuple[float, str, int]] = {}
 
     def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
         found = best_answers(output, targets["chars"], self.max_answer)
         for row, begin, end, margin in zip(targets["row"].tolist(), *found, strict=True):
-            question = self.windows.question[row]
+            question = self.questions[row]
             if question not in self._best or margin > self._best[question][0]:
-                self._best[question] = (margin, self.windows.text[row][begin:end], row)
+                self._best[question] = (margin, self.texts[row][begin:end], row)
 
     def result(self) -> dict[str, float]:
         found: list[Any] = []
@@ -116,7 +106,7 @@ class AnswerScores(Scores):
         for question, (margin, text, row) in self._best.items():
             is_none = self._may_be_none and margin <= 0
             found.append({"id": question, "prediction_text": "" if is_none else text})
-            right.append({"id": question, "answers": {"text": list(self.windows.answers[row]) or [""]}})
+            right.append({"id": question, "answers": {"text": list(self.answers[row]) or [""]}})
         squad = SQuAD(**ALONE)
         squad.update(found, right)
         return {name: float(score) / 100 for name, score in squad.compute().items()}

@@ -1,7 +1,8 @@
-"""One label per sample: cross entropy, accuracy and macro-F1."""
+"""Labels of samples: one each (cross entropy, accuracy), or any number (binary cross entropy, average precision)."""
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -10,13 +11,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics import classification as library
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column, refuse_unseen
 from pipeline.tasks.config import SCORES, TaskConfig
-from pipeline.tasks.scores import ALONE, Metrics, Scores, read_tensor
-from pipeline.tasks.targets import Table, column, refuse_unseen
+from pipeline.tasks.scores import ALONE, ClassScores, Metrics, read_tensor
+
+# N row of the table, B batch, C class
+
+GIVEN = 0.5
+"""Probability above which a sample is given one of any number of labels, as the scores have it."""
 
 
 class OfClasses(Task):
@@ -77,7 +82,7 @@ class Classification(OfClasses):
         return F.cross_entropy(logits_BC, targets["label"], weight=weights, label_smoothing=self.label_smoothing)
 
     def metrics(self) -> Metrics:
-        return ClassificationScores()
+        return ClassScores(SCORES[self.name], _class_scores)
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         each: Kind = {str(label): float for label in legend}
@@ -93,22 +98,103 @@ class Classification(OfClasses):
         }
 
 
-class ClassificationScores(Scores):
-    """`accuracy` and `macro_f1` (the mean of the classes' F1), both in 0..1."""
+class MultiLabel(OfClasses):
+    """Any number of labels for each sample, or none."""
 
-    def __init__(self) -> None:
-        super().__init__(SCORES["classification"])
-        self._scores: dict[str, MulticlassAccuracy | MulticlassF1Score] = {}
+    name = "multi-label"
+    problem = "multi_label_classification"
+
+    def classes(self, table: Table) -> list[Any]:
+        training = self._lists(table)[table.split == "train"].tolist()
+        found = {label for labels in training for label in labels}
+        kinds = {type(label).__name__ for label in found}
+        if not kinds <= {"str"} and not kinds <= {"int"}:
+            raise DataError(f"the labels are {', '.join(sorted(kinds))}; multi-label needs names, or whole numbers")
+        if len(found) < 2:
+            raise DataError(
+                f"the training split has {len(found)} labels ({sorted(found)}); multi-label needs two or more; of one "
+                "make yes and no, and set task.kind: classification"
+            )
+        return sorted(found)
+
+    def _lists(self, table: Table) -> np.ndarray:
+        labels = column(table, "label", self.name)
+        if labels.dtype != object:
+            raise DataError(
+                f"the labels are {labels.dtype}, one per sample; multi-label needs lists: set data.delimiter "
+                "where one text holds several, or task.kind: classification"
+            )
+        return labels
+
+    def prepare(self, table: Table) -> dict[str, np.ndarray]:
+        lists, classes = self._lists(table).tolist(), self.classes(table)
+        numbers = {label: number for number, label in enumerate(classes)}
+        unseen = [label for labels in lists for label in set(labels) if label not in numbers]
+        refuse_unseen(set(unseen), "labels", f"{len(unseen)} held-out samples")
+        hot_NC = np.zeros((len(lists), len(classes)), np.uint8)
+        for row, labels in enumerate(lists):
+            hot_NC[row, [numbers[label] for label in labels]] = 1
+        if self.balanced:
+            hot = hot_NC[table.split == "train"]
+            positive = hot.sum(0, dtype=np.int64)
+            self._weights = torch.from_numpy(np.maximum(len(hot) - positive, 1) / positive).float()
+        return {"label": hot_NC}
+
+    def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
+        logits_BC, hot_BC = read_tensor(output).float(), targets["label"].float()
+        smooth_BC = hot_BC * (1 - self.label_smoothing) + self.label_smoothing / 2
+        weights = None if self._weights is None else self._weights.to(logits_BC.device)
+        return F.binary_cross_entropy_with_logits(logits_BC, smooth_BC, pos_weight=weights)
+
+    def metrics(self) -> Metrics:
+        return MultiLabelScores(SCORES[self.name], _label_scores)
+
+    def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
+        return {"labels": [type(legend[0])], "probabilities": {str(label): float for label in legend}}
+
+    def predictions(self, output: Any, context: PredictionContext, legend: Sequence[Any]) -> Mapping[str, Column]:
+        probabilities_BC = read_tensor(output).float().sigmoid().cpu().numpy()
+        given = [[legend[number] for number in np.flatnonzero(one > GIVEN).tolist()] for one in probabilities_BC]
+        return {"labels": given, "probabilities": probabilities_BC}
+
+
+class MultiLabelScores(ClassScores):
+    """`average_precision`, `micro_f1` and `macro_f1`, in 0..1; a label is given where its probability exceeds a half.
+
+    Average precision is the mean over the labels that some sample has, macro F1 over those that some sample has or was
+    given.
+    """
 
     def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
-        if not self._scores:
-            classes = output.shape[1]
-            self._scores = {
-                "accuracy": MulticlassAccuracy(classes, average="micro", **ALONE),
-                "macro_f1": MulticlassF1Score(classes, average="macro", **ALONE),
-            }
-        for score in self._scores.values():
-            score.update(output, targets["label"])
+        super().add(output.sigmoid(), {"label": targets["label"].long()})
 
     def result(self) -> dict[str, float]:
-        return {name: float(score.compute()) for name, score in self._scores.items()}
+        _, false_positives_C, _, _, support_C = self.scores["counts"].compute().T
+        there_C = support_C > 0
+        said_C = there_C | (false_positives_C > 0)
+        with warnings.catch_warnings(
+            action="ignore", category=UserWarning
+        ):  # on labels that no sample has: they are left out here
+            precision_C = self.scores["precision"].compute()
+        return {
+            "average_precision": float(precision_C[there_C].mean()),
+            "micro_f1": float(self.scores["micro"].compute()) if said_C.any() else float("nan"),
+            "macro_f1": float(self.scores["each"].compute()[said_C].mean()),
+        }
+
+
+def _class_scores(classes: int) -> dict[str, Any]:
+    """Return `accuracy` and `macro_f1` (the mean of the classes' F1), both in 0..1."""
+    return {
+        "accuracy": library.MulticlassAccuracy(classes, average="micro", **ALONE),
+        "macro_f1": library.MulticlassF1Score(classes, average="macro", **ALONE),
+    }
+
+
+def _label_scores(labels: int) -> dict[str, Any]:
+    return {
+        "precision": library.MultilabelAveragePrecision(labels, average="none", **ALONE),
+        "micro": library.MultilabelF1Score(labels, average="micro", **ALONE),
+        "each": library.MultilabelF1Score(labels, average="none", **ALONE),
+        "counts": library.MultilabelStatScores(labels, average="none", **ALONE),
+    }

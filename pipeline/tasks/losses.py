@@ -1,9 +1,9 @@
-"""Losses and miners of pytorch-metric-learning, by name."""
+"""Losses and miners of pytorch-metric-learning, by name; wrong names, options or distances raise ConfigError."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -127,12 +127,13 @@ _MINERS: dict[str, LossSpec] = {
     "triplet_margin": LossSpec(miners.TripletMarginMiner),
 }
 
-_DISTANCES: dict[str, Any] = {
+DISTANCES: Mapping[str, Callable[[], Any]] = {
     "cosine": distances.CosineSimilarity,
     "dot": lambda: distances.DotProductSimilarity(normalize_embeddings=False),
     "euclidean": lambda: distances.LpDistance(normalize_embeddings=False, p=2),
     "manhattan": lambda: distances.LpDistance(normalize_embeddings=False, p=1),
 }
+"""`task.distance` -> makes what compares embeddings (B, D) and (R, D): how far or similar each two are, (B, R)."""
 
 _MARGINS_OF_SIMILARITY = {
     losses.ContrastiveLoss: {"pos_margin": 1.0, "neg_margin": 0.0},
@@ -149,24 +150,9 @@ _NOT_FROM_YAML = frozenset(
 )
 
 
-def choose_loss(name: str, distance: str) -> LossSpec:
-    """Return the loss `name`; raises ConfigError if it does not exist, or does not compare by `distance`."""
-    return _choose(_LOSSES, name, distance, "loss")
-
-
-def make_distance(name: str) -> nn.Module:
-    """Return `task.distance`: embeddings (B, D) and (R, D) -> how far, or how similar, each two are, (B, R)."""
-    module: nn.Module = _DISTANCES[name]()
-    return module
-
-
 def make_loss(name: str, options: Mapping[str, Any], distance: str, *, labels: int = 0, width: int = 0) -> nn.Module:
-    """Return the loss `name`; one that holds vectors per label has them for `labels` labels, each of size `width`.
-
-    Raises:
-        ConfigError: there is no such loss, or it does not take these options or this distance.
-    """
-    choice = choose_loss(name, distance)
+    """Return the loss `name`; one that holds vectors per label has them for `labels` labels, each of size `width`."""
+    choice = choose("loss", name, distance)
     sizes = {"num_classes": labels, "embedding_size": width} if choice.compares == "vectors" else {}
     return _make(choice, options, distance, "task.loss_options", sizes)
 
@@ -174,23 +160,21 @@ def make_loss(name: str, options: Mapping[str, Any], distance: str, *, labels: i
 def make_miner(
     name: str | None, options: Mapping[str, Any], distance: str, *, loss: str, loss_options: Mapping[str, Any]
 ) -> nn.Module | None:
-    """Return the miner `name` for a loss, or the one that the loss brings; None if there is neither.
-
-    Raises:
-        ConfigError: there is no such miner, or it does not take these options or this distance.
-    """
+    """Return the miner `name` for a loss, or the one that the loss brings; None if there is neither."""
     default = _LOSSES[loss].miner
     if name is None:
         return None if default is None else _make(_MINERS[default[0]], {}, distance, "task.miner_options", default[1])
     if default is not None:
         raise ConfigError(f"task.miner is {name!r}; {loss} brings its own: remove it, or set task.loss to contrastive")
-    choice = _choose(_MINERS, name, distance, "miner")
+    choice = choose("miner", name, distance)
     margin = {**_LOSSES[loss].defaults, **loss_options}.get("margin")
     shared = {} if margin is None or "margin" not in _options(choice.make) else {"margin": margin}
     return _make(choice, {**shared, **options}, distance, "task.miner_options", {})
 
 
-def _choose(known: Mapping[str, LossSpec], name: str, distance: str, setting: str) -> LossSpec:
+def choose(setting: Literal["loss", "miner"], name: str, distance: str) -> LossSpec:
+    """Return the loss or miner `name`; raises ConfigError if it does not exist, or does not compare by `distance`."""
+    known = _LOSSES if setting == "loss" else _MINERS
     if name not in known:
         raise ConfigError(f"task.{setting} is {name!r}; expected one of {', '.join(sorted(known))}")
     if known[name].distance == "cosine" and distance != "cosine":
@@ -213,7 +197,7 @@ def _make(
             raise ConfigError(f"{setting}.{option} is {value!r}; {choice.make.__name__} expects {expected}")
     given = {**choice.defaults}
     if choice.distance == "given":
-        measure = make_distance(distance)
+        measure = DISTANCES[distance]()
         given |= {"distance": measure, **(_MARGINS_OF_SIMILARITY.get(choice.make, {}) if measure.is_inverted else {})}
     try:
         module: nn.Module = choice.make(**{**given, **options, **others})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
 from pipeline.tasks.config import LOWER_IS_BETTER, REGRESSION_LOSSES, SCORES, TaskConfig
-from pipeline.tasks.scores import ALONE, Metrics, Scores, read_tensor, without_advice
-from pipeline.tasks.targets import Table, column
+from pipeline.tasks.scores import ALONE, Metrics, read_tensor
 
 # N row of the table, B batch, K number to regress
 
@@ -44,11 +44,7 @@ class Regression(Task):
         return Head("classes", size=self._numbers(table).shape[1], problem="regression")
 
     def units_of(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation of the training split, (K,) float64 each.
-
-        Raises:
-            DataError: a number is the same in all training samples, or there are none.
-        """
+        """Return mean and standard deviation of the training split, (K,) float64 each; raises DataError if one is 0."""
         training_NK = self._numbers(table)[table.split == "train"]
         if not len(training_NK):
             raise DataError("the training split has no sample; regression needs two or more")
@@ -109,7 +105,7 @@ class Regression(Task):
         return RegressionScores(self._scale)
 
 
-class RegressionScores(Scores):
+class RegressionScores(Metrics):
     """`rmse`, `mae` in the user's unit, `r2`, `pearson`, `spearman` (NaN for constants); means over the numbers."""
 
     def __init__(self, scale_K: np.ndarray) -> None:
@@ -117,7 +113,7 @@ class RegressionScores(Scores):
         super().__init__(SCORES["regression"])
         self._scale, self._samples = torch.from_numpy(scale_K), 0
         count = len(scale_K)
-        with without_advice():  # on memory: two numbers per validation sample
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # on memory: two numbers per sample
             self._scores: dict[str, Any] = {
                 "rmse": MeanSquaredError(squared=False, num_outputs=count, **ALONE),
                 "mae": MeanAbsoluteError(num_outputs=count, **ALONE),
@@ -134,7 +130,7 @@ class RegressionScores(Scores):
         self._samples += len(expected_BK)
 
     def result(self) -> dict[str, float]:
-        with without_advice():  # on constants, whose NaN says it
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # on constants, whose NaN says it
             errors = {name: self._scores[name].compute() * self._scale for name in LOWER_IS_BETTER}
             alike = {name: score.compute() for name, score in self._scores.items() if self._samples > 1}
         found = {name: float(value.mean()) for name, value in (alike | errors).items()}

@@ -8,15 +8,14 @@ one scores nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.tasks.config import retrieval_scores
-from pipeline.tasks.losses import make_distance
-from pipeline.tasks.scores import Scores
+from pipeline.tasks.losses import DISTANCES
+from pipeline.tasks.scores import Metrics
 
 # Q query, R reference, D channel, M member (reference of the query's group), K nearest
 
@@ -27,7 +26,7 @@ EQUAL = 1e-6
 """Similarities that are no further apart count as equal, relative to their size where that is above 1."""
 
 
-class RetrievalScores(Scores):
+class RetrievalScores(Metrics):
     """`precision_at_<k>`, `reciprocal_rank` and `r_precision`, each the mean over queries, in 0..1.
 
     Of pairs, anchors are queries among all positives. Otherwise each sample is a query among all others. Queries that
@@ -49,8 +48,8 @@ class RetrievalScores(Scores):
             self._references.append((output[positive_B], groups_B[positive_B]))
 
     def result(self) -> dict[str, float]:
-        references = _cat(self._references) if self._references else (None, None)
-        return rank(*_cat(self._queries), *references, distance=self._distance, precision_at=self._precision_at)
+        references = _joined(self._references) if self._references else (None, None)
+        return rank(*_joined(self._queries), *references, distance=self._distance, precision_at=self._precision_at)
 
 
 def rank(
@@ -63,64 +62,31 @@ def rank(
     precision_at: Sequence[int] = (1,),
 ) -> dict[str, float]:
     """Return the scores of queries among references, or among the other queries, float32 on the CPU, in blocks."""
-    measure: Any = make_distance(distance)
-    query_QD = _ready(query_QD, measure)
-    if reference_RD is None or group_R is None:
-        reference_RD, members = query_QD, Members.of(group_Q, group_Q, itself=True)
-    else:
-        reference_RD, members = _ready(reference_RD, measure), Members.of(group_R, group_Q, itself=False)
-    counted = torch.argsort(members.relevant)  # queries with as many members share their blocks' sizes
-    counted = counted[members.relevant[counted] > 0]
+    measure = DISTANCES[distance]()
+    query_QD, itself = _comparable(query_QD, measure), reference_RD is None
+    reference_RD = query_QD if reference_RD is None else _comparable(reference_RD, measure)
+    group_R = group_Q if group_R is None else group_R
+    order_R = torch.argsort(group_R, stable=True)  # by group: a query's members lie between its begin and its end
+    begin_Q, end_Q = (torch.searchsorted(group_R[order_R], group_Q, right=right) for right in (False, True))
+    count_Q = end_Q - begin_Q
+    relevant_Q = count_Q - 1 if itself else count_Q
+    counted = torch.argsort(relevant_Q)  # queries with as many members share their blocks' sizes
+    counted = counted[relevant_Q[counted] > 0]
     names = retrieval_scores(tuple(precision_at))
     if not len(counted):
         return dict.fromkeys(names, float("nan"))
     sums = torch.zeros(len(names), dtype=torch.float64)
-    step = max(1, MAX_SIMILARITIES // len(reference_RD))
-    for start in range(0, len(counted), step):
-        chosen = counted[start : start + step]
+    for chosen in torch.split(counted, max(1, MAX_SIMILARITIES // len(reference_RD))):
         near_QR = measure.compute_mat(query_QD[chosen], reference_RD)
         if not measure.is_inverted:
             near_QR.neg_()
-        sums += _sums(near_QR, *members.rows(chosen), members.relevant[chosen], precision_at)
+        column_M = torch.arange(int(count_Q[chosen].max()))
+        counts_QM = column_M < count_Q[chosen].unsqueeze(1)  # a smaller group is filled up with its first member
+        member_QM = order_R[begin_Q[chosen].unsqueeze(1) + torch.where(counts_QM, column_M, 0)]
+        if itself:
+            counts_QM &= member_QM != chosen.unsqueeze(1)
+        sums += _sums(near_QR, member_QM, counts_QM, relevant_Q[chosen], precision_at)
     return dict(zip(names, (sums / len(counted)).tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class Members:
-    """Which references are of each query's group."""
-
-    order: Tensor
-    """The references, sorted by group, (R,)."""
-    start: Tensor
-    """Where in `order` a query's group begins, (Q,)."""
-    count: Tensor
-    """How many references are of its group, (Q,)."""
-    itself: bool
-    """Whether the queries are the references."""
-
-    @classmethod
-    def of(cls, group_R: Tensor, group_Q: Tensor, itself: bool) -> Members:
-        """Find the members of each query's group."""
-        order = torch.argsort(group_R, stable=True)
-        sorted_R = group_R[order]
-        start_Q = torch.searchsorted(sorted_R, group_Q)
-        return cls(order, start_Q, torch.searchsorted(sorted_R, group_Q, right=True) - start_Q, itself)
-
-    @property
-    def relevant(self) -> Tensor:
-        """Number of references that belong to each query, without itself, (Q,)."""
-        return self.count - 1 if self.itself else self.count
-
-    def rows(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the references of the groups of `chosen` queries, (Q, M), and which of them to count, (Q, M) bool.
-
-        A group of fewer than M is filled up with its first member.
-        """
-        count_Q1 = self.count[chosen].unsqueeze(1)
-        column_M = torch.arange(int(count_Q1.max()))
-        counts_QM = column_M < count_Q1
-        member_QM = self.order[self.start[chosen].unsqueeze(1) + torch.where(counts_QM, column_M, 0)]
-        return member_QM, (counts_QM & (member_QM != chosen.unsqueeze(1)) if self.itself else counts_QM)
 
 
 def _sums(
@@ -145,7 +111,7 @@ def _sums(
     return torch.stack([score.double().sum() for score in scores])
 
 
-def _ready(embeddings: Tensor, measure: Any) -> Tensor:
+def _comparable(embeddings: Tensor, measure: Any) -> Tensor:
     """Return embeddings prepared for comparison; NaN rows become zero vectors and match nothing."""
     if not torch.isfinite(embeddings).all():
         embeddings = torch.nan_to_num(embeddings, posinf=0.0, neginf=0.0)
@@ -153,7 +119,7 @@ def _ready(embeddings: Tensor, measure: Any) -> Tensor:
     return ready
 
 
-def _cat(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Concatenate the embeddings and groups of all batches, in the list too."""
     embeddings, groups = zip(*batches, strict=True)
     batches[:] = [(torch.cat(embeddings), torch.cat(groups))]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,27 +15,22 @@ ALONE: Mapping[str, Any] = {"sync_on_compute": False}
 """Arguments of torchmetrics' scores: one process has all outputs, so they need no synchronisation."""
 
 
-class Metrics(Protocol):
-    """A running score over batches. With several processes, only the main one scores, with the outputs of all."""
+class Metrics(ABC):
+    """A running score over batches, on the CPU in float32; NaN for each of `names` if there was no batch.
 
-    def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
-        """Add one batch: the model's output, and the prepared targets of its rows."""
-
-    def compute(self) -> dict[str, float]:
-        """Return the scores over all batches."""
-
-
-class Scores(ABC):
-    """Metrics computed on the CPU in float32; NaN for each of `names` if there was no batch."""
+    With several processes, only the main one scores, with the outputs of all.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names, self._batches = names, 0
 
     def update(self, output: Any, targets: Mapping[str, Tensor]) -> None:
+        """Add one batch: the model's output, and the prepared targets of its rows."""
         self._batches += 1
         self.add(read_tensor(output).detach().float().cpu(), {name: target.cpu() for name, target in targets.items()})
 
     def compute(self) -> dict[str, float]:
+        """Return the scores over all batches."""
         return self.result() if self._batches else dict.fromkeys(self._names, float("nan"))
 
     @abstractmethod
@@ -49,20 +42,25 @@ class Scores(ABC):
         """Return the scores over all batches, of which there is one or more."""
 
 
-@contextmanager
-def without_advice() -> Iterator[None]:
-    """Silence warnings of a library of scores about intended use."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
+class ClassScores(Metrics):
+    """Scores of torchmetrics for outputs (B, C) and the target `label`; `make` returns them by name, for C classes."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[int], Mapping[str, Any]]) -> None:
+        super().__init__(names)
+        self._make, self.scores = make, dict[str, Any]()
+
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
+        self.scores = self.scores or dict(self._make(output.shape[1]))
+        for score in self.scores.values():
+            score.update(output, targets["label"])
+
+    def result(self) -> dict[str, float]:
+        return {name: float(score.compute()) for name, score in self.scores.items()}
 
 
 def read_tensor(output: Any) -> Tensor:
     """Return the tensor in a model's output: itself, its `logits`, the first of a tuple, or both logits of a span
-    (`start_logits` and `end_logits`, each (B, T)) as (B, 2, T).
-
-    Raises:
-        TrainError: there is none.
+    (`start_logits` and `end_logits`, each (B, T)) as (B, 2, T). Raises TrainError if there is none.
     """
     if isinstance(output, Mapping) and "start_logits" in output:
         return torch.stack([output["start_logits"], output["end_logits"]], dim=1)

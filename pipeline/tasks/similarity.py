@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
 from pipeline.tasks.config import TaskConfig, retrieval_scores
 from pipeline.tasks.heads import last_width
-from pipeline.tasks.losses import Memory, choose_loss, make_loss, make_miner
+from pipeline.tasks.losses import Memory, choose, make_loss, make_miner
 from pipeline.tasks.retrieval import RetrievalScores
 from pipeline.tasks.scores import Metrics, read_tensor
-from pipeline.tasks.targets import Table, column
 
 ROLES = ("anchor", "positive")
 
@@ -31,7 +30,7 @@ class Similarity(Task):
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
         self.monitor = config.monitor or retrieval_scores(config.precision_at)[0]
-        self._kind = choose_loss(config.loss, config.distance)
+        self._kind = choose("loss", config.loss, config.distance)
         if config.memory is not None and self._kind.compares != "pairs":
             raise ConfigError(
                 f"task.memory is {config.memory}; loss {config.loss} compares no sample with another batch's: remove it"

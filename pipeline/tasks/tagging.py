@@ -13,10 +13,20 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.errors import DataError
-from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Task
+from pipeline.tasks.base import (
+    IGNORED,
+    Column,
+    Head,
+    Kind,
+    PredictionContext,
+    Ragged,
+    Table,
+    Task,
+    column,
+    refuse_unseen,
+)
 from pipeline.tasks.config import SCORES, TaskConfig
-from pipeline.tasks.scores import ALONE, Metrics, Scores, read_tensor
-from pipeline.tasks.targets import IGNORED, Ragged, Table, column, refuse_unseen
+from pipeline.tasks.scores import ALONE, Metrics, read_tensor
 
 # B batch, T token, W word, C tag
 
@@ -41,8 +51,7 @@ class Tagging(Task):
     def tags(self, table: Table) -> list[str]:
         """Return the tags in the order of the logits.
 
-        Raises:
-            DataError: the tags are no lists in IOB2, the training split has no entity, or others have types it lacks.
+        Raises DataError if they are no lists in IOB2, training has no entity, or other splits have types that it lacks.
         """
         by_split: dict[bool, set[str]] = {True: set(), False: set()}
         tags = column(table, "tags", self.name)
@@ -86,7 +95,7 @@ class Tagging(Task):
         return {"tags": [[legend[number] for number in numbers[:words]] for numbers, words in found]}
 
 
-class TaggingScores(Scores):
+class TaggingScores(Metrics):
     """`f1`, `precision` and `recall` of entities, right where type and both ends are; `accuracy` of tags. All in 0..1.
 
     A word without tokens, at the truncated end of a long sentence, counts as tagged O.

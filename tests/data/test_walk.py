@@ -13,7 +13,7 @@ from PIL import Image
 from source_contract import write_image
 
 from pipeline.data import DataConfig, Source, open_source
-from pipeline.data.folders import AudioFolder
+from pipeline.data.media import AudioFolder
 from pipeline.data.source import LeftOut
 from pipeline.data.walk import files_by_split, is_hidden
 from pipeline.errors import DataError

@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from pipeline.data import DataConfig, Row, SampleTable, Source
-from pipeline.data.folders import ImageFolder
+from pipeline.data.media import ImageFolder
 from pipeline.encode.quarantine import BadSample, summary
 from pipeline.errors import BadSampleError
 from pipeline.keys import content_key
@@ -189,7 +189,7 @@ def test_a_file_that_cannot_be_read_has_no_key(folder: Path) -> None:
     assert encode(folder).exit_code == 3
     row = quarantine(folder)["circle/dangling.png"]
     assert (row["key"], row["reason"]) == ("", "the file cannot be read: No such file or directory")
-    assert row["traceback"].startswith("folders.py:")
+    assert row["traceback"].startswith("media.py:")
     assert stored(folder) == 12
 
 

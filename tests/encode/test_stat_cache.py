@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.data import DataConfig, Stamp, open_source
-from pipeline.data.folders import ImageFolder
+from pipeline.data.media import ImageFolder
 from pipeline.encode import stat_cache
 from pipeline.encode.keying import KeyedSamples, key_contents
 from pipeline.encode.stat_cache import StatCache

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import StaleStoreError
+from pipeline.models.backbone import Preprocess
 from pipeline.models.images import ImagePreprocess
-from pipeline.models.preprocess import Preprocess
 from pipeline.models.texts import TextPreprocess
 from pipeline.project import Project
 from pipeline.project.model import LoadedModel

@@ -15,7 +15,7 @@ import tiny
 from click.testing import CliRunner
 
 from pipeline.data import SampleTable, build, open_source
-from pipeline.data.folders import ImageFolder
+from pipeline.data.media import ImageFolder
 from pipeline.encode.keying import key_contents
 from pipeline.project import Project, recipe_cache
 from pipeline.project.model import LoadedModel

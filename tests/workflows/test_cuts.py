@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from pipeline.errors import ConfigError, RecyclingError
-from pipeline.models.preprocess import ArrayPreprocess
+from pipeline.models.backbone import ArrayPreprocess
 from pipeline.project import Project
 from pipeline.project.model_example import draw_inputs
 from pipeline.split import Candidate, Cut
