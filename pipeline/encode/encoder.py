@@ -26,7 +26,7 @@ from pipeline.encode.result import EncodeCosts, Outcome
 from pipeline.encode.unit import Unit, UnitBuffer
 from pipeline.errors import InputRefusedError, ModelError
 from pipeline.models import EXTRA, Preprocess, network_inputs
-from pipeline.split import Capture, Prefix, State, capture
+from pipeline.split import Capture, Prefix, State
 from pipeline.store import Store
 
 Buffers: TypeAlias = dict[int, UnitBuffer]
@@ -142,7 +142,7 @@ class Encoder:
     ) -> None:
         cuts = tuple(buffers)
         if cuts not in self.captures:
-            self.captures[cuts] = capture([self.prefixes[cut] for cut in cuts])
+            self.captures[cuts] = Capture([self.prefixes[cut] for cut in cuts])
         run = self.captures[cuts]
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         if samples is None:

@@ -1,13 +1,15 @@
-"""The places where a model can be cut, and the cost of each."""
+"""The places where a model can be cut, and the cost of the layers before and after each: timed, and as predicted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
@@ -15,13 +17,16 @@ from pipeline.errors import SplitError
 from pipeline.split.blocks import boundaries, find_blocks
 from pipeline.split.cut import Cut
 from pipeline.split.layout import batch_size, regroup
-from pipeline.split.modes import eval_run
-from pipeline.split.planner import make_plan
+from pipeline.split.modes import eval_run, synchronise
+from pipeline.split.plan import make_plan
 from pipeline.split.splittable import check_model
 from pipeline.split.splitting import prove_state, read_example
 from pipeline.split.trace import Trace, observed_calls, trace
 from pipeline.split.tree import Args, Kwargs
 
+REPEATS = 5
+BACKWARD = 2
+"""Cost of a backward pass in forward passes: one for the gradients of the inputs, one for those of the weights."""
 ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to the counter
 
 
@@ -46,16 +51,6 @@ class Candidate:
     parameters: int | None = None
     state_bytes: int | None = None
     refused: str | None = None
-
-    @property
-    def path(self) -> str:
-        """The cut as `split` takes it as `at`; the empty path is the cut 0."""
-        return self.cut.name
-
-    @property
-    def share(self) -> float:
-        """Share of the blocks before it, 0 to 1."""
-        return self.cut.share
 
 
 def candidates(model: nn.Module, example: Any) -> list[Candidate]:
@@ -118,3 +113,30 @@ def _sizes(model: nn.Module, cut: Cut, seen: Trace, args: Args, kwargs: Kwargs) 
     weights = dict(model.named_parameters())
     frozen = sum(weights[name].numel() for name in set(planned.plan.frozen.values()))
     return frozen, sum(2 * torch.Size(slot.spec.shape).numel() for slot in slots)
+
+
+def seconds_per_sample(prefix: Callable[..., object], batch: Mapping[str, Tensor]) -> float:
+    """Return the median forward time of `prefix` on `batch` over its samples, after a warm-up."""
+    count = max(len(tensor) for tensor in batch.values())
+    device = next(iter(batch.values())).device
+    times = []
+    for _ in range(REPEATS + 1):
+        synchronise(device)
+        start = time.perf_counter()
+        prefix(**batch)
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) / count
+
+
+def speed_ups(flops: float, flops_after: float, *, backward: int = BACKWARD) -> tuple[float | None, float | None]:
+    """Return the expected speed-up of a training step over full fine-tuning, and over frozen layers run every time.
+
+    A step is taken to be bound by computation, and backward to cost `backward` times forward. With 2 of these, `flops`
+    operations before the cut and `flops_after` after it, recycling costs 3 x after, frozen layers cost
+    before + 3 x after, and full fine-tuning costs 3 x (before + after). None where no operation comes after the cut.
+    """
+    if not flops_after:
+        return None, None
+    step = (1 + backward) * flops_after
+    return (1 + backward) * (flops + flops_after) / step, (flops + step) / step

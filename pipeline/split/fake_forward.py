@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.modes import eval_run
-from pipeline.split.phantom import Phantom, before_the_cut
+from pipeline.split.phantom import THREAD, Phantom
 from pipeline.split.trace import observed_calls
 from pipeline.split.tree import Args, Kwargs, arguments, is_plain, map_tensors
 
@@ -37,7 +37,7 @@ class FakeForward:
     forward: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.forward is not None and not before_the_cut():
+        if self.forward is not None and THREAD.interpreter.entered:
             return self.forward(*args, **kwargs)
         taken = arguments(args, kwargs)
 

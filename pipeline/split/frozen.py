@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pipeline.split.cut import Weight
 from pipeline.split.phantom import Phantom
-from pipeline.split.sources import Weight
 from pipeline.split.tree import Args, Kwargs, map_arguments
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

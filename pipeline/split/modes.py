@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputRefusedError, RecyclingError
-from pipeline.split.sources import argument_name
+from pipeline.split.cut import argument_name
 from pipeline.split.tree import Args, Kwargs, arguments
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+ACCELERATOR = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cuda")
+"""Kind of the accelerator that torch was built for: `cuda`, `mps`, `xpu`; `cuda` where there is none."""
 
 
 @contextmanager
@@ -57,18 +59,17 @@ def errors_as_refusals(model: nn.Module, args: Args, kwargs: Kwargs, mode: str =
         ) from error
 
 
-def accelerator_kind() -> str | None:
-    """Return the kind of the accelerator that torch was built for, if present: `cuda`, `mps`, `xpu`; else None."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator is not None else None
+def synchronise(device: torch.device) -> None:
+    """Wait until what was asked of `device` is computed."""
+    if device.type == ACCELERATOR:
+        torch.accelerator.synchronize(device)
 
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
     """Restore the random state of the CPU and of the devices of `model` at the end."""
-    kind = accelerator_kind() or "cuda"
-    devices = {item.device.index for item in model.parameters() if item.device.type == kind}
-    with torch.random.fork_rng(devices=sorted(devices), device_type=kind):
+    devices = {item.device.index for item in model.parameters() if item.device.type == ACCELERATOR}
+    with torch.random.fork_rng(devices=sorted(devices), device_type=ACCELERATOR):
         yield
 
 

@@ -1,10 +1,10 @@
-"""Running the full model up to one or several cuts, and taking the tensors that cross them."""
+"""Runs of the full model: up to one or several cuts, to take the tensors that cross them, and in training."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.cut import Cut
-from pipeline.split.modes import accelerator_kind, eval_run
-from pipeline.split.sources import Argument, Input, Output, TensorSource
+from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
+from pipeline.split.modes import errors_as_refusals, eval_run, random_state_kept, synchronise
+from pipeline.split.splittable import copy_of
 from pipeline.split.trace import observed_calls
-from pipeline.split.tree import Args, Kwargs, arguments, tensors
+from pipeline.split.tree import Args, Kwargs, arguments, map_tensors, tensors
 
 
 @dataclass
@@ -89,6 +89,39 @@ def _take_arguments(one: Observation, found: dict[str, Tensor], *, copy: bool) -
     for leaf, tensor in found.items():
         value = tensor.detach()
         one.values[Argument(leaf)] = value.clone() if copy and Argument(leaf) in one.wanted else value
-    for device in {tensor.device for tensor in one.values.values()} - {torch.device("cpu")}:
-        if device.type == accelerator_kind():
-            torch.accelerator.synchronize(device)
+    for device in {tensor.device for tensor in one.values.values()}:
+        synchronise(device)
+
+
+def run_in_training(model: nn.Module, cut: Cut, args: Args, kwargs: Kwargs) -> tuple[Any, dict[str, Tensor]]:
+    """Run a copy of `model`, with random numbers as in `seeded_calls`; return its output and its buffers after it."""
+    root = copy_of(model, {id(item): item for item in model.parameters()}).train()
+    flags = [(module, module.training) for module in root.modules()]
+    with_gradients = torch.is_grad_enabled()
+
+    def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:
+        if index == cut.call:
+            torch.set_grad_enabled(with_gradients)
+            for module, training in flags:
+                module.training = training
+
+    for module in root.modules():
+        module.training = False
+    with (
+        random_state_kept(root),
+        torch.no_grad(),
+        errors_as_refusals(model, args, kwargs, "train"),
+        observed_calls(root, on_call, paths={cut.path}),
+        seeded_calls(root, cut),
+    ):
+        output = root(*args, **kwargs)
+    return map_tensors(lambda _, item: item.detach(), output), dict(root.named_buffers())
+
+
+def seeded_calls(root: nn.Module, cut: Cut) -> AbstractContextManager[None]:
+    """Set the random seed at every call of the cut module: what is drawn later does not depend on what runs before."""
+
+    def on_call(*_: Any) -> None:
+        torch.manual_seed(0)
+
+    return observed_calls(root, on_call, paths={cut.path})

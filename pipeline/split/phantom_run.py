@@ -15,10 +15,9 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.cut import Cut
+from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
 from pipeline.split.operations import apply, needs_values, with_integer_indices
-from pipeline.split.phantom import Interpreter, Phantom, compute, interpreting, is_computable, phantoms
-from pipeline.split.sources import Argument, Input, Output, TensorSource
+from pipeline.split.phantom import THREAD, Interpreter, Phantom, compute, is_computable, phantoms
 from pipeline.split.trace import observed_calls
 from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, map_tensors, tensors
 
@@ -33,7 +32,7 @@ class ObservedCall:
     Attributes:
         taken: the tensors among its arguments.
         children: the calls made directly within it.
-        made: the tensors that it returned; None until it returns, which the callers of the cut never do.
+        returned: the tensors that it returned; None until it returns, which the callers of the cut never do.
         output: what it returned, with dummies for tensors: a copy, since callers may change the object later.
         read: whether a value made in it, outside its children, was computed after all.
         number: number of the call once the calls within skipped ones are no longer made.
@@ -43,7 +42,7 @@ class ObservedCall:
     index: int
     taken: dict[str, Tensor]
     children: list[ObservedCall] = field(default_factory=list)
-    made: dict[str, Tensor] | None = None
+    returned: dict[str, Tensor] | None = None
     output: Any = None
     read: bool = False
     number: int = -1
@@ -66,13 +65,14 @@ class PhantomRun(Interpreter):
 
     Attributes:
         calls: the root of the tree of calls before the cut, holding the model's own call.
-        open: the calls that have not returned, outermost first, after that root.
+        open: the calls before the cut that have not returned, outermost first, after that root; empty from the cut on.
     """
 
     def __init__(self, root: nn.Module, cut: Cut, values: Mapping[TensorSource, Tensor]) -> None:
         self.root = root
         self.cut = cut
-        self.values = values
+        self.values = {source: value.clone() for source, value in values.items()}
+        self.entered = False
         self.calls = ObservedCall("", -1, {})
         self.open = [self.calls]
         self._modes = [(module, module.training) for module in root.modules()]
@@ -81,8 +81,9 @@ class PhantomRun(Interpreter):
         """Return the model's output, or raise SplitError: the cut is not reached, or a value cannot be computed."""
         args, kwargs = map_arguments(self._input, args, kwargs)
         self.root.eval()
+        former, THREAD.interpreter = THREAD.interpreter, self
         try:
-            with interpreting(self), observed_calls(self.root, self._on_call, self._on_return):
+            with observed_calls(self.root, self._on_call, self._on_return):
                 output = self.root(*args, **kwargs)
                 if not self.entered:
                     raise SplitError(
@@ -90,6 +91,7 @@ class PhantomRun(Interpreter):
                     )
                 return map_tensors(lambda _, item: self.force(item), output)
         finally:
+            THREAD.interpreter = former
             self._restore_modes()
 
     def operate(self, function: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -137,7 +139,7 @@ class PhantomRun(Interpreter):
         """Give the arguments of the cut call their values, and the modules their own train or eval flags."""
         for leaf, item in arguments(args, kwargs).items():
             self._assign(item, Argument(leaf))
-        self.entered = True
+        self.entered, self.open = True, [self.calls]
         self._restore_modes()
         return map_arguments(lambda _, item: self.force(item), args, kwargs)
 
@@ -163,7 +165,7 @@ class PhantomRun(Interpreter):
     def _on_return(self, path: str, index: int, args: Args, kwargs: Kwargs, output: Any) -> None:
         if not self.entered:
             call = self.open.pop()
-            call.made = tensors(output)
+            call.returned = tensors(output)
             self.on_return(call, output)
 
     def _input(self, leaf: str, item: Tensor) -> Tensor:

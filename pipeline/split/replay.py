@@ -19,16 +19,14 @@ from torch import Tensor, nn
 
 from pipeline.errors import RecyclingError, SplitError
 from pipeline.split.comparison import mismatch
-from pipeline.split.cut import Cut
+from pipeline.split.cut import Argument, Cut, TensorSource
 from pipeline.split.frozen import FrozenParameters
-from pipeline.split.modes import OUT_OF_MEMORY, accelerator_kind, errors_as_refusals, eval_mode, state_kept
-from pipeline.split.phantom import before_the_cut
+from pipeline.split.modes import ACCELERATOR, OUT_OF_MEMORY, errors_as_refusals, eval_mode, state_kept
+from pipeline.split.phantom import THREAD
 from pipeline.split.phantom_run import CallKey
-from pipeline.split.recording import Recorder, Recording, make_recording, skippable_calls
-from pipeline.split.sources import Argument, TensorSource
+from pipeline.split.recording import Recorder, Recording, make_recording
 from pipeline.split.tree import Args, Kwargs, arguments, map_arguments
 
-ACCELERATOR = accelerator_kind() or "cuda"
 SIGNATURES = 256  # recordings kept; each holds a few objects per skipped call
 
 
@@ -108,7 +106,7 @@ class Replay:
             return args, kwargs
         dummies = {id(item) for item in recording.dummies.values()}
 
-        def fill(leaf: str, item: Tensor) -> Tensor:
+        def with_stored(leaf: str, item: Tensor) -> Tensor:
             if leaf not in recording.late:
                 return item
             value = values[Argument(leaf)]
@@ -117,15 +115,15 @@ class Replay:
             item.data = value
             return item
 
-        return map_arguments(fill, args, kwargs)
+        return map_arguments(with_stored, args, kwargs)
 
     def remove(self) -> None:
         """Give the modules their own `forward` back."""
-        modules = dict(self.root.named_modules())
         for path, forward in self._forwards.items():
-            del modules[path].forward
+            module = self.root.get_submodule(path)
+            del module.forward
             if forward is not None:
-                modules[path].forward = forward
+                module.forward = forward
 
     def forget(self) -> None:
         """Drop all recordings: the suffix moved to another device or dtype."""
@@ -165,7 +163,15 @@ class Replay:
             recording, expected = self._run_on_phantoms(values, args, kwargs)
             self._first = first or recording
             if first is not None:
-                self._check(recording, expected, values, args, kwargs)
+                copies = {source: value.clone() for source, value in values.items()}
+                with eval_mode(self.root):
+                    found = self.run(*self._start(recording, copies, args, kwargs))
+                if reason := mismatch(expected, found):
+                    raise SplitError(
+                        f"these inputs lead to the cut {self.cut} by other calls than the example's, which cannot be "
+                        f"replayed ({reason}); give inputs like the example's, split with an example of this kind, or "
+                        "cut elsewhere"
+                    )
         return recording
 
     def _run_on_phantoms(
@@ -176,27 +182,13 @@ class Replay:
         recorder = Recorder(self.root, self.cut, values, to_the_end=among is None)
         with eval_mode(self.root), self.frozen.as_phantoms():
             output = recorder.run(args, kwargs)
-        skipped, made = skippable_calls(recorder, among)
-        self._install_stubs({path for path, _ in skipped} | {self.cut.path})
-        return make_recording(recorder, skipped, made, (args, kwargs), dense=self.dense), output
-
-    def _check(
-        self, recording: Recording, expected: Any, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs
-    ) -> None:
-        """Compare the replay of a recording in eval mode with the recorded run."""
-        values = {source: value.clone() for source, value in values.items()}
-        with eval_mode(self.root):
-            found = self.run(*self._start(recording, values, args, kwargs))
-        if reason := mismatch(expected, found):
-            raise SplitError(
-                f"these inputs lead to the cut {self.cut} by other calls than the example's, which cannot be replayed "
-                f"({reason}); give inputs like the example's, split with an example of this kind, or cut elsewhere"
-            )
+        recording = make_recording(recorder, arguments(args, kwargs), among, dense=self.dense)
+        self._install_stubs({path for path, _ in recording.results} | {self.cut.path})
+        return recording, output
 
     def _install_stubs(self, paths: set[str]) -> None:
-        modules = dict(self.root.named_modules())
         for path in paths - self._forwards.keys():
-            module = modules[path]
+            module = self.root.get_submodule(path)
             self._forwards[path] = module.__dict__.get("forward")
             incomplete = path != self.cut.path and self.frozen.lacks(module)
             module.forward = Stub(self, path, module.forward, incomplete=incomplete)
@@ -219,7 +211,7 @@ class Stub:
                 args, kwargs = replay.enter(args, kwargs)
             elif (result := recording.results.get((self.path, index))) is not None:
                 return result(replay.values, args, kwargs)
-        elif recording is not None and (self.incomplete or self.at_cut) and not before_the_cut():
+        elif recording is not None and (self.incomplete or self.at_cut) and THREAD.interpreter.entered:
             self._refuse_recomputation(recording, args, kwargs)
         return self.forward(*args, **kwargs)
 

@@ -8,15 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.acceptance import ReferenceRun, accept
-from pipeline.split.advice import warn_about_padding, warn_about_shared_layers
+from pipeline.split.acceptance import ReferenceRun, accept, warn_about_padding, warn_about_shared_layers
 from pipeline.split.blocks import find_blocks, resolve
 from pipeline.split.comparison import difference, mismatch, tolerance
+from pipeline.split.cut import TensorSource, state_names
 from pipeline.split.layout import batch_size, prove_layout, regroup, two_samples
 from pipeline.split.observation import Observation, observe
-from pipeline.split.planner import Planned, make_plan
+from pipeline.split.plan import Planned, make_plan
 from pipeline.split.prefix import Prefix, Slot, TensorSpec
-from pipeline.split.sources import TensorSource, state_names
 from pipeline.split.splittable import check_model
 from pipeline.split.suffix import Suffix
 from pipeline.split.trace import trace

@@ -41,7 +41,7 @@ from pipeline.project.recipe import IRRELEVANT, recipe_of
 from pipeline.split import Prefix
 from pipeline.split.blocks import find_blocks, resolve
 from pipeline.split.observation import Observation, observe
-from pipeline.split.planner import initial_plan
+from pipeline.split.plan import initial_plan
 from pipeline.split.trace import trace
 from pipeline.tasks import Head
 
