@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
 from pipeline.data.source import Row, Source, Stamp
-from pipeline.encode.quarantine import ENDS_THE_RUN, BadSample, set_aside
+from pipeline.encode.quarantine import BadSample, attempt, set_aside
 from pipeline.encode.stat_cache import StatCache
 from pipeline.errors import BadSampleError
 from pipeline.keys import KEY_BYTES
@@ -18,6 +20,8 @@ from pipeline.keys import KEY_BYTES
 KEYED_AT_ONCE = 256
 TRIMMING_ROWS = 1 << 10
 """Number of rows searched for two samples of unequal shapes."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half of a character, which UTF-8 cannot encode."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +73,20 @@ def key_contents(source: Source, *, workers: int, cache: StatCache | None = None
     keys[list(known)] = np.frombuffer(b"".join(known.values()), np.uint8).reshape(-1, KEY_BYTES)
     sizes[list(known)] = [stamp.size for row in known if (stamp := stamps[row])]
 
+    def key_row(row: int) -> None:
+        _check_row(source.row(row))
+        if row not in known:
+            content = source.content(row)
+            keys[row] = np.frombuffer(source.key(row, content), np.uint8)
+            sizes[row] = sum(map(len, content)) if isinstance(content, tuple | list) else len(content)
+
     def key_some(begin: int) -> list[BadSample]:
         bad = []
         for row in range(begin, min(begin + KEYED_AT_ONCE, count)):
-            try:
-                _check_row(source.row(row))
-                if row not in known:
-                    key, sizes[row] = _read_key(source, row)
-                    keys[row] = np.frombuffer(key, np.uint8)
-            except ENDS_THE_RUN:
-                raise
-            except BaseException as error:
+            fault = attempt(partial(key_row, row), partial(set_aside, source, row))
+            if fault:
                 keys[row], sizes[row] = 0, 0
-                bad.append(set_aside(source, row, error))
+                bad.append(fault)
         return bad
 
     bad: list[BadSample] = []
@@ -100,37 +105,18 @@ def key_contents(source: Source, *, workers: int, cache: StatCache | None = None
     return keyed
 
 
-def _read_key(source: Source, row: int) -> tuple[bytes, int]:
-    content = source.content(row)
-    return source.key(row, content), sum(map(len, content)) if isinstance(content, tuple | list) else len(content)
-
-
 def _stamp(source: Source, row: int) -> Stamp | None:
     """Return the stamp of a row; None where the source fails, so that reading the row reports the fault."""
-    try:
-        return source.stamp(row)
-    except ENDS_THE_RUN:
-        raise
-    except BaseException:
-        return None
+    return attempt(lambda: source.stamp(row), lambda _: None)
 
 
 def _check_row(row: Row) -> None:
     """Refuse values that the sample table cannot hold, such as file names or JSON texts that are not UTF-8."""
-    try:
-        row.source.encode()
-    except UnicodeEncodeError as error:
-        raise BadSampleError("the name is not UTF-8; rename the file") from error
+    if SURROGATE.search(row.source):
+        raise BadSampleError("the name is not UTF-8; rename the file")
     for name, target in row.targets.items():
         for value in target if isinstance(target, list) else [target]:
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise BadSampleError(f"a number beyond 64 bits: the target {name} is {value}; make it a text")
-            if isinstance(value, str) and not value.isascii():
-                _check_text(name, value)
-
-
-def _check_text(name: str, value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadSampleError(f"half of a character (a lone surrogate): the target {name} has it; mend it") from error
+            if isinstance(value, str) and SURROGATE.search(value):
+                raise BadSampleError(f"half of a character (a lone surrogate): the target {name} has it; mend it")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.split import State
+from pipeline.split.comparison import difference
 
 Sample = dict[str, Tensor]
 """The inputs of one sample by name, without a batch axis."""
@@ -26,8 +27,8 @@ class Trimming:
     """How the states of a padded batch become states without padding.
 
     `axes` gives for each ragged state tensor its ragged axis (without the batch axis) and the input whose length it
-    has. `pads` is False where the network lets padding leak into a state: then only samples of equal shapes share a
-    batch.
+    has: the size of its first axis (tokens, frames, rows). `pads` is False where the network lets padding leak into a
+    state: then only samples of equal shapes share a batch.
     """
 
     pads: bool = True
@@ -41,8 +42,7 @@ class Trimming:
                 trimmed[name] = tensor
                 continue
             axis, source = self.axes[name]
-            lengths = [_length(sample[source]) for sample in samples]
-            trimmed[name] = [tensor[i].narrow(axis, 0, n) for i, n in enumerate(lengths)]
+            trimmed[name] = [tensor[i].narrow(axis, 0, len(sample[source])) for i, sample in enumerate(samples)]
         return trimmed
 
 
@@ -86,33 +86,13 @@ def find_trimming(
         differing = [a for a, (m, n) in enumerate(zip(tensor.shape, alone_long[name].shape, strict=True)) if m != n]
         if not differing:
             continue
-        source = _input_of_length(short, long, tensor.shape[differing[0]], alone_long[name].shape[differing[0]])
-        if len(differing) > 1 or source is None:
+        lengths = tensor.shape[differing[0]], alone_long[name].shape[differing[0]]
+        of_lengths = [n for n in short if short[n].dim() and (len(short[n]), len(long[n])) == lengths]
+        if len(differing) > 1 or not of_lengths:
             return Trimming(pads=False)
-        axes[name] = (differing[0] - 1, source)
+        axes[name] = (differing[0] - 1, of_lengths[0])
     trimming = Trimming(axes=axes)
     padded = trimming(prefix(**pad_batch([short, long], pad)), [short, long])
     tolerance = TOLERANCE if exact else 100 * TOLERANCE
-    same = all(_close(padded[name][0], tensor[0], tolerance) for name, tensor in alone_short.items())
+    same = all(difference(tensor[0], padded[name][0]) <= tolerance for name, tensor in alone_short.items())
     return trimming if same else Trimming(pads=False)
-
-
-def _input_of_length(short: Sample, long: Sample, in_short: int, in_long: int) -> str | None:
-    for name in short:
-        if short[name].dim() and (_length(short[name]), _length(long[name])) == (in_short, in_long):
-            return name
-    return None
-
-
-def _length(tensor: Tensor) -> int:
-    """The ragged axis of an input is its first (tokens, frames, rows)."""
-    return tensor.shape[0]
-
-
-def _close(left: Tensor, right: Tensor, tolerance: float) -> bool:
-    if left.shape != right.shape:
-        return False
-    if not right.is_floating_point():
-        return torch.equal(left, right)
-    scale = right.abs().max().clamp(min=1e-12)
-    return bool((left - right).abs().max() <= tolerance * scale)

@@ -46,9 +46,13 @@ class StatCache:
             files = connection.execute(
                 "SELECT path, stamp, key FROM files WHERE path BETWEEN ? AND ?", (min(paths), max(paths))
             )
-            known = {path: (stamp, key) for path, stamp, key in files if path in paths and _is_key(key)}
+            known = {path: (stamp, key) for path, stamp, key in files if path in paths}
             found = ((place, stamp, known.get(path, ("", b""))) for place, path, stamp in wanted)
-            return {place: key for place, stamp, (of, key) in found if of == stamp}
+            return {
+                place: key
+                for place, stamp, (of, key) in found
+                if of == stamp and isinstance(key, bytes) and len(key) == KEY_BYTES
+            }
 
         return (self._use(look_up) or {}) if any(stamps) else {}
 
@@ -96,10 +100,6 @@ def _prepare(connection: sqlite3.Connection) -> None:
 
 def _version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
-
-
-def _is_key(value: object) -> bool:
-    return isinstance(value, bytes) and len(value) == KEY_BYTES
 
 
 def _fields(stamp: Stamp) -> tuple[bytes, str]:
