@@ -23,7 +23,6 @@ import torch
 import yaml
 
 from pipeline.data import DataConfig, Row, Source
-from pipeline.data.source import Source
 from pipeline.encode.unit import EncodeResult, Outcome
 from pipeline.memory import keep_freed_memory
 from pipeline.project import Project
