@@ -26,6 +26,7 @@ from pipeline.errors import ConfigError, TrainError
 from pipeline.split import Prefix, State, Suffix, split
 from pipeline.split.comparison import difference
 from pipeline.split.suffix import output_in_eval
+from pipeline.split.trace import observed_calls
 from pipeline.split.tree import tensors
 
 log = logging.getLogger("recycle")
@@ -64,11 +65,9 @@ class AdapterConfig(Section):
             yield f"{self.kind} has no dropout; set adapter.dropout to 0, or adapter.kind to lora"
 
 
-def _from_kind(value: object) -> object:
-    return {"kind": value} if isinstance(value, str) else value
-
-
-AdapterSetting = Annotated[AdapterConfig, BeforeValidator(_from_kind)]
+AdapterSetting = Annotated[
+    AdapterConfig, BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
+]
 """The section, or just the kind: `adapter: lora`."""
 
 
@@ -100,7 +99,8 @@ def adapt(
     targets = _targets(suffix, _called(suffix, state, example), config, fresh)
     if not targets:
         log.warning("%s: after this cut there is no pretrained layer to adapt; fresh layers train alone", config.kind)
-    twin = _twin(model)
+    # It shares the memory of the weights, which are frozen.
+    twin = copy.deepcopy(model, {id(item): nn.Parameter(item.detach(), False) for item in model.parameters()})
     with warnings.catch_warnings():  # peft's are on settings made here; the split's were given for the plain model
         warnings.simplefilter("ignore")
         if targets:
@@ -159,13 +159,8 @@ def _can_adapt(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 def _called(suffix: Suffix, state: State, example: dict[str, Tensor]) -> set[str]:
     """Return the modules that a run of the suffix calls; the weights of others are used in other ways."""
     called: set[str] = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
-        for path, module in suffix.named_modules()
-    ]
-    output_in_eval(suffix, state, (), example)
-    for hook in hooks:
-        hook.remove()
+    with observed_calls(suffix, lambda path, *_: called.add(path)):
+        output_in_eval(suffix, state, (), example)
     return called
 
 
@@ -198,11 +193,6 @@ def _targets(suffix: Suffix, called: set[str], config: AdapterConfig, fresh: fro
                 f"ends so; they end in {ends}"
             )
     return [path for path in known if any(path in paths for paths in chosen.values())]
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` that shares the memory of its weights, frozen."""
-    return copy.deepcopy(model, {id(item): nn.Parameter(item.detach(), False) for item in model.parameters()})
 
 
 def _inject(twin: nn.Module, targets: list[str], config: AdapterConfig, seed: int) -> None:

@@ -93,9 +93,9 @@ def save(
     beside, latest, previous = (checkpoint / name for name in ("beside", "latest", "previous"))
     if accelerator.is_main_process:
         shutil.rmtree(beside, ignore_errors=True)
-    processes.wait()
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(beside), safe_serialization=True)
-    processes.wait()
+    accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
     (beside / "progress.json").write_text(json.dumps(asdict(progress)))

@@ -31,9 +31,8 @@ from pipeline.train import processes
 from pipeline.train.checkpoint import Progress, resume, save
 from pipeline.train.config import TrainConfig
 from pipeline.train.loader import Batch
-from pipeline.train.objective import Objective, evaluate
+from pipeline.train.objective import Objective, evaluate, prepare
 from pipeline.train.optimizer import parameter_groups, schedule
-from pipeline.train.parallel import prepare
 from pipeline.train.run_log import RunLog
 
 log = logging.getLogger("recycle")

@@ -70,7 +70,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_first_to_fail():
+        if int(dist.distributed_c10d._get_default_store().add(FAILED, 1)) > 1:
             sys.exit(1)
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's are plain RuntimeErrors
             raise TrainError(
@@ -87,11 +87,6 @@ def on_main(compute: Callable[[], T]) -> T:
     if world() > 1:
         broadcast_object_list(found)
     return found[0]  # type: ignore[return-value]
-
-
-def wait() -> None:
-    """Wait until all processes have called this."""
-    state().wait_for_everyone()
 
 
 def gather(tensors: Sequence[Tensor], places: Sequence[np.ndarray], padding: Sequence[float]) -> list[Tensor]:
@@ -151,7 +146,3 @@ def _padded(tensor: Tensor, sizes: Sequence[int], value: float) -> Tensor:
 def _hosts() -> dist.ProcessGroup:
     """Return a CPU process group to compare sizes, which does not synchronise accelerators."""
     return dist.new_group(backend="gloo")  # type: ignore[return-value]  # every process is in it
-
-
-def _is_first_to_fail() -> bool:
-    return int(dist.distributed_c10d._get_default_store().add(FAILED, 1)) == 1
