@@ -57,7 +57,6 @@ class Encoder:
         self.preprocess = views[0]  # for what all views share
         self.prefixes, self.stores, self.config = prefixes, stores, config
         self.device = model_device(prefixes)
-        self.captures: dict[tuple[int, ...], Capture] = {}
         self.trimmings: dict[int, Trimming] = {}
 
     def run(self, units: Sequence[Unit], begin: Callable[[int], None] | None = None) -> Generator[Outcome, None, None]:
@@ -137,10 +136,7 @@ class Encoder:
         samples: list[Sample] | None,
         costs: EncodeCosts,
     ) -> None:
-        cuts = tuple(buffers)
-        if cuts not in self.captures:
-            self.captures[cuts] = Capture([self.prefixes[cut] for cut in cuts])
-        run = self.captures[cuts]
+        run = Capture([self.prefixes[cut] for cut in buffers])
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         if samples is None:
             batch = self.preprocess.finish(batch)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.split import State
-from pipeline.split.comparison import difference
+from pipeline.split.tree import difference
 
 Sample = dict[str, Tensor]
 """The inputs of one sample by name, without a batch axis."""

@@ -8,12 +8,12 @@ The modules in the order in which a split happens:
     where the tensors that cross it come from.
 4.  `observation`: runs of the full model that take tensors at a cut.
 5.  `plan`: what must be stored and kept, found by runs of the suffix. They are a `phantom_run`: the model's own
-    `forward` on tensors without values (`phantom`, `operations`), with a `fake_forward` for calls that need values.
+    `forward` on tensors without values (`phantom`, `operations`).
 6.  `layout`: proves the batch axis of each stored tensor. `prefix`: returns the state of a batch.
 7.  `suffix`: runs the rest of the model from a state, with its `frozen` parameters set aside. `replay`: gets to the cut
     without the recycled layers, by a `recording` made once per kind of input.
-8.  `acceptance`: compares the suffix with the full model (`comparison`), or refuses the split; warns of exact splits
-    that may not be what the user wants.
+8.  `acceptance`: compares the suffix with the full model, or refuses the split; warns of exact splits that may not be
+    what the user wants.
 
 `candidates` lists the places to cut, with their costs. `modes` (train and eval flags, random state) and `tree` (tensors
 inside nested values) serve all of them.

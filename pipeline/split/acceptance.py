@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.comparison import difference, mismatch
 from pipeline.split.layout import SAMPLE_TOLERANCE, batch_size
 from pipeline.split.modes import OUT_OF_MEMORY, state_kept
 from pipeline.split.observation import Observation, observe, run_in_training, seeded_calls
@@ -20,7 +19,7 @@ from pipeline.split.plan import Planned, SplitPlan
 from pipeline.split.prefix import Slot, State
 from pipeline.split.replay import Replay
 from pipeline.split.suffix import Suffix
-from pipeline.split.tree import Args, Kwargs, map_arguments
+from pipeline.split.tree import Args, Kwargs, difference, map_arguments, mismatch
 
 
 @dataclass(frozen=True)

@@ -88,32 +88,30 @@ def _block_entered(model: nn.Module, call: Call, calls: list[Call], blocks: list
 
     So a stage of a network and its first block are one cut.
     """
-    modules = dict(model.named_modules())
     for entered in calls[calls.index(call) :] if call.path else []:
         if entered in blocks:
             return entered if entered.start < call.end else call
-        if type(modules[entered.path]) is not nn.Sequential:
+        if type(model.get_submodule(entered.path)) is not nn.Sequential:
             break
     return call
 
 
 def _head(model: nn.Module, calls: list[Call], blocks: list[Call]) -> Call | None:
     """Return the first call with parameters that starts after the last block ended."""
-    modules = dict(model.named_modules())
     end = max((block.end for block in blocks), default=0)
-    return next((call for call in calls if call.start > end and parameter_count(modules[call.path])), None)
+    later = (call for call in calls if call.start > end)
+    return next((call for call in later if parameter_count(model.get_submodule(call.path))), None)
 
 
 def _without_head(model: nn.Module, calls: list[Call], blocks: list[Call]) -> list[Call]:
     """Drop a trailing classifier: a container of single layers at the end, else a single layer that nothing follows."""
-    modules = dict(model.named_modules())
     if not blocks or _head(model, calls, blocks) is not None:
         return blocks
     last = _parent(blocks[-1].path)
     tail = [block for block in blocks if _parent(block.path) == last]
-    if len(tail) < len(blocks) and all(is_layer(modules[block.path]) for block in tail):
+    if len(tail) < len(blocks) and all(is_layer(model.get_submodule(block.path)) for block in tail):
         return [block for block in blocks if block not in tail]
-    return blocks[:-1] if len(blocks) > 1 and is_layer(modules[blocks[-1].path]) else blocks
+    return blocks[:-1] if len(blocks) > 1 and is_layer(model.get_submodule(blocks[-1].path)) else blocks
 
 
 def _parent(path: str) -> str:
@@ -135,7 +133,6 @@ class _BlockFinder:
 
     def __init__(self, model: nn.Module, calls: list[Call]) -> None:
         self.model = model
-        self.modules = dict(model.named_modules())
         self.calls = calls
         self.called: dict[str, list[Call]] = {}
         for call in calls:
@@ -147,7 +144,9 @@ class _BlockFinder:
         for prefix, container in containers.items():
             owner = _parent(prefix)
             if path not in (owner, prefix) and any(is_layer(child) for child in container.children()):
-                self.consider(owner, self.modules[owner])  # layers inside a module that is in no container itself
+                self.consider(
+                    owner, self.model.get_submodule(owner)
+                )  # layers inside a module that is in no container itself
                 continue
             for name, child in container.named_children():
                 self.consider(f"{prefix}.{name}" if prefix else name, child)
@@ -173,7 +172,7 @@ class _BlockFinder:
 
     def without_stems(self) -> list[Call]:
         """Return what was found, without containers of single layers (a stem, a downsampling) beside larger blocks."""
-        composed = {_parent(call.path) for call in self.found if not is_layer(self.modules[call.path])}
+        composed = {_parent(call.path) for call in self.found if not is_layer(self.model.get_submodule(call.path))}
         return [call for call in self.found if not composed or _parent(call.path) in composed]
 
     def is_stage(self, path: str, module: nn.Module) -> bool:
@@ -198,7 +197,7 @@ class _BlockFinder:
         """Return the calls of one big layer that is called repeatedly (ALBERT): each call is a block."""
         total = parameter_count(self.model)
         for path, calls in self.called.items():
-            if path and len(calls) >= FEW_BLOCKS and parameter_count(self.modules[path]) > SHARED * total:
+            if path and len(calls) >= FEW_BLOCKS and parameter_count(self.model.get_submodule(path)) > SHARED * total:
                 return calls
         return []
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import SplitError
-from pipeline.split.comparison import difference
-from pipeline.split.tree import Args, Kwargs, arguments, map_arguments
+from pipeline.split.tree import Args, Kwargs, arguments, difference, map_arguments
 
 SAMPLE_TOLERANCE = 1e-3  # kernels round differently for batches of another size
 

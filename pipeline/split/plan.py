@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.cut import Argument, Cut, Output, TensorSource, Weight
-from pipeline.split.fake_forward import FakeForward, install_fake_forwards, observe_forward
 from pipeline.split.frozen import FrozenParameters
 from pipeline.split.modes import random_state_kept
 from pipeline.split.observation import Observation, observe, run_in_training
 from pipeline.split.phantom import Operation, Phantom, unknown_ancestors
-from pipeline.split.phantom_run import ObservedCall, PhantomRun
+from pipeline.split.phantom_run import FakeForward, ObservedCall, PhantomRun, install_fake_forwards, observe_forward
 from pipeline.split.splittable import copy_of
 from pipeline.split.trace import Trace
 from pipeline.split.tree import Args, Kwargs, arguments, tensors
 
+ROUNDS = 64
 CHEAP_OPERATIONS = 200
 CHEAP_WEIGHTS = 0.005  # share of the model's parameters that a recomputed argument may keep in the suffix
 
@@ -137,10 +137,6 @@ class DependencySearch(PhantomRun):
         return found
 
 
-ROUNDS = 64
-INCOMPLETE = object()
-
-
 @dataclass(frozen=True)
 class Planned:
     """A complete plan, and the run of the suffix in eval mode that shows it.
@@ -165,9 +161,9 @@ def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwar
     observation = Observation(cut, ())
     observe(model, [observation], args, kwargs)
     for _ in range(ROUNDS):
-        output = _run_suffix(model, plan, observation, args, kwargs)
-        if output is not INCOMPLETE:
-            return Planned(plan, observation, output)
+        outputs = _run_suffix(model, plan, observation, args, kwargs)
+        if outputs:
+            return Planned(plan, observation, outputs[0])
         if not observation.values.keys() >= set(plan.sources):
             observation = Observation(cut, list(plan.sources))
             observe(model, [observation], args, kwargs)
@@ -194,8 +190,8 @@ def _with_tied_names(model: nn.Module, frozen: set[str]) -> dict[str, str]:
     return {name: canonical[id(item)] for name, item in everything if id(item) in identities}
 
 
-def _run_suffix(model: nn.Module, plan: SplitPlan, observation: Observation, args: Args, kwargs: Kwargs) -> Any:
-    """Run the suffix in both modes; return its output in eval mode, or INCOMPLETE once the plan was extended."""
+def _run_suffix(model: nn.Module, plan: SplitPlan, observation: Observation, args: Args, kwargs: Kwargs) -> list[Any]:
+    """Return the outputs of the suffix in eval and in train mode; none if the plan was incomplete and is extended."""
     weights = dict(model.named_parameters())
     size = sum(item.numel() for item in weights.values())
     root = copy_of(model, {id(item): item for item in model.parameters()})
@@ -209,15 +205,15 @@ def _run_suffix(model: nn.Module, plan: SplitPlan, observation: Observation, arg
                 outputs.append(search.run(args, kwargs))
         except MissingValues as missing:
             _extend(plan, missing)
-            return INCOMPLETE
+            return []
         except Exception as error:
             unfinished = [call.path for call in search.open if call.path not in plan.after]
             if not _fake_a_call(model, plan, unfinished, error, args, kwargs):
                 if training:
                     run_in_training(model, plan.cut, args, kwargs)
                 raise _with_place(plan.cut, training, error, search.open[-1].path) from error
-            return INCOMPLETE
-    return outputs[0]
+            return []
+    return outputs
 
 
 def _fake_a_call(

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RecyclingError, SplitError
-from pipeline.split.comparison import mismatch
 from pipeline.split.cut import Argument, Cut, TensorSource
 from pipeline.split.frozen import FrozenParameters
 from pipeline.split.modes import ACCELERATOR, OUT_OF_MEMORY, errors_as_refusals, eval_mode, state_kept
 from pipeline.split.phantom import THREAD
 from pipeline.split.phantom_run import CallKey
 from pipeline.split.recording import Recorder, Recording, make_recording
-from pipeline.split.tree import Args, Kwargs, arguments, map_arguments
+from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, mismatch
 
 SIGNATURES = 256  # recordings kept; each holds a few objects per skipped call
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from pipeline.errors import SplitError
 from pipeline.split.acceptance import ReferenceRun, accept, warn_about_padding, warn_about_shared_layers
 from pipeline.split.blocks import find_blocks, resolve
-from pipeline.split.comparison import difference, mismatch, tolerance
 from pipeline.split.cut import TensorSource, state_names
 from pipeline.split.layout import batch_size, prove_layout, regroup, two_samples
 from pipeline.split.observation import Observation, observe
@@ -19,7 +18,7 @@ from pipeline.split.prefix import Prefix, Slot, TensorSpec
 from pipeline.split.splittable import check_model
 from pipeline.split.suffix import Suffix
 from pipeline.split.trace import trace
-from pipeline.split.tree import Args, Kwargs, as_call
+from pipeline.split.tree import Args, Kwargs, as_call, difference, mismatch, tolerance
 
 
 def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suffix]:

@@ -24,10 +24,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from pipeline.config import Section
 from pipeline.errors import ConfigError, TrainError
 from pipeline.split import Prefix, State, Suffix, split
-from pipeline.split.comparison import difference
 from pipeline.split.suffix import output_in_eval
 from pipeline.split.trace import observed_calls
-from pipeline.split.tree import tensors
+from pipeline.split.tree import difference, tensors
 
 log = logging.getLogger("recycle")
 

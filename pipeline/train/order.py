@@ -60,7 +60,7 @@ def batches(
     _check(0, seed=seed, epoch=epoch)
     if window is not None:
         _check(1, **{"window.size": window.size})
-    for name, values in (("window.groups", window and window.groups), ("lengths", lengths)):
+    for name, values in (("window.groups", window.groups if window else None), ("lengths", lengths)):
         if values is not None and len(values) != len(units):
             raise ValueError(f"{name} has {len(values)} entries; it must have one for each of the {len(units)} units")
     rng = np.random.default_rng([seed, epoch])

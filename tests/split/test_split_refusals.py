@@ -7,7 +7,7 @@ from torch import nn
 
 from pipeline.errors import NoSuchCutError, SplitError
 from pipeline.split import Capture, merge, observation, split
-from pipeline.split.comparison import difference
+from pipeline.split.tree import difference
 
 
 class Chain(nn.Module):
