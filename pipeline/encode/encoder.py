@@ -129,13 +129,9 @@ class Encoder:
         return buffers
 
     def _forward(
-        self,
-        buffers: Buffers,
-        rows: np.ndarray,
-        batch: dict[str, Tensor],
-        samples: list[Sample] | None,
-        costs: EncodeCosts,
+        self, buffers: Buffers, rows: np.ndarray, batch: Sample, samples: list[Sample] | None, costs: EncodeCosts
     ) -> None:
+        """Add the states of a batch, and what is stored beside them; of unequal `samples`, each without padding."""
         run = Capture([self.prefixes[cut] for cut in buffers])
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         if samples is None:

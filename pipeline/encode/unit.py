@@ -157,10 +157,8 @@ class UnitBuffer:
 
 def _infinite(tensor: Tensor | list[Tensor]) -> list[int]:
     """Return the indices of the samples with a NaN or an infinity."""
-    if isinstance(tensor, Tensor):
-        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
-            return []
-        return torch.nonzero(~torch.isfinite(tensor).flatten(1).all(1)).flatten().tolist()
+    if isinstance(tensor, Tensor) and (not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum()))):
+        return []
     return [i for i, one in enumerate(tensor) if one.is_floating_point() and not bool(torch.isfinite(one).all())]
 
 

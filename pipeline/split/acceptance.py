@@ -17,9 +17,11 @@ from pipeline.split.modes import OUT_OF_MEMORY, state_kept
 from pipeline.split.observation import Observation, observe, run_in_training, seeded_calls
 from pipeline.split.plan import Planned, SplitPlan
 from pipeline.split.prefix import Slot, State
-from pipeline.split.replay import Replay
 from pipeline.split.suffix import Suffix
 from pipeline.split.tree import Args, Kwargs, difference, map_arguments, mismatch
+
+LEFT = " on the left; pad on the right (tokenizer.padding_side), or give position_ids that count from the first token"
+ALWAYS = "; pad every batch to one fixed length"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ReferenceRun:
 
 
 def accept(suffix: Suffix, model: nn.Module, plan: SplitPlan, runs: Sequence[ReferenceRun]) -> None:
-    """Give `suffix` a replay with which it does what `model` does.
+    """Find the kind of replay with which `suffix` does what `model` does.
 
     It must return what the full model returned in each of the `runs` in eval mode and in a further one in train mode,
     where it must also leave the same buffers (running statistics). Stored tensors must be left as they are. The kinds
@@ -54,13 +56,13 @@ def accept(suffix: Suffix, model: nn.Module, plan: SplitPlan, runs: Sequence[Ref
     frozen = tuple(f"{path}." for path in set(plan.before) - plan.after)
     buffers = {name: item for name, item in buffers.items() if not name.startswith(frozen)}
     runs = [*runs, ReferenceRun(first.args, first.kwargs, first.state, output, buffers, training=True)]
-    for fills, dense in itertools.product((False, True), repeat=2):
-        suffix.replay = Replay(suffix.root, suffix.cut, suffix.frozen, dense=dense, fills=fills)
+    replay = suffix.replay
+    for replay.fills, replay.dense in itertools.product((False, True), repeat=2):
+        replay.forget()
         reason = next((found for run in runs if (found := _deviation(suffix, run))), None)
         suffix.train(training)
         if reason is None:
             return
-        suffix.replay.remove()
     raise SplitError(
         f"split at {suffix.cut}: the suffix does not reproduce the full model: {reason}; the model's code before the "
         "cut depends on values or objects of recycled layers, so cut elsewhere, or give other options"
@@ -90,11 +92,6 @@ def _deviation(suffix: Suffix, run: ReferenceRun) -> str | None:
     return f"{reason} in {'train' if run.training else 'eval'} mode" if reason else None
 
 
-MASK = "attention_mask"
-ALWAYS = "; pad every batch to one fixed length"
-LEFT = " on the left; pad on the right (tokenizer.padding_side), or give position_ids that count from the first token"
-
-
 def warn_about_shared_layers(model: nn.Module, plan: SplitPlan) -> None:
     """Warn when layers after the cut do not train, because the prefix runs the same layers (ALBERT)."""
     calls_again = set(plan.before) & plan.after
@@ -117,7 +114,7 @@ def warn_about_padding(model: nn.Module, planned: Planned, slots: Sequence[Slot]
     (BERT). The shortest sample of the example is run again without its padding; without a padded sample there is no
     check.
     """
-    mask = kwargs.get(MASK)
+    mask = kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return
     row = int(mask.sum(1).argmin())

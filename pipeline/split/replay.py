@@ -33,21 +33,19 @@ class Replay:
     """Runs the modules of a suffix from stored values, by recordings.
 
     Attributes:
+        dense: whether dummies have memory, for models that write into what a recycled layer returned.
+        fills: whether stored arguments of the cut call are put into the caller's own tensors, for callers that go on
+            using these, as in `x = x + block(x)`.
         before: whether a step is running that has not reached the cut; the next attributes describe that step.
         recording: what it follows, or the last step followed.
         values: the stored tensors, until the cut.
         counts: how often each stub was called.
     """
 
-    def __init__(self, root: nn.Module, cut: Cut, frozen: FrozenParameters, *, dense: bool, fills: bool) -> None:
-        """Prepare `root`, whose forward gets to `cut` with the `frozen` parameters missing.
-
-        Args:
-            dense: whether dummies have memory, for models that write into what a recycled layer returned.
-            fills: whether stored arguments of the cut call are put into the caller's own tensors, for callers that go
-                on using these, as in `x = x + block(x)`.
-        """
-        self.root, self.cut, self.frozen, self.dense, self.fills = root, cut, frozen, dense, fills
+    def __init__(self, root: nn.Module, cut: Cut, frozen: FrozenParameters) -> None:
+        """Prepare `root`, whose forward gets to `cut` with the `frozen` parameters missing."""
+        self.root, self.cut, self.frozen = root, cut, frozen
+        self.dense = self.fills = False
         self.before = False
         self.recording: Recording | None = None
         self.values: Mapping[TensorSource, Tensor] = {}
@@ -55,7 +53,7 @@ class Replay:
         self._training: list[nn.Module] = []  # to be put back in train mode at the cut
         self._recordings: dict[Hashable, Recording] = {}
         self._first: Recording | None = None
-        self._forwards: dict[str, Any] = {}  # what modules with a stub had as their own attribute
+        self._stubbed: set[str] = set()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -116,16 +114,8 @@ class Replay:
 
         return map_arguments(with_stored, args, kwargs)
 
-    def remove(self) -> None:
-        """Give the modules their own `forward` back."""
-        for path, forward in self._forwards.items():
-            module = self.root.get_submodule(path)
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
     def forget(self) -> None:
-        """Drop all recordings: the suffix moved to another device or dtype."""
+        """Drop all recordings: the suffix moved to another device or dtype, or the kind of replay changed."""
         self._recordings.clear()
 
     def _start(
@@ -186,11 +176,11 @@ class Replay:
         return recording, output
 
     def _install_stubs(self, paths: set[str]) -> None:
-        for path in paths - self._forwards.keys():
+        for path in paths - self._stubbed:
             module = self.root.get_submodule(path)
-            self._forwards[path] = module.__dict__.get("forward")
             incomplete = path != self.cut.path and self.frozen.lacks(module)
             module.forward = Stub(self, path, module.forward, incomplete=incomplete)
+        self._stubbed |= paths
 
 
 class Stub:

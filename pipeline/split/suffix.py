@@ -35,18 +35,18 @@ class Suffix(nn.Module):
     """
 
     root: nn.Module
-    replay: Replay
 
     def __init__(
         self, model: nn.Module, plan: SplitPlan, slots: Sequence[Slot], constants: Mapping[TensorSource, Tensor]
     ) -> None:
-        """Use `split`, which finds the arguments, proves them and sets `replay`."""
+        """Use `split`, which finds the arguments and proves them."""
         super().__init__()
         self.cut: Cut = plan.cut
         self.spec: Mapping[str, TensorSpec] = {slot.name: slot.spec for slot in slots}
         self.slots = tuple(slots)
         root, self.frozen = trainable_copy(model, plan)
         self.__dict__["root"] = root  # not a child: its children are adopted, under their own names
+        self.replay = Replay(root, self.cut, self.frozen)
         self._modules, self._parameters, self._buffers = root._modules, root._parameters, root._buffers
         self._non_persistent_buffers_set = root._non_persistent_buffers_set
         self._dtypes = {slot.name: slot.spec.dtype for slot in slots}

@@ -155,7 +155,6 @@ class Loader:
         self.device = torch.device(device)
         self.source = samples.source
         self._places = samples.places
-        self._codes = samples.places.codes
         self._view: View = view or (lambda epoch: np.zeros(len(samples), np.int64))
         self._targets = {name: _checked_target(name, values, len(samples)) for name, values in targets.items()}
         self._batches = batches
@@ -202,7 +201,7 @@ class Loader:
 
     def _share(self, place_of_row: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return this process's share of the rows of a batch, and the indices of each process's share."""
-        by_place = np.argsort(self._codes[place_of_row[rows]], kind="stable")
+        by_place = np.argsort(self._places.codes[place_of_row[rows]], kind="stable")
         places = shares(len(rows), self._world)
         return rows[by_place[places[self._rank]]], places
 

@@ -20,6 +20,8 @@ from pipeline.tasks import Task
 from pipeline.train import processes
 from pipeline.train.loader import Batch
 
+log = logging.getLogger("recycle")
+
 ONE_VALUE = "more than 1 value per channel"
 """Part of the message of torch's batch norms on a single value."""
 
@@ -87,9 +89,6 @@ def of_all_processes(output: Any, batch: Batch) -> tuple[Any, dict[str, Tensor]]
     gathered = iter(processes.gather([*own, *batch.targets.values()], batch.places, padding))
     output = recursively_apply(lambda _: next(gathered), output, test_type=has_rows)
     return output, dict(zip(batch.targets, gathered, strict=True))
-
-
-log = logging.getLogger("recycle")
 
 
 def prepare(objective: Objective, batches: Iterable[Batch], accelerator: Accelerator) -> nn.Module:
