@@ -59,11 +59,7 @@ def decode(source: Source, chunks: Sequence[Chunk], *, workers: int) -> Iterator
 
 @contextmanager
 def explain_dead_workers(workers: int) -> Iterator[None]:
-    """Turn torch's error about a dead worker process into a message with a remedy.
-
-    Raises:
-        DataError: a worker process died.
-    """
+    """Turn torch's error about a dead worker process into a DataError with a remedy."""
     try:
         yield
     except RuntimeError as error:

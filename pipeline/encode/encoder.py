@@ -147,11 +147,7 @@ class Encoder:
             costs.forward_samples[cut] = costs.forward_samples.get(cut, 0) + len(rows)
 
     def _run(self, run: Capture, rows: np.ndarray, batch: dict[str, Tensor]) -> list[State]:
-        """Return the states of a batch.
-
-        Raises:
-            ModelError: the network refuses a sample; the message names it, and the settings that decide its inputs.
-        """
+        """Return the states of a batch, or raise ModelError, which names the sample that the network refuses."""
         with autocast(self.config.precision, self.device):
             try:
                 return run(**in_format(batch, self.config))

@@ -91,11 +91,7 @@ def plan(
 
 
 def check_rows(wanted: Sequence[object]) -> None:
-    """Check that there is one array of row numbers for each view.
-
-    Raises:
-        TypeError: there is something else; the message names the view.
-    """
+    """Raise TypeError, which names the view, unless there is one array of row numbers for each view."""
     for view, rows in enumerate(wanted):
         if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.kind not in "iu":
             found = f"{rows.ndim} axes of {rows.dtype}" if isinstance(rows, np.ndarray) else type(rows).__name__

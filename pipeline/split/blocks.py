@@ -1,8 +1,4 @@
-"""The blocks of a network, its repeated units in execution order, and the cut that a user's `at` names.
-
-A cut is a point in time, not a place in the module tree: the entry to one call of one module. Everything the model
-executes earlier is prefix.
-"""
+"""The blocks of a network, its repeated units in execution order, and the cut that a user's `at` names."""
 
 from __future__ import annotations
 

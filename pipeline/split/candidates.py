@@ -94,16 +94,13 @@ def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwar
     def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:
         counted[path, index] = counter.get_total_flops()
 
-    counter = FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: _attention_flops})
+    attention = lambda q, k, v, *_, **__: int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]  # noqa: E731
+    counter = FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention})
     paths = {cut.path for cut in cuts}
     with eval_run(model, args, kwargs), observed_calls(model, on_call, paths=paths), counter:
         model(*args, **kwargs)
     batch = batch_size(args, kwargs)
     return [flops // batch for flops in [*(counted[cut.path, cut.call] for cut in cuts), counter.get_total_flops()]]
-
-
-def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _sizes(model: nn.Module, cut: Cut, seen: Trace, args: Args, kwargs: Kwargs) -> tuple[int, int]:

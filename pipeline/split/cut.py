@@ -1,6 +1,7 @@
 """A cut, the point in time at which a forward pass is divided, and the sources of the tensors that cross it.
 
-Three places can be observed without touching the model's code: the arguments of the cut call, the output of an earlier
+It is no place in the module tree: everything that the model executes before the entry to one call is prefix. Three
+sources can be observed without touching the model's code: the arguments of the cut call, the output of an earlier
 module call (a skip connection), and an input of the model. Parameters are named the same way, as origins of phantoms.
 """
 

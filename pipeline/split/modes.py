@@ -75,10 +75,7 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the random state and the buffers of `model` at the end.
-
-    A module may write into its buffer, or put another tensor in its place.
-    """
+    """Restore the random state and the buffers of `model`, which modules may write to or replace, at the end."""
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()

@@ -65,7 +65,11 @@ def observe(
         reached = [one for one in pending if (one.cut.path, one.cut.call) == (path, index)]
         for one in reached:
             pending.remove(one)
-            _take_arguments(one, arguments(args, kwargs), copy=to_the_end or bool(pending))
+            for leaf, tensor in arguments(args, kwargs).items():
+                is_copied = Argument(leaf) in one.wanted and (to_the_end or pending)
+                one.values[Argument(leaf)] = tensor.detach().clone() if is_copied else tensor.detach()
+            for device in {tensor.device for tensor in one.values.values()}:
+                synchronise(device)
             one.elapsed = time.perf_counter() - start
         if reached and not pending and not to_the_end:
             raise _LastCutReached
@@ -82,15 +86,6 @@ def observe(
             )
         return output
     return None
-
-
-def _take_arguments(one: Observation, found: dict[str, Tensor], *, copy: bool) -> None:
-    """Take the arguments of the cut call, and wait until they are computed."""
-    for leaf, tensor in found.items():
-        value = tensor.detach()
-        one.values[Argument(leaf)] = value.clone() if copy and Argument(leaf) in one.wanted else value
-    for device in {tensor.device for tensor in one.values.values()}:
-        synchronise(device)
 
 
 def run_in_training(model: nn.Module, cut: Cut, args: Args, kwargs: Kwargs) -> tuple[Any, dict[str, Tensor]]:

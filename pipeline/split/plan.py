@@ -152,11 +152,7 @@ class Planned:
 
 
 def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwargs) -> Planned:
-    """Return what the suffix of `model` after `cut` needs, as found on one batch.
-
-    Raises:
-        SplitError: it needs something that no module before the cut returns.
-    """
+    """Return what the suffix of `model` after `cut` needs, as found on one batch, or raise SplitError."""
     plan = initial_plan(model, cut, trace)
     observation = Observation(cut, ())
     observe(model, [observation], args, kwargs)

@@ -76,11 +76,7 @@ class Prefix:
         return [(path, modules[path]) for path in self._plan.before]
 
     def collect(self, observation: Observation, batch: int) -> State:
-        """Return the state of `batch` samples from a filled observation.
-
-        Raises:
-            SplitError: the run did not make a tensor of the state.
-        """
+        """Return the state of `batch` samples from a filled observation, or raise SplitError if it lacks a tensor."""
         for slot in self.slots:
             if slot.source not in observation.values:
                 raise SplitError(
@@ -106,11 +102,7 @@ class Capture:
         self.elapsed: list[float] = []
 
     def __call__(self, *args: Any, **inputs: Any) -> list[State]:
-        """Return the state of a batch at each cut, in the order of the prefixes; the run stops at the last cut.
-
-        Raises:
-            InputRefusedError, SplitError: as a Prefix does.
-        """
+        """Return the state of a batch at each cut, in the order of the prefixes; raises as a Prefix does."""
         observations = [Observation(one.cut, [slot.source for slot in one.slots]) for one in self.prefixes]
         observe(self.prefixes[0].model, observations, args, inputs)
         self.elapsed = [observation.elapsed for observation in observations]

@@ -81,8 +81,7 @@ def _fault(tensor: Tensor) -> str | None:
             "is on the meta device, without values; load the weights first, as by "
             "model.load_state_dict(weights, assign=True)"
         )
-    holds_others = bool(is_traceable_wrapper_subclass(tensor))
-    if holds_others:
+    if bool(is_traceable_wrapper_subclass(tensor)):
         return (
             f"is a {type(tensor).__name__}, which holds its values in its own way; split the model before it is "
             "sharded or quantized, and do that to the suffix instead"
@@ -95,8 +94,7 @@ def _fault(tensor: Tensor) -> str | None:
 def copy_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Return a deep copy of `model`, in which the objects of `memo` replace the originals of these ids.
 
-    Raises:
-        SplitError: a module holds what cannot be copied; the message names it.
+    Where a module holds what cannot be copied, SplitError names it.
     """
     try:
         twin: nn.Module = copy.deepcopy(model, dict(memo))

@@ -106,8 +106,7 @@ def prove_state(
 ) -> ProvedState:
     """Prove that the planned state gives the model's `output` on the first batch, and by a second one its layout.
 
-    Raises:
-        SplitError: a value has no provable batch axis, or it or the output differs between two runs on one batch.
+    Where a value has no provable batch axis, or two runs on one batch differ, SplitError says so.
     """
     plan = planned.plan
     again, other = Observation(plan.cut, plan.sources), Observation(plan.cut, plan.sources)

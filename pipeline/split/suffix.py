@@ -98,10 +98,7 @@ class Suffix(nn.Module):
         """The values that cross the cut and belong to no sample, by where the model has them.
 
         They are results of the weights before the cut; a suffix that was split off a model without these weights is
-        given them.
-
-        Raises:
-            SplitError: what is given are not the constants of this suffix.
+        given them. Others than its own raise SplitError.
         """
         return {str(source): value for source, value in self._constants.items()}
 

@@ -125,10 +125,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def mismatch(expected: Any, found: Any) -> str | None:
-    """Return how the tensors in `found` differ from those in `expected`, or None where they are equal.
-
-    Rounding within `tolerance` is no difference.
-    """
+    """Return how the tensors in `found` differ from those in `expected`; None where only by rounding (`tolerance`)."""
     wanted, got = tensors(expected), tensors(found)
     if wanted.keys() != got.keys():
         return f"the model returns {sorted(wanted)}, the suffix {sorted(got)}"

@@ -53,11 +53,7 @@ class Progress:
 
 @contextmanager
 def exclusive_checkpoint(checkpoint: Path) -> Iterator[Path]:
-    """Lock the checkpoint folder of a run; of several processes, the main one holds the lock.
-
-    Raises:
-        TrainError: another process trains the same run.
-    """
+    """Lock the checkpoint folder of a run, or raise TrainError; of several processes, the main one holds the lock."""
     if processes.rank() > 0:
         yield checkpoint
         return

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, recursively_apply
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, recursively_apply
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -60,7 +60,8 @@ def trains_on_one(suffix: nn.Module, batch: Batch) -> bool:
 def evaluate(suffix: nn.Module, task: Task, batches: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:
     """Return the task's metrics over `batches`, in eval mode and without gradients."""
     suffix.eval()
-    processes.share_buffers(suffix)
+    if processes.world() > 1:  # running statistics differ between processes: those of the main one count
+        broadcast([buffer for buffer in suffix.buffers() if buffer.is_contiguous()])
     metrics = task.metrics()
     with torch.no_grad():
         for batch in batches:
@@ -91,16 +92,13 @@ def of_all_processes(output: Any, batch: Batch) -> tuple[Any, dict[str, Tensor]]
     return output, dict(zip(batch.targets, gathered, strict=True))
 
 
-def prepare(objective: Objective, batches: Iterable[Batch], accelerator: Accelerator) -> nn.Module:
-    """Return `objective` on its device; with several processes, its gradients are averaged over them.
-
-    `batches` are the training batches.
-    """
+def prepare(objective: Objective, training: Iterable[Batch], accelerator: Accelerator) -> nn.Module:
+    """Return `objective` on its device; with several processes, its gradients are averaged over them."""
     to_device(objective, accelerator.device)
     if accelerator.num_processes > 1:
         _share_statistics(objective, accelerator.device)
         accelerator.ddp_handler = DistributedDataParallelKwargs(
-            find_unused_parameters=_leaves_parameters_out(objective, next(iter(batches))),
+            find_unused_parameters=_leaves_parameters_out(objective, next(iter(training))),
             broadcast_buffers=False,  # `evaluate` shares them, once per epoch; a loss's memory is the same everywhere
         )
     with warnings.catch_warnings():

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list, parse_flag_from_env
-from torch import Tensor, nn
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from torch import Tensor
 
 from pipeline.errors import TrainError
 
@@ -113,12 +113,6 @@ def gather(tensors: Sequence[Tensor], places: Sequence[np.ndarray], padding: Seq
         whole = torch.cat([part[: len(own)] for part, own in zip(parts, places, strict=True)])
         gathered.append(whole[first.to(whole.device)])
     return gathered
-
-
-def share_buffers(module: nn.Module) -> None:
-    """Copy the buffers of the main process to all others: running statistics differ between processes."""
-    if world() > 1:
-        broadcast([buffer for buffer in module.buffers() if buffer.is_contiguous()])
 
 
 class _Shares(torch.autograd.Function):
