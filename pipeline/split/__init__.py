@@ -4,7 +4,7 @@ The modules in the order in which a split happens:
 
 1.  `splitting`: `split` and `merge`, the flow that calls the others.
 2.  `splittable`: which models can be split, and copies of them.
-3.  `trace`: one observed forward pass; `blocks`: the repeated units in it; `cut`: the place that the user names, and
+3.  `forward`: one observed forward pass; `blocks`: the repeated units in it; `cut`: the place that the user names, and
     where the tensors that cross it come from.
 4.  `observation`: runs of the full model that take tensors at a cut.
 5.  `plan`: what must be stored and kept, found by runs of the suffix. They are a `phantom_run`: the model's own
@@ -15,8 +15,7 @@ The modules in the order in which a split happens:
 8.  `acceptance`: compares the suffix with the full model, or refuses the split; warns of exact splits that may not be
     what the user wants.
 
-`candidates` lists the places to cut, with their costs. `modes` (train and eval flags, random state) and `tree` (tensors
-inside nested values) serve all of them.
+`candidates` lists the places to cut, with their costs. `tree` (tensors inside nested values) serves all of them.
 """
 
 from pipeline.split.candidates import Candidate, candidates, flops_around

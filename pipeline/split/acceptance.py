@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
+from pipeline.split.forward import OUT_OF_MEMORY, state_kept
 from pipeline.split.layout import SAMPLE_TOLERANCE, batch_size
-from pipeline.split.modes import OUT_OF_MEMORY, state_kept
 from pipeline.split.observation import Observation, observe, run_in_training, seeded_calls
 from pipeline.split.plan import Planned, SplitPlan
 from pipeline.split.prefix import Slot, State

@@ -8,7 +8,7 @@ from torch import nn
 
 from pipeline.errors import NoSuchCutError
 from pipeline.split.cut import Cut
-from pipeline.split.trace import Call
+from pipeline.split.forward import Call
 
 FEW_BLOCKS = 4
 MOST = 0.5  # an inner container that holds more than this share of a block's parameters is a stage of smaller blocks

@@ -16,12 +16,11 @@ from tqdm import tqdm
 from pipeline.errors import SplitError
 from pipeline.split.blocks import boundaries, find_blocks
 from pipeline.split.cut import Cut
+from pipeline.split.forward import Trace, eval_run, observed_calls, synchronise, trace
 from pipeline.split.layout import batch_size, regroup
-from pipeline.split.modes import eval_run, synchronise
 from pipeline.split.plan import make_plan
 from pipeline.split.splittable import check_model
 from pipeline.split.splitting import prove_state, read_example
-from pipeline.split.trace import Trace, observed_calls, trace
 from pipeline.split.tree import Args, Kwargs
 
 REPEATS = 5

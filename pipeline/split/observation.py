@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
-from pipeline.split.modes import errors_as_refusals, eval_run, random_state_kept, synchronise
+from pipeline.split.forward import errors_as_refusals, eval_run, observed_calls, random_state_kept, synchronise
 from pipeline.split.splittable import copy_of
-from pipeline.split.trace import observed_calls
 from pipeline.split.tree import Args, Kwargs, arguments, map_tensors, tensors
 
 

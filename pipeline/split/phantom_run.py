@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
-from pipeline.split.modes import eval_run
+from pipeline.split.forward import eval_run, observed_calls
 from pipeline.split.operations import apply, needs_values, with_integer_indices
 from pipeline.split.phantom import THREAD, Interpreter, Phantom, compute, is_computable, phantoms
-from pipeline.split.trace import observed_calls
 from pipeline.split.tree import Args, Kwargs, arguments, is_plain, map_arguments, map_tensors, tensors
 
 CallKey: TypeAlias = tuple[str, int]

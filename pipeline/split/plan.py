@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.cut import Argument, Cut, Output, TensorSource, Weight
+from pipeline.split.forward import Trace, random_state_kept
 from pipeline.split.frozen import FrozenParameters
-from pipeline.split.modes import random_state_kept
 from pipeline.split.observation import Observation, observe, run_in_training
 from pipeline.split.phantom import Operation, Phantom, unknown_ancestors
 from pipeline.split.phantom_run import FakeForward, ObservedCall, PhantomRun, install_fake_forwards, observe_forward
 from pipeline.split.splittable import copy_of
-from pipeline.split.trace import Trace
 from pipeline.split.tree import Args, Kwargs, arguments, tensors
 
 ROUNDS = 64

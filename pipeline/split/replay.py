@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import RecyclingError, SplitError
 from pipeline.split.cut import Argument, Cut, TensorSource
+from pipeline.split.forward import ACCELERATOR, OUT_OF_MEMORY, errors_as_refusals, eval_mode, state_kept
 from pipeline.split.frozen import FrozenParameters
-from pipeline.split.modes import ACCELERATOR, OUT_OF_MEMORY, errors_as_refusals, eval_mode, state_kept
 from pipeline.split.phantom import THREAD
 from pipeline.split.phantom_run import CallKey
 from pipeline.split.recording import Recorder, Recording, make_recording

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pipeline.errors import SplitError
-from pipeline.split.modes import eval_mode
+from pipeline.split.forward import eval_mode
 
 WRAPPERS = {
     "OptimizedModule": ("torch.compile", "_orig_mod", "compile the suffix instead"),

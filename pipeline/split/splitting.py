@@ -11,13 +11,13 @@ from pipeline.errors import SplitError
 from pipeline.split.acceptance import ReferenceRun, accept, warn_about_padding, warn_about_shared_layers
 from pipeline.split.blocks import find_blocks, resolve
 from pipeline.split.cut import TensorSource, state_names
+from pipeline.split.forward import trace
 from pipeline.split.layout import batch_size, prove_layout, regroup, two_samples
 from pipeline.split.observation import Observation, observe
 from pipeline.split.plan import Planned, make_plan
 from pipeline.split.prefix import Prefix, Slot, TensorSpec
 from pipeline.split.splittable import check_model
 from pipeline.split.suffix import Suffix
-from pipeline.split.trace import trace
 from pipeline.split.tree import Args, Kwargs, as_call, difference, mismatch, tolerance
 
 

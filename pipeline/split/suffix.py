@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.cut import Cut, TensorSource
+from pipeline.split.forward import eval_mode
 from pipeline.split.frozen import FrozenParameters, dummy
-from pipeline.split.modes import eval_mode
 from pipeline.split.phantom_run import install_fake_forwards
 from pipeline.split.plan import SplitPlan
 from pipeline.split.prefix import Slot, State, TensorSpec

@@ -24,8 +24,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from pipeline.config import Section
 from pipeline.errors import ConfigError, TrainError
 from pipeline.split import Prefix, State, Suffix, split
+from pipeline.split.forward import observed_calls
 from pipeline.split.suffix import output_in_eval
-from pipeline.split.trace import observed_calls
 from pipeline.split.tree import difference, tensors
 
 log = logging.getLogger("recycle")

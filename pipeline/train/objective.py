@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast, recursive
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.split.modes import state_kept
+from pipeline.split.forward import state_kept
 from pipeline.tasks import Task
 from pipeline.train import processes
 from pipeline.train.loader import Batch

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from pipeline.errors import NoSuchCutError, SplitError
 from pipeline.split import candidates
 from pipeline.split.blocks import find_blocks, resolve
-from pipeline.split.trace import trace
+from pipeline.split.forward import trace
 from pipeline.split.tree import as_call
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 100}
