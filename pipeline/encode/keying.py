@@ -31,6 +31,11 @@ log = logging.getLogger("recycle")
 
 T = TypeVar("T")
 
+KEYED_AT_ONCE = 256
+TRIMMING_ROWS = 1 << 10
+"""Number of rows searched for two samples of unequal shapes."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half of a character, which UTF-8 cannot encode."""
 WAIT_SECONDS = 5.0
 """Time to wait for another process that holds the file."""
 _PROBE = content_key([b"bytes", "text", ("two", "texts"), np.arange(3), {"of": None}])
@@ -113,13 +118,6 @@ def _version(connection: sqlite3.Connection) -> int:
 def _fields(stamp: Stamp) -> tuple[bytes, str]:
     """Return path and stamp as SQLite values: names may not be UTF-8, and numbers may exceed 64 bits."""
     return os.fsencode(stamp.path), f"{stamp.size} {stamp.mtime_ns} {stamp.inode}"
-
-
-KEYED_AT_ONCE = 256
-TRIMMING_ROWS = 1 << 10
-"""Number of rows searched for two samples of unequal shapes."""
-SURROGATE = re.compile(r"[\ud800-\udfff]")
-"""Half of a character, which UTF-8 cannot encode."""
 
 
 @dataclass(frozen=True)

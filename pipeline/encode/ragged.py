@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from pipeline.split import State
@@ -36,13 +35,9 @@ class Trimming:
 
     def __call__(self, state: State, samples: Sequence[Sample]) -> dict[str, Tensor | list[Tensor]]:
         """Return `state` sample by sample where it is ragged; a tensor of one shape for all stays whole."""
-        trimmed: dict[str, Tensor | list[Tensor]] = {}
-        for name, tensor in state.items():
-            if name not in self.axes:
-                trimmed[name] = tensor
-                continue
-            axis, source = self.axes[name]
-            trimmed[name] = [tensor[i].narrow(axis, 0, len(sample[source])) for i, sample in enumerate(samples)]
+        trimmed: dict[str, Tensor | list[Tensor]] = dict(state)
+        for name, (axis, source) in self.axes.items():
+            trimmed[name] = [state[name][i].narrow(axis, 0, len(sample[source])) for i, sample in enumerate(samples)]
         return trimmed
 
 
@@ -51,9 +46,6 @@ def pad_batch(samples: Sequence[Sample], pad: Mapping[str, float]) -> dict[str, 
     batch = {}
     for name in samples[0]:
         tensors = [sample[name] for sample in samples]
-        if all(tensor.shape == tensors[0].shape for tensor in tensors):
-            batch[name] = torch.stack(tensors)
-            continue
         longest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
         padded = tensors[0].new_full((len(tensors), *longest), pad.get(name, 0))
         for row, tensor in zip(padded, tensors, strict=True):

@@ -65,14 +65,13 @@ def candidates(model: nn.Module, example: Any) -> list[Candidate]:
     args, kwargs = read_example(example)
     seen = trace(model, args, kwargs)
     cuts = boundaries(model, seen.calls, find_blocks(model, seen.calls))
-    *before, total = _count_flops(model, cuts, args, kwargs)
+    counted = _count_flops(model, cuts, args, kwargs)
     found = []
-    for cut, flops in zip(tqdm(cuts, desc="cuts", disable=None), before, strict=True):
+    for cut, flops in zip(tqdm(cuts, desc="cuts", disable=None), counted, strict=True):
         try:
-            parameters, state_bytes = _sizes(model, cut, seen, args, kwargs)
-            found.append(Candidate(cut, flops, total - flops, parameters, state_bytes))
+            found.append(Candidate(cut, *flops, *_sizes(model, cut, seen, args, kwargs)))
         except SplitError as error:
-            found.append(Candidate(cut, flops, total - flops, refused=str(error)))
+            found.append(Candidate(cut, *flops, refused=str(error)))
     return found
 
 
@@ -80,14 +79,13 @@ def flops_around(model: nn.Module, cuts: Sequence[Cut], example: Any) -> list[tu
     """Return the operations per sample of a forward pass before and after each of `cuts`; None if uncountable."""
     args, kwargs = read_example(example)
     try:
-        *before, total = _count_flops(model, cuts, args, kwargs)
+        return _count_flops(model, cuts, args, kwargs)
     except Exception:  # the network runs; the counter need not be able to follow it
         return None
-    return [(flops, total - flops) for flops in before]
 
 
-def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwargs) -> list[int]:
-    """Return the operations per sample of one forward pass until each of the cuts, and until its end."""
+def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwargs) -> list[tuple[int, int]]:
+    """Return the operations per sample of one forward pass before and after each of the cuts."""
     counted: dict[tuple[str, int], int] = {}
 
     def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:
@@ -99,13 +97,14 @@ def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwar
     with eval_run(model, args, kwargs), observed_calls(model, on_call, paths=paths), counter:
         model(*args, **kwargs)
     batch = batch_size(args, kwargs)
-    return [flops // batch for flops in [*(counted[cut.path, cut.call] for cut in cuts), counter.get_total_flops()]]
+    total, before = counter.get_total_flops() // batch, [counted[cut.path, cut.call] // batch for cut in cuts]
+    return [(flops, total - flops) for flops in before]
 
 
 def _sizes(model: nn.Module, cut: Cut, seen: Trace, args: Args, kwargs: Kwargs) -> tuple[int, int]:
     """Return how many parameters the prefix freezes, and the bytes of one sample's state."""
     planned = make_plan(model, cut, seen, args, kwargs)
-    slots = prove_state(model, planned, seen.output, (args, kwargs), regroup(args, kwargs)).slots
+    slots, *_ = prove_state(model, planned, seen.output, (args, kwargs), regroup(args, kwargs))
     weights = dict(model.named_parameters())
     frozen = sum(weights[name].numel() for name in set(planned.plan.frozen.values()))
     return frozen, sum(2 * torch.Size(slot.spec.shape).numel() for slot in slots)

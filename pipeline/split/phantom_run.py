@@ -13,6 +13,7 @@ output is one of the arguments, or has the shape and dtype of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
-from pipeline.split.forward import eval_run, observed_calls
+from pipeline.split.forward import eval_mode, eval_run, observed_calls
 from pipeline.split.operations import apply, needs_values, with_integer_indices
 from pipeline.split.phantom import THREAD, Interpreter, Phantom, compute, is_computable, phantoms
 from pipeline.split.tree import Args, Kwargs, arguments, is_plain, map_arguments, map_tensors, tensors
@@ -80,15 +81,15 @@ class PhantomRun(Interpreter):
         self.entered = False
         self.calls = ObservedCall("", -1, {})
         self.open = [self.calls]
-        self._modes = [(module, module.training) for module in root.modules()]
+        self._modes = ExitStack()
 
     def run(self, args: Args, kwargs: Kwargs) -> Any:
         """Return the model's output, or raise SplitError: the cut is not reached, or a value cannot be computed."""
         args, kwargs = map_arguments(self._input, args, kwargs)
-        self.root.eval()
         former, THREAD.interpreter = THREAD.interpreter, self
         try:
-            with observed_calls(self.root, self._on_call, self._on_return):
+            with self._modes, observed_calls(self.root, self._on_call, self._on_return):
+                self._modes.enter_context(eval_mode(self.root))
                 output = self.root(*args, **kwargs)
                 if not self.entered:
                     raise SplitError(
@@ -97,7 +98,6 @@ class PhantomRun(Interpreter):
                 return map_tensors(lambda _, item: self.force(item), output)
         finally:
             THREAD.interpreter = former
-            self._restore_modes()
 
     def operate(self, function: Any, args: Args, kwargs: Kwargs) -> Any:
         function, args = with_integer_indices(function, args)
@@ -145,7 +145,7 @@ class PhantomRun(Interpreter):
         for leaf, item in arguments(args, kwargs).items():
             self._assign(item, Argument(leaf))
         self.entered, self.open = True, [self.calls]
-        self._restore_modes()
+        self._modes.close()
         return map_arguments(lambda _, item: self.force(item), args, kwargs)
 
     def _assign(self, item: Tensor, source: TensorSource) -> None:
@@ -177,10 +177,6 @@ class PhantomRun(Interpreter):
         if not item.is_floating_point():
             return item
         return Phantom.like(item, Input(leaf), self.values.get(Input(leaf)))
-
-    def _restore_modes(self) -> None:
-        for module, training in self._modes:
-            module.training = training
 
 
 @dataclass(frozen=True)

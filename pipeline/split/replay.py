@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import RecyclingError, SplitError
 from pipeline.split.cut import Argument, Cut, TensorSource
-from pipeline.split.forward import ACCELERATOR, OUT_OF_MEMORY, errors_as_refusals, eval_mode, state_kept
+from pipeline.split.forward import ACCELERATOR, OUT_OF_MEMORY, errors_as_refusals, state_kept
 from pipeline.split.frozen import FrozenParameters
+from pipeline.split.observation import seeded_calls
 from pipeline.split.phantom import THREAD
 from pipeline.split.phantom_run import CallKey
 from pipeline.split.recording import Recorder, Recording, make_recording
@@ -149,12 +150,13 @@ class Replay:
                 recording, _ = self._run_on_phantoms(values, args, kwargs, among=first.calls[0])
                 if recording.calls == first.calls:
                     return recording
-            recording, expected = self._run_on_phantoms(values, args, kwargs)
-            self._first = first or recording
-            if first is not None:
+            with seeded_calls(self.root, self.cut):
+                recording, expected = self._run_on_phantoms(values, args, kwargs)
+                self._first = first or recording
+                if first is None:
+                    return recording
                 copies = {source: value.clone() for source, value in values.items()}
-                with eval_mode(self.root):
-                    found = self.run(*self._start(recording, copies, args, kwargs))
+                found = self.run(*self._start(recording, copies, args, kwargs))
                 if reason := mismatch(expected, found):
                     raise SplitError(
                         f"these inputs lead to the cut {self.cut} by other calls than the example's, which cannot be "
@@ -169,7 +171,7 @@ class Replay:
         """Return a recording that skips calls `among` these, or of a run to the end any, and the output of that run."""
         args, kwargs = self.frozen.cast(args, kwargs)
         recorder = Recorder(self.root, self.cut, values, to_the_end=among is None)
-        with eval_mode(self.root), self.frozen.as_phantoms():
+        with self.frozen.as_phantoms():
             output = recorder.run(args, kwargs)
         recording = make_recording(recorder, arguments(args, kwargs), among, dense=self.dense)
         self._install_stubs({path for path, _ in recording.results} | {self.cut.path})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,14 +42,14 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
     cut = resolve(model, at, seen.calls, find_blocks(model, seen.calls))
     planned = make_plan(model, cut, seen, args, kwargs)
     second = regroup(args, kwargs)
-    proved = prove_state(model, planned, seen.output, (args, kwargs), second)
-    prefix = Prefix(model, planned.plan, proved.slots)
-    suffix = Suffix(model, planned.plan, proved.slots, proved.constants)
+    slots, constants, observation, output = prove_state(model, planned, seen.output, (args, kwargs), second)
+    prefix = Prefix(model, planned.plan, slots)
+    suffix = Suffix(model, planned.plan, slots, constants)
     warn_about_shared_layers(model, planned.plan)
-    warn_about_padding(model, planned, proved.slots, args, kwargs)
+    warn_about_padding(model, planned, slots, args, kwargs)
     runs = [
         ReferenceRun(args, kwargs, prefix.collect(planned.observation, 2), seen.output),
-        ReferenceRun(second[0], second[1], prefix.collect(proved.observation, 3), proved.output),
+        ReferenceRun(second[0], second[1], prefix.collect(observation, 3), output),
     ]
     accept(suffix, model, planned.plan, runs)
     return prefix, suffix
@@ -82,31 +81,18 @@ def merge(model: nn.Module, suffix: Suffix) -> nn.Module:
     return model
 
 
-@dataclass(frozen=True)
-class ProvedState:
-    """The tensors of the state with their proved layouts, and the constants that belong to no sample.
-
-    Attributes:
-        observation: what the full model had at the cut for the second batch.
-        output: what it returned for it.
-    """
-
-    slots: list[Slot]
-    constants: dict[TensorSource, Tensor]
-    observation: Observation
-    output: Any
-
-
 def prove_state(
     model: nn.Module,
     planned: Planned,
     output: Any,
     first: tuple[Args, Kwargs],
     second: tuple[Args, Kwargs, Tensor],
-) -> ProvedState:
+) -> tuple[list[Slot], dict[TensorSource, Tensor], Observation, Any]:
     """Prove that the planned state gives the model's `output` on the first batch, and by a second one its layout.
 
-    Where a value has no provable batch axis, or two runs on one batch differ, SplitError says so.
+    Returns the tensors of the state with their proved layouts, the constants that belong to no sample, and of the
+    second batch, what the model had at the cut and what it returned. Where a value has no provable batch axis, or two
+    runs on one batch differ, SplitError says so.
     """
     plan = planned.plan
     again, other = Observation(plan.cut, plan.sources), Observation(plan.cut, plan.sources)
@@ -129,4 +115,4 @@ def prove_state(
         raise SplitError(
             f"split at {plan.cut}: {reason} in eval mode; the model is random there, or cannot be cut here"
         )
-    return ProvedState(slots, constants, other, other_output)
+    return slots, constants, other, other_output

@@ -137,13 +137,6 @@ def _adapters(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _kinds(config: AdapterConfig) -> tuple[type[nn.Module], ...]:
-    """Return the layer types that the method can adapt and merge."""
-    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415
-
-    return {"lora": (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D), "peanut": (nn.Linear,)}[config.kind]
-
-
 def _can_adapt(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Return whether peft can adapt `module` and merge the adapter.
 
@@ -168,10 +161,13 @@ def _targets(suffix: Suffix, called: set[str], config: AdapterConfig, fresh: fro
 
     There may be none if only normalisation and new layers follow the cut.
     """
+    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415
+
     held = Counter(id(item) for _, item in suffix.named_parameters(remove_duplicate=False))
     unshared = {name for name, item in suffix.named_parameters() if held[id(item)] == 1}
     layers = {path: module for path, module in suffix.named_modules() if f"{path}.weight" in unshared - fresh}
-    kinds = _kinds(config)
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D) if config.kind == "lora" else ()
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, *convolutions)
     known = [path for path, module in layers.items() if path in called and _can_adapt(module, kinds)]
     pretrained = [path for path, module in layers.items() if module.get_parameter("weight").dim() > 1]
     if not known and (pretrained or config.targets or not fresh & unshared):

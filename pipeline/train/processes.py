@@ -42,14 +42,12 @@ def state() -> PartialState:
 
 def rank() -> int:
     """Return the rank of this process, from 0."""
-    found: int = state().process_index
-    return found
+    return int(state().process_index)
 
 
 def world() -> int:
     """Return the number of processes."""
-    found: int = state().num_processes
-    return found
+    return int(state().num_processes)
 
 
 @contextmanager
