@@ -2,7 +2,8 @@
 
 The modules in the order in which a split happens:
 
-1.  `splitting`: `split` and `merge`, the flow that calls the others.
+1.  `splitting`: `split` and `merge`, the flow that calls the others. At its end the suffix is compared with the full
+    model, or the split is refused, and warnings are given of exact splits that may not be what the user wants.
 2.  `splittable`: which models can be split, and copies of them.
 3.  `forward`: one observed forward pass; `blocks`: the repeated units in it; `cut`: the place that the user names, and
     where the tensors that cross it come from.
@@ -12,8 +13,6 @@ The modules in the order in which a split happens:
 6.  `layout`: proves the batch axis of each stored tensor. `prefix`: returns the state of a batch.
 7.  `suffix`: runs the rest of the model from a state, with its `frozen` parameters set aside. `replay`: gets to the cut
     without the recycled layers, by a `recording` made once per kind of input.
-8.  `acceptance`: compares the suffix with the full model, or refuses the split; warns of exact splits that may not be
-    what the user wants.
 
 `candidates` lists the places to cut, with their costs. `tree` (tensors inside nested values) serves all of them.
 """

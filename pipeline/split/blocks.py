@@ -18,7 +18,7 @@ SHARED = 0.3  # a module that holds more than this share of the model and is cal
 def find_blocks(model: nn.Module, calls: list[Call]) -> list[Call]:
     """Return the blocks of `model` in execution order, without the head that runs after the last one."""
     finder = _BlockFinder(model, calls)
-    finder.visit("", model)
+    finder.visit("")
     blocks = sorted(finder.without_stems(), key=lambda call: call.start)
     if len(blocks) < FEW_BLOCKS:
         blocks = finder.shared_layer() or max(blocks, finder.top_level(), key=len)
@@ -135,23 +135,23 @@ class _BlockFinder:
             self.called.setdefault(call.path, []).append(call)
         self.found: list[Call] = []
 
-    def visit(self, path: str, module: nn.Module) -> None:
+    def visit(self, path: str) -> None:
+        module = self.model.get_submodule(path)
         containers = {path: module} if _is_container(module) else self.containers(path, module)
         for prefix, container in containers.items():
             owner = _parent(prefix)
             if path not in (owner, prefix) and any(is_layer(child) for child in container.children()):
-                self.consider(
-                    owner, self.model.get_submodule(owner)
-                )  # layers inside a module that is in no container itself
+                self.consider(owner)  # layers inside a module that is in no container itself
                 continue
-            for name, child in container.named_children():
-                self.consider(f"{prefix}.{name}" if prefix else name, child)
+            for name, _ in container.named_children():
+                self.consider(f"{prefix}.{name}" if prefix else name)
 
-    def consider(self, path: str, child: nn.Module) -> None:
-        if not parameter_count(child):
+    def consider(self, path: str) -> None:
+        module = self.model.get_submodule(path)
+        if not parameter_count(module):
             return
-        if _is_container(child) or self.is_stage(path, child):
-            self.visit(path, child)
+        if _is_container(module) or self.is_stage(path, module):
+            self.visit(path)
         else:
             self.found += [call for call in self.entries(path) if call not in self.found]
 
@@ -201,14 +201,9 @@ class _BlockFinder:
         """Return the calls of the children of a small model without repeated units."""
         found: list[Call] = []
         for name, child in self.model.named_children():
-            inner = (
-                {f"{name}.{key}": item for key, item in child.named_children()}
-                if _is_container(child)
-                else {name: child}
-            )
-            for path, item in inner.items():
-                if parameter_count(item):
-                    found += self.called[path][:1] if path in self.called else self.entries(path)
+            for path in [f"{name}.{key}" for key, _ in child.named_children()] if _is_container(child) else [name]:
+                if parameter_count(self.model.get_submodule(path)):
+                    found += (self.called.get(path) or self.entries(path))[:1]
         return sorted(found, key=lambda call: call.start)
 
 

@@ -95,7 +95,10 @@ def adapt(
         TrainError: no layer after the cut can be adapted, or merging would change the outputs.
     """
     state = prefix(**example)
-    targets = _targets(suffix, _called(suffix, state, example), config, fresh)
+    called: set[str] = set()  # the weights of modules that are not called are used in other ways
+    with observed_calls(suffix, lambda path, *_: called.add(path)):
+        output_in_eval(suffix, state, (), example)
+    targets = _targets(suffix, called, config, fresh)
     if not targets:
         log.warning("%s: after this cut there is no pretrained layer to adapt; fresh layers train alone", config.kind)
     # It shares the memory of the weights, which are frozen.
@@ -146,14 +149,6 @@ def _can_adapt(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     if plain and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
     return plain
-
-
-def _called(suffix: Suffix, state: State, example: dict[str, Tensor]) -> set[str]:
-    """Return the modules that a run of the suffix calls; the weights of others are used in other ways."""
-    called: set[str] = set()
-    with observed_calls(suffix, lambda path, *_: called.add(path)):
-        output_in_eval(suffix, state, (), example)
-    return called
 
 
 def _targets(suffix: Suffix, called: set[str], config: AdapterConfig, fresh: frozenset[str]) -> list[str]:

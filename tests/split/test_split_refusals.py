@@ -6,7 +6,7 @@ from split_contract import recycle
 from torch import nn
 
 from pipeline.errors import NoSuchCutError, SplitError
-from pipeline.split import Capture, merge, observation, split
+from pipeline.split import Capture, forward, merge, split
 from pipeline.split.tree import difference
 
 
@@ -127,8 +127,8 @@ def test_the_time_to_a_cut_waits_for_an_accelerator_and_for_nothing_on_the_cpu(m
     waited = []
     prefix, _ = split(Chain(), 0.5, batch())
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
-    for kind in (None, "cuda", "meta"):
-        monkeypatch.setattr(observation, "accelerator_kind", lambda kind=kind: kind)
+    for kind in ("cuda", "meta"):
+        monkeypatch.setattr(forward, "ACCELERATOR", kind)
         Capture([prefix])(batch())
     assert not waited
     prefix.model.to("meta")  # stands for a device whose operations are queued
