@@ -50,8 +50,6 @@ class Decoded:
 
 def decode(source: Source, chunks: Sequence[Chunk], *, workers: int) -> Iterator[list[Decoded]]:
     """Yield the samples of each of `chunks` in each of its views, in order, preprocessed by `workers` processes."""
-    if not chunks:
-        return iter(())
     read = partial(decode_rows, source)
     workers = min(workers, len(chunks))
     return iter(DataLoader(chunks, batch_size=None, collate_fn=read, num_workers=workers))  # type: ignore[arg-type]

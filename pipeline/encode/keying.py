@@ -57,15 +57,12 @@ class StatCache:
             paths = {path for _, path, _ in wanted}
             # files of a data set lie side by side: one read of them all costs half as much as asking for each
             files = connection.execute(
-                "SELECT path, stamp, key FROM files WHERE path BETWEEN ? AND ?", (min(paths), max(paths))
+                "SELECT path, stamp, key FROM files"
+                " WHERE path BETWEEN ? AND ? AND typeof(key) = 'blob' AND length(key) = ?",
+                (min(paths), max(paths), KEY_BYTES),
             )
-            known = {path: (stamp, key) for path, stamp, key in files if path in paths}
-            found = ((place, stamp, known.get(path, ("", b""))) for place, path, stamp in wanted)
-            return {
-                place: key
-                for place, stamp, (of, key) in found
-                if of == stamp and isinstance(key, bytes) and len(key) == KEY_BYTES
-            }
+            known = {(path, stamp): key for path, stamp, key in files if path in paths}
+            return {place: known[path, stamp] for place, path, stamp in wanted if (path, stamp) in known}
 
         return (self._use(look_up) or {}) if any(stamps) else {}
 

@@ -121,12 +121,16 @@ class UnitBuffer:
         for name, tensor in tensors.items():
             if name.startswith("state."):
                 self.infinite.update(int(rows[i]) for i in _infinite(tensor))
-            if isinstance(tensor, Tensor) and self._fits(name, tensor):
-                self.whole[name][places] = tensor.to("cpu")
-            else:
-                single = self._single(name)
-                for place, one in zip(places, tensor, strict=True):
-                    single[place] = one.to("cpu", copy=True)
+            if isinstance(tensor, Tensor) and name not in self.whole and name not in self.single:
+                self.whole[name] = torch.empty((len(self.rows), *tensor.shape[1:]), dtype=tensor.dtype)
+            whole = self.whole.get(name)
+            if whole is not None and isinstance(tensor, Tensor) and whole.shape[1:] == tensor.shape[1:]:
+                whole[places] = tensor.to("cpu")
+                continue
+            if name not in self.single:  # from here on, shapes differ
+                self.single[name] = list(self.whole.pop(name)) if name in self.whole else [None] * len(self.rows)
+            for place, one in zip(places, tensor, strict=True):
+                self.single[name][place] = one.to("cpu", copy=True)
 
     def finish(self, dropped: set[int]) -> tuple[np.ndarray, dict[str, Tensor | list[Tensor]]]:
         """Return the rows that are not `dropped`, in the unit's order, and their tensors by name."""
@@ -138,17 +142,6 @@ class UnitBuffer:
         for name, single in self.single.items():
             tensors[name] = [one for i in kept if (one := single[i]) is not None]
         return self.rows[kept], tensors
-
-    def _fits(self, name: str, tensor: Tensor) -> bool:
-        if name not in self.whole and name not in self.single:
-            self.whole[name] = torch.empty((len(self.rows), *tensor.shape[1:]), dtype=tensor.dtype)
-        return name in self.whole and self.whole[name].shape[1:] == tensor.shape[1:]
-
-    def _single(self, name: str) -> list[Tensor | None]:
-        """Return the list of tensors per sample, converting the stacked tensor where shapes begin to differ."""
-        if name not in self.single:
-            self.single[name] = list(self.whole.pop(name)) if name in self.whole else [None] * len(self.rows)
-        return self.single[name]
 
 
 def _infinite(tensor: Tensor | list[Tensor]) -> list[int]:

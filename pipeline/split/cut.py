@@ -8,6 +8,7 @@ module call (a skip connection), and an input of the model. Parameters are named
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -90,11 +91,9 @@ def state_names(model: nn.Module, cut_module: nn.Module, sources: list[TensorSou
             case Input(leaf):
                 name = argument_name(model, leaf)
                 name = f"input.{name}" if name in names.values() else name
-        base = name = re.sub(r"[^A-Za-z0-9_.\-]", "_", name)
-        number = 2
-        while name in names.values():
-            name, number = f"{base}-{number}", number + 1
-        names[source] = name
+        base = re.sub(r"[^A-Za-z0-9_.\-]", "_", name)
+        numbered = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+        names[source] = next(name for name in numbered if name not in names.values())
     return names
 
 

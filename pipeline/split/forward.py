@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -36,13 +36,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def eval_run(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[None]:
     """Run the user's model on these inputs: in eval mode, without gradients, not compiled; errors are refusals."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(eval_mode(model))
-        if any(module._compiled_call_impl is not None for module in model.modules()):  # hooks do not run inside it
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        with errors_as_refusals(model, args, kwargs):
-            yield
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())  # no hooks run inside it
+    with (
+        torch.no_grad(),
+        eval_mode(model),
+        torch.compiler.set_stance("force_eager") if is_compiled else nullcontext(),
+        errors_as_refusals(model, args, kwargs),
+    ):
+        yield
 
 
 @contextmanager
@@ -145,39 +146,30 @@ class Call:
     end: int = -1
 
 
-@dataclass(frozen=True)
-class Trace:
-    """A forward pass. Its clock ticks at each entry to a module and each return from one.
+def trace(model: nn.Module, args: Args, kwargs: Kwargs) -> Trace:
+    """Run `model` once in eval mode, without gradients, and return what was observed."""
+    seen = Trace(model)
+    with observed_calls(model, seen.on_call, seen.on_return), eval_run(model, args, kwargs), seen:
+        seen.output = model(*args, **kwargs)
+    return seen
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """An observed forward pass. Its clock ticks at each entry to a module and each return from one.
+
+    Tensors are identified by their storage, so tied parameters are read together, under all their names.
 
     Attributes:
         calls: the module calls in order of entry.
-        reads: name of each parameter and buffer that an operation takes -> the tick at which one first does.
+        reads: name of each parameter and buffer that an operation takes, as a view too -> the tick when one first does.
         output: the model's output.
-    """
-
-    calls: list[Call]
-    reads: dict[str, int]
-    output: Any
-
-
-def trace(model: nn.Module, args: Args, kwargs: Kwargs) -> Trace:
-    """Run `model` once in eval mode, without gradients, and return what was observed."""
-    observer = _Observer(model)
-    with observed_calls(model, observer.on_call, observer.on_return), eval_run(model, args, kwargs), observer:
-        output = model(*args, **kwargs)
-    return Trace(observer.calls, observer.reads, output)
-
-
-class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps the clock of a forward pass, and notes the parameters and buffers that operations take, views included.
-
-    Tensors are identified by their storage, so tied parameters are read together, under all their names.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.reads: dict[str, int] = {}
+        self.output: Any = None
         self._tick = -1
         self._open: list[Call] = []
         self._names: dict[int, set[str]] = {}

@@ -59,13 +59,9 @@ Origin: TypeAlias = Operation | Weight | Input
 
 
 class Interpreter:
-    """Decides what an operation on phantoms does: here, outside of any run, it takes the known value of each.
+    """Decides what an operation on phantoms does: here, outside of any run, it takes the known value of each."""
 
-    Attributes:
-        entered: whether the run has reached its cut.
-    """
-
-    entered = True
+    entered = True  # whether the run has reached its cut
 
     def operate(self, function: Operator, args: Args, kwargs: Kwargs) -> Any:
         """Return the result of `function` on arguments of which some are phantoms."""

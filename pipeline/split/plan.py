@@ -221,10 +221,9 @@ def _fake_a_call(
             return False
         try:
             plan.fake_forwards[path] = observe_forward(model, path, args, kwargs)
+            return True
         except SplitError as error:
             refusal = refusal or error
-        else:
-            return True
     if refusal:
         raise SplitError(f"{refusal} ({cause})") from cause
     return False

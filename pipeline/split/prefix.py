@@ -88,8 +88,7 @@ class Prefix:
 class Capture:
     """A function that runs the common model of several prefixes once and returns their states.
 
-    Attributes:
-        elapsed: seconds from the start of the last call to each cut, in the order of the prefixes.
+    `elapsed` has the seconds from the start of the last call to each cut, in the order of the prefixes.
     """
 
     def __init__(self, prefixes: Sequence[Prefix]) -> None:

@@ -28,16 +28,12 @@ class _CutReached(BaseException):
 
 
 class Recorder(PhantomRun):
-    """A run that notes which calls make values that are read, and which outputs are passed to the cut call.
-
-    Attributes:
-        arguments_of_cut: output of a call -> the argument as which it is stored.
-    """
+    """A run that notes which calls make values that are read, and which outputs are passed to the cut call."""
 
     def __init__(self, root: nn.Module, cut: Cut, values: Mapping[TensorSource, Tensor], *, to_the_end: bool) -> None:
         """`to_the_end`: whether the run goes on after the cut, so that values which are read there are noted."""
         super().__init__(root, cut, values)
-        self.arguments_of_cut: dict[Output, Argument] = {}
+        self.arguments_of_cut: dict[Output, Argument] = {}  # output of a call -> the argument as which it is stored
         self._to_the_end = to_the_end
         self._makers: dict[Operation, ObservedCall] = {}
         self._outputs: dict[Tensor, tuple[Output, object]] = {}  # phantoms that a call returned, and their origin then

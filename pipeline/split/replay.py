@@ -174,15 +174,12 @@ class Replay:
         with self.frozen.as_phantoms():
             output = recorder.run(args, kwargs)
         recording = make_recording(recorder, arguments(args, kwargs), among, dense=self.dense)
-        self._install_stubs({path for path, _ in recording.results} | {self.cut.path})
-        return recording, output
-
-    def _install_stubs(self, paths: set[str]) -> None:
-        for path in paths - self._stubbed:
+        for path in ({path for path, _ in recording.results} | {self.cut.path}) - self._stubbed:
             module = self.root.get_submodule(path)
             incomplete = path != self.cut.path and self.frozen.lacks(module)
             module.forward = Stub(self, path, module.forward, incomplete=incomplete)
-        self._stubbed |= paths
+            self._stubbed.add(path)
+        return recording, output
 
 
 class Stub:

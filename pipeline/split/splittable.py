@@ -62,13 +62,9 @@ def _check_module(path: str, module: nn.Module) -> None:
     wrapper = next((WRAPPERS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in WRAPPERS), None)
     if wrapper is not None:
         name, attribute, instead = wrapper
-        itself = f"model.get_submodule({path!r})" if path else "model"
+        remedy = f"put model.get_submodule({path!r}).{attribute} in its place" if path else f"give model.{attribute}"
         if attribute is None:
             remedy = f"split the model before {name} is applied to it"
-        elif path:
-            remedy = f"put {itself}.{attribute} in its place"
-        else:
-            remedy = f"give {itself}.{attribute}"
         raise SplitError(f"{place} is wrapped by {name}; {remedy}, and {instead}")
 
 

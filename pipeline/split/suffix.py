@@ -72,14 +72,10 @@ class Suffix(nn.Module):
             SplitError: the state lacks a tensor or does not fit the inputs, or these inputs lead to the cut in a way
                 that cannot be replayed.
         """
-        args, inputs = self._begin(state, args, inputs)
+        args, inputs = self.replay.begin(self._values(state), args, inputs)
         return self.replay.run(args, inputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin(self, state: State, args: Args, inputs: Kwargs) -> tuple[Args, Kwargs]:
-        started: tuple[Args, Kwargs] = self.replay.begin(self._values(state), args, inputs)
-        return started
-
     def _values(self, state: State) -> dict[TensorSource, Tensor]:
         """Return the tensors that the model meets at the cut, as it has them; copies where it writes into them."""
         if state.keys() != self.spec.keys():

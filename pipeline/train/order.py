@@ -124,12 +124,10 @@ def _by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.
 
 
 def _rows(units: Sequence[np.ndarray] | np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    rows: np.ndarray
-    if isinstance(units, np.ndarray):
-        rows = units[chosen].reshape(-1)
-    else:
-        rows = np.concatenate([units[unit] for unit in chosen])
-    return rows.astype(np.int64, copy=False)
+    if not isinstance(units, np.ndarray):
+        return np.concatenate([units[unit] for unit in chosen]).astype(np.int64, copy=False)
+    rows: np.ndarray = units[chosen].reshape(-1).astype(np.int64, copy=False)
+    return rows
 
 
 def _check(least: int, **sizes: int) -> None:

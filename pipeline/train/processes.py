@@ -107,7 +107,10 @@ def gather(tensors: Sequence[Tensor], places: Sequence[np.ndarray], padding: Seq
     first = torch.from_numpy(np.unique(np.concatenate(places), return_index=True)[1])
     gathered = []
     for tensor, value in zip(tensors, padding, strict=True):
-        parts = _Shares.apply(_padded(tensor, [most, *(next(longest) for _ in tensor.shape[1:])], value))
+        sizes_of_all = [most, *(next(longest) for _ in tensor.shape[1:])]
+        missing = [(0, size - own) for size, own in zip(sizes_of_all, tensor.shape, strict=True)]
+        padded = F.pad(tensor, [side for sides in reversed(missing) for side in sides], value=value)
+        parts = _Shares.apply(padded.contiguous())
         whole = torch.cat([part[: len(own)] for part, own in zip(parts, places, strict=True)])
         gathered.append(whole[first.to(whole.device)])
     return gathered
@@ -126,12 +129,6 @@ class _Shares(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         # All processes compute one loss of the same tensors, and send back the same: the sum of it is a multiple.
         return gradients[rank()] * world()
-
-
-def _padded(tensor: Tensor, sizes: Sequence[int], value: float) -> Tensor:
-    """Return `tensor` padded to `sizes` on the right."""
-    missing = [(0, size - own) for size, own in zip(sizes, tensor.shape, strict=True)]
-    return F.pad(tensor, [side for sides in reversed(missing) for side in sides], value=value).contiguous()
 
 
 @functools.cache
