@@ -160,10 +160,6 @@ class Recording:
     running: Sequence[nn.Module]
     calls: tuple[Set[CallKey], Set[CallKey]]
 
-    def fits(self, values: Mapping[TensorSource, Tensor]) -> bool:
-        """Return whether stored `values` have the shapes that belong to the recorded inputs."""
-        return all(values[source].shape == shape for source, shape in self.shapes.items())
-
     def inputs(self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Return the model's inputs without the values that only the prefix reads."""
         if not self.dummies:

@@ -138,7 +138,8 @@ def test_extras_and_ragged_targets_are_of_the_same_samples(tmp_path, resident):
         extras = {"word": [np.full(lengths[i], i) for i in part], "chars": [np.full((lengths[i], 2), i) for i in part]}
         hidden = {"state.hidden": np.zeros((len(part), 2), np.float32)}
         store.write_segment(keys[begin : begin + SEGMENT], hidden | {f"extra.{n}": t for n, t in extras.items()})
-    source = Resident(Reader(store.path), store.rows(keys), torch.device("cpu")) if resident else None
+    reader = Reader(store.path)
+    source = Resident(reader, store.rows(keys), torch.device("cpu")) if resident else reader
     targets = {"tags": Ragged.of([[i] * (i % 3) for i in range(N)])}
     pad = {"extra.word": -1, "extra.chars": -1}
     for batch in Loader(StoredRows(store.rows(keys), source), targets, np.array_split(np.arange(N), 7), pad=pad):
