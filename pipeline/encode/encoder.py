@@ -177,15 +177,14 @@ class Encoder:
                 samples += decode_samples(self.source, self.preprocess, rows)
                 if len({shapes(sample) for sample in samples}) > 1:
                     break
-            prefix = self.prefixes[cut]
 
             def run(**batch: Tensor) -> dict[str, Tensor]:
                 with autocast(self.config.precision, self.device):
                     on_device = {name: tensor.to(self.device) for name, tensor in network_inputs(batch).items()}
-                    return prefix(**in_format(on_device, self.config))
+                    return self.prefixes[cut](**in_format(on_device, self.config))
 
-            exact = self.config.precision == "float32"
-            self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, exact=exact)
+            is_exact = self.config.precision == "float32"
+            self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, exact=is_exact)
         return self.trimmings[cut]
 
     def _write(self, outcome: Outcome, buffers: Buffers) -> Outcome:

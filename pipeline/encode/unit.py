@@ -66,10 +66,7 @@ def plan(
     only, where `groups` (N,) int64 gives the group of each row. Identical samples are encoded once. The missing rows of
     a store are divided into units of `size`; where whole units are missing, the division of the others stays the same,
     so that an interrupted run continues with the same units. Samples that were set aside in a committed unit get units
-    of their own: the reason may have been temporary.
-
-    Raises:
-        TypeError: `wanted[view]` is no array of row numbers.
+    of their own: the reason may have been temporary. What `check_rows` refuses raises TypeError.
     """
     check_rows(wanted)
     lacked: dict[bytes, tuple[np.ndarray, list[tuple[int, int]]]] = {}

@@ -26,7 +26,6 @@ from pipeline.split.tree import Args, Kwargs
 REPEATS = 5
 BACKWARD = 2
 """Cost of a backward pass in forward passes: one for the gradients of the inputs, one for those of the weights."""
-ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to the counter
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,8 @@ def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwar
         counted[path, index] = counter.get_total_flops()
 
     attention = lambda q, k, v, *_, **__: int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]  # noqa: E731
-    counter = FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention})
+    unknown = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    counter = FlopCounterMode(display=False, custom_mapping=unknown)
     paths = {cut.path for cut in cuts}
     with eval_run(model, args, kwargs), observed_calls(model, on_call, paths=paths), counter:
         model(*args, **kwargs)

@@ -61,12 +61,12 @@ def apply(function: Operator, args: Args, kwargs: Kwargs) -> Any:
     views = any(item.alias_info is not None for item in function._schema.returns)
     base = args[0] if views and isinstance(args[0], Phantom) else None
 
-    def phantom(_: str, meta: Tensor) -> Phantom:
-        made = Phantom(meta, device, Operation(function, args, kwargs, next(index)))
-        made.base = base
-        return made
+    def as_phantom(_: str, meta: Tensor) -> Phantom:
+        phantom = Phantom(meta, device, Operation(function, args, kwargs, next(index)))
+        phantom.base = base
+        return phantom
 
-    return map_tensors(phantom, result)
+    return map_tensors(as_phantom, result)
 
 
 def _write_in_place(function: Operator, args: Args, kwargs: Kwargs) -> Phantom:

@@ -42,10 +42,6 @@ class Operation:
     kwargs: Kwargs
     index: int
 
-    def parents(self) -> list[Phantom]:
-        """Return the phantoms among the arguments."""
-        return phantoms(self.args, self.kwargs)
-
     def result(self) -> Tensor:
         """Carry the operation out; the value of every parent is known."""
         args, kwargs = map_arguments(value_or_self, self.args, self.kwargs)
@@ -189,7 +185,7 @@ def unknown_ancestors(phantom: Phantom, *, up_to_outputs: bool = False) -> list[
         if item.value is None and id(item) not in found:
             found[id(item)] = item
             if isinstance(item.origin, Operation) and not (up_to_outputs and item.module_output):
-                pending += item.origin.parents()
+                pending += phantoms(item.origin.args, item.origin.kwargs)
     return list(found.values())
 
 
@@ -204,7 +200,7 @@ def compute(phantom: Phantom) -> Tensor:
     while pending:
         item = pending.pop()
         if item.value is None and isinstance(item.origin, Operation):
-            missing = [parent for parent in item.origin.parents() if parent.value is None]
+            missing = [one for one in phantoms(item.origin.args, item.origin.kwargs) if one.value is None]
             if missing:
                 pending += [item, *missing]
             else:

@@ -101,9 +101,9 @@ class PhantomRun(Interpreter):
 
     def operate(self, function: Any, args: Args, kwargs: Kwargs) -> Any:
         function, args = with_integer_indices(function, args)
-        if not self.entered and not needs_values(function, args):
-            return apply(function, args, kwargs)
         if not self.entered:
+            if not needs_values(function, args):
+                return apply(function, args, kwargs)
             self.require_values(function, phantoms(args, kwargs))
         args, kwargs = map_arguments(lambda _, item: self.force(item), args, kwargs)
         return function(*args, **kwargs)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
+from pipeline.split.blocks import parameter_count
 from pipeline.split.cut import Argument, Cut, Output, TensorSource, Weight
 from pipeline.split.forward import Trace, random_state_kept
 from pipeline.split.frozen import FrozenParameters
@@ -188,13 +189,12 @@ def _with_tied_names(model: nn.Module, frozen: set[str]) -> dict[str, str]:
 def _run_suffix(model: nn.Module, plan: SplitPlan, observation: Observation, args: Args, kwargs: Kwargs) -> list[Any]:
     """Return the outputs of the suffix in eval and in train mode; none if the plan was incomplete and is extended."""
     weights = dict(model.named_parameters())
-    size = sum(item.numel() for item in weights.values())
     root = copy_of(model, {id(item): item for item in model.parameters()})
     install_fake_forwards(root, plan.fake_forwards)
     frozen = FrozenParameters(root, plan.frozen, {name: weights[name].detach() for name in plan.kept})
     outputs = []
     for training in (False, True):
-        search = DependencySearch(root.train(training), plan, observation.values, size)
+        search = DependencySearch(root.train(training), plan, observation.values, parameter_count(model))
         try:
             with random_state_kept(root), frozen.as_phantoms(), torch.set_grad_enabled(training):
                 outputs.append(search.run(args, kwargs))

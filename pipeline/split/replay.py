@@ -58,13 +58,7 @@ class Replay:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Start a step with stored `values`, and return the inputs to `run` it with.
-
-        Raises:
-            InputRefusedError: the model's own code fails on these inputs before the cut.
-            SplitError: the values belong to another batch than the inputs, or these inputs lead to the cut in a way
-                that cannot be replayed.
-        """
+        """Start a step with stored `values`, and return the inputs to `run` it with; raises as `Suffix.forward`."""
         key = signature(args, kwargs)
         recording = self._recordings.get(key)
         if recording is None or any(values[source].shape != shape for source, shape in recording.shapes.items()):

@@ -74,8 +74,7 @@ def merge(model: nn.Module, suffix: Suffix) -> nn.Module:
         SplitError: `model` is not of the architecture that was split, or has no memory for the weights.
     """
     check_model(model)
-    trained = suffix.state_dict()
-    own = model.state_dict()
+    trained, own = suffix.state_dict(), model.state_dict()
     wrong = [name for name, item in trained.items() if name not in own or own[name].shape != item.shape]
     if wrong:
         raise SplitError(

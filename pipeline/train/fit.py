@@ -133,8 +133,7 @@ def fit(
             save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
     result = _result(progress, progress.initial, task, config)
     if writes:
-        kept = "best.safetensors" if config.keep == "best" else "last.safetensors"
-        shutil.copyfile(checkpoint / kept, out / "model.safetensors")
+        shutil.copyfile(checkpoint / f"{config.keep}.safetensors", out / "model.safetensors")
         shutil.rmtree(checkpoint)
     return result
 
@@ -167,9 +166,8 @@ def train_epoch(
     """
     objective.train()
     total, count = torch.zeros((), device=accelerator.device), 0
-    label = f"epoch {epoch + 1}/{config.epochs}"
     hidden = None if accelerator.is_main_process else True
-    for batch in tqdm(batches, desc=label, unit="batch", disable=hidden, leave=False):
+    for batch in tqdm(batches, desc=f"epoch {epoch + 1}/{config.epochs}", unit="batch", disable=hidden, leave=False):
         count += 1
         # An epoch ends with a step: a killed run resumes without accumulated gradients.
         steps = count % config.gradient_accumulation == 0 or count == len(batches)
