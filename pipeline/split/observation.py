@@ -61,8 +61,7 @@ def observe(
             one.values |= {source: found[source].detach().clone() for source in one.wanted if source in found}
 
     def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:
-        reached = [one for one in pending if (one.cut.path, one.cut.call) == (path, index)]
-        for one in reached:
+        for one in [one for one in pending if (one.cut.path, one.cut.call) == (path, index)]:
             pending.remove(one)
             for leaf, tensor in arguments(args, kwargs).items():
                 is_copied = Argument(leaf) in one.wanted and (to_the_end or pending)
@@ -70,8 +69,8 @@ def observe(
             for device in {tensor.device for tensor in one.values.values()}:
                 synchronise(device)
             one.elapsed = time.perf_counter() - start
-        if reached and not pending and not to_the_end:
-            raise _LastCutReached
+            if not pending and not to_the_end:
+                raise _LastCutReached
 
     outputs = {source.path for one in observations for source in one.wanted if isinstance(source, Output)}
     paths = outputs | {one.cut.path for one in observations}

@@ -95,10 +95,7 @@ def adapt(
         TrainError: no layer after the cut can be adapted, or merging would change the outputs.
     """
     state = prefix(**example)
-    called: set[str] = set()  # the weights of modules that are not called are used in other ways
-    with observed_calls(suffix, lambda path, *_: called.add(path)):
-        output_in_eval(suffix, state, (), example)
-    targets = _targets(suffix, called, config, fresh)
+    targets = _targets(suffix, state, example, config, fresh)
     if not targets:
         log.warning("%s: after this cut there is no pretrained layer to adapt; fresh layers train alone", config.kind)
     # It shares the memory of the weights, which are frozen.
@@ -151,13 +148,18 @@ def _can_adapt(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     return plain
 
 
-def _targets(suffix: Suffix, called: set[str], config: AdapterConfig, fresh: frozenset[str]) -> list[str]:
+def _targets(
+    suffix: Suffix, state: State, example: dict[str, Tensor], config: AdapterConfig, fresh: frozenset[str]
+) -> list[str]:
     """Return the paths of the layers to adapt: called, pretrained, with a trainable weight that is not shared.
 
     There may be none if only normalisation and new layers follow the cut.
     """
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415
 
+    called: set[str] = set()  # the weights of modules that are not called are used in other ways
+    with observed_calls(suffix, lambda path, *_: called.add(path)):
+        output_in_eval(suffix, state, (), example)
     held = Counter(id(item) for _, item in suffix.named_parameters(remove_duplicate=False))
     unshared = {name for name, item in suffix.named_parameters() if held[id(item)] == 1}
     layers = {path: module for path, module in suffix.named_modules() if f"{path}.weight" in unshared - fresh}
