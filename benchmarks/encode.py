@@ -29,6 +29,7 @@ from pipeline.encode.decoding import Chunk, Decoded, decode
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.keying import key_contents
 from pipeline.encode.run import encode
+from pipeline.encode.unit import EncodeResult
 from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.project.recipe import recipe_of
 from pipeline.split import split
@@ -99,7 +100,8 @@ def measure(
         keyed = key_contents(source, workers=workers or 1)
         stores = [[Store.create(folder / "store", recipe)]]
         encoder = Encoder(source, [backbone.preprocess], [prefix], stores, config, keyed.trimming_rows)
-        encode(encoder, source, keyed, stores, [keyed.good], segment_samples=config.segment_samples)
+        result = EncodeResult.empty(keyed, cuts=1)
+        encode(encoder, source, result, stores, [keyed.good], segment_samples=config.segment_samples)
         end = time.perf_counter()
         shutil.rmtree(folder)
         if repeat:

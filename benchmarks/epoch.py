@@ -30,10 +30,9 @@ from pipeline.data import SampleTable
 from pipeline.project import CutName, Project
 from pipeline.project.loaders import open_loaders
 from pipeline.project.towers import open_tower, trainable_suffix
-from pipeline.train.fit import Batches, train_epoch
+from pipeline.train.fit import Batches, parameter_groups, schedule, train_epoch
 from pipeline.train.loader import Batch
 from pipeline.train.objective import Objective
-from pipeline.train.optimizer import parameter_groups, schedule
 
 
 class FirstBatches:

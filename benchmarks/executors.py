@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from pipeline.data import DataConfig, Row, Source
-from pipeline.encode.result import EncodeResult, Outcome
+from pipeline.encode.unit import EncodeResult, Outcome
 from pipeline.memory import keep_freed_memory
 from pipeline.project import Project
 from pipeline.workflows.encode import encode_project
@@ -63,9 +63,9 @@ def measure(samples: int, executor: dict[str, Any]) -> tuple[float, float, dict[
     told: list[tuple[float, int]] = []
     add = EncodeResult.add
 
-    def timed(self: EncodeResult, outcome: Outcome) -> None:
+    def timed(self: EncodeResult, outcome: Outcome, source: Source) -> None:
         told.append((time.perf_counter(), len(outcome.part.rows)))
-        add(self, outcome)
+        add(self, outcome, source)
 
     before = Path.cwd()
     with tempfile.TemporaryDirectory(dir=before) as folder:

@@ -17,7 +17,7 @@ import torch
 from measuring import apart, new_store, status
 from torch import nn
 
-from pipeline.store import Store
+from pipeline.store import Reader, Store
 from pipeline.train.loader import Loader, StoredRows
 from pipeline.train.order import batches
 
@@ -67,7 +67,7 @@ def train(path: Path) -> tuple[int, int, int]:
     optimizer = torch.optim.AdamW(suffix.parameters())
     start, largest = status("RssAnon"), 0
     order = batches(np.arange(len(keys)), BATCH, seed=0, epoch=0, shuffle=True)
-    for batch in Loader(StoredRows.of(store, keys), {"label": np.arange(len(keys)) % 10}, order):
+    for batch in Loader(StoredRows(store.rows(keys), Reader(store.path)), {"label": np.arange(len(keys)) % 10}, order):
         loss = nn.functional.cross_entropy(suffix(batch.state["hidden"].float()), batch.targets["label"])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -114,7 +114,7 @@ def load(store: Store, keys: np.ndarray, reader: Reader, room: int, options: arg
     def order(epoch: int) -> list[np.ndarray]:
         return batches(np.arange(len(keys)), options.batch, seed=0, epoch=epoch, shuffle=True, window=window)
 
-    return Loader(StoredRows.of(store, keys, reader), {}, order, read_ahead=room)
+    return Loader(StoredRows(places, reader), {}, order, read_ahead=room)
 
 
 def step(seconds: float) -> Callable[[torch.Tensor], None]:

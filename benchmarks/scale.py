@@ -22,7 +22,7 @@ from measuring import apart, new_store, status
 
 from pipeline.encode.unit import plan
 from pipeline.memory import keep_freed_memory
-from pipeline.store import Store, segment_id
+from pipeline.store import Reader, Store, segment_id
 from pipeline.train.loader import Loader, StoredRows
 from pipeline.train.order import batches
 
@@ -110,7 +110,7 @@ def first_batch(path: Path) -> tuple[float, int]:
     store = Store.open(path)
     keys = store.keys()
     order = batches(np.arange(len(keys)), BATCH, seed=0, epoch=0, shuffle=True)
-    batch = next(iter(Loader(StoredRows.of(store, keys), {"label": np.arange(len(keys))}, order)))
+    batch = next(iter(Loader(StoredRows(store.rows(keys), Reader(store.path)), {"label": np.arange(len(keys))}, order)))
     seconds = time.perf_counter() - start
     assert batch.state["hidden"].shape == (BATCH, TINY)
     return seconds, status("VmHWM") - before
@@ -134,7 +134,9 @@ def epochs(path: Path) -> tuple[int, int, int]:
     before = status("RssAnon")
     store = Store.open(path)
     keys = store.keys()
-    loader = Loader(StoredRows.of(store, keys), {"label": np.arange(len(keys))}, partial(order_of, len(keys)))
+    loader = Loader(
+        StoredRows(store.rows(keys), Reader(store.path)), {"label": np.arange(len(keys))}, partial(order_of, len(keys))
+    )
     most = []
     for epoch in range(2):
         loader.set_epoch(epoch)

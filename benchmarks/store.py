@@ -143,7 +143,7 @@ def cold(folder: Path, options: argparse.Namespace) -> None:
             gc.collect()
             forget(files)
             source = Reader(store.path, check=check)
-            samples = StoredRows.of(store, store_keys(options), source)
+            samples = StoredRows(store.rows(store_keys(options)), source)
             loader = Loader(samples, {"label": labels}, order, read_ahead=4 * SEGMENT * states[0].nbytes)
             start = time.perf_counter()
             for _ in read(loader)(turn):
@@ -166,9 +166,8 @@ def ragged(folder: Path, options: argparse.Namespace) -> None:
     own = {"one shape": fixed.nbytes / options.samples, "ragged": sizes.mean()}
 
     def order(epoch: int) -> list[np.ndarray]:
-        return batches(
-            np.arange(options.samples), options.batch, seed=0, epoch=epoch, shuffle=True, drop_last=True, lengths=sizes
-        )
+        drawn = batches(np.arange(options.samples), options.batch, seed=0, epoch=epoch, shuffle=True, lengths=sizes)
+        return [rows for rows in drawn if len(rows) == options.batch]
 
     for name, some in (("random", random_order(options)(0)), ("of similar length", order(0))):
         padded = sum(len(rows) * sizes[rows].max() for rows in some)
@@ -252,12 +251,16 @@ def filled(path: Path, states: np.ndarray | list[np.ndarray], storage: str = "ra
 
 
 def random_order(options: argparse.Namespace) -> Order:
-    rows = np.arange(options.samples)
-    return lambda epoch: batches(rows, options.batch, seed=0, epoch=epoch, shuffle=True, drop_last=True)
+    def order(epoch: int) -> list[np.ndarray]:
+        drawn = batches(np.arange(options.samples), options.batch, seed=0, epoch=epoch, shuffle=True)
+        return [rows for rows in drawn if len(rows) == options.batch]
+
+    return order
 
 
 def a_loader(store: Store, labels: np.ndarray, order: Order, source: Reader | None = None) -> Loader:
-    return Loader(StoredRows.of(store, some_keys(0, len(labels)), source), {"label": labels}, order)
+    samples = StoredRows(store.rows(some_keys(0, len(labels))), source or Reader(store.path))
+    return Loader(samples, {"label": labels}, order)
 
 
 def read(loader: Loader) -> Batches:

@@ -26,10 +26,11 @@ from pipeline.encode.decoding import decode_samples
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.keying import key_contents
 from pipeline.encode.run import encode
+from pipeline.encode.unit import EncodeResult
 from pipeline.models import ModelConfig, PreprocessConfig, load
 from pipeline.project.recipe import recipe_of
 from pipeline.split import split
-from pipeline.store import Store
+from pipeline.store import Reader, Store
 from pipeline.tasks import TaskConfig, open_task
 from pipeline.train import order
 from pipeline.train.loader import Batch, Loader, StoredRows
@@ -77,9 +78,10 @@ def measure(cut: float, options: argparse.Namespace) -> tuple[float, float]:
         store = Store.create(Path(folder, "store"), recipe)
         config = EncodeConfig(cuts=[cut])
         encoder = Encoder(source, [backbone.preprocess], [prefix], [[store]], config, keyed.trimming_rows)
-        encode(encoder, source, keyed, [[store]], [keyed.good], segment_samples=config.segment_samples)
+        result = EncodeResult.empty(keyed, cuts=1)
+        encode(encoder, source, result, [[store]], [keyed.good], segment_samples=config.segment_samples)
         batches = order.batches(np.arange(len(table)), options.batch, seed=0, epoch=0, shuffle=True)
-        loader = Loader(StoredRows.of(store, table.keys), task.prepare(table), batches)
+        loader = Loader(StoredRows(store.rows(table.keys), Reader(store.path)), task.prepare(table), batches)
         in_ram = list(loader)
         objective = Objective(suffix, task).train()
         optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)

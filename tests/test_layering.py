@@ -56,7 +56,7 @@ DOORS = {
     "numcodecs": {"pipeline.store"},
     "soundfile": {"pipeline.models"},
     "soxr": {"pipeline.models"},
-    "sqlite3": {"pipeline.encode.stat_cache"},
+    "sqlite3": {"pipeline.encode.keying"},
     "peft": {"pipeline.train.adapter"},
     "pyarrow": {"pipeline.data", "pipeline.runs.predictions"},
     "pytorch_metric_learning": {"pipeline.tasks"},

@@ -25,8 +25,7 @@ from pipeline.cluster.rates import Rates
 from pipeline.cluster.schedulers import connected, scheduler_of
 from pipeline.cluster.worker import REPORT, Worker, deaths
 from pipeline.encode.config import ExecutorConfig
-from pipeline.encode.result import Outcome
-from pipeline.encode.unit import Unit
+from pipeline.encode.unit import Outcome, Unit
 from pipeline.errors import ClusterError
 from pipeline.keys import JSON
 

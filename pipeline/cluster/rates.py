@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from pipeline.cluster.worker import WorkerReport
-from pipeline.encode.result import Outcome
-from pipeline.encode.unit import Unit
+from pipeline.encode.unit import Outcome, Unit
 
 log = logging.getLogger("recycle")
 

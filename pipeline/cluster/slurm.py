@@ -26,8 +26,7 @@ from pipeline.cluster.rates import Rates
 from pipeline.cluster.task import Failure, Lines, save_units
 from pipeline.cluster.worker import WorkerReport, deaths
 from pipeline.encode.config import ExecutorConfig
-from pipeline.encode.result import Outcome
-from pipeline.encode.unit import Unit
+from pipeline.encode.unit import Outcome, Unit
 from pipeline.errors import ClusterError, ConfigError
 
 log = logging.getLogger("recycle")

@@ -23,8 +23,7 @@ from pipeline.cluster.job import Job
 from pipeline.encode.decoding import explain_dead_workers
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.quarantine import ENDS_THE_RUN, BadSample, name_of
-from pipeline.encode.result import EncodeCosts
-from pipeline.encode.unit import Unit
+from pipeline.encode.unit import EncodeCosts, Unit
 from pipeline.errors import ClusterError, RecyclingError
 from pipeline.keys import JSON
 from pipeline.memory import keep_freed_memory

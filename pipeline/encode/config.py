@@ -55,13 +55,10 @@ class ExecutorConfig(Section):
         used |= {"jobs", "options"} if self.jobqueue else set()
         for name in sorted(self.model_fields_set - used - {"kind"}):
             if getattr(self, name) not in (None, {}):
-                unused = f"which kind {self.kind} does not use{self._remedy(name)}"
-                yield f"{name} is {getattr(self, name)!r}, {unused}; remove it"
+                alone = " without jobqueue" if self.kind == "dask" and name in ("jobs", "options") else ""
+                yield f"{name} is {getattr(self, name)!r}, which kind {self.kind} does not use{alone}; remove it"
         if self.address and self.jobqueue:
             yield f"address is {self.address!r} and jobqueue is {self.jobqueue!r}; keep one"
-
-    def _remedy(self, name: str) -> str:
-        return " without jobqueue" if self.kind == "dask" and name in ("jobs", "options") else ""
 
 
 class EncodeConfig(Section):

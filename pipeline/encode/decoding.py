@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from pipeline.data.source import Source
-from pipeline.encode.quarantine import ENDS_THE_RUN, BadSample, set_aside
+from pipeline.encode.quarantine import BadSample, attempt, set_aside
 from pipeline.encode.ragged import Sample, shapes
 from pipeline.errors import BadSampleError, DataError
 from pipeline.models import Preprocess
@@ -49,18 +50,14 @@ class Decoded:
 
 def decode(source: Source, chunks: Sequence[Chunk], *, workers: int) -> Iterator[list[Decoded]]:
     """Yield the samples of each of `chunks` in each of its views, in order, preprocessed by `workers` processes."""
-    if not chunks:
-        return iter(())
-    return iter(DataLoader(_Chunks(source, chunks), batch_size=None, num_workers=min(workers, len(chunks))))
+    read = partial(decode_rows, source)
+    workers = min(workers, len(chunks))
+    return iter(DataLoader(chunks, batch_size=None, collate_fn=read, num_workers=workers))  # type: ignore[arg-type]
 
 
 @contextmanager
 def explain_dead_workers(workers: int) -> Iterator[None]:
-    """Turn torch's error about a dead worker process into a message with a remedy.
-
-    Raises:
-        DataError: a worker process died.
-    """
+    """Turn torch's error about a dead worker process into a DataError with a remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -71,17 +68,6 @@ def explain_dead_workers(workers: int) -> Iterator[None]:
             "memory, or a sample that crashes its decoder. What was committed stays. Set fewer workers; 0 reads in "
             "the main process, where PYTHONFAULTHANDLER=1 shows a crash"
         ) from error
-
-
-class _Chunks(Dataset[list[Decoded]]):
-    def __init__(self, source: Source, chunks: Sequence[Chunk]) -> None:
-        self.source, self.chunks = source, chunks
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, index: int) -> list[Decoded]:
-        return decode_rows(self.source, self.chunks[index])
 
 
 def decode_rows(source: Source, chunk: Chunk) -> list[Decoded]:
@@ -113,26 +99,22 @@ def _in_views(
     source: Source, views: Sequence[Preprocess], row: int, key: bytes | None
 ) -> list[tuple[Sample, int] | BadSample]:
     """Return a sample in each view, with the number of tokens that truncation removed."""
-    try:
+
+    def read() -> tuple[Any, Any]:
         content = source.content(row)
         if key is not None and source.key(row, content) != key:
             raise BadSampleError("the content is not the one its key was made of; encode again with --rehash")
-        opened = views[0].open(content)
-    except ENDS_THE_RUN:
-        raise
-    except BaseException as error:
-        return [set_aside(source, row, error) for _ in views]
-    return [_start(source, view, row, content, opened) for view in views]
+        return content, views[0].open(content)
 
-
-def _start(source: Source, view: Preprocess, row: int, content: Any, opened: Any) -> tuple[Sample, int] | BadSample:
-    try:
+    def begin(view: Preprocess, content: Any, opened: Any) -> tuple[Sample, int]:
         sample = view.begin(opened)
         return sample, view.excess(content, sample)
-    except ENDS_THE_RUN:
-        raise
-    except BaseException as error:
-        return set_aside(source, row, error)
+
+    bad = partial(set_aside, source, row)
+    found = attempt(read, bad)
+    if isinstance(found, BadSample):
+        return [found] * len(views)
+    return [attempt(partial(begin, view, *found), bad) for view in views]
 
 
 def _stacked(samples: list[Sample]) -> dict[str, Tensor] | list[Sample]:

@@ -22,11 +22,10 @@ from pipeline.encode.config import EncodeConfig
 from pipeline.encode.decoding import Chunk, Decoded, decode, decode_samples, finish_sample
 from pipeline.encode.quarantine import BadSample, name_of
 from pipeline.encode.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
-from pipeline.encode.result import EncodeCosts, Outcome
-from pipeline.encode.unit import Unit, UnitBuffer
+from pipeline.encode.unit import EncodeCosts, Outcome, Unit, UnitBuffer
 from pipeline.errors import InputRefusedError, ModelError
 from pipeline.models import EXTRA, Preprocess, network_inputs
-from pipeline.split import Capture, Prefix, State, capture
+from pipeline.split import Capture, Prefix, State
 from pipeline.store import Store
 
 Buffers: TypeAlias = dict[int, UnitBuffer]
@@ -36,10 +35,6 @@ TRIMMED_AT_ONCE = 4
 PARTS_IN_FLIGHT = 2
 """Number of finished parts that may wait for the writer; with the part being computed they bound the memory."""
 INFINITE = "its state holds NaN or infinity"
-
-
-def _ignored(place: int) -> None:
-    """Default callback: do nothing."""
 
 
 class Encoder:
@@ -62,30 +57,30 @@ class Encoder:
         self.preprocess = views[0]  # for what all views share
         self.prefixes, self.stores, self.config = prefixes, stores, config
         self.device = model_device(prefixes)
-        self.captures: dict[tuple[int, ...], Capture] = {}
         self.trimmings: dict[int, Trimming] = {}
 
-    def run(self, units: Sequence[Unit], begin: Callable[[int], None] = _ignored) -> Generator[Outcome, None, None]:
+    def run(self, units: Sequence[Unit], begin: Callable[[int], None] | None = None) -> Generator[Outcome, None, None]:
         """Encode `units`; yield the outcome of each part, in order, once its segments are committed.
 
         `begin` is called with the index of a unit before its first sample is computed.
         """
         chunks_of_units = [self._chunks(unit) for unit in units]
         decoded = decode(self.source, list(itertools.chain.from_iterable(chunks_of_units)), workers=self.workers)
-        waiting: list[tuple[Outcome, Future[None]]] = []
+        waiting: list[Future[Outcome]] = []
         with _writer() as pool:
             for place, (unit, chunks) in enumerate(zip(units, chunks_of_units, strict=True)):
-                begin(place)
+                if begin:
+                    begin(place)
                 # What the first part takes as it comes is kept for the others: preprocessed images are small.
                 of_unit = itertools.tee(itertools.islice(decoded, len(chunks)), len(unit.parts))
                 for number, (part, in_views) in enumerate(zip(unit.parts, of_unit, strict=True)):
                     outcome = Outcome(part)
                     buffers = self._encode(outcome, map(operator.itemgetter(number), in_views))
-                    waiting.append((outcome, pool.submit(self._write, outcome, buffers)))
+                    waiting.append(pool.submit(self._write, outcome, buffers))
                     while len(waiting) > PARTS_IN_FLIGHT:
-                        yield _committed(*waiting.pop(0))
+                        yield waiting.pop(0).result()
             while waiting:
-                yield _committed(*waiting.pop(0))
+                yield waiting.pop(0).result()
 
     def holds(self, unit: Unit) -> bool:
         """Return whether the whole unit is committed, without a sample set aside."""
@@ -122,28 +117,22 @@ class Encoder:
             else:
                 finished = (finish_sample(self.preprocess, sample) for sample in chunk.inputs)
                 ragged += zip(chunk.rows.tolist(), finished, strict=True)
-        for pads, alike in self._by_padding(buffers) if ragged else []:
-            for rows, samples in self._by_length(ragged, pads=pads):
+        for pads in (True, False) if ragged else ():
+            # Whether padding may be used differs by cut, and the bytes of a cut must not depend on the other cuts.
+            alike = {cut: buffer for cut, buffer in buffers.items() if self._trimming(cut).pads is pads}
+            for batch in self._by_length(ragged, pads=pads) if alike else ():
+                rows, samples = np.asarray([row for row, _ in batch], np.int64), [sample for _, sample in batch]
                 self._forward(alike, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
         costs.samples += len(part.rows)
         infinite = set().union(*(buffer.infinite for buffer in buffers.values()))
         bad += [BadSample(row, name_of(self.source, row), INFINITE) for row in sorted(infinite)]
-        for buffer in buffers.values():
-            buffer.drop({sample.row for sample in bad})
         return buffers
 
     def _forward(
-        self,
-        buffers: Buffers,
-        rows: np.ndarray,
-        batch: dict[str, Tensor],
-        samples: list[Sample] | None,
-        costs: EncodeCosts,
+        self, buffers: Buffers, rows: np.ndarray, batch: Sample, samples: list[Sample] | None, costs: EncodeCosts
     ) -> None:
-        cuts = tuple(buffers)
-        if cuts not in self.captures:
-            self.captures[cuts] = capture([self.prefixes[cut] for cut in cuts])
-        run = self.captures[cuts]
+        """Add the states of a batch, and what is stored beside them; of unequal `samples`, each without padding."""
+        run = Capture([self.prefixes[cut] for cut in buffers])
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         if samples is None:
             batch = self.preprocess.finish(batch)
@@ -158,11 +147,7 @@ class Encoder:
             costs.forward_samples[cut] = costs.forward_samples.get(cut, 0) + len(rows)
 
     def _run(self, run: Capture, rows: np.ndarray, batch: dict[str, Tensor]) -> list[State]:
-        """Return the states of a batch.
-
-        Raises:
-            ModelError: the network refuses a sample; the message names it, and the settings that decide its inputs.
-        """
+        """Return the states of a batch, or raise ModelError, which names the sample that the network refuses."""
         with autocast(self.config.precision, self.device):
             try:
                 return run(**in_format(batch, self.config))
@@ -175,24 +160,13 @@ class Encoder:
                         raise ModelError(f"{name_of(self.source, row)}: {own}; {self.preprocess.advice()}") from own
                 raise ModelError(f"{error}; {self.preprocess.advice()}") from error
 
-    def _by_padding(self, buffers: Buffers) -> Iterator[tuple[bool, Buffers]]:
-        """Group cuts by whether padding may be used: the bytes of a cut must not depend on the other cuts."""
-        for pads in (True, False):
-            alike = {cut: buffer for cut, buffer in buffers.items() if self._trimming(cut).pads is pads}
-            if alike:
-                yield pads, alike
-
-    def _by_length(self, ragged: list[tuple[int, Sample]], *, pads: bool) -> Iterator[tuple[np.ndarray, list[Sample]]]:
+    def _by_length(self, ragged: list[tuple[int, Sample]], *, pads: bool) -> Iterator[list[tuple[int, Sample]]]:
         """Group samples into batches of similar length, or of equal shapes where padding may not be used."""
         ragged = sorted(ragged, key=lambda item: (shapes(item[1]), item[0]))
-        batch: list[tuple[int, Sample]] = []
-        for item in ragged:
-            if len(batch) == self.config.batch_size or (batch and not pads and shapes(batch[0][1]) != shapes(item[1])):
-                yield _unzip(batch)
-                batch = []
-            batch.append(item)
-        if batch:
-            yield _unzip(batch)
+        for _, group in itertools.groupby(ragged, lambda item: None if pads else shapes(item[1])):
+            alike = list(group)
+            for begin in range(0, len(alike), self.config.batch_size):
+                yield alike[begin : begin + self.config.batch_size]
 
     def _trimming(self, cut: int) -> Trimming:
         """Return how the states of a cut are trimmed, determined on some samples."""
@@ -203,27 +177,27 @@ class Encoder:
                 samples += decode_samples(self.source, self.preprocess, rows)
                 if len({shapes(sample) for sample in samples}) > 1:
                     break
-            prefix = self.prefixes[cut]
 
             def run(**batch: Tensor) -> dict[str, Tensor]:
                 with autocast(self.config.precision, self.device):
                     on_device = {name: tensor.to(self.device) for name, tensor in network_inputs(batch).items()}
-                    return prefix(**in_format(on_device, self.config))
+                    return self.prefixes[cut](**in_format(on_device, self.config))
 
-            exact = self.config.precision == "float32"
-            self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, exact=exact)
+            is_exact = self.config.precision == "float32"
+            self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, exact=is_exact)
         return self.trimmings[cut]
 
-    def _write(self, outcome: Outcome, buffers: Buffers) -> None:
-        part = outcome.part
+    def _write(self, outcome: Outcome, buffers: Buffers) -> Outcome:
+        part, bad = outcome.part, {sample.row for sample in outcome.bad}
         for cut, buffer in buffers.items():
             start = time.perf_counter()
-            rows, tensors = buffer.finish()
+            rows, tensors = buffer.finish(bad)
             if len(rows):
                 kept = np.isin(part.rows, rows)
                 store = self.stores[part.view][cut]
                 outcome.promoted[cut] = store.write_segment(part.keys[kept], tensors, part.keys[~kept]).promoted
             outcome.costs.writing[cut] = time.perf_counter() - start
+        return outcome
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -273,12 +247,3 @@ def _beside_state(batch: dict[str, Tensor], samples: list[Sample] | None) -> dic
         else:
             inputs[name if name.startswith(EXTRA) else f"input.{name}"] = tensor if samples is None else own
     return inputs
-
-
-def _committed(outcome: Outcome, written: Future[None]) -> Outcome:
-    written.result()
-    return outcome
-
-
-def _unzip(batch: list[tuple[int, Sample]]) -> tuple[np.ndarray, list[Sample]]:
-    return np.asarray([row for row, _ in batch], np.int64), [sample for _, sample in batch]

@@ -6,15 +6,19 @@ import csv
 import io
 import traceback
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from pipeline.data.source import Source
 from pipeline.errors import DataError
 from pipeline.files import write_whole
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 ENDS_THE_RUN = (KeyboardInterrupt, SystemExit, GeneratorExit)
 """Raised while a sample is read, these end the run. All else is the sample's fault: a panic of a library written in
@@ -40,19 +44,33 @@ class BadSample:
         return self.reason.replace(";", ":").partition(":")[0]
 
 
+def attempt(compute: Callable[[], T], otherwise: Callable[[BaseException], S]) -> T | S:
+    """Return the result of `compute`, or `otherwise` of the error that it raises, unless that one ends the run."""
+    try:
+        return compute()
+    except ENDS_THE_RUN:
+        raise
+    except BaseException as error:
+        return otherwise(error)
+
+
 def set_aside(source: Source, row: int, error: BaseException) -> BadSample:
     """Return the record of a sample on which `error` was raised."""
-    return BadSample(row, name_of(source, row), _reason(error), _frames(error))
+    message = attempt(lambda: " ".join(str(error).split()), lambda _: "its message cannot be printed")
+    name = type(error).__name__
+    reason = message if isinstance(error, DataError) and message else f"{name}: {message}" if message else name
+    if len(reason) > LONGEST_REASON:
+        reason = f"{reason[:LONGEST_REASON]}..."
+    innermost = deque(traceback.walk_tb(error.__traceback__), maxlen=FRAMES)
+    frames = (f"{Path(frame.f_code.co_filename).name}:{line} {frame.f_code.co_name}" for frame, line in innermost)
+    return BadSample(row, name_of(source, row), reason, " < ".join([*frames][::-1]))
 
 
 def name_of(source: Source, row: int) -> str:
     """Return the name of a row, escaped where it is not valid text; its number where the source fails."""
-    try:
-        return str(source.row(row).source).encode("utf-8", "backslashreplace").decode()
-    except ENDS_THE_RUN:
-        raise
-    except BaseException:
-        return f"row {row}"
+    return attempt(
+        lambda: str(source.row(row).source).encode("utf-8", "backslashreplace").decode(), lambda _: f"row {row}"
+    )
 
 
 def write(path: Path, bad: Iterable[BadSample], keys: np.ndarray) -> None:
@@ -86,22 +104,3 @@ def summary(bad: Sequence[BadSample]) -> str:
         first.setdefault(sample.kind, sample.source)
     counts = Counter(sample.kind for sample in bad)
     return ", ".join(f"{count} x {kind} (first: {first[kind]})" for kind, count in counts.most_common())
-
-
-def _reason(error: BaseException) -> str:
-    try:
-        message = " ".join(str(error).split())
-    except ENDS_THE_RUN:
-        raise
-    except BaseException:
-        message = "its message cannot be printed"
-    name = type(error).__name__
-    reason = message if isinstance(error, DataError) and message else f"{name}: {message}" if message else name
-    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
-
-
-def _frames(error: BaseException) -> str:
-    innermost = deque(traceback.walk_tb(error.__traceback__), maxlen=FRAMES)
-    return " < ".join(
-        f"{Path(frame.f_code.co_filename).name}:{line} {frame.f_code.co_name}" for frame, line in reversed(innermost)
-    )

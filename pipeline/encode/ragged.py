@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from pipeline.split import State
+from pipeline.split.tree import difference
 
 Sample = dict[str, Tensor]
 """The inputs of one sample by name, without a batch axis."""
@@ -26,8 +26,8 @@ class Trimming:
     """How the states of a padded batch become states without padding.
 
     `axes` gives for each ragged state tensor its ragged axis (without the batch axis) and the input whose length it
-    has. `pads` is False where the network lets padding leak into a state: then only samples of equal shapes share a
-    batch.
+    has: the size of its first axis (tokens, frames, rows). `pads` is False where the network lets padding leak into a
+    state: then only samples of equal shapes share a batch.
     """
 
     pads: bool = True
@@ -35,14 +35,9 @@ class Trimming:
 
     def __call__(self, state: State, samples: Sequence[Sample]) -> dict[str, Tensor | list[Tensor]]:
         """Return `state` sample by sample where it is ragged; a tensor of one shape for all stays whole."""
-        trimmed: dict[str, Tensor | list[Tensor]] = {}
-        for name, tensor in state.items():
-            if name not in self.axes:
-                trimmed[name] = tensor
-                continue
-            axis, source = self.axes[name]
-            lengths = [_length(sample[source]) for sample in samples]
-            trimmed[name] = [tensor[i].narrow(axis, 0, n) for i, n in enumerate(lengths)]
+        trimmed: dict[str, Tensor | list[Tensor]] = dict(state)
+        for name, (axis, source) in self.axes.items():
+            trimmed[name] = [state[name][i].narrow(axis, 0, len(sample[source])) for i, sample in enumerate(samples)]
         return trimmed
 
 
@@ -51,9 +46,6 @@ def pad_batch(samples: Sequence[Sample], pad: Mapping[str, float]) -> dict[str, 
     batch = {}
     for name in samples[0]:
         tensors = [sample[name] for sample in samples]
-        if all(tensor.shape == tensors[0].shape for tensor in tensors):
-            batch[name] = torch.stack(tensors)
-            continue
         longest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
         padded = tensors[0].new_full((len(tensors), *longest), pad.get(name, 0))
         for row, tensor in zip(padded, tensors, strict=True):
@@ -86,33 +78,13 @@ def find_trimming(
         differing = [a for a, (m, n) in enumerate(zip(tensor.shape, alone_long[name].shape, strict=True)) if m != n]
         if not differing:
             continue
-        source = _input_of_length(short, long, tensor.shape[differing[0]], alone_long[name].shape[differing[0]])
-        if len(differing) > 1 or source is None:
+        lengths = tensor.shape[differing[0]], alone_long[name].shape[differing[0]]
+        of_lengths = [n for n in short if short[n].dim() and (len(short[n]), len(long[n])) == lengths]
+        if len(differing) > 1 or not of_lengths:
             return Trimming(pads=False)
-        axes[name] = (differing[0] - 1, source)
+        axes[name] = (differing[0] - 1, of_lengths[0])
     trimming = Trimming(axes=axes)
     padded = trimming(prefix(**pad_batch([short, long], pad)), [short, long])
     tolerance = TOLERANCE if exact else 100 * TOLERANCE
-    same = all(_close(padded[name][0], tensor[0], tolerance) for name, tensor in alone_short.items())
+    same = all(difference(tensor[0], padded[name][0]) <= tolerance for name, tensor in alone_short.items())
     return trimming if same else Trimming(pads=False)
-
-
-def _input_of_length(short: Sample, long: Sample, in_short: int, in_long: int) -> str | None:
-    for name in short:
-        if short[name].dim() and (_length(short[name]), _length(long[name])) == (in_short, in_long):
-            return name
-    return None
-
-
-def _length(tensor: Tensor) -> int:
-    """The ragged axis of an input is its first (tokens, frames, rows)."""
-    return tensor.shape[0]
-
-
-def _close(left: Tensor, right: Tensor, tolerance: float) -> bool:
-    if left.shape != right.shape:
-        return False
-    if not right.is_floating_point():
-        return torch.equal(left, right)
-    scale = right.abs().max().clamp(min=1e-12)
-    return bool((left - right).abs().max() <= tolerance * scale)

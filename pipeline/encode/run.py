@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -17,10 +16,7 @@ from tqdm import tqdm
 
 from pipeline.data.source import Source
 from pipeline.encode.decoding import explain_dead_workers
-from pipeline.encode.keying import KeyedSamples
-from pipeline.encode.quarantine import BadSample, name_of
-from pipeline.encode.result import EncodeResult, Outcome
-from pipeline.encode.unit import Unit, check_rows, lacking_rows, plan
+from pipeline.encode.unit import EncodeResult, Outcome, Unit, check_rows, lacking_rows, plan
 from pipeline.errors import MissingKeysError
 from pipeline.store import Store
 
@@ -45,39 +41,34 @@ class Executor(Protocol):
 def encode(
     executor: Executor,
     source: Source,
-    keyed: KeyedSamples,
+    result: EncodeResult,
     stores: Sequence[Sequence[Store]],
     wanted: Sequence[np.ndarray],
     *,
     segment_samples: int,
     segment_groups: np.ndarray | None = None,
-) -> EncodeResult:
-    """Encode the rows `wanted[view]` that `stores[view][cut]` lack; return what was done.
+) -> None:
+    """Encode the rows `wanted[view]` that `stores[view][cut]` lack; add what was done to `result`.
 
-    Samples that `keyed` sets aside are left out. Where `segment_groups` (N,) int64 gives a group for each row, the
-    samples of a segment belong to one group.
+    Samples that `result.keyed` sets aside are left out. Where `segment_groups` (N,) int64 gives a group for each row,
+    the samples of a segment belong to one group.
 
     Raises:
         TypeError: `wanted[view]` is not an array of row numbers.
         MissingKeysError: a sample was encoded but is not found; the message names the store.
     """
     check_rows(wanted)
+    keyed = result.keyed
     units = plan(
         keyed.keys, [np.intersect1d(rows, keyed.good) for rows in wanted], stores, segment_samples, segment_groups
     )
-    result = encode_units(executor, source, units, keyed, cuts=len(stores[0]))
     if units:
-        _check_stored(stores, [np.intersect1d(rows, result.keyed.good) for rows in wanted], keyed.keys)
-    return result
+        encode_units(executor, source, units, result)
+        _check_stored(stores, [np.intersect1d(rows, keyed.good) for rows in wanted], keyed.keys)
 
 
-def encode_units(
-    executor: Executor, source: Source, units: Sequence[Unit], keyed: KeyedSamples, cuts: int
-) -> EncodeResult:
-    """Run `units`, which are planned from the keys of `keyed`, with `executor`; return what was done for the `cuts`."""
-    result = EncodeResult.empty(keyed, cuts)
-    if not units:
-        return result
+def encode_units(executor: Executor, source: Source, units: Sequence[Unit], result: EncodeResult) -> None:
+    """Run `units`, planned from the keys of `result.keyed`, with `executor`; add what was done to `result`."""
     total = sum(len(part.rows) for unit in units for part in unit.parts)
     with (
         explain_dead_workers(executor.workers),
@@ -85,13 +76,8 @@ def encode_units(
         tqdm(total=total, desc="encode", unit="sample", disable=None, smoothing=0.05, leave=None) as progress,
     ):
         for outcome in running:
-            if outcome.bad:
-                known = {sample.row for sample in result.keyed.bad}
-                alike = [other for sample in outcome.bad for other in _same_content(sample, source, result.keyed)]
-                result.keyed.bad.extend(sample for sample in alike if sample.row not in known)
-            result.add(outcome)
+            result.add(outcome, source)
             progress.update(len(outcome.part.rows))
-    return result
 
 
 def _check_stored(stores: Sequence[Sequence[Store]], wanted: Sequence[np.ndarray], keys: np.ndarray) -> None:
@@ -108,9 +94,3 @@ def _check_stored(stores: Sequence[Sequence[Store]], wanted: Sequence[np.ndarray
                     )
                 time.sleep(1)
                 store.refresh()
-
-
-def _same_content(sample: BadSample, source: Source, keyed: KeyedSamples) -> list[BadSample]:
-    """Return `sample` and every other row with the same content, each under its own name."""
-    rows = keyed.selected(np.flatnonzero((keyed.keys == keyed.keys[sample.row]).all(1)))
-    return [replace(sample, row=row, source=name_of(source, row)) for row in rows.tolist()]

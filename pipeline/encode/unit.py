@@ -1,16 +1,20 @@
-"""Units of work: samples that are computed, committed and skipped together."""
+"""Units of work: samples that are computed, committed and skipped together, and what comes of them."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.source import Source
+from pipeline.encode.keying import KeyedSamples
+from pipeline.encode.quarantine import BadSample, name_of
 from pipeline.store import KeySet, Store, first_rows
 
 BLOCK = 1 << 20
@@ -62,15 +66,14 @@ def plan(
     only, where `groups` (N,) int64 gives the group of each row. Identical samples are encoded once. The missing rows of
     a store are divided into units of `size`; where whole units are missing, the division of the others stays the same,
     so that an interrupted run continues with the same units. Samples that were set aside in a committed unit get units
-    of their own: the reason may have been temporary.
-
-    Raises:
-        TypeError: `wanted[view]` is no array of row numbers.
+    of their own: the reason may have been temporary. What `check_rows` refuses raises TypeError.
     """
     check_rows(wanted)
     lacked: dict[bytes, tuple[np.ndarray, list[tuple[int, int]]]] = {}
     for view, (of_all, of_view) in enumerate(zip(wanted, stores, strict=True)):
-        for rows, (cut, store) in itertools.product(_by_group(of_all, groups), enumerate(of_view)):
+        own = None if groups is None else groups[of_all]
+        grouped = [of_all] if own is None else [of_all[own == number] for number in np.unique(own)]
+        for rows, (cut, store) in itertools.product(grouped, enumerate(of_view)):
             distinct = rows[first_rows(keys[rows])]
             lacking = lacking_rows(keys, distinct, store)
             again = KeySet(store.set_aside()).contains(keys[lacking])
@@ -85,22 +88,11 @@ def plan(
 
 
 def check_rows(wanted: Sequence[object]) -> None:
-    """Check that there is one array of row numbers for each view.
-
-    Raises:
-        TypeError: there is something else; the message names the view.
-    """
+    """Raise TypeError, which names the view, unless there is one array of row numbers for each view."""
     for view, rows in enumerate(wanted):
         if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.kind not in "iu":
             found = f"{rows.ndim} axes of {rows.dtype}" if isinstance(rows, np.ndarray) else type(rows).__name__
             raise TypeError(f"wanted[{view}] is {found}; give the row numbers of this view, one array (n,) of integers")
-
-
-def _by_group(rows: np.ndarray, groups: np.ndarray | None) -> list[np.ndarray]:
-    if groups is None:
-        return [rows]
-    own = groups[rows]
-    return [rows[own == number] for number in np.unique(own)]
 
 
 def lacking_rows(keys: np.ndarray, rows: np.ndarray, store: Store) -> np.ndarray:
@@ -119,7 +111,6 @@ class UnitBuffer:
         self.whole: dict[str, Tensor] = {}
         self.single: dict[str, list[Tensor | None]] = {}
         self.infinite: set[int] = set()
-        self.dropped: set[int] = set()
 
     def put(self, rows: np.ndarray, tensors: dict[str, Tensor | list[Tensor]]) -> None:
         """Add the tensors of `rows`: (len(rows), ...) if all have one shape, else one tensor per row."""
@@ -127,20 +118,20 @@ class UnitBuffer:
         for name, tensor in tensors.items():
             if name.startswith("state."):
                 self.infinite.update(int(rows[i]) for i in _infinite(tensor))
-            if isinstance(tensor, Tensor) and self._fits(name, tensor):
-                self.whole[name][places] = tensor.to("cpu")
-            else:
-                single = self._single(name)
-                for place, one in zip(places, tensor, strict=True):
-                    single[place] = one.to("cpu", copy=True)
+            if isinstance(tensor, Tensor) and name not in self.whole and name not in self.single:
+                self.whole[name] = torch.empty((len(self.rows), *tensor.shape[1:]), dtype=tensor.dtype)
+            whole = self.whole.get(name)
+            if whole is not None and isinstance(tensor, Tensor) and whole.shape[1:] == tensor.shape[1:]:
+                whole[places] = tensor.to("cpu")
+                continue
+            if name not in self.single:  # from here on, shapes differ
+                self.single[name] = list(self.whole.pop(name)) if name in self.whole else [None] * len(self.rows)
+            for place, one in zip(places, tensor, strict=True):
+                self.single[name][place] = one.to("cpu", copy=True)
 
-    def drop(self, rows: set[int]) -> None:
-        """Leave `rows` out of what `finish` returns."""
-        self.dropped |= rows
-
-    def finish(self) -> tuple[np.ndarray, dict[str, Tensor | list[Tensor]]]:
-        """Return the rows kept, in the unit's order, and their tensors by name."""
-        kept = [i for i, row in enumerate(self.rows.tolist()) if row not in self.dropped]
+    def finish(self, dropped: set[int]) -> tuple[np.ndarray, dict[str, Tensor | list[Tensor]]]:
+        """Return the rows that are not `dropped`, in the unit's order, and their tensors by name."""
+        kept = [i for i, row in enumerate(self.rows.tolist()) if row not in dropped]
         everything = len(kept) == len(self.rows)
         tensors: dict[str, Tensor | list[Tensor]] = {}
         for name, tensor in self.whole.items():
@@ -149,22 +140,88 @@ class UnitBuffer:
             tensors[name] = [one for i in kept if (one := single[i]) is not None]
         return self.rows[kept], tensors
 
-    def _fits(self, name: str, tensor: Tensor) -> bool:
-        if name not in self.whole and name not in self.single:
-            self.whole[name] = torch.empty((len(self.rows), *tensor.shape[1:]), dtype=tensor.dtype)
-        return name in self.whole and self.whole[name].shape[1:] == tensor.shape[1:]
-
-    def _single(self, name: str) -> list[Tensor | None]:
-        """Return the list of tensors per sample, converting the stacked tensor where shapes begin to differ."""
-        if name not in self.single:
-            self.single[name] = list(self.whole.pop(name)) if name in self.whole else [None] * len(self.rows)
-        return self.single[name]
-
 
 def _infinite(tensor: Tensor | list[Tensor]) -> list[int]:
     """Return the indices of the samples with a NaN or an infinity."""
-    if isinstance(tensor, Tensor):
-        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
-            return []
-        return torch.nonzero(~torch.isfinite(tensor).flatten(1).all(1)).flatten().tolist()
+    if isinstance(tensor, Tensor) and (not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum()))):
+        return []
     return [i for i, one in enumerate(tensor) if one.is_floating_point() and not bool(torch.isfinite(one).all())]
+
+
+@dataclass
+class EncodeCosts:
+    """Seconds spent, added up over the samples of a run."""
+
+    samples: int = 0
+    reading: float = 0.0
+    """Time that the prefix waited for samples."""
+    forward: dict[int, float] = field(default_factory=dict)
+    """Per cut, the forward time from the inputs to the cut."""
+    forward_samples: dict[int, int] = field(default_factory=dict)
+    writing: dict[int, float] = field(default_factory=dict)
+
+    def add(self, other: EncodeCosts) -> None:
+        """Add the costs of `other` to these."""
+        self.samples += other.samples
+        self.reading += other.reading
+        for name in ("forward", "forward_samples", "writing"):
+            mine = getattr(self, name)
+            for cut, value in getattr(other, name).items():
+                mine[cut] = mine.get(cut, 0) + value
+
+    def of(self, cut: int) -> dict[str, Any]:
+        """Return the number of samples encoded for `cut`, and the seconds per sample of each step."""
+        count = self.forward_samples.get(cut, 0)
+        if not count:
+            return {"samples": 0, "seconds_per_sample": {}}
+        read, forward = self.reading / self.samples, self.forward[cut] / count
+        write = self.writing.get(cut, 0.0) / count
+        return {"samples": count, "seconds_per_sample": {"read": read, "forward": forward, "write": write}}
+
+
+@dataclass
+class Outcome:
+    """The result of one part of a unit, and its costs."""
+
+    part: Part
+    bad: list[BadSample] = field(default_factory=list)
+    """Samples of the part that were set aside."""
+    cut_off: list[int] = field(default_factory=list)
+    """Number of tokens truncated, for each text that is too long."""
+    promoted: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Per cut, the state tensors that left the range of the requested type and have a wider one."""
+    costs: EncodeCosts = field(default_factory=EncodeCosts)
+
+
+@dataclass
+class EncodeResult:
+    """The result of encoding the samples of one encoder."""
+
+    keyed: KeyedSamples
+    """The data set; its bad samples include those that have no state."""
+    new: list[int]
+    """Samples encoded for each cut."""
+    promoted: list[set[str]]
+    """Per cut, the state tensors that left the range of the requested type in some segment, and have a wider one there.
+    """
+    cut_off: list[int] = field(default_factory=list)
+    """Number of tokens truncated, for each encoded text that is too long."""
+    costs: EncodeCosts = field(default_factory=EncodeCosts)
+
+    @classmethod
+    def empty(cls, keyed: KeyedSamples, cuts: int) -> EncodeResult:
+        """Return the result of encoding nothing for so many `cuts`."""
+        return cls(replace(keyed, bad=list(keyed.bad)), [0] * cuts, [set() for _ in range(cuts)])
+
+    def add(self, outcome: Outcome, source: Source) -> None:
+        """Add the outcome of one more part; rows of `source` with the contents of its bad samples are bad too."""
+        known = {sample.row for sample in self.keyed.bad}
+        for sample in outcome.bad:
+            alike = self.keyed.selected(np.flatnonzero((self.keyed.keys == self.keyed.keys[sample.row]).all(1)))
+            new = [row for row in alike.tolist() if row not in known]
+            self.keyed.bad.extend(replace(sample, row=row, source=name_of(source, row)) for row in new)
+        for cut in outcome.part.cuts:
+            self.new[cut] += len(outcome.part.rows) - len(outcome.bad)
+            self.promoted[cut].update(outcome.promoted.get(cut, ()))
+        self.cut_off += outcome.cut_off
+        self.costs.add(outcome.costs)

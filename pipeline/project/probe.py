@@ -22,7 +22,7 @@ from pipeline.encode.ragged import Sample
 from pipeline.errors import BadSampleError, StaleStoreError
 from pipeline.keys import JSON
 from pipeline.models import Preprocess, network_inputs
-from pipeline.split import Prefix, capture
+from pipeline.split import Capture, Prefix
 from pipeline.store import PROBE, Store, read_attachment, write_attachment
 
 FILE = "probe.safetensors"
@@ -84,7 +84,7 @@ def run_probe(prefixes: Sequence[Prefix], probe: Probe, config: EncodeConfig) ->
 
     A network may refuse inputs that were drawn: then there are no states.
     """
-    run, device = capture(prefixes), model_device(prefixes)
+    run, device = Capture(prefixes), model_device(prefixes)
     found: list[list[Tensors]] = [[] for _ in prefixes]
     for sample in probe.inputs[:RUN_ON]:
         batch = {name: tensor.unsqueeze(0).to(device) for name, tensor in network_inputs(sample).items()}

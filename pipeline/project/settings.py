@@ -13,8 +13,7 @@ from typing import Any
 from pipeline.config import Section, load_sections
 from pipeline.data import ROLES, DataConfig, SampleTable, Source, in_role, open_source, with_keys
 from pipeline.encode.config import EncodeConfig
-from pipeline.encode.keying import KeyedSamples, key_contents
-from pipeline.encode.stat_cache import StatCache
+from pipeline.encode.keying import KeyedSamples, StatCache, key_contents
 from pipeline.errors import ConfigError
 from pipeline.keys import JSON, Recipe
 from pipeline.models import ModelConfig, PreprocessConfig

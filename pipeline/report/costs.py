@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.encode.result import EncodeResult
+from pipeline.encode.unit import EncodeResult
 from pipeline.files import write_whole
 from pipeline.project import Project
 from pipeline.report.summary import CutCost

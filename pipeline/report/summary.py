@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.runs.record import STORE, Run
-from pipeline.split.costs import BACKWARD, speed_ups
+from pipeline.split.candidates import BACKWARD, speed_ups
 from pipeline.tasks.config import LOWER_IS_BETTER
 
 SEED = "train.seed"

@@ -2,26 +2,24 @@
 
 The modules in the order in which a split happens:
 
-1.  `splitting`: `split` and `merge`, the flow that calls the others.
+1.  `splitting`: `split` and `merge`, the flow that calls the others. At its end the suffix is compared with the full
+    model, or the split is refused, and warnings are given of exact splits that may not be what the user wants.
 2.  `splittable`: which models can be split, and copies of them.
-3.  `trace`: one observed forward pass; `blocks`: the repeated units in it; `cut`: the place that the user names.
-4.  `observation`: runs of the full model that take tensors at a cut; `sources`: where these come from.
-5.  `planner`: makes the `plan`, what must be stored and kept, by runs of the suffix that find what it lacks. They are a
-    `phantom_run`: the model's own `forward` on tensors without values (`phantom`, `operations`), with a `fake_forward`
-    for calls that need values.
+3.  `forward`: one observed forward pass; `blocks`: the repeated units in it; `cut`: the place that the user names, and
+    where the tensors that cross it come from.
+4.  `observation`: runs of the full model that take tensors at a cut.
+5.  `plan`: what must be stored and kept, found by runs of the suffix. They are a `phantom_run`: the model's own
+    `forward` on tensors without values (`phantom`, `operations`).
 6.  `layout`: proves the batch axis of each stored tensor. `prefix`: returns the state of a batch.
 7.  `suffix`: runs the rest of the model from a state, with its `frozen` parameters set aside. `replay`: gets to the cut
     without the recycled layers, by a `recording` made once per kind of input.
-8.  `acceptance`: compares the suffix with the full model (`reference`, `comparison`), or refuses the split. `advice`:
-    warnings about exact splits that may not be what the user wants.
 
-`candidates` lists the places to cut, `costs` times and predicts them. `modes` (train and eval flags, random state) and
-`tree` (tensors inside nested values) serve all of them.
+`candidates` lists the places to cut, with their costs. `tree` (tensors inside nested values) serves all of them.
 """
 
 from pipeline.split.candidates import Candidate, candidates, flops_around
 from pipeline.split.cut import Cut
-from pipeline.split.prefix import Capture, Prefix, State, TensorSpec, capture
+from pipeline.split.prefix import Capture, Prefix, State, TensorSpec
 from pipeline.split.splitting import merge, split
 from pipeline.split.suffix import Suffix
 
@@ -34,7 +32,6 @@ __all__ = [
     "Suffix",
     "TensorSpec",
     "candidates",
-    "capture",
     "flops_around",
     "merge",
     "split",

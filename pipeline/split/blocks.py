@@ -1,8 +1,4 @@
-"""The blocks of a network, its repeated units in execution order, and the cut that a user's `at` names.
-
-A cut is a point in time, not a place in the module tree: the entry to one call of one module. Everything the model
-executes earlier is prefix.
-"""
+"""The blocks of a network, its repeated units in execution order, and the cut that a user's `at` names."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from torch import nn
 
 from pipeline.errors import NoSuchCutError
 from pipeline.split.cut import Cut
-from pipeline.split.trace import Call
+from pipeline.split.forward import Call
 
 FEW_BLOCKS = 4
 MOST = 0.5  # an inner container that holds more than this share of a block's parameters is a stage of smaller blocks
@@ -22,7 +18,7 @@ SHARED = 0.3  # a module that holds more than this share of the model and is cal
 def find_blocks(model: nn.Module, calls: list[Call]) -> list[Call]:
     """Return the blocks of `model` in execution order, without the head that runs after the last one."""
     finder = _BlockFinder(model, calls)
-    finder.visit("", model)
+    finder.visit("")
     blocks = sorted(finder.without_stems(), key=lambda call: call.start)
     if len(blocks) < FEW_BLOCKS:
         blocks = finder.shared_layer() or max(blocks, finder.top_level(), key=len)
@@ -88,32 +84,30 @@ def _block_entered(model: nn.Module, call: Call, calls: list[Call], blocks: list
 
     So a stage of a network and its first block are one cut.
     """
-    modules = dict(model.named_modules())
     for entered in calls[calls.index(call) :] if call.path else []:
         if entered in blocks:
             return entered if entered.start < call.end else call
-        if type(modules[entered.path]) is not nn.Sequential:
+        if type(model.get_submodule(entered.path)) is not nn.Sequential:
             break
     return call
 
 
 def _head(model: nn.Module, calls: list[Call], blocks: list[Call]) -> Call | None:
     """Return the first call with parameters that starts after the last block ended."""
-    modules = dict(model.named_modules())
     end = max((block.end for block in blocks), default=0)
-    return next((call for call in calls if call.start > end and parameter_count(modules[call.path])), None)
+    later = (call for call in calls if call.start > end)
+    return next((call for call in later if parameter_count(model.get_submodule(call.path))), None)
 
 
 def _without_head(model: nn.Module, calls: list[Call], blocks: list[Call]) -> list[Call]:
     """Drop a trailing classifier: a container of single layers at the end, else a single layer that nothing follows."""
-    modules = dict(model.named_modules())
     if not blocks or _head(model, calls, blocks) is not None:
         return blocks
     last = _parent(blocks[-1].path)
     tail = [block for block in blocks if _parent(block.path) == last]
-    if len(tail) < len(blocks) and all(is_layer(modules[block.path]) for block in tail):
+    if len(tail) < len(blocks) and all(is_layer(model.get_submodule(block.path)) for block in tail):
         return [block for block in blocks if block not in tail]
-    return blocks[:-1] if len(blocks) > 1 and is_layer(modules[blocks[-1].path]) else blocks
+    return blocks[:-1] if len(blocks) > 1 and is_layer(model.get_submodule(blocks[-1].path)) else blocks
 
 
 def _parent(path: str) -> str:
@@ -135,28 +129,29 @@ class _BlockFinder:
 
     def __init__(self, model: nn.Module, calls: list[Call]) -> None:
         self.model = model
-        self.modules = dict(model.named_modules())
         self.calls = calls
         self.called: dict[str, list[Call]] = {}
         for call in calls:
             self.called.setdefault(call.path, []).append(call)
         self.found: list[Call] = []
 
-    def visit(self, path: str, module: nn.Module) -> None:
+    def visit(self, path: str) -> None:
+        module = self.model.get_submodule(path)
         containers = {path: module} if _is_container(module) else self.containers(path, module)
         for prefix, container in containers.items():
             owner = _parent(prefix)
             if path not in (owner, prefix) and any(is_layer(child) for child in container.children()):
-                self.consider(owner, self.modules[owner])  # layers inside a module that is in no container itself
+                self.consider(owner)  # layers inside a module that is in no container itself
                 continue
-            for name, child in container.named_children():
-                self.consider(f"{prefix}.{name}" if prefix else name, child)
+            for name, _ in container.named_children():
+                self.consider(f"{prefix}.{name}" if prefix else name)
 
-    def consider(self, path: str, child: nn.Module) -> None:
-        if not parameter_count(child):
+    def consider(self, path: str) -> None:
+        module = self.model.get_submodule(path)
+        if not parameter_count(module):
             return
-        if _is_container(child) or self.is_stage(path, child):
-            self.visit(path, child)
+        if _is_container(module) or self.is_stage(path, module):
+            self.visit(path)
         else:
             self.found += [call for call in self.entries(path) if call not in self.found]
 
@@ -173,7 +168,7 @@ class _BlockFinder:
 
     def without_stems(self) -> list[Call]:
         """Return what was found, without containers of single layers (a stem, a downsampling) beside larger blocks."""
-        composed = {_parent(call.path) for call in self.found if not is_layer(self.modules[call.path])}
+        composed = {_parent(call.path) for call in self.found if not is_layer(self.model.get_submodule(call.path))}
         return [call for call in self.found if not composed or _parent(call.path) in composed]
 
     def is_stage(self, path: str, module: nn.Module) -> bool:
@@ -198,7 +193,7 @@ class _BlockFinder:
         """Return the calls of one big layer that is called repeatedly (ALBERT): each call is a block."""
         total = parameter_count(self.model)
         for path, calls in self.called.items():
-            if path and len(calls) >= FEW_BLOCKS and parameter_count(self.modules[path]) > SHARED * total:
+            if path and len(calls) >= FEW_BLOCKS and parameter_count(self.model.get_submodule(path)) > SHARED * total:
                 return calls
         return []
 
@@ -206,14 +201,9 @@ class _BlockFinder:
         """Return the calls of the children of a small model without repeated units."""
         found: list[Call] = []
         for name, child in self.model.named_children():
-            inner = (
-                {f"{name}.{key}": item for key, item in child.named_children()}
-                if _is_container(child)
-                else {name: child}
-            )
-            for path, item in inner.items():
-                if parameter_count(item):
-                    found += self.called[path][:1] if path in self.called else self.entries(path)
+            for path in [f"{name}.{key}" for key, _ in child.named_children()] if _is_container(child) else [name]:
+                if parameter_count(self.model.get_submodule(path)):
+                    found += (self.called.get(path) or self.entries(path))[:1]
         return sorted(found, key=lambda call: call.start)
 
 

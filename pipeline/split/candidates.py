@@ -1,28 +1,31 @@
-"""The places where a model can be cut, and the cost of each."""
+"""The places where a model can be cut, and the cost of the layers before and after each: timed, and as predicted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from pipeline.errors import SplitError
 from pipeline.split.blocks import boundaries, find_blocks
 from pipeline.split.cut import Cut
+from pipeline.split.forward import Trace, eval_run, observed_calls, synchronise, trace
 from pipeline.split.layout import batch_size, regroup
-from pipeline.split.modes import eval_run
-from pipeline.split.planner import make_plan
+from pipeline.split.plan import make_plan
 from pipeline.split.splittable import check_model
 from pipeline.split.splitting import prove_state, read_example
-from pipeline.split.trace import Trace, observed_calls, trace
 from pipeline.split.tree import Args, Kwargs
 
-ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to the counter
+REPEATS = 5
+BACKWARD = 2
+"""Cost of a backward pass in forward passes: one for the gradients of the inputs, one for those of the weights."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,6 @@ class Candidate:
     state_bytes: int | None = None
     refused: str | None = None
 
-    @property
-    def path(self) -> str:
-        """The cut as `split` takes it as `at`; the empty path is the cut 0."""
-        return self.cut.name
-
-    @property
-    def share(self) -> float:
-        """Share of the blocks before it, 0 to 1."""
-        return self.cut.share
-
 
 def candidates(model: nn.Module, example: Any) -> list[Candidate]:
     """Return the block boundaries where `model` can be cut, in execution order, from the inputs to the head.
@@ -71,14 +64,13 @@ def candidates(model: nn.Module, example: Any) -> list[Candidate]:
     args, kwargs = read_example(example)
     seen = trace(model, args, kwargs)
     cuts = boundaries(model, seen.calls, find_blocks(model, seen.calls))
-    *before, total = _count_flops(model, cuts, args, kwargs)
+    counted = _count_flops(model, cuts, args, kwargs)
     found = []
-    for cut, flops in zip(tqdm(cuts, desc="cuts", disable=None), before, strict=True):
+    for cut, flops in zip(tqdm(cuts, desc="cuts", disable=None), counted, strict=True):
         try:
-            parameters, state_bytes = _sizes(model, cut, seen, args, kwargs)
-            found.append(Candidate(cut, flops, total - flops, parameters, state_bytes))
+            found.append(Candidate(cut, *flops, *_sizes(model, cut, seen, args, kwargs)))
         except SplitError as error:
-            found.append(Candidate(cut, flops, total - flops, refused=str(error)))
+            found.append(Candidate(cut, *flops, refused=str(error)))
     return found
 
 
@@ -86,35 +78,60 @@ def flops_around(model: nn.Module, cuts: Sequence[Cut], example: Any) -> list[tu
     """Return the operations per sample of a forward pass before and after each of `cuts`; None if uncountable."""
     args, kwargs = read_example(example)
     try:
-        *before, total = _count_flops(model, cuts, args, kwargs)
+        return _count_flops(model, cuts, args, kwargs)
     except Exception:  # the network runs; the counter need not be able to follow it
         return None
-    return [(flops, total - flops) for flops in before]
 
 
-def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwargs) -> list[int]:
-    """Return the operations per sample of one forward pass until each of the cuts, and until its end."""
+def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwargs) -> list[tuple[int, int]]:
+    """Return the operations per sample of one forward pass before and after each of the cuts."""
     counted: dict[tuple[str, int], int] = {}
 
     def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:
         counted[path, index] = counter.get_total_flops()
 
-    counter = FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: _attention_flops})
+    attention = lambda q, k, v, *_, **__: int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]  # noqa: E731
+    unknown = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    counter = FlopCounterMode(display=False, custom_mapping=unknown)
     paths = {cut.path for cut in cuts}
     with eval_run(model, args, kwargs), observed_calls(model, on_call, paths=paths), counter:
         model(*args, **kwargs)
     batch = batch_size(args, kwargs)
-    return [flops // batch for flops in [*(counted[cut.path, cut.call] for cut in cuts), counter.get_total_flops()]]
-
-
-def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    total, before = counter.get_total_flops() // batch, [counted[cut.path, cut.call] // batch for cut in cuts]
+    return [(flops, total - flops) for flops in before]
 
 
 def _sizes(model: nn.Module, cut: Cut, seen: Trace, args: Args, kwargs: Kwargs) -> tuple[int, int]:
     """Return how many parameters the prefix freezes, and the bytes of one sample's state."""
     planned = make_plan(model, cut, seen, args, kwargs)
-    slots = prove_state(model, planned, seen.output, (args, kwargs), regroup(args, kwargs)).slots
+    slots, *_ = prove_state(model, planned, seen.output, (args, kwargs), regroup(args, kwargs))
     weights = dict(model.named_parameters())
     frozen = sum(weights[name].numel() for name in set(planned.plan.frozen.values()))
     return frozen, sum(2 * torch.Size(slot.spec.shape).numel() for slot in slots)
+
+
+def seconds_per_sample(prefix: Callable[..., object], batch: Mapping[str, Tensor]) -> float:
+    """Return the median forward time of `prefix` on `batch` over its samples, after a warm-up."""
+    count = max(len(tensor) for tensor in batch.values())
+    device = next(iter(batch.values())).device
+    times = []
+    for _ in range(REPEATS + 1):
+        synchronise(device)
+        start = time.perf_counter()
+        prefix(**batch)
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) / count
+
+
+def speed_ups(flops: float, flops_after: float, *, backward: int = BACKWARD) -> tuple[float | None, float | None]:
+    """Return the expected speed-up of a training step over full fine-tuning, and over frozen layers run every time.
+
+    A step is taken to be bound by computation, and backward to cost `backward` times forward. With 2 of these, `flops`
+    operations before the cut and `flops_after` after it, recycling costs 3 x after, frozen layers cost
+    before + 3 x after, and full fine-tuning costs 3 x (before + after). None where no operation comes after the cut.
+    """
+    if not flops_after:
+        return None, None
+    step = (1 + backward) * flops_after
+    return (1 + backward) * (flops + flops_after) / step, (flops + step) / step

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pipeline.split.cut import Weight
 from pipeline.split.phantom import Phantom
-from pipeline.split.sources import Weight
 from pipeline.split.tree import Args, Kwargs, map_arguments
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,11 +31,7 @@ def dummy(like: Tensor, *, dense: bool = False) -> Tensor:
 
 
 class FrozenParameters:
-    """The frozen parameters of one suffix's module tree.
-
-    Attributes:
-        kept: real values by canonical name, of the parameters that the suffix reads.
-    """
+    """The frozen parameters of one suffix's module tree; `kept` has the values that the suffix reads, by name."""
 
     def __init__(self, root: nn.Module, names: Mapping[str, str], kept: Mapping[str, Tensor]) -> None:
         """`names`: every frozen name in `root` -> the canonical one among those that are tied together."""

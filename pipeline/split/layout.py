@@ -14,20 +14,14 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import SplitError
-from pipeline.split.comparison import difference
-from pipeline.split.tree import Args, Kwargs, arguments, map_arguments
+from pipeline.split.tree import Args, Kwargs, arguments, difference, map_arguments
 
 SAMPLE_TOLERANCE = 1e-3  # kernels round differently for batches of another size
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Where a tensor of the model has its batch axis.
-
-    Attributes:
-        axis: the axis.
-        folded: whether that axis holds several rows per sample, one sample after the other.
-    """
+    """Where a tensor of the model has its batch axis; `folded`: with several rows per sample, sample by sample."""
 
     axis: int
     folded: bool
@@ -85,8 +79,7 @@ def _rows(args: Args, kwargs: Kwargs, rows: Tensor) -> tuple[Args, Kwargs]:
 def prove_layout(name: str, first: Tensor, second: Tensor, rows: Tensor) -> BatchLayout | None:
     """Return the layout of a value seen in a batch and in its regrouping; None for a constant of the model.
 
-    Raises:
-        SplitError: no single axis follows the batch, or a sample's value depends on the other samples.
+    Where no single axis follows the batch, or a sample's value depends on other samples, SplitError says so.
     """
     if first.dim() != second.dim() or first.dtype != second.dtype:
         raise SplitError(f"state {name!r} has another rank or dtype in a batch of another size; cut elsewhere")

@@ -1,10 +1,10 @@
-"""Running the full model up to one or several cuts, and taking the tensors that cross them."""
+"""Runs of the full model: up to one or several cuts, to take the tensors that cross them, and in training."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.cut import Cut
-from pipeline.split.modes import accelerator_kind, eval_run
-from pipeline.split.sources import Argument, Input, Output, TensorSource
-from pipeline.split.trace import observed_calls
-from pipeline.split.tree import Args, Kwargs, arguments, tensors
+from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
+from pipeline.split.forward import errors_as_refusals, eval_run, observed_calls, random_state_kept, synchronise
+from pipeline.split.splittable import copy_of
+from pipeline.split.tree import Args, Kwargs, arguments, map_tensors, tensors
 
 
 @dataclass
@@ -62,13 +61,16 @@ def observe(
             one.values |= {source: found[source].detach().clone() for source in one.wanted if source in found}
 
     def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:
-        reached = [one for one in pending if (one.cut.path, one.cut.call) == (path, index)]
-        for one in reached:
+        for one in [one for one in pending if (one.cut.path, one.cut.call) == (path, index)]:
             pending.remove(one)
-            _take_arguments(one, arguments(args, kwargs), copy=to_the_end or bool(pending))
+            for leaf, tensor in arguments(args, kwargs).items():
+                is_copied = Argument(leaf) in one.wanted and (to_the_end or pending)
+                one.values[Argument(leaf)] = tensor.detach().clone() if is_copied else tensor.detach()
+            for device in {tensor.device for tensor in one.values.values()}:
+                synchronise(device)
             one.elapsed = time.perf_counter() - start
-        if reached and not pending and not to_the_end:
-            raise _LastCutReached
+            if not pending and not to_the_end:
+                raise _LastCutReached
 
     outputs = {source.path for one in observations for source in one.wanted if isinstance(source, Output)}
     paths = outputs | {one.cut.path for one in observations}
@@ -84,11 +86,35 @@ def observe(
     return None
 
 
-def _take_arguments(one: Observation, found: dict[str, Tensor], *, copy: bool) -> None:
-    """Take the arguments of the cut call, and wait until they are computed."""
-    for leaf, tensor in found.items():
-        value = tensor.detach()
-        one.values[Argument(leaf)] = value.clone() if copy and Argument(leaf) in one.wanted else value
-    for device in {tensor.device for tensor in one.values.values()} - {torch.device("cpu")}:
-        if device.type == accelerator_kind():
-            torch.accelerator.synchronize(device)
+def run_in_training(model: nn.Module, cut: Cut, args: Args, kwargs: Kwargs) -> tuple[Any, dict[str, Tensor]]:
+    """Run a copy of `model`, with random numbers as in `seeded_calls`; return its output and its buffers after it."""
+    root = copy_of(model, {id(item): item for item in model.parameters()}).train()
+    flags = [(module, module.training) for module in root.modules()]
+    with_gradients = torch.is_grad_enabled()
+
+    def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:
+        if index == cut.call:
+            torch.set_grad_enabled(with_gradients)
+            for module, training in flags:
+                module.training = training
+
+    for module in root.modules():
+        module.training = False
+    with (
+        random_state_kept(root),
+        torch.no_grad(),
+        errors_as_refusals(model, args, kwargs, "train"),
+        observed_calls(root, on_call, paths={cut.path}),
+        seeded_calls(root, cut),
+    ):
+        output = root(*args, **kwargs)
+    return map_tensors(lambda _, item: item.detach(), output), dict(root.named_buffers())
+
+
+def seeded_calls(root: nn.Module, cut: Cut) -> AbstractContextManager[None]:
+    """Set the random seed at every call of the cut module: what is drawn later does not depend on what runs before."""
+
+    def on_call(*_: Any) -> None:
+        torch.manual_seed(0)
+
+    return observed_calls(root, on_call, paths={cut.path})

@@ -61,17 +61,19 @@ def apply(function: Operator, args: Args, kwargs: Kwargs) -> Any:
     views = any(item.alias_info is not None for item in function._schema.returns)
     base = args[0] if views and isinstance(args[0], Phantom) else None
 
-    def phantom(_: str, meta: Tensor) -> Phantom:
-        made = Phantom(meta, device, Operation(function, args, kwargs, next(index)))
-        made.base = base
-        return made
+    def as_phantom(_: str, meta: Tensor) -> Phantom:
+        phantom = Phantom(meta, device, Operation(function, args, kwargs, next(index)))
+        phantom.base = base
+        return phantom
 
-    return map_tensors(phantom, result)
+    return map_tensors(as_phantom, result)
 
 
 def _write_in_place(function: Operator, args: Args, kwargs: Kwargs) -> Phantom:
     """Give the phantom that an in-place operation writes to its new origin; a copy keeps the former one."""
-    target = _write_target(function, args, kwargs)
+    arguments = function._schema.arguments
+    place = next(i for i, item in enumerate(arguments) if item.alias_info is not None and item.alias_info.is_write)
+    target = args[place] if place < len(args) else kwargs.get(arguments[place].name)
     if not isinstance(target, Phantom):
         raise SplitError(
             f"{function} writes a value of the recycled layers into a tensor that is not made of them; make that "
@@ -113,13 +115,6 @@ def _zeros(_: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Phantom):
         return tensor
     return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-
-
-def _write_target(function: Operator, args: Args, kwargs: Kwargs) -> Any:
-    for position, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            return args[position] if position < len(args) else kwargs.get(argument.name)
-    return None
 
 
 def _device(args: Args, kwargs: Kwargs) -> torch.device:

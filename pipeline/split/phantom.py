@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import SplitError
-from pipeline.split.sources import Input, Output, Weight
+from pipeline.split.cut import Input, Output, Weight
 from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, tensors
 
 Operator: TypeAlias = Any  # torch._ops.OpOverload
@@ -44,10 +42,6 @@ class Operation:
     kwargs: Kwargs
     index: int
 
-    def parents(self) -> list[Phantom]:
-        """Return the phantoms among the arguments."""
-        return phantoms(self.args, self.kwargs)
-
     def result(self) -> Tensor:
         """Carry the operation out; the value of every parent is known."""
         args, kwargs = map_arguments(value_or_self, self.args, self.kwargs)
@@ -61,13 +55,9 @@ Origin: TypeAlias = Operation | Weight | Input
 
 
 class Interpreter:
-    """Decides what an operation on phantoms does: here, outside of any run, it takes the known value of each.
+    """Decides what an operation on phantoms does: here, outside of any run, it takes the known value of each."""
 
-    Attributes:
-        entered: whether the run has reached its cut.
-    """
-
-    entered = False
+    entered = True  # whether the run has reached its cut
 
     def operate(self, function: Operator, args: Args, kwargs: Kwargs) -> Any:
         """Return the result of `function` on arguments of which some are phantoms."""
@@ -137,18 +127,18 @@ class Phantom(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Operator, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
-        return _interpreter().operate(func, args, kwargs or {})
+        return THREAD.interpreter.operate(func, args, kwargs or {})
 
     def tolist(self) -> Any:
         """Return the value as nested lists."""
-        return _interpreter().read("Tensor.tolist", self).tolist()
+        return THREAD.interpreter.read("Tensor.tolist", self).tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Return the value as an array."""
-        return _interpreter().read("Tensor.numpy", self).numpy(force=force)
+        return THREAD.interpreter.read("Tensor.numpy", self).numpy(force=force)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return _interpreter().read("Tensor.numpy", self).__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return THREAD.interpreter.read("Tensor.numpy", self).__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Phantom(shape={tuple(self.shape)}, dtype={self.dtype}, origin={self.origin!r})"
@@ -165,29 +155,12 @@ class Phantom(Tensor):
             self.base.forget()
 
 
-_running = threading.local()
-_OUTSIDE = Interpreter()
+class _Thread(threading.local):
+    interpreter = Interpreter()
 
 
-def _interpreter() -> Interpreter:
-    return getattr(_running, "interpreter", _OUTSIDE)
-
-
-@contextmanager
-def interpreting(interpreter: Interpreter) -> Iterator[None]:
-    """Let `interpreter` decide on operations with phantoms in this thread."""
-    former = _interpreter()
-    _running.interpreter = interpreter
-    try:
-        yield
-    finally:
-        _running.interpreter = former
-
-
-def before_the_cut() -> bool:
-    """Return whether this thread runs on phantoms and has not reached the cut."""
-    interpreter = _interpreter()
-    return interpreter is not _OUTSIDE and not interpreter.entered
+THREAD = _Thread()
+"""The interpreter of this thread's operations with phantoms."""
 
 
 def phantoms(args: Args, kwargs: Kwargs) -> list[Phantom]:
@@ -200,15 +173,19 @@ def value_or_self(_: str, tensor: Tensor) -> Tensor:
     return tensor.value if isinstance(tensor, Phantom) and tensor.value is not None else tensor
 
 
-def unknown_ancestors(phantom: Phantom) -> list[Phantom]:
-    """Return the phantoms without a value that `phantom` is computed from, itself included, nearest first."""
+def unknown_ancestors(phantom: Phantom, *, up_to_outputs: bool = False) -> list[Phantom]:
+    """Return the phantoms without a value that `phantom` is computed from, itself included, nearest first.
+
+    `up_to_outputs`: whether to leave out those from which an output of a module was computed.
+    """
     found: dict[int, Phantom] = {}
     pending = [phantom]
     while pending:
         item = pending.pop(0)
         if item.value is None and id(item) not in found:
             found[id(item)] = item
-            pending += item.origin.parents() if isinstance(item.origin, Operation) else []
+            if isinstance(item.origin, Operation) and not (up_to_outputs and item.module_output):
+                pending += phantoms(item.origin.args, item.origin.kwargs)
     return list(found.values())
 
 
@@ -223,7 +200,7 @@ def compute(phantom: Phantom) -> Tensor:
     while pending:
         item = pending.pop()
         if item.value is None and isinstance(item.origin, Operation):
-            missing = [parent for parent in item.origin.parents() if parent.value is None]
+            missing = [one for one in phantoms(item.origin.args, item.origin.kwargs) if one.value is None]
             if missing:
                 pending += [item, *missing]
             else:

@@ -4,23 +4,28 @@ On entry to the cut call, its phantom arguments take their stored values, or are
 of earlier calls that the state holds take theirs when the call returns. From then on a phantom that an operation takes
 is *forced*: its value is computed from known ones. A value that cannot be computed ends the run. The two kinds of run
 are the search for what must be stored (`plan`) and the recording of what happens before the cut (`recording`).
+
+A call before the cut that cannot run on phantoms (a choice of experts by value, a scan that writes into a buffer) gets
+a fake `forward`, which runs nothing and returns phantoms. Their shapes follow from one real run: each tensor of the
+output is one of the arguments, or has the shape and dtype of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.cut import Cut
+from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
+from pipeline.split.forward import eval_mode, eval_run, observed_calls
 from pipeline.split.operations import apply, needs_values, with_integer_indices
-from pipeline.split.phantom import Interpreter, Phantom, compute, interpreting, is_computable, phantoms
-from pipeline.split.sources import Argument, Input, Output, TensorSource
-from pipeline.split.trace import observed_calls
-from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, map_tensors, tensors
+from pipeline.split.phantom import THREAD, Interpreter, Phantom, compute, is_computable, phantoms
+from pipeline.split.tree import Args, Kwargs, arguments, is_plain, map_arguments, map_tensors, tensors
 
 CallKey: TypeAlias = tuple[str, int]
 """Path of a module and number of the call."""
@@ -33,7 +38,7 @@ class ObservedCall:
     Attributes:
         taken: the tensors among its arguments.
         children: the calls made directly within it.
-        made: the tensors that it returned; None until it returns, which the callers of the cut never do.
+        returned: the tensors that it returned; None until it returns, which the callers of the cut never do.
         output: what it returned, with dummies for tensors: a copy, since callers may change the object later.
         read: whether a value made in it, outside its children, was computed after all.
         number: number of the call once the calls within skipped ones are no longer made.
@@ -43,7 +48,7 @@ class ObservedCall:
     index: int
     taken: dict[str, Tensor]
     children: list[ObservedCall] = field(default_factory=list)
-    made: dict[str, Tensor] | None = None
+    returned: dict[str, Tensor] | None = None
     output: Any = None
     read: bool = False
     number: int = -1
@@ -66,23 +71,25 @@ class PhantomRun(Interpreter):
 
     Attributes:
         calls: the root of the tree of calls before the cut, holding the model's own call.
-        open: the calls that have not returned, outermost first, after that root.
+        open: the calls before the cut that have not returned, outermost first, after that root; empty from the cut on.
     """
 
     def __init__(self, root: nn.Module, cut: Cut, values: Mapping[TensorSource, Tensor]) -> None:
         self.root = root
         self.cut = cut
-        self.values = values
+        self.values = {source: value.clone() for source, value in values.items()}
+        self.entered = False
         self.calls = ObservedCall("", -1, {})
         self.open = [self.calls]
-        self._modes = [(module, module.training) for module in root.modules()]
+        self._modes = ExitStack()
 
     def run(self, args: Args, kwargs: Kwargs) -> Any:
         """Return the model's output, or raise SplitError: the cut is not reached, or a value cannot be computed."""
         args, kwargs = map_arguments(self._input, args, kwargs)
-        self.root.eval()
+        former, THREAD.interpreter = THREAD.interpreter, self
         try:
-            with interpreting(self), observed_calls(self.root, self._on_call, self._on_return):
+            with self._modes, observed_calls(self.root, self._on_call, self._on_return):
+                self._modes.enter_context(eval_mode(self.root))
                 output = self.root(*args, **kwargs)
                 if not self.entered:
                     raise SplitError(
@@ -90,13 +97,13 @@ class PhantomRun(Interpreter):
                     )
                 return map_tensors(lambda _, item: self.force(item), output)
         finally:
-            self._restore_modes()
+            THREAD.interpreter = former
 
     def operate(self, function: Any, args: Args, kwargs: Kwargs) -> Any:
         function, args = with_integer_indices(function, args)
-        if not self.entered and not needs_values(function, args):
-            return apply(function, args, kwargs)
         if not self.entered:
+            if not needs_values(function, args):
+                return apply(function, args, kwargs)
             self.require_values(function, phantoms(args, kwargs))
         args, kwargs = map_arguments(lambda _, item: self.force(item), args, kwargs)
         return function(*args, **kwargs)
@@ -137,8 +144,8 @@ class PhantomRun(Interpreter):
         """Give the arguments of the cut call their values, and the modules their own train or eval flags."""
         for leaf, item in arguments(args, kwargs).items():
             self._assign(item, Argument(leaf))
-        self.entered = True
-        self._restore_modes()
+        self.entered, self.open = True, [self.calls]
+        self._modes.close()
         return map_arguments(lambda _, item: self.force(item), args, kwargs)
 
     def _assign(self, item: Tensor, source: TensorSource) -> None:
@@ -163,7 +170,7 @@ class PhantomRun(Interpreter):
     def _on_return(self, path: str, index: int, args: Args, kwargs: Kwargs, output: Any) -> None:
         if not self.entered:
             call = self.open.pop()
-            call.made = tensors(output)
+            call.returned = tensors(output)
             self.on_return(call, output)
 
     def _input(self, leaf: str, item: Tensor) -> Tensor:
@@ -171,6 +178,63 @@ class PhantomRun(Interpreter):
             return item
         return Phantom.like(item, Input(leaf), self.values.get(Input(leaf)))
 
-    def _restore_modes(self) -> None:
-        for module, training in self._modes:
-            module.training = training
+
+@dataclass(frozen=True)
+class FakeForward:
+    """The `forward` of a module that does not run before the cut; after the cut it is the module's own.
+
+    Attributes:
+        output: what the call returns, with placeholders for tensors.
+        passed: leaf of the output -> the argument that is returned there.
+        like: leaf of the output -> the argument whose shape and dtype the tensor there has.
+        forward: the module's own.
+    """
+
+    output: Any
+    passed: Mapping[str, str]
+    like: Mapping[str, str]
+    forward: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.forward is not None and THREAD.interpreter.entered:
+            return self.forward(*args, **kwargs)
+        taken = arguments(args, kwargs)
+
+        def leaf(path: str, _: Tensor) -> Tensor:
+            return taken[self.passed[path]] if path in self.passed else Phantom.like(taken[self.like[path]], None)
+
+        return map_tensors(leaf, self.output)
+
+
+def observe_forward(model: nn.Module, path: str, args: Args, kwargs: Kwargs) -> FakeForward:
+    """Return a fake `forward` for module `path` from one run of the full model, or raise SplitError."""
+    calls: list[tuple[Args, Kwargs, Any]] = []
+    on_return = lambda path, index, args, kwargs, output: calls.append((args, kwargs, output))  # noqa: E731
+    with observed_calls(model, on_return=on_return, paths={path}), eval_run(model, args, kwargs):
+        model(*args, **kwargs)
+    given, named, output = calls[0]
+    if not is_plain(output):
+        raise SplitError(f"module {path!r} depends on values and returns {type(output).__name__}; cut before it")
+    taken = arguments(given, named)
+    passed: dict[str, str] = {}
+    like: dict[str, str] = {}
+
+    def leaf(at: str, item: Tensor) -> Tensor:
+        same = [name for name, other in taken.items() if other is item]
+        fits = [name for name, other in taken.items() if other.shape == item.shape and other.dtype == item.dtype]
+        if not same and not fits:
+            raise SplitError(
+                f"module {path!r} depends on values and returns a tensor {tuple(item.shape)} that is shaped like none "
+                "of its arguments; cut before it"
+            )
+        (passed if same else like)[at] = (same or fits)[0]
+        return torch.empty(0)
+
+    return FakeForward(map_tensors(leaf, output), passed, like)
+
+
+def install_fake_forwards(root: nn.Module, fakes: Mapping[str, FakeForward]) -> None:
+    """Give the modules of `root` that are named in `fakes` these `forward`s."""
+    for path, fake in fakes.items():
+        module = root.get_submodule(path)
+        module.forward = replace(fake, forward=module.forward)

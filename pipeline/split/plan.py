@@ -1,4 +1,4 @@
-"""The plan of a split, and the search for what it lacks: a run of the suffix on phantoms.
+"""Making the plan of a split: the suffix runs on phantoms, in eval and in train mode, until the plan lacks nothing.
 
 - An argument of the cut call is stored, unless it is cheap to compute again (a mask, a bias table with its mask).
 - A value from before the cut that is read after it is stored as the output of the module that made it (a skip
@@ -8,20 +8,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.cut import Cut
-from pipeline.split.fake_forward import FakeForward
+from pipeline.split.blocks import parameter_count
+from pipeline.split.cut import Argument, Cut, Output, TensorSource, Weight
+from pipeline.split.forward import Trace, random_state_kept
+from pipeline.split.frozen import FrozenParameters
+from pipeline.split.observation import Observation, observe, run_in_training
 from pipeline.split.phantom import Operation, Phantom, unknown_ancestors
-from pipeline.split.phantom_run import ObservedCall, PhantomRun
-from pipeline.split.sources import Argument, Output, TensorSource, Weight
+from pipeline.split.phantom_run import FakeForward, ObservedCall, PhantomRun, install_fake_forwards, observe_forward
+from pipeline.split.splittable import copy_of
 from pipeline.split.tree import Args, Kwargs, arguments, tensors
 
+ROUNDS = 64
 CHEAP_OPERATIONS = 200
 CHEAP_WEIGHTS = 0.005  # share of the model's parameters that a recomputed argument may keep in the suffix
 
@@ -57,7 +62,7 @@ class SplitPlan:
 class MissingValues(BaseException):
     """The suffix reads what the plan does not provide; not an Exception, so that no model's code stops it."""
 
-    def __init__(self, needs: list[TensorSource | Weight]) -> None:
+    def __init__(self, needs: Sequence[TensorSource | Weight]) -> None:
         super().__init__(str(needs))
         self.needs = needs
 
@@ -69,7 +74,7 @@ class DependencySearch(PhantomRun):
         self, root: nn.Module, plan: SplitPlan, observed: Mapping[TensorSource, Tensor], parameters: int
     ) -> None:
         """`observed`: what the full model has at the cut; `parameters`: how many numbers its parameters hold."""
-        super().__init__(root, plan.cut, {source: value.clone() for source, value in observed.items()})
+        super().__init__(root, plan.cut, observed)
         self.plan = plan
         self.parameters = parameters
 
@@ -77,15 +82,6 @@ class DependencySearch(PhantomRun):
         output = super().run(args, kwargs)
         self.plan.written |= {source for source, value in self.values.items() if value._version}
         return output
-
-    def unfinished_calls(self) -> list[str]:
-        """Return the calls before the cut that did not return, other than the callers of the cut, outermost first."""
-        return [] if self.entered else [call.path for call in self.open if call.path not in self.plan.after]
-
-    def place(self) -> str:
-        """Return the innermost module that did not return, as messages name it."""
-        path = "" if self.entered else self.open[-1].path
-        return f"module {path!r}" if path else "the model's forward"
 
     def on_return(self, call: ObservedCall, output: Any) -> None:
         super().on_return(call, output)
@@ -98,27 +94,23 @@ class DependencySearch(PhantomRun):
     def on_cut(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         for leaf, item in arguments(args, kwargs).items():
             if isinstance(item, Phantom) and item.value is None and Argument(leaf) not in self.plan.sources:
-                self.store_or_recompute(leaf, item)
+                # a bare parameter is kept whatever its size
+                weights = [item.origin] if isinstance(item.origin, Weight) else self.weights_to_recompute(item)
+                if weights:
+                    raise MissingValues(weights)
+                if weights is None:
+                    self.plan.sources.append(Argument(leaf))
         self.values = {source: value for source, value in self.values.items() if source in self.plan.sources}
         return super().on_cut(args, kwargs)
 
-    def store_or_recompute(self, leaf: str, argument: Phantom) -> None:
-        """Decide whether an argument of the cut call is stored or computed again; a bare parameter is kept."""
-        bare: list[TensorSource | Weight] = [argument.origin] if isinstance(argument.origin, Weight) else []
-        weights = bare or self.weights_to_recompute(argument)
-        if weights:
-            raise MissingValues(weights)
-        if weights is None:
-            self.plan.sources.append(Argument(leaf))
-
-    def weights_to_recompute(self, phantom: Phantom) -> list[TensorSource | Weight] | None:
+    def weights_to_recompute(self, phantom: Phantom) -> list[Weight] | None:
         """Return the parameters to keep so that `phantom` can be computed again, or None where that is not cheap."""
         ancestors = unknown_ancestors(phantom)
         leaves = [item for item in ancestors if not isinstance(item.origin, Operation)]
         weights = [item.origin for item in leaves if isinstance(item.origin, Weight)]
         size = sum(item.numel() for item in leaves)
         cheap = len(ancestors) <= CHEAP_OPERATIONS and size <= CHEAP_WEIGHTS * self.parameters
-        return list(weights) if cheap and len(weights) == len(leaves) else None
+        return weights if cheap and len(weights) == len(leaves) else None
 
     def require_values(self, function: object, needed: list[Phantom]) -> None:
         for phantom in needed:
@@ -133,22 +125,134 @@ class DependencySearch(PhantomRun):
     def nearest_sources(self, phantom: Phantom) -> list[TensorSource | Weight]:
         """Return the closest places before the cut that together determine `phantom`."""
         found: list[TensorSource | Weight] = []
-        visited: set[int] = set()
-        pending = [phantom]
-        while pending:
-            item = pending.pop(0)
-            if item.value is not None or id(item) in visited:
-                continue
-            visited.add(id(item))
-            if item.module_output is not None:
-                found.append(item.module_output)
-            elif isinstance(item.origin, Operation):
-                pending += item.origin.parents()
-            elif item.origin is not None:
-                found.append(item.origin)
-            else:
+        for item in unknown_ancestors(phantom, up_to_outputs=True):
+            place = item.module_output or item.origin
+            if place is None:
                 raise SplitError(
                     f"after the cut {self.cut} the model reads a value (shape {tuple(item.shape)}) that was changed in "
                     "place before it and that no module returns; cut elsewhere"
                 )
+            if not isinstance(place, Operation):
+                found.append(place)
         return found
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A complete plan, and the run of the suffix in eval mode that shows it.
+
+    Attributes:
+        observation: what the full model had at the cut, from which the run went on.
+        output: the output of the run.
+    """
+
+    plan: SplitPlan
+    observation: Observation
+    output: Any
+
+
+def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwargs) -> Planned:
+    """Return what the suffix of `model` after `cut` needs, as found on one batch, or raise SplitError."""
+    plan = initial_plan(model, cut, trace)
+    observation = Observation(cut, ())
+    observe(model, [observation], args, kwargs)
+    for _ in range(ROUNDS):
+        outputs = _run_suffix(model, plan, observation, args, kwargs)
+        if outputs:
+            return Planned(plan, observation, outputs[0])
+        if not observation.values.keys() >= set(plan.sources):
+            observation = Observation(cut, list(plan.sources))
+            observe(model, [observation], args, kwargs)
+    raise SplitError(f"split at {cut}: after {ROUNDS} rounds the suffix still lacks something; cut elsewhere")
+
+
+def initial_plan(model: nn.Module, cut: Cut, trace: Trace) -> SplitPlan:
+    """Return the plan that a traced forward pass shows: what is called and read before the cut, which is frozen."""
+    start = next(call.start for call in trace.calls if (call.path, call.index) == (cut.path, cut.call))
+    read = {name for name, tick in trace.reads.items() if tick < start}
+    before = list(dict.fromkeys(call.path for call in trace.calls if call.start < start))
+    after = {call.path for call in trace.calls if call.end > start}
+    again = {call.path for call in trace.calls if call.start > start} & set(before)
+    own = model.named_parameters(remove_duplicate=False)
+    unused = {name for name, _ in own if name.rpartition(".")[0] in set(before) - after} - trace.reads.keys()
+    return SplitPlan(cut, _with_tied_names(model, read | unused), sorted(read), before, after, again)
+
+
+def _with_tied_names(model: nn.Module, frozen: set[str]) -> dict[str, str]:
+    """Return every name of the frozen parameters -> the canonical name, under which the model lists it once."""
+    canonical = {id(item): name for name, item in model.named_parameters()}
+    everything = list(model.named_parameters(remove_duplicate=False))
+    identities = {id(item) for name, item in everything if name in frozen}
+    return {name: canonical[id(item)] for name, item in everything if id(item) in identities}
+
+
+def _run_suffix(model: nn.Module, plan: SplitPlan, observation: Observation, args: Args, kwargs: Kwargs) -> list[Any]:
+    """Return the outputs of the suffix in eval and in train mode; none if the plan was incomplete and is extended."""
+    weights = dict(model.named_parameters())
+    root = copy_of(model, {id(item): item for item in model.parameters()})
+    install_fake_forwards(root, plan.fake_forwards)
+    frozen = FrozenParameters(root, plan.frozen, {name: weights[name].detach() for name in plan.kept})
+    outputs = []
+    for training in (False, True):
+        search = DependencySearch(root.train(training), plan, observation.values, parameter_count(model))
+        try:
+            with random_state_kept(root), frozen.as_phantoms(), torch.set_grad_enabled(training):
+                outputs.append(search.run(args, kwargs))
+        except MissingValues as missing:
+            _extend(plan, missing)
+            return []
+        except Exception as error:
+            unfinished = [call.path for call in search.open if call.path not in plan.after]
+            if not _fake_a_call(model, plan, unfinished, error, args, kwargs):
+                if training:
+                    run_in_training(model, plan.cut, args, kwargs)
+                raise _with_place(plan.cut, training, error, search.open[-1].path) from error
+            return []
+    return outputs
+
+
+def _fake_a_call(
+    model: nn.Module, plan: SplitPlan, unfinished: list[str], cause: Exception, args: Args, kwargs: Kwargs
+) -> bool:
+    """Plan a fake `forward` for the first possible call of those that `cause` ended; return whether one is."""
+    refusal = None
+    for path in unfinished:
+        if path in plan.fake_forwards:
+            return False
+        try:
+            plan.fake_forwards[path] = observe_forward(model, path, args, kwargs)
+            return True
+        except SplitError as error:
+            refusal = refusal or error
+    if refusal:
+        raise SplitError(f"{refusal} ({cause})") from cause
+    return False
+
+
+def _with_place(cut: Cut, training: bool, error: Exception, path: str) -> SplitError:
+    """Return the error of the model's own code with the place where it failed: in the module at `path`."""
+    place = f"module {path!r}" if path else "the model's forward"
+    if isinstance(error, SplitError):
+        return SplitError(f"{error} (met in {place})")
+    return SplitError(
+        f"split at {cut}: in {'train' if training else 'eval'} mode {place} fails on the example with the recycled "
+        f"layers left out ({type(error).__name__}: {error}); give an example that it can train on, or cut elsewhere"
+    )
+
+
+def _extend(plan: SplitPlan, missing: MissingValues) -> None:
+    """Add what is missing to the sources and kept parameters of `plan`."""
+    needs = [*missing.needs]
+    if any(isinstance(need, Weight) and need.name.rpartition(".")[0] in plan.again for need in needs):
+        # A layer that runs on both sides of the cut reads all its weights: keep them in one round.
+        shared = [own for name, own in plan.frozen.items() if name.rpartition(".")[0] in plan.again]
+        needs += map(Weight, dict.fromkeys(shared))
+    known = {*plan.sources, *map(Weight, plan.kept)}
+    new = [need for need in dict.fromkeys(needs) if need not in known]
+    if not new:
+        raise SplitError(f"no state at {plan.cut} gives the suffix what it reads: {missing.needs}; cut elsewhere")
+    for need in new:
+        if isinstance(need, Weight):
+            plan.kept.append(need.name)
+        else:
+            plan.sources.append(need)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.cut import Cut
+from pipeline.split.cut import Cut, TensorSource
 from pipeline.split.layout import BatchLayout, batch_size
 from pipeline.split.observation import Observation, observe
 from pipeline.split.plan import SplitPlan
-from pipeline.split.sources import TensorSource
 
 State: TypeAlias = dict[str, Tensor]
 
@@ -76,16 +75,8 @@ class Prefix:
         modules = dict(self.model.named_modules())
         return [(path, modules[path]) for path in self._plan.before]
 
-    def observation(self) -> Observation:
-        """Return the observation of this prefix's state, to be filled by a run of the model."""
-        return Observation(self.cut, [slot.source for slot in self.slots])
-
     def collect(self, observation: Observation, batch: int) -> State:
-        """Return the state of `batch` samples from a filled observation.
-
-        Raises:
-            SplitError: the run did not make a tensor of the state.
-        """
+        """Return the state of `batch` samples from a filled observation, or raise SplitError if it lacks a tensor."""
         for slot in self.slots:
             if slot.source not in observation.values:
                 raise SplitError(
@@ -95,37 +86,24 @@ class Prefix:
 
 
 class Capture:
-    """One forward pass for several cuts of one model; see `capture`.
+    """A function that runs the common model of several prefixes once and returns their states.
 
-    Attributes:
-        elapsed: seconds from the start of the last call to each cut, in the order of the prefixes.
+    `elapsed` has the seconds from the start of the last call to each cut, in the order of the prefixes.
     """
 
     def __init__(self, prefixes: Sequence[Prefix]) -> None:
+        """Prepare to run `prefixes`, or raise SplitError: there is none, or they belong to different models."""
+        if not prefixes or any(prefix.model is not prefixes[0].model for prefix in prefixes):
+            raise SplitError(
+                "capture takes one or more prefixes of one and the same model object; split that object for each cut"
+            )
         self.prefixes = tuple(prefixes)
         self.elapsed: list[float] = []
 
     def __call__(self, *args: Any, **inputs: Any) -> list[State]:
-        """Return the state of a batch at each cut, in the order of the prefixes; the run stops at the last cut.
-
-        Raises:
-            InputRefusedError, SplitError: as a Prefix does.
-        """
-        observations = [prefix.observation() for prefix in self.prefixes]
+        """Return the state of a batch at each cut, in the order of the prefixes; raises as a Prefix does."""
+        observations = [Observation(one.cut, [slot.source for slot in one.slots]) for one in self.prefixes]
         observe(self.prefixes[0].model, observations, args, inputs)
         self.elapsed = [observation.elapsed for observation in observations]
         batch = batch_size(args, inputs)
         return [prefix.collect(one, batch) for prefix, one in zip(self.prefixes, observations, strict=True)]
-
-
-def capture(prefixes: Sequence[Prefix]) -> Capture:
-    """Return a function that runs the common model of `prefixes` once and returns their states.
-
-    Raises:
-        SplitError: there is no prefix, or they belong to different models.
-    """
-    if not prefixes or any(prefix.model is not prefixes[0].model for prefix in prefixes):
-        raise SplitError(
-            "capture takes one or more prefixes of one and the same model object; split that object for each cut"
-        )
-    return Capture(prefixes)

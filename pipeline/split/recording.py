@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.split.cut import Cut
+from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
 from pipeline.split.frozen import dummy
 from pipeline.split.phantom import Operation, Phantom, unknown_ancestors
 from pipeline.split.phantom_run import CallKey, ObservedCall, PhantomRun
-from pipeline.split.sources import Argument, Input, Output, TensorSource
 from pipeline.split.tree import Args, Kwargs, arguments, is_plain, map_arguments, map_tensors, tensors
 
 
@@ -33,7 +32,7 @@ class Recorder(PhantomRun):
 
     def __init__(self, root: nn.Module, cut: Cut, values: Mapping[TensorSource, Tensor], *, to_the_end: bool) -> None:
         """`to_the_end`: whether the run goes on after the cut, so that values which are read there are noted."""
-        super().__init__(root, cut, {source: value.clone() for source, value in values.items()})
+        super().__init__(root, cut, values)
         self.arguments_of_cut: dict[Output, Argument] = {}  # output of a call -> the argument as which it is stored
         self._to_the_end = to_the_end
         self._makers: dict[Operation, ObservedCall] = {}
@@ -78,16 +77,13 @@ class Recorder(PhantomRun):
         return entered
 
 
-def skippable_calls(
-    recorder: Recorder, among: Collection[CallKey] | None = None
-) -> tuple[dict[CallKey, ObservedCall], list[ObservedCall]]:
-    """Return the outermost calls that can be skipped, and the calls that are made all the same.
-
-    `among`: the calls to choose from, as an earlier recording found them; all if not given.
-    """
+def _divide_calls(
+    recorder: Recorder, among: Collection[CallKey] | None
+) -> tuple[list[ObservedCall], list[ObservedCall]]:
+    """Return the outermost calls that can be skipped, and the calls that run all the same."""
     stored = {(source.path, source.call) for source in recorder.values if isinstance(source, Output)}
-    skipped: dict[CallKey, ObservedCall] = {}
-    made: list[ObservedCall] = []
+    skipped: list[ObservedCall] = []
+    running: list[ObservedCall] = []
     counts: Counter[str] = Counter()
     pending = list(recorder.calls.children)
     while pending:
@@ -95,22 +91,22 @@ def skippable_calls(
         call.number = counts[call.path]
         counts[call.path] += 1
         if (among is None or call.key in among) and _is_skippable(call, stored):
-            skipped[call.key] = call
+            skipped.append(call)
         else:
-            made.append(call)
+            running.append(call)
             pending += reversed(call.children)
-    return skipped, made
+    return skipped, running
 
 
 def _is_skippable(call: ObservedCall, stored: set[CallKey]) -> bool:
-    if call.made is None or call.read or any(inner.read or inner.key in stored for inner in call.inside()):
+    if call.returned is None or call.read or any(inner.read or inner.key in stored for inner in call.inside()):
         return False
     taken = {id(item) for item in call.taken.values()}
-    made = call.made.values()
+    returned = call.returned.values()
     return (
         is_plain(call.output)
-        and any(isinstance(item, Phantom) for item in made)
-        and all(isinstance(item, Phantom) or id(item) in taken for item in made)
+        and any(isinstance(item, Phantom) for item in returned)
+        and all(isinstance(item, Phantom) or id(item) in taken for item in returned)
     )
 
 
@@ -164,10 +160,6 @@ class Recording:
     running: Sequence[nn.Module]
     calls: tuple[Set[CallKey], Set[CallKey]]
 
-    def fits(self, values: Mapping[TensorSource, Tensor]) -> bool:
-        """Return whether stored `values` have the shapes that belong to the recorded inputs."""
-        return all(values[source].shape == shape for source, shape in self.shapes.items())
-
     def inputs(self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Return the model's inputs without the values that only the prefix reads."""
         if not self.dummies:
@@ -181,43 +173,40 @@ class Recording:
 
 
 def make_recording(
-    run: Recorder,
-    skipped: Mapping[CallKey, ObservedCall],
-    made: Sequence[ObservedCall],
-    inputs: tuple[Args, Kwargs],
-    *,
-    dense: bool,
+    run: Recorder, inputs: Mapping[str, Tensor], among: Collection[CallKey] | None = None, *, dense: bool
 ) -> Recording:
-    """Return the recording for inputs like those of the `run`; `dense` dummies can be written to."""
-    results = {(call.path, call.number): _result(call, run, dense) for call in skipped.values()}
-    returned = {
-        source.leaf for result in results.values() for source in result.stored.values() if isinstance(source, Argument)
-    }
-    floats = {leaf: item for leaf, item in arguments(*inputs).items() if item.is_floating_point()}
-    modules = dict(run.root.named_modules())
+    """Return the recording for `inputs` like those of the `run`.
+
+    `among`: the calls that may be skipped, as an earlier recording found them; all if not given. `dense` dummies can be
+    written to.
+    """
+    skipped, running = _divide_calls(run, among)
+    results = {(call.path, call.number): _result(call, run, dense) for call in skipped}
+    returned = {source for result in results.values() for source in result.stored.values()}
+    floats = {leaf: item for leaf, item in inputs.items() if item.is_floating_point()}
     return Recording(
         results=results,
-        cut_call=next(call.number for call in made if call.key == (run.cut.path, run.cut.call)),
-        late=frozenset(source.leaf for source in run.values if isinstance(source, Argument)) - returned,
+        cut_call=next(call.number for call in running if call.key == (run.cut.path, run.cut.call)),
+        late=frozenset(s.leaf for s in run.values if isinstance(s, Argument) and s not in returned),
         dummies={leaf: None if Input(leaf) in run.values else dummy(item) for leaf, item in floats.items()},
         shapes={source: value.shape for source, value in run.values.items()},
-        running=[modules[path] for path in {call.path for call in made}],
-        calls=(set(skipped), {call.key for call in made if call.made is not None}),
+        running=[run.root.get_submodule(path) for path in {call.path for call in running}],
+        calls=({call.key for call in skipped}, {call.key for call in running if call.returned is not None}),
     )
 
 
 def _result(call: ObservedCall, run: Recorder, dense: bool) -> CallResult:
-    made = call.made or {}
+    returned = call.returned or {}
     taken = {id(item): leaf for leaf, item in call.taken.items()}
     sources: dict[int, TensorSource] = {}  # one tensor may be at several leaves
-    for leaf, item in made.items():
+    for leaf, item in returned.items():
         place = Output(call.path, call.index, leaf)
         if place in run.values:
             sources[id(item)] = place
         elif place in run.arguments_of_cut:
             sources.setdefault(id(item), run.arguments_of_cut[place])
-    stored = {leaf: sources[id(item)] for leaf, item in made.items() if id(item) in sources}
-    passed = {leaf: taken[id(item)] for leaf, item in made.items() if id(item) in taken and leaf not in stored}
+    stored = {leaf: sources[id(item)] for leaf, item in returned.items() if id(item) in sources}
+    passed = {leaf: taken[id(item)] for leaf, item in returned.items() if id(item) in taken and leaf not in stored}
 
     def with_memory(leaf: str, item: Tensor) -> Tensor:
         return item if leaf in stored or leaf in passed else dummy(item, dense=True)

@@ -18,17 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RecyclingError, SplitError
-from pipeline.split.comparison import mismatch
-from pipeline.split.cut import Cut
+from pipeline.split.cut import Argument, Cut, TensorSource
+from pipeline.split.forward import ACCELERATOR, OUT_OF_MEMORY, errors_as_refusals, state_kept
 from pipeline.split.frozen import FrozenParameters
-from pipeline.split.modes import OUT_OF_MEMORY, accelerator_kind, errors_as_refusals, eval_mode, state_kept
-from pipeline.split.phantom import before_the_cut
+from pipeline.split.observation import seeded_calls
+from pipeline.split.phantom import THREAD
 from pipeline.split.phantom_run import CallKey
-from pipeline.split.recording import Recorder, Recording, make_recording, skippable_calls
-from pipeline.split.sources import Argument, TensorSource
-from pipeline.split.tree import Args, Kwargs, arguments, map_arguments
+from pipeline.split.recording import Recorder, Recording, make_recording
+from pipeline.split.tree import Args, Kwargs, arguments, map_arguments, mismatch
 
-ACCELERATOR = accelerator_kind() or "cuda"
 SIGNATURES = 256  # recordings kept; each holds a few objects per skipped call
 
 
@@ -36,21 +34,19 @@ class Replay:
     """Runs the modules of a suffix from stored values, by recordings.
 
     Attributes:
+        dense: whether dummies have memory, for models that write into what a recycled layer returned.
+        fills: whether stored arguments of the cut call are put into the caller's own tensors, for callers that go on
+            using these, as in `x = x + block(x)`.
         before: whether a step is running that has not reached the cut; the next attributes describe that step.
         recording: what it follows, or the last step followed.
         values: the stored tensors, until the cut.
         counts: how often each stub was called.
     """
 
-    def __init__(self, root: nn.Module, cut: Cut, frozen: FrozenParameters, *, dense: bool, fills: bool) -> None:
-        """Prepare `root`, whose forward gets to `cut` with the `frozen` parameters missing.
-
-        Args:
-            dense: whether dummies have memory, for models that write into what a recycled layer returned.
-            fills: whether stored arguments of the cut call are put into the caller's own tensors, for callers that go
-                on using these, as in `x = x + block(x)`.
-        """
-        self.root, self.cut, self.frozen, self.dense, self.fills = root, cut, frozen, dense, fills
+    def __init__(self, root: nn.Module, cut: Cut, frozen: FrozenParameters) -> None:
+        """Prepare `root`, whose forward gets to `cut` with the `frozen` parameters missing."""
+        self.root, self.cut, self.frozen = root, cut, frozen
+        self.dense = self.fills = False
         self.before = False
         self.recording: Recording | None = None
         self.values: Mapping[TensorSource, Tensor] = {}
@@ -58,20 +54,14 @@ class Replay:
         self._training: list[nn.Module] = []  # to be put back in train mode at the cut
         self._recordings: dict[Hashable, Recording] = {}
         self._first: Recording | None = None
-        self._forwards: dict[str, Any] = {}  # what modules with a stub had as their own attribute
+        self._stubbed: set[str] = set()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Start a step with stored `values`, and return the inputs to `run` it with.
-
-        Raises:
-            InputRefusedError: the model's own code fails on these inputs before the cut.
-            SplitError: the values belong to another batch than the inputs, or these inputs lead to the cut in a way
-                that cannot be replayed.
-        """
+        """Start a step with stored `values`, and return the inputs to `run` it with; raises as `Suffix.forward`."""
         key = signature(args, kwargs)
         recording = self._recordings.get(key)
-        if recording is None or not recording.fits(values):
+        if recording is None or any(values[source].shape != shape for source, shape in recording.shapes.items()):
             with errors_as_refusals(self.root, args, kwargs):
                 recording = self._recordings[key] = self._record(values, args, kwargs)
             if len(self._recordings) > SIGNATURES:
@@ -108,7 +98,7 @@ class Replay:
             return args, kwargs
         dummies = {id(item) for item in recording.dummies.values()}
 
-        def fill(leaf: str, item: Tensor) -> Tensor:
+        def with_stored(leaf: str, item: Tensor) -> Tensor:
             if leaf not in recording.late:
                 return item
             value = values[Argument(leaf)]
@@ -117,18 +107,10 @@ class Replay:
             item.data = value
             return item
 
-        return map_arguments(fill, args, kwargs)
-
-    def remove(self) -> None:
-        """Give the modules their own `forward` back."""
-        modules = dict(self.root.named_modules())
-        for path, forward in self._forwards.items():
-            del modules[path].forward
-            if forward is not None:
-                modules[path].forward = forward
+        return map_arguments(with_stored, args, kwargs)
 
     def forget(self) -> None:
-        """Drop all recordings: the suffix moved to another device or dtype."""
+        """Drop all recordings: the suffix moved to another device or dtype, or the kind of replay changed."""
         self._recordings.clear()
 
     def _start(
@@ -162,10 +144,19 @@ class Replay:
                 recording, _ = self._run_on_phantoms(values, args, kwargs, among=first.calls[0])
                 if recording.calls == first.calls:
                     return recording
-            recording, expected = self._run_on_phantoms(values, args, kwargs)
-            self._first = first or recording
-            if first is not None:
-                self._check(recording, expected, values, args, kwargs)
+            with seeded_calls(self.root, self.cut):
+                recording, expected = self._run_on_phantoms(values, args, kwargs)
+                self._first = first or recording
+                if first is None:
+                    return recording
+                copies = {source: value.clone() for source, value in values.items()}
+                found = self.run(*self._start(recording, copies, args, kwargs))
+                if reason := mismatch(expected, found):
+                    raise SplitError(
+                        f"these inputs lead to the cut {self.cut} by other calls than the example's, which cannot be "
+                        f"replayed ({reason}); give inputs like the example's, split with an example of this kind, or "
+                        "cut elsewhere"
+                    )
         return recording
 
     def _run_on_phantoms(
@@ -174,32 +165,15 @@ class Replay:
         """Return a recording that skips calls `among` these, or of a run to the end any, and the output of that run."""
         args, kwargs = self.frozen.cast(args, kwargs)
         recorder = Recorder(self.root, self.cut, values, to_the_end=among is None)
-        with eval_mode(self.root), self.frozen.as_phantoms():
+        with self.frozen.as_phantoms():
             output = recorder.run(args, kwargs)
-        skipped, made = skippable_calls(recorder, among)
-        self._install_stubs({path for path, _ in skipped} | {self.cut.path})
-        return make_recording(recorder, skipped, made, (args, kwargs), dense=self.dense), output
-
-    def _check(
-        self, recording: Recording, expected: Any, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs
-    ) -> None:
-        """Compare the replay of a recording in eval mode with the recorded run."""
-        values = {source: value.clone() for source, value in values.items()}
-        with eval_mode(self.root):
-            found = self.run(*self._start(recording, values, args, kwargs))
-        if reason := mismatch(expected, found):
-            raise SplitError(
-                f"these inputs lead to the cut {self.cut} by other calls than the example's, which cannot be replayed "
-                f"({reason}); give inputs like the example's, split with an example of this kind, or cut elsewhere"
-            )
-
-    def _install_stubs(self, paths: set[str]) -> None:
-        modules = dict(self.root.named_modules())
-        for path in paths - self._forwards.keys():
-            module = modules[path]
-            self._forwards[path] = module.__dict__.get("forward")
+        recording = make_recording(recorder, arguments(args, kwargs), among, dense=self.dense)
+        for path in ({path for path, _ in recording.results} | {self.cut.path}) - self._stubbed:
+            module = self.root.get_submodule(path)
             incomplete = path != self.cut.path and self.frozen.lacks(module)
             module.forward = Stub(self, path, module.forward, incomplete=incomplete)
+            self._stubbed.add(path)
+        return recording, output
 
 
 class Stub:
@@ -219,7 +193,7 @@ class Stub:
                 args, kwargs = replay.enter(args, kwargs)
             elif (result := recording.results.get((self.path, index))) is not None:
                 return result(replay.values, args, kwargs)
-        elif recording is not None and (self.incomplete or self.at_cut) and not before_the_cut():
+        elif recording is not None and (self.incomplete or self.at_cut) and THREAD.interpreter.entered:
             self._refuse_recomputation(recording, args, kwargs)
         return self.forward(*args, **kwargs)
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pipeline.errors import SplitError
-from pipeline.split.modes import eval_mode
+from pipeline.split.forward import eval_mode
 
 WRAPPERS = {
     "OptimizedModule": ("torch.compile", "_orig_mod", "compile the suffix instead"),
@@ -62,13 +62,9 @@ def _check_module(path: str, module: nn.Module) -> None:
     wrapper = next((WRAPPERS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in WRAPPERS), None)
     if wrapper is not None:
         name, attribute, instead = wrapper
-        itself = f"model.get_submodule({path!r})" if path else "model"
+        remedy = f"put model.get_submodule({path!r}).{attribute} in its place" if path else f"give model.{attribute}"
         if attribute is None:
             remedy = f"split the model before {name} is applied to it"
-        elif path:
-            remedy = f"put {itself}.{attribute} in its place"
-        else:
-            remedy = f"give {itself}.{attribute}"
         raise SplitError(f"{place} is wrapped by {name}; {remedy}, and {instead}")
 
 
@@ -81,8 +77,7 @@ def _fault(tensor: Tensor) -> str | None:
             "is on the meta device, without values; load the weights first, as by "
             "model.load_state_dict(weights, assign=True)"
         )
-    holds_others = bool(is_traceable_wrapper_subclass(tensor))
-    if holds_others:
+    if bool(is_traceable_wrapper_subclass(tensor)):
         return (
             f"is a {type(tensor).__name__}, which holds its values in its own way; split the model before it is "
             "sharded or quantized, and do that to the suffix instead"
@@ -95,8 +90,7 @@ def _fault(tensor: Tensor) -> str | None:
 def copy_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Return a deep copy of `model`, in which the objects of `memo` replace the originals of these ids.
 
-    Raises:
-        SplitError: a module holds what cannot be copied; the message names it.
+    Where a module holds what cannot be copied, SplitError names it.
     """
     try:
         twin: nn.Module = copy.deepcopy(model, dict(memo))

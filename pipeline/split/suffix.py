@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.cut import Cut
-from pipeline.split.fake_forward import install_fake_forwards
+from pipeline.split.cut import Cut, TensorSource
+from pipeline.split.forward import eval_mode
 from pipeline.split.frozen import FrozenParameters, dummy
-from pipeline.split.modes import eval_mode
+from pipeline.split.phantom_run import install_fake_forwards
 from pipeline.split.plan import SplitPlan
 from pipeline.split.prefix import Slot, State, TensorSpec
 from pipeline.split.replay import Replay
-from pipeline.split.sources import TensorSource
 from pipeline.split.splittable import copy_of
 from pipeline.split.tree import Args, Kwargs
 
@@ -36,18 +35,18 @@ class Suffix(nn.Module):
     """
 
     root: nn.Module
-    replay: Replay
 
     def __init__(
         self, model: nn.Module, plan: SplitPlan, slots: Sequence[Slot], constants: Mapping[TensorSource, Tensor]
     ) -> None:
-        """Use `split`, which finds the arguments, proves them and sets `replay`."""
+        """Use `split`, which finds the arguments and proves them."""
         super().__init__()
         self.cut: Cut = plan.cut
         self.spec: Mapping[str, TensorSpec] = {slot.name: slot.spec for slot in slots}
         self.slots = tuple(slots)
         root, self.frozen = trainable_copy(model, plan)
         self.__dict__["root"] = root  # not a child: its children are adopted, under their own names
+        self.replay = Replay(root, self.cut, self.frozen)
         self._modules, self._parameters, self._buffers = root._modules, root._parameters, root._buffers
         self._non_persistent_buffers_set = root._non_persistent_buffers_set
         self._dtypes = {slot.name: slot.spec.dtype for slot in slots}
@@ -73,14 +72,10 @@ class Suffix(nn.Module):
             SplitError: the state lacks a tensor or does not fit the inputs, or these inputs lead to the cut in a way
                 that cannot be replayed.
         """
-        args, inputs = self._begin(state, args, inputs)
+        args, inputs = self.replay.begin(self._values(state), args, inputs)
         return self.replay.run(args, inputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin(self, state: State, args: Args, inputs: Kwargs) -> tuple[Args, Kwargs]:
-        started: tuple[Args, Kwargs] = self.replay.begin(self._values(state), args, inputs)
-        return started
-
     def _values(self, state: State) -> dict[TensorSource, Tensor]:
         """Return the tensors that the model meets at the cut, as it has them; copies where it writes into them."""
         if state.keys() != self.spec.keys():
@@ -99,10 +94,7 @@ class Suffix(nn.Module):
         """The values that cross the cut and belong to no sample, by where the model has them.
 
         They are results of the weights before the cut; a suffix that was split off a model without these weights is
-        given them.
-
-        Raises:
-            SplitError: what is given are not the constants of this suffix.
+        given them. Others than its own raise SplitError.
         """
         return {str(source): value for source, value in self._constants.items()}
 

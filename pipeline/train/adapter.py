@@ -24,9 +24,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from pipeline.config import Section
 from pipeline.errors import ConfigError, TrainError
 from pipeline.split import Prefix, State, Suffix, split
-from pipeline.split.comparison import difference
+from pipeline.split.forward import observed_calls
 from pipeline.split.suffix import output_in_eval
-from pipeline.split.tree import tensors
+from pipeline.split.tree import difference, tensors
 
 log = logging.getLogger("recycle")
 
@@ -64,11 +64,9 @@ class AdapterConfig(Section):
             yield f"{self.kind} has no dropout; set adapter.dropout to 0, or adapter.kind to lora"
 
 
-def _from_kind(value: object) -> object:
-    return {"kind": value} if isinstance(value, str) else value
-
-
-AdapterSetting = Annotated[AdapterConfig, BeforeValidator(_from_kind)]
+AdapterSetting = Annotated[
+    AdapterConfig, BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
+]
 """The section, or just the kind: `adapter: lora`."""
 
 
@@ -97,10 +95,11 @@ def adapt(
         TrainError: no layer after the cut can be adapted, or merging would change the outputs.
     """
     state = prefix(**example)
-    targets = _targets(suffix, _called(suffix, state, example), config, fresh)
+    targets = _targets(suffix, state, example, config, fresh)
     if not targets:
         log.warning("%s: after this cut there is no pretrained layer to adapt; fresh layers train alone", config.kind)
-    twin = _twin(model)
+    # It shares the memory of the weights, which are frozen.
+    twin = copy.deepcopy(model, {id(item): nn.Parameter(item.detach(), False) for item in model.parameters()})
     with warnings.catch_warnings():  # peft's are on settings made here; the split's were given for the plain model
         warnings.simplefilter("ignore")
         if targets:
@@ -138,13 +137,6 @@ def _adapters(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _kinds(config: AdapterConfig) -> tuple[type[nn.Module], ...]:
-    """Return the layer types that the method can adapt and merge."""
-    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415
-
-    return {"lora": (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D), "peanut": (nn.Linear,)}[config.kind]
-
-
 def _can_adapt(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Return whether peft can adapt `module` and merge the adapter.
 
@@ -156,28 +148,23 @@ def _can_adapt(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     return plain
 
 
-def _called(suffix: Suffix, state: State, example: dict[str, Tensor]) -> set[str]:
-    """Return the modules that a run of the suffix calls; the weights of others are used in other ways."""
-    called: set[str] = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
-        for path, module in suffix.named_modules()
-    ]
-    output_in_eval(suffix, state, (), example)
-    for hook in hooks:
-        hook.remove()
-    return called
-
-
-def _targets(suffix: Suffix, called: set[str], config: AdapterConfig, fresh: frozenset[str]) -> list[str]:
+def _targets(
+    suffix: Suffix, state: State, example: dict[str, Tensor], config: AdapterConfig, fresh: frozenset[str]
+) -> list[str]:
     """Return the paths of the layers to adapt: called, pretrained, with a trainable weight that is not shared.
 
     There may be none if only normalisation and new layers follow the cut.
     """
+    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415
+
+    called: set[str] = set()  # the weights of modules that are not called are used in other ways
+    with observed_calls(suffix, lambda path, *_: called.add(path)):
+        output_in_eval(suffix, state, (), example)
     held = Counter(id(item) for _, item in suffix.named_parameters(remove_duplicate=False))
     unshared = {name for name, item in suffix.named_parameters() if held[id(item)] == 1}
     layers = {path: module for path, module in suffix.named_modules() if f"{path}.weight" in unshared - fresh}
-    kinds = _kinds(config)
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D) if config.kind == "lora" else ()
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, *convolutions)
     known = [path for path, module in layers.items() if path in called and _can_adapt(module, kinds)]
     pretrained = [path for path, module in layers.items() if module.get_parameter("weight").dim() > 1]
     if not known and (pretrained or config.targets or not fresh & unshared):
@@ -198,11 +185,6 @@ def _targets(suffix: Suffix, called: set[str], config: AdapterConfig, fresh: fro
                 f"ends so; they end in {ends}"
             )
     return [path for path in known if any(path in paths for paths in chosen.values())]
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` that shares the memory of its weights, frozen."""
-    return copy.deepcopy(model, {id(item): nn.Parameter(item.detach(), False) for item in model.parameters()})
 
 
 def _inject(twin: nn.Module, targets: list[str], config: AdapterConfig, seed: int) -> None:

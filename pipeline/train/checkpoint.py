@@ -53,11 +53,7 @@ class Progress:
 
 @contextmanager
 def exclusive_checkpoint(checkpoint: Path) -> Iterator[Path]:
-    """Lock the checkpoint folder of a run; of several processes, the main one holds the lock.
-
-    Raises:
-        TrainError: another process trains the same run.
-    """
+    """Lock the checkpoint folder of a run, or raise TrainError; of several processes, the main one holds the lock."""
     if processes.rank() > 0:
         yield checkpoint
         return
@@ -93,9 +89,9 @@ def save(
     beside, latest, previous = (checkpoint / name for name in ("beside", "latest", "previous"))
     if accelerator.is_main_process:
         shutil.rmtree(beside, ignore_errors=True)
-    processes.wait()
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(beside), safe_serialization=True)
-    processes.wait()
+    accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
     (beside / "progress.json").write_text(json.dumps(asdict(progress)))

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
 from pipeline.errors import ConfigError, TrainError
@@ -31,9 +31,7 @@ from pipeline.train import processes
 from pipeline.train.checkpoint import Progress, resume, save
 from pipeline.train.config import TrainConfig
 from pipeline.train.loader import Batch
-from pipeline.train.objective import Objective, evaluate
-from pipeline.train.optimizer import parameter_groups, schedule
-from pipeline.train.parallel import prepare
+from pipeline.train.objective import Objective, evaluate, prepare
 from pipeline.train.run_log import RunLog
 
 log = logging.getLogger("recycle")
@@ -135,8 +133,7 @@ def fit(
             save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
     result = _result(progress, progress.initial, task, config)
     if writes:
-        kept = "best.safetensors" if config.keep == "best" else "last.safetensors"
-        shutil.copyfile(checkpoint / kept, out / "model.safetensors")
+        shutil.copyfile(checkpoint / f"{config.keep}.safetensors", out / "model.safetensors")
         shutil.rmtree(checkpoint)
     return result
 
@@ -169,9 +166,8 @@ def train_epoch(
     """
     objective.train()
     total, count = torch.zeros((), device=accelerator.device), 0
-    label = f"epoch {epoch + 1}/{config.epochs}"
     hidden = None if accelerator.is_main_process else True
-    for batch in tqdm(batches, desc=label, unit="batch", disable=hidden, leave=False):
+    for batch in tqdm(batches, desc=f"epoch {epoch + 1}/{config.epochs}", unit="batch", disable=hidden, leave=False):
         count += 1
         # An epoch ends with a step: a killed run resumes without accumulated gradients.
         steps = count % config.gradient_accumulation == 0 or count == len(batches)
@@ -193,3 +189,40 @@ def train_epoch(
             "or set train.max_grad_norm"
         )
     return mean
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig, fresh: frozenset[str]) -> list[dict[str, Any]]:
+    """Return AdamW's groups: pretrained and fresh parameters, each with and without weight decay."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_fresh = name.removeprefix("suffix.") in fresh or name.startswith("loss.")
+            groups.setdefault((is_fresh, parameter.dim() > 1), []).append(parameter)
+    if not groups:
+        raise TrainError(
+            "nothing trains after this cut: no parameter is left; choose a cut below 1.0 or a head with parameters"
+        )
+    return [
+        {
+            "params": parameters,
+            "lr": (config.head_lr or config.lr) if is_fresh else config.lr,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (is_fresh, decays), parameters in groups.items()
+    ]
+
+
+def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    """Return the learning-rate schedule over `steps` steps."""
+    warmup = round(config.warmup * steps)
+    rest = max(1, steps - warmup)
+    after: LRScheduler
+    if config.schedule == "cosine":
+        after = CosineAnnealingLR(optimizer, rest)
+    elif config.schedule == "linear":
+        after = LinearLR(optimizer, 1.0, 0.0, rest)
+    else:
+        after = ConstantLR(optimizer, 1.0)
+    if not warmup:
+        return after
+    return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup), after], milestones=[warmup])

@@ -24,7 +24,6 @@ from pipeline.store import (
     Reader,
     Resident,
     Rows,
-    Store,
 )
 from pipeline.tasks import IGNORED, Prepared, Ragged
 from pipeline.train.order import shares
@@ -88,15 +87,6 @@ class StoredRows:
     source: StateSource
     views: int = 1
     """V."""
-
-    @classmethod
-    def of(cls, store: Store, keys: np.ndarray, source: StateSource | None = None) -> StoredRows:
-        """Look up `keys` (N, 16) uint8 in `store`, which is read through memory maps unless there is a `source`.
-
-        Raises:
-            MissingKeysError: some samples were never encoded; the message names up to five.
-        """
-        return cls(store.rows(keys), source or Reader(store.path))
 
     def __len__(self) -> int:
         return len(self.places) // self.views
@@ -165,7 +155,6 @@ class Loader:
         self.device = torch.device(device)
         self.source = samples.source
         self._places = samples.places
-        self._codes = samples.places.codes
         self._view: View = view or (lambda epoch: np.zeros(len(samples), np.int64))
         self._targets = {name: _checked_target(name, values, len(samples)) for name, values in targets.items()}
         self._batches = batches
@@ -182,12 +171,9 @@ class Loader:
         self._read_ahead = read_ahead if isinstance(self.source, Reader) else 0
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch of the next iteration, and its first batch (for a run that resumes within an epoch)."""
-        whole = self._batches(epoch) if callable(self._batches) else self._batches
-        if not 0 <= start <= len(whole):
-            raise TrainError(f"start is {start}; epoch {epoch} has {len(whole)} batches; choose one of them")
-        self._epoch = whole[start:]
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self._epoch = self._batches(epoch) if callable(self._batches) else self._batches
         views = self._view(epoch)
         self._place_of_row = views * len(views) + np.arange(len(views))
 
@@ -215,7 +201,7 @@ class Loader:
 
     def _share(self, place_of_row: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return this process's share of the rows of a batch, and the indices of each process's share."""
-        by_place = np.argsort(self._codes[place_of_row[rows]], kind="stable")
+        by_place = np.argsort(self._places.codes[place_of_row[rows]], kind="stable")
         places = shares(len(rows), self._world)
         return rows[by_place[places[self._rank]]], places
 
@@ -224,16 +210,13 @@ class Loader:
         tensors = self.source.gather(self._places[place_of_row[rows]], self._pad, pin=self._pin)
         inputs = _with_prefix(tensors, INPUT_PREFIX)
         for name, shapes in _with_prefix(tensors, SHAPE_PREFIX).items():
-            inputs[name] = self._dummy(len(rows), shapes.amax(0).tolist())
+            zero = torch.zeros((), device=self.device)  # its values are never read
+            inputs[name] = zero.expand(len(rows), *shapes.amax(0).tolist())
         targets = {name: torch.from_numpy(values[rows]) for name, values in self._targets.items()}
         if self._pin:
             targets = {name: tensor.pin_memory() for name, tensor in targets.items()}
         targets |= _with_prefix(tensors, EXTRA_PREFIX)
         return Batch(_with_prefix(tensors, STATE_PREFIX), inputs, targets, torch.from_numpy(rows), places, self._fill)
-
-    def _dummy(self, n_rows: int, shape: Sequence[int]) -> Tensor:
-        """Return an input whose values are never read: one zero, expanded to the whole shape."""
-        return torch.zeros((), device=self.device).expand(n_rows, *shape)
 
 
 def _with_prefix(named: Mapping[str, T], prefix: str) -> dict[str, T]:

@@ -42,23 +42,27 @@ def batches(
     seed: int,
     epoch: int,
     shuffle: bool,
-    drop_last: bool = False,
     least: int = 1,
     window: Window | None = None,
     lengths: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Return the row indices of each batch of this epoch, int64, unit-major; each unit comes exactly once.
 
-    `units` is (U,) rows, (U, R) rows, or U arrays of rows; `batch_size` counts units. Of the units left over at the
-    end, `drop_last` drops a batch that is not full; otherwise the last batch is smaller, or, where it would have fewer
-    than `least` units, part of the batch before.
+    `units` is (U,) rows, (U, R) rows, or U arrays of rows; `batch_size` counts units. The last batch is smaller, or,
+    where it would have fewer than `least` units, part of the batch before.
     The shuffle is exact: each permutation is equally likely, unless a `window` limits it, or `lengths` (U,) are given:
     then units of similar length share a batch, picked among those of `POOLED_STEPS` batches in a row.
 
     Raises:
         ValueError: a size is out of its range.
     """
-    _check(len(units), batch_size, seed, epoch, window, lengths)
+    _check(1, batch_size=batch_size)
+    _check(0, seed=seed, epoch=epoch)
+    if window is not None:
+        _check(1, **{"window.size": window.size})
+    for name, values in (("window.groups", window.groups if window else None), ("lengths", lengths)):
+        if values is not None and len(values) != len(units):
+            raise ValueError(f"{name} has {len(values)} entries; it must have one for each of the {len(units)} units")
     rng = np.random.default_rng([seed, epoch])
     if not shuffle:
         order = np.arange(len(units))
@@ -68,8 +72,6 @@ def batches(
         order = _windowed(window, rng)
     if shuffle and lengths is not None:
         order = _by_length(order, lengths, batch_size, rng)
-    if drop_last:
-        order = order[: len(order) // batch_size * batch_size]
     starts = list(range(0, len(order), batch_size))
     if len(starts) > 1 and len(order) - starts[-1] < least:
         starts.pop()
@@ -94,8 +96,8 @@ def views(n_rows: int, count: int, *, seed: int, epoch: int, how: ViewOrder) -> 
     Raises:
         ValueError: a size is out of its range.
     """
-    for name, value, least in (("count", count, 1), ("seed", seed, 0), ("epoch", epoch, 0)):
-        _check_least(name, value, least)
+    _check(1, count=count)
+    _check(0, seed=seed, epoch=epoch)
     if how == "cycle":
         return np.full(n_rows, epoch % count)
     return np.random.default_rng([seed, epoch, VIEWS]).integers(count, size=n_rows)
@@ -122,38 +124,13 @@ def _by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.
 
 
 def _rows(units: Sequence[np.ndarray] | np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    rows: np.ndarray
-    if isinstance(units, np.ndarray):
-        rows = units[chosen].reshape(-1)
-    else:
-        rows = np.concatenate([units[unit] for unit in chosen])
-    return rows.astype(np.int64, copy=False)
+    if not isinstance(units, np.ndarray):
+        return np.concatenate([units[unit] for unit in chosen]).astype(np.int64, copy=False)
+    rows: np.ndarray = units[chosen].reshape(-1).astype(np.int64, copy=False)
+    return rows
 
 
-def _check(
-    n_units: int,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    window: Window | None,
-    lengths: np.ndarray | None,
-) -> None:
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-        ("epoch", epoch, 0),
-    ):
-        _check_least(name, value, least)
-    if window is not None and window.size < 1:
-        raise ValueError(f"window.size is {window.size}; it must be at least 1")
-    if window is not None and len(window.groups) != n_units:
-        raise ValueError(
-            f"window.groups has {len(window.groups)} entries; it must have one for each of the {n_units} units"
-        )
-    if lengths is not None and len(lengths) != n_units:
-        raise ValueError(f"lengths has {len(lengths)} entries; it must have one for each of the {n_units} units")
-
-
-def _check_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")
+def _check(least: int, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < least:
+            raise ValueError(f"{name} is {size}; it must be at least {least}")

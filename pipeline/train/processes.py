@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list, parse_flag_from_env
-from torch import Tensor, nn
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from torch import Tensor
 
 from pipeline.errors import TrainError
 
@@ -42,14 +42,12 @@ def state() -> PartialState:
 
 def rank() -> int:
     """Return the rank of this process, from 0."""
-    found: int = state().process_index
-    return found
+    return int(state().process_index)
 
 
 def world() -> int:
     """Return the number of processes."""
-    found: int = state().num_processes
-    return found
+    return int(state().num_processes)
 
 
 @contextmanager
@@ -70,7 +68,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_first_to_fail():
+        if int(dist.distributed_c10d._get_default_store().add(FAILED, 1)) > 1:
             sys.exit(1)
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's are plain RuntimeErrors
             raise TrainError(
@@ -87,11 +85,6 @@ def on_main(compute: Callable[[], T]) -> T:
     if world() > 1:
         broadcast_object_list(found)
     return found[0]  # type: ignore[return-value]
-
-
-def wait() -> None:
-    """Wait until all processes have called this."""
-    state().wait_for_everyone()
 
 
 def gather(tensors: Sequence[Tensor], places: Sequence[np.ndarray], padding: Sequence[float]) -> list[Tensor]:
@@ -114,16 +107,13 @@ def gather(tensors: Sequence[Tensor], places: Sequence[np.ndarray], padding: Seq
     first = torch.from_numpy(np.unique(np.concatenate(places), return_index=True)[1])
     gathered = []
     for tensor, value in zip(tensors, padding, strict=True):
-        parts = _Shares.apply(_padded(tensor, [most, *(next(longest) for _ in tensor.shape[1:])], value))
+        sizes_of_all = [most, *(next(longest) for _ in tensor.shape[1:])]
+        missing = [(0, size - own) for size, own in zip(sizes_of_all, tensor.shape, strict=True)]
+        padded = F.pad(tensor, [side for sides in reversed(missing) for side in sides], value=value)
+        parts = _Shares.apply(padded.contiguous())
         whole = torch.cat([part[: len(own)] for part, own in zip(parts, places, strict=True)])
         gathered.append(whole[first.to(whole.device)])
     return gathered
-
-
-def share_buffers(module: nn.Module) -> None:
-    """Copy the buffers of the main process to all others: running statistics differ between processes."""
-    if world() > 1:
-        broadcast([buffer for buffer in module.buffers() if buffer.is_contiguous()])
 
 
 class _Shares(torch.autograd.Function):
@@ -141,17 +131,7 @@ class _Shares(torch.autograd.Function):
         return gradients[rank()] * world()
 
 
-def _padded(tensor: Tensor, sizes: Sequence[int], value: float) -> Tensor:
-    """Return `tensor` padded to `sizes` on the right."""
-    missing = [(0, size - own) for size, own in zip(sizes, tensor.shape, strict=True)]
-    return F.pad(tensor, [side for sides in reversed(missing) for side in sides], value=value).contiguous()
-
-
 @functools.cache
 def _hosts() -> dist.ProcessGroup:
     """Return a CPU process group to compare sizes, which does not synchronise accelerators."""
     return dist.new_group(backend="gloo")  # type: ignore[return-value]  # every process is in it
-
-
-def _is_first_to_fail() -> bool:
-    return int(dist.distributed_c10d._get_default_store().add(FAILED, 1)) == 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.split import Candidate, candidates, split
-from pipeline.split.costs import seconds_per_sample, speed_ups
+from pipeline.split.candidates import seconds_per_sample, speed_ups
 from pipeline.tasks import read_tensor
 
 LITTLE = 0.1
@@ -60,9 +60,9 @@ def choose(model: nn.Module, example: Mapping[str, Tensor]) -> list[CutOption]:
         over_full, over_frozen = (None, None) if place.refused else speed_ups(place.flops, place.flops_after)
         choices.append(
             CutOption(
-                at=place.path or 0,
+                at=place.cut.name or 0,
                 blocks=place.cut.blocks_before,
-                blocks_share=place.share,
+                blocks_share=place.cut.share,
                 parameters_share=None if place.parameters is None else place.parameters / max(1, parameters),
                 flops_share=place.flops / max(1, total),
                 state_bytes=place.state_bytes,
@@ -82,13 +82,13 @@ def find_sensible(places: Sequence[Candidate], parameters: int) -> list[Candidat
     that are alike the one with the smallest state stands for the others, of equal states the deepest: a place is passed
     over where one that was taken saves, and trains, at least three quarters of the operations that it does.
     """
-    inputs = next((place.state_bytes for place in places if not place.share), None) or 0
+    inputs = next((place.state_bytes for place in places if not place.cut.share), None) or 0
     taken: list[Candidate] = []
     for place in sorted(places, key=lambda place: (place.state_bytes or 0, -place.flops)):
         if place.state_bytes is None or place.parameters is None or place.parameters == parameters:
             continue
         saves_little = place.flops < LITTLE * (place.flops + place.flops_after)
-        if not place.share or (saves_little and place.state_bytes >= inputs):
+        if not place.cut.share or (saves_little and place.state_bytes >= inputs):
             continue
         if not any(_stands_for(other, place) for other in taken):
             taken.append(place)

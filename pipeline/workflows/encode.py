@@ -15,8 +15,8 @@ from pipeline.encode.decoding import Chunk, decode_rows, decode_samples
 from pipeline.encode.keying import KeyedSamples
 from pipeline.encode.quarantine import BadSample
 from pipeline.encode.ragged import Sample
-from pipeline.encode.result import EncodeResult
 from pipeline.encode.run import Executor, encode
+from pipeline.encode.unit import EncodeResult
 from pipeline.errors import DataError
 from pipeline.project import CutName, Project, recipe_cache
 from pipeline.project.model import LoadedModel
@@ -154,16 +154,15 @@ def _encode_views(
     result = EncodeResult.empty(keyed, len(project.encode.cuts))
     while True:
         found = len(result.keyed.bad)
-        more = encode(
+        encode(
             executor,
             source,
-            result.keyed,
+            result,
             stores,
             _rows_by_view(project, result.keyed, table),
             segment_samples=project.encode.segment_samples,
             segment_groups=split_numbers(keyed.keys, table),
         )
-        result = result.followed_by(more)
         if len(project.views) == 1 or len(result.keyed.bad) == found:
             return result
         table = sample_table(project, source, replace(result.keyed, rows=None))

@@ -23,9 +23,8 @@ from pipeline.encode import quarantine
 from pipeline.encode.encoder import Encoder, autocast
 from pipeline.encode.keying import KeyedSamples
 from pipeline.encode.quarantine import BadSample
-from pipeline.encode.result import EncodeResult
 from pipeline.encode.run import encode_units
-from pipeline.encode.unit import plan
+from pipeline.encode.unit import EncodeResult, plan
 from pipeline.keys import KEY_BYTES
 from pipeline.project import Project
 from pipeline.runs.finished import FinishedRun, open_run
@@ -122,8 +121,8 @@ class SharedStates:
     def encode(self, rows: np.ndarray) -> None:
         """Run the prefix on those of `rows` (n,) int64 that are new."""
         units = plan(self.keys, [rows], [[self.fresh]], self.config.segment_samples)
-        more = encode_units(self.encoder, self.encoder.source, units, self.result.keyed, cuts=1)
-        self.result = self.result.followed_by(more)
+        if units:
+            encode_units(self.encoder, self.encoder.source, units, self.result)
         if not self.forgets:
             self.known.refresh()
 

@@ -23,8 +23,7 @@ from pipeline.cluster.rates import Rates
 from pipeline.cluster.task import Lines, load_units, main, save_units
 from pipeline.cluster.worker import MARKS, REPORT, Worker
 from pipeline.encode.config import ExecutorConfig
-from pipeline.encode.result import Outcome
-from pipeline.encode.unit import Unit
+from pipeline.encode.unit import Outcome, Unit
 from pipeline.errors import ClusterError, StoreError
 from pipeline.project import Project
 from pipeline.store import Store

@@ -13,8 +13,7 @@ import tiny
 from PIL import Image
 
 from pipeline.data import Content, DataConfig, in_role, open_source
-from pipeline.encode.keying import key_contents
-from pipeline.encode.stat_cache import StatCache
+from pipeline.encode.keying import StatCache, key_contents
 from pipeline.errors import ConfigError, DataError
 from pipeline.keys import content_key
 from pipeline.project import Project

@@ -2,63 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
 import resource
 import shutil
-import signal
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-from click.testing import CliRunner, Result
+from encoded import encode, quarantine, stored
 from PIL import Image
-from torch.utils.data import get_worker_info
 
-from pipeline.data import DataConfig, Row, SampleTable, Source
 from pipeline.data.media import ImageFolder
 from pipeline.encode.quarantine import BadSample, summary
-from pipeline.errors import BadSampleError
 from pipeline.keys import content_key
-from pipeline.store import Store
-from stages import cli
 
 pytestmark = pytest.mark.slow
-
-ARRAYS = {"kind": "array", "image_size": None}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
-    """A project with 12 good images, in the current directory."""
-    monkeypatch.chdir(tmp_path)
-    caplog.set_level("INFO", logger="recycle")
-    tiny.write_images(tmp_path / "photos", range(4))
-    tiny.write_params(tmp_path)
-    return tmp_path
-
-
-def encode(folder: Path, *options: str, **changes: dict[str, object]) -> Result:
-    tiny.write_params(folder, **changes)
-    return CliRunner().invoke(cli.recycle, ["encode", *options])
-
-
-def quarantine(folder: Path) -> dict[str, dict[str, str]]:
-    """The rows of the quarantine by source."""
-    with (folder / "data/quarantine.csv").open(encoding="utf-8", newline="") as file:
-        return {row["source"]: row for row in csv.DictReader(file)}
-
-
-def stored(folder: Path, cut: str = "0.5") -> int:
-    keys = len(Store.open(folder / "data/activations" / cut).keys())
-    assert keys == len({bytes(key) for key in SampleTable.read(folder / "data/samples.parquet").keys})
-    return keys
 
 
 def jpeg(size: int = 24) -> bytes:
@@ -227,73 +190,6 @@ def test_where_all_are_bad_the_quarantine_says_so(
     assert len(quarantine(folder)) == 12
 
 
-class UnprintableError(Exception):
-    def __str__(self) -> str:
-        raise ValueError("no words")
-
-
-class Panic(BaseException):
-    """Such as a library in Rust raises: no `Exception`."""
-
-
-class Troubled(Source):
-    """Arrays, some of which raise in their content, one in its row, and one that is nothing."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self.faults: dict[int, BaseException] = {
-            1: ValueError("two\nlines"),
-            2: UnprintableError(),
-            3: RuntimeError(),
-            4: Panic("at the disk"),
-            5: MemoryError(),
-            6: BadSampleError("a hole: here"),
-            7: OSError("long " * 1000),
-        }
-
-    def __len__(self) -> int:
-        return 20
-
-    def row(self, i: int) -> Row:
-        if i == 8:
-            raise KeyError("label")
-        return Row(f"shot {i}", None, {"label": tiny.CLASSES[i % 3]})
-
-    def content(self, i: int) -> np.ndarray:
-        if i in self.faults:
-            raise self.faults[i]
-        if i == 9:
-            return None  # type: ignore[return-value]
-        return np.full((3, 8, 8), -1.0 if i in (10, 11) else i + 1.0, np.float32)
-
-
-def test_a_source_may_raise_anything(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = {"source": f"{__name__}:Troubled", "path": None}
-    model = {"backbone": "tiny:logarithmic"}
-    assert encode(folder, data=data, model=model, preprocess=ARRAYS).exit_code == 3
-    found = quarantine(folder)
-    reasons = {int(row["row"]): row["reason"] for row in found.values()}
-    assert reasons.pop(7) == "OSError: " + ("long " * 1000)[: 300 - len("OSError: ")] + "..."
-    assert reasons == {
-        1: "ValueError: two lines",
-        2: "UnprintableError: its message cannot be printed",
-        3: "RuntimeError",
-        4: "Panic: at the disk",
-        5: "MemoryError",
-        6: "a hole: here",
-        8: "KeyError: 'label'",
-        9: "TypeError: object of type 'NoneType' has no len()",
-        10: "its state holds NaN or infinity",
-        11: "its state holds NaN or infinity",
-    }
-    assert found["row 8"]["traceback"].startswith("test_quarantine.py:")
-    assert " row < keying.py:" in found["row 8"]["traceback"]
-    assert found["shot 4"]["traceback"].startswith("test_quarantine.py:")
-    assert [found[f"shot {i}"]["key"] != "" for i in (4, 10, 11)] == [False, True, True]
-    assert found["shot 10"]["traceback"] == ""
-    assert stored(folder) == 9
-    assert "2 x its state holds NaN or infinity (first: shot 10), 1 x ValueError (first: shot 1)" in caplog.text
-
-
 def test_an_image_that_memory_does_not_suffice_for_is_set_aside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "photos/circle/large.jpg").write_bytes(jpeg(32))
     convert = Image.Image.convert
@@ -318,46 +214,6 @@ def test_an_interrupt_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert result.exit_code == 1
     assert "Aborted" in result.output
     assert not (folder / "data").exists()
-
-
-class Deadly(Source):
-    """Arrays; one of them kills the worker process that reads it."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self.deadly: int = config.options["deadly"]
-
-    def __len__(self) -> int:
-        return 40
-
-    def row(self, i: int) -> Row:
-        return Row(f"shot {i}", None, {"label": tiny.CLASSES[i % 3]})
-
-    def content(self, i: int) -> np.ndarray:
-        if i == self.deadly and get_worker_info() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return np.full((3, 8, 8), i + 1.0, np.float32)
-
-
-def test_a_worker_that_dies_is_told_and_nothing_is_lost(folder: Path) -> None:
-    """In a process of its own: torch may raise in the midst of the standard library, which then warns."""
-
-    def run(**settings: object) -> tuple[int, str]:
-        data = {"source": f"{__name__}:Deadly", "path": None, "options": {"deadly": 39}}
-        sizes: dict[str, Any] = {"cuts": [0.5], "batch_size": 2, "segment_samples": 2}
-        tiny.write_params(folder, data=data, preprocess=ARRAYS, encode=sizes | settings)
-        process = tiny.recycle(folder, "encode")
-        said, _ = process.communicate(timeout=120)
-        return process.returncode, said
-
-    code, said = run(workers=1)
-    assert code == 1, said
-    assert "encode.workers is 1, and one of these processes died (DataLoader worker (pid" in said
-    assert "Set fewer workers" in said
-    committed = tiny.files(folder / "data/activations")
-    assert len(Store.open(folder / "data/activations/0.5").keys()) >= 20
-    assert run(workers=0)[0] == 0
-    assert stored(folder) == 40
-    assert committed.items() < tiny.files(folder / "data/activations").items()
 
 
 def test_texts_too_long_are_cut_off_and_counted_and_empty_ones_set_aside(

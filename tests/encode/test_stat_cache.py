@@ -12,9 +12,8 @@ import pytest
 
 from pipeline.data import DataConfig, Stamp, open_source
 from pipeline.data.media import ImageFolder
-from pipeline.encode import stat_cache
-from pipeline.encode.keying import KeyedSamples, key_contents
-from pipeline.encode.stat_cache import StatCache
+from pipeline.encode import keying
+from pipeline.encode.keying import KeyedSamples, StatCache, key_contents
 
 OLD = 1_600_000_000
 FILES = 12
@@ -156,7 +155,7 @@ def test_a_locked_one_is_a_warning(
     reads: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = keyed()
-    monkeypatch.setattr(stat_cache, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(keying, "WAIT_SECONDS", 0.01)
     other = sqlite3.connect(".recycle/keys.sqlite")
     other.execute("BEGIN EXCLUSIVE")
     assert np.array_equal(keyed().keys, first.keys)
@@ -178,7 +177,7 @@ def test_where_none_can_be_made_all_is_read(reads: list[str], caplog: pytest.Log
 def test_keys_of_another_key_function_are_not_served(reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     keyed()
     with monkeypatch.context() as patch:
-        patch.setattr(stat_cache, "VERSION", stat_cache.VERSION ^ 1)
+        patch.setattr(keying, "VERSION", keying.VERSION ^ 1)
         reads.clear()
         keyed()
         assert len(reads) == FILES

@@ -40,9 +40,9 @@ from pipeline.models.texts import TextPreprocess
 from pipeline.project.recipe import IRRELEVANT, recipe_of
 from pipeline.split import Prefix
 from pipeline.split.blocks import find_blocks, resolve
+from pipeline.split.forward import trace
 from pipeline.split.observation import Observation, observe
-from pipeline.split.planner import initial_plan
-from pipeline.split.trace import trace
+from pipeline.split.plan import initial_plan
 from pipeline.tasks import Head
 
 pytestmark = pytest.mark.slow

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from nets import NETS, halves
 from zoo.proof import SEED, add_noise_to_constants, assert_same
 
 from pipeline.split import split
@@ -34,3 +35,14 @@ def case(request):
     prefix, suffix = split(model, request.param, example)
     assert_same("weights of the model", before, model.state_dict(), 0.0)
     return SimpleNamespace(at=request.param, model=model, prefix=prefix, suffix=suffix, example=example)
+
+
+@pytest.fixture(scope="module", params=NETS)
+def shared(request):
+    return halves(request.param)
+
+
+@pytest.fixture
+def net(shared):
+    """A model with its halves; the suffix is a copy of its own for each test, in train mode."""
+    return SimpleNamespace(**{**vars(shared), "suffix": copy.deepcopy(shared.suffix).train()})

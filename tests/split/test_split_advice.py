@@ -66,7 +66,7 @@ def test_candidates_tell_what_a_cut_costs():
         torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 10), torch.nn.Linear(10, 2)
     )
     found = candidates(model, torch.randn(2, 3, 8, 8))
-    assert [(place.path, place.share) for place in found] == [("", 0.0), ("2", 0.5), ("3", 1.0)]
+    assert [(place.cut.name, place.cut.share) for place in found] == [("", 0.0), ("2", 0.5), ("3", 1.0)]
     assert [place.parameters for place in found] == [0, 112, 112 + 1450]
     assert [place.state_bytes for place in found] == [2 * 192, 2 * 144, 2 * 10]
     assert [place.flops for place in found] == [0, 2 * 36 * 4 * 27, 2 * 36 * 4 * 27 + 2 * 144 * 10]

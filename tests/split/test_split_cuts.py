@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from pipeline.errors import NoSuchCutError, SplitError
 from pipeline.split import candidates
 from pipeline.split.blocks import find_blocks, resolve
-from pipeline.split.trace import trace
+from pipeline.split.forward import trace
 from pipeline.split.tree import as_call
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 100}
@@ -56,8 +56,8 @@ def test_path_number_and_share_name_one_place(name):
     assert len({item.cut for item in found}) == len(found) >= 4
     for number, item in enumerate(found):
         assert item.cut.blocks_before == number
-        assert place(model, example, item.share) == item.cut
-        assert place(model, example, item.path) == item.cut
+        assert place(model, example, item.cut.share) == item.cut
+        assert place(model, example, item.cut.name) == item.cut
         if number > 1:
             assert place(model, example, number) == item.cut
     with pytest.raises(NoSuchCutError, match=rf"2\.\.{len(found) - 1} \(a whole number of blocks\)"):
@@ -84,8 +84,8 @@ def test_the_calls_of_one_layer_are_places():
 
     model, example = Loop(), torch.randn(2, 6)
     found = candidates(model, example)
-    assert [item.path for item in found] == ["", "layer#1", "layer#2", "layer#3", "layer#4", "head"]
-    assert all(place(model, example, item.path) == item.cut for item in found)
+    assert [item.cut.name for item in found] == ["", "layer#1", "layer#2", "layer#3", "layer#4", "head"]
+    assert all(place(model, example, item.cut.name) == item.cut for item in found)
 
 
 @pytest.mark.parametrize(

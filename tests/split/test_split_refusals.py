@@ -6,8 +6,8 @@ from split_contract import recycle
 from torch import nn
 
 from pipeline.errors import NoSuchCutError, SplitError
-from pipeline.split import capture, merge, observation, split
-from pipeline.split.comparison import difference
+from pipeline.split import Capture, forward, merge, split
+from pipeline.split.tree import difference
 
 
 class Chain(nn.Module):
@@ -108,13 +108,13 @@ def test_merging_into_another_architecture():
 
 def test_capture_takes_prefixes_of_one_model():
     with pytest.raises(SplitError, match="one and the same model"):
-        capture([split(Chain(), at, batch())[0] for at in (0.25, 0.5)])
+        Capture([split(Chain(), at, batch())[0] for at in (0.25, 0.5)])
 
 
 def test_capture_gives_every_prefix_s_state_in_one_run():
     model = Chain().eval()
     pairs = [split(model, at, batch()) for at in (0.75, 0, "layers.1", 1.0)]
-    run = capture([prefix for prefix, _ in pairs])
+    run = Capture([prefix for prefix, _ in pairs])
     states = run(batch(5))
     assert [seconds > 0 for seconds in run.elapsed] == [True] * 4
     assert run.elapsed[1] < run.elapsed[2] < run.elapsed[0] < run.elapsed[3]
@@ -127,12 +127,12 @@ def test_the_time_to_a_cut_waits_for_an_accelerator_and_for_nothing_on_the_cpu(m
     waited = []
     prefix, _ = split(Chain(), 0.5, batch())
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
-    for kind in (None, "cuda", "meta"):
-        monkeypatch.setattr(observation, "accelerator_kind", lambda kind=kind: kind)
-        capture([prefix])(batch())
+    for kind in ("cuda", "meta"):
+        monkeypatch.setattr(forward, "ACCELERATOR", kind)
+        Capture([prefix])(batch())
     assert not waited
     prefix.model.to("meta")  # stands for a device whose operations are queued
-    capture([prefix])(batch().to("meta"))
+    Capture([prefix])(batch().to("meta"))
     assert waited == [torch.device("meta")]
 
 

@@ -116,6 +116,19 @@ def test_other_calls_before_the_cut_for_another_length(kind, lengths):
             torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-5, atol=1e-7)
 
 
+def test_other_calls_before_the_cut_while_dropout_trains():
+    torch.manual_seed(0)
+    model, x = Optional(), torch.randn(2, 4)
+    model.head = nn.Sequential(nn.Dropout(0.5), model.head)
+    prefix, suffix = split(model, "body", x)
+    state = prefix(x, deep=True)
+    torch.manual_seed(1)
+    found = suffix.train()(state, x, deep=True)
+    model.train()
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, model(x, deep=True), rtol=0, atol=1e-6)
+
+
 def test_other_calls_before_the_cut_for_another_option():
     torch.manual_seed(0)
     model, x = Optional().eval(), torch.randn(2, 4)

@@ -3,103 +3,22 @@
 import copy
 import io
 import pickle
-import warnings
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from nets import NETS, halves
-from torch import distributed, multiprocessing, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._dynamo.utils import counters
+from nets import halves
+from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
-from zoo.proof import assert_same, call, gradients, loss, recycle
+from training import EXACT, SEED, cast, encode, full_model, learn, only, prove_step, run
+from zoo.proof import assert_same, call, gradients, loss
 
 from pipeline.errors import SplitError
 from pipeline.split import merge, split
-from pipeline.split.tree import as_call, map_tensors, tensors
+from pipeline.split.tree import map_tensors, tensors
 
 pytestmark = pytest.mark.slow
-
-EXACT = 1e-6
-SEED = 5
-
-
-@pytest.fixture(scope="module", params=NETS)
-def shared(request):
-    return halves(request.param)
-
-
-@pytest.fixture
-def net(shared):
-    """A model with its halves; the suffix is a copy of its own for each test, in train mode."""
-    return SimpleNamespace(**{**vars(shared), "suffix": copy.deepcopy(shared.suffix).train()})
-
-
-only = lambda *names: pytest.mark.parametrize("shared", names, indirect=True, scope="module")  # noqa: E731
-
-
-def full_model(net, model=None, from_cut=nullcontext):
-    """The full model with a frozen prefix: before the cut in eval mode, from it on in train mode and `from_cut`."""
-    full = copy.deepcopy(model or net.model)
-    for name, parameter in full.named_parameters():
-        parameter.requires_grad_(name not in net.prefix.weights())
-    entered = []
-
-    def begin(*_):
-        full.eval()
-
-    def enter(*_):
-        full.train()
-        entered.append(from_cut())
-        entered[-1].__enter__()
-
-    def end(*_):
-        entered.pop().__exit__(None, None, None)
-
-    full.register_forward_pre_hook(begin)
-    full.get_submodule(net.prefix.cut.path).register_forward_pre_hook(enter)
-    full.register_forward_hook(end)
-    return full
-
-
-def cast(batch, dtype):
-    return map_tensors(lambda _, item: item.to(dtype) if item.is_floating_point() else item, batch)
-
-
-def run(suffix, state, batch):
-    args, kwargs = as_call(batch)
-    return suffix(state, *args, **kwargs)
-
-
-def encode(prefix, batch):
-    args, kwargs = as_call(batch)
-    return prefix(*args, **kwargs)
-
-
-def learn(module, forward):
-    """Forward and backward with a fixed seed; return the outputs, gradients and buffers that it leads to."""
-    module.zero_grad()
-    torch.manual_seed(SEED)
-    output = forward()
-    loss(output).backward()
-    return {"output": output, "gradients": gradients(module)}
-
-
-def prove_step(net, full, suffix, bound=EXACT, size=3, batch=None, state=None):
-    batch = net.batch(size) if batch is None else batch
-    state = encode(net.prefix, net.batch(size)) if state is None else state
-    expected = learn(full, lambda: call(full, batch))
-    found = learn(suffix, lambda: run(suffix, state, net.batch(size)))
-    assert expected["gradients"].keys() == found["gradients"].keys() == dict(suffix.named_parameters()).keys()
-    for what, values in expected.items():
-        assert_same(what, values, found[what], bound)
-    trained = suffix.state_dict()
-    assert_same("buffers", {name: full.state_dict()[name] for name in trained}, trained, bound)
 
 
 class TestDtypeAndDevice:
@@ -166,117 +85,6 @@ def test_gradients_accumulate(net):
     assert_same("gradients", gradients(full), gradients(net.suffix), EXACT)
     trained = net.suffix.state_dict()
     assert_same("buffers", {name: full.state_dict()[name] for name in trained}, trained, EXACT)
-
-
-@contextmanager
-def calls_counted(module):
-    """Count the calls of the last module within `module` that has weights of its own."""
-    leaf = [item for item in module.modules() if item._parameters][-1]
-    counts = [0]
-    handle = leaf.register_forward_pre_hook(lambda *_: counts.append(counts.pop() + 1))
-    yield counts
-    handle.remove()
-
-
-class Checkpointed(nn.Module):
-    """Recomputes its layers in regions of `region` layers."""
-
-    def __init__(self, region=1, reentrant=False):
-        super().__init__()
-        self.region, self.reentrant = region, reentrant
-        self.position = nn.Parameter(torch.ones(4))
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3), nn.Tanh()) for _ in range(4))
-
-    def forward(self, x):
-        x = x + self.position
-        for start in range(0, 4, self.region):
-            layers = self.layers[start : start + self.region]
-            x = checkpoint(nn.Sequential(*layers), x, use_reentrant=self.reentrant)
-        return x
-
-
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
-class TestGradientCheckpointing:
-    @only("bert", "gpt2", "vit")
-    @pytest.mark.parametrize("reentrant", [False, True])
-    @pytest.mark.parametrize("when", ["before", "after"])
-    def test_of_transformers(self, net, reentrant, when):
-        settings = {"use_reentrant": reentrant}
-        if when == "before":
-            warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
-            model = copy.deepcopy(net.model)
-            model.gradient_checkpointing_enable(settings)
-            suffix = split(model, net.at, net.batch(2))[1].train()
-        else:
-            suffix = net.suffix
-            suffix.root.gradient_checkpointing_enable(settings)
-        state = encode(net.prefix, net.batch(3))
-        state = {name: item.requires_grad_(reentrant) for name, item in state.items()}
-        with calls_counted(suffix.root.get_submodule(net.prefix.cut.path)) as calls:
-            prove_step(net, full_model(net), suffix, state=state)
-        assert calls == [2]
-
-    @only("bert")
-    def test_torch_tells_where_a_reentrant_one_stops_all_gradients(self, net):
-        net.suffix.root.gradient_checkpointing_enable({"use_reentrant": True})
-        state = encode(net.prefix, net.batch(3))
-        with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
-            run(net.suffix, state, net.batch(3))
-
-    @only("tinynet")
-    def test_of_timm(self, net):
-        full = full_model(net)
-        full.set_grad_checkpointing()
-        net.suffix.root.set_grad_checkpointing()
-        with calls_counted(net.suffix.root.get_submodule(net.prefix.cut.path)) as calls:
-            prove_step(net, full, net.suffix)
-        assert calls == [2]
-
-    @pytest.mark.parametrize("reentrant", [False, True])
-    @pytest.mark.parametrize(("region", "at"), [(1, "layers.2"), (2, "layers.2")])
-    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-    def test_of_regions_after_the_cut(self, region, at, reentrant):
-        torch.manual_seed(0)
-        model, batch = Checkpointed(region, reentrant), torch.randn(3, 4)
-        prefix, suffix = split(model, at, batch)
-        suffix.train()
-        state = {name: item.requires_grad_(reentrant) for name, item in prefix(batch).items()}
-        net = SimpleNamespace(model=model, prefix=prefix, batch=lambda _: batch)
-        model.reentrant = False
-        with calls_counted(suffix.root.layers[3]) as calls:
-            prove_step(net, full_model(net), suffix, state=state)
-        assert calls == [2]
-
-    @pytest.mark.parametrize(("region", "at"), [(2, "layers.3"), (1, "layers.0"), (4, "layers.1")])
-    def test_of_a_region_that_holds_the_cut_is_refused(self, region, at):
-        prefix, suffix = split(Checkpointed(region), at, torch.randn(3, 4))
-        batch = torch.randn(3, 4)
-        with pytest.raises(SplitError, match=f"recomputes a region that holds the cut {at}"):
-            loss(recycle(prefix, suffix.train(), batch)).backward()
-
-
-class TestCompile:
-    @pytest.mark.parametrize(
-        ("shared", "kind"),
-        [("bert", "eager"), ("resnet", "aot_eager"), ("skip", "aot_eager")],
-        indirect=["shared"],
-        scope="module",
-    )
-    def test_one_graph_takes_batches_of_any_size(self, net, kind):
-        """At first one for the size met, then one for all; what a compiler makes of it is not looked at here."""
-        torch._dynamo.reset()
-        counters.clear()
-        backend = CompileCounterWithBackend(kind)
-        compiled = torch.compile(net.suffix, backend=backend)
-        plain = copy.deepcopy(net.suffix)
-        for size in (3, 4, 3):
-            state = encode(net.prefix, net.batch(size))
-            expected = learn(plain, lambda state=state, size=size: run(plain, state, net.batch(size)))
-            found = learn(net.suffix, lambda state=state, size=size: run(compiled, state, net.batch(size)))
-            for what, values in expected.items():
-                assert_same(what, values, found[what], 1e-5)
-        assert not counters["graph_break"]
-        assert backend.frame_count == 2
 
 
 PARALLEL = ("bert", "resnet", "skip")

@@ -52,7 +52,8 @@ def make(store, size=6, **options):
     def batches(epoch):
         return order.batches(np.arange(len(keys)), size, seed=0, epoch=epoch, shuffle=True)
 
-    return Loader(StoredRows.of(store, keys, options.pop("source", None)), targets, **{"batches": batches} | options)
+    samples = StoredRows(store.rows(keys), options.pop("source", None) or Reader(store.path))
+    return Loader(samples, targets, **{"batches": batches} | options)
 
 
 def prefetching(loader, count):
@@ -98,16 +99,6 @@ def test_an_epoch_has_every_row_once_and_epochs_differ(loader):
     assert orders[0] != orders[1]
 
 
-def test_an_epoch_can_start_at_any_batch(loader):
-    whole = [batch.rows.tolist() for batch in loader]
-    for start in (0, 4, 9):
-        loader.set_epoch(0, start)
-        assert len(loader) == 9 - start
-        assert [batch.rows.tolist() for batch in loader] == whole[start:]
-    with pytest.raises(TrainError, match="start is 10; epoch 0 has 9 batches"):
-        loader.set_epoch(0, 10)
-
-
 def test_a_sample_may_stand_twice_in_a_batch(store):
     batches = [np.array([3, 3, 50, 0, 3])]
     (batch,) = make(store, batches=batches)
@@ -128,7 +119,11 @@ def test_pairs_keep_their_targets(store):
     units = np.arange(50).reshape(25, 2)
     targets = {"pair": np.append(np.repeat(np.arange(25), 2), 99), "role": np.append(np.tile([0, 1], 25), 0)}
     _, keys, _ = table()
-    for batch in Loader(StoredRows.of(store, keys), targets, order.batches(units, 4, seed=0, epoch=0, shuffle=True)):
+    for batch in Loader(
+        StoredRows(store.rows(keys), Reader(store.path)),
+        targets,
+        order.batches(units, 4, seed=0, epoch=0, shuffle=True),
+    ):
         pairs, roles = batch.targets["pair"], batch.targets["role"]
         assert torch.equal(batch.rows, pairs * 2 + roles)
         assert sorted(pairs[roles == 0].tolist()) == sorted(pairs[roles == 1].tolist())
@@ -143,10 +138,11 @@ def test_extras_and_ragged_targets_are_of_the_same_samples(tmp_path, resident):
         extras = {"word": [np.full(lengths[i], i) for i in part], "chars": [np.full((lengths[i], 2), i) for i in part]}
         hidden = {"state.hidden": np.zeros((len(part), 2), np.float32)}
         store.write_segment(keys[begin : begin + SEGMENT], hidden | {f"extra.{n}": t for n, t in extras.items()})
-    source = Resident(Reader(store.path), store.rows(keys), torch.device("cpu")) if resident else None
+    reader = Reader(store.path)
+    source = Resident(reader, store.rows(keys), torch.device("cpu")) if resident else reader
     targets = {"tags": Ragged.of([[i] * (i % 3) for i in range(N)])}
     pad = {"extra.word": -1, "extra.chars": -1}
-    for batch in Loader(StoredRows.of(store, keys, source), targets, np.array_split(np.arange(N), 7), pad=pad):
+    for batch in Loader(StoredRows(store.rows(keys), source), targets, np.array_split(np.arange(N), 7), pad=pad):
         assert batch.inputs == {}
         assert set(batch.targets) == {"tags", "word", "chars"}
         for at, i in enumerate(batch.rows.tolist()):
@@ -176,7 +172,7 @@ def test_samples_that_were_never_encoded_are_named(store):
     _, keys, targets = table()
     keys[3] = 0
     with pytest.raises(MissingKeysError, match=r"1 of 51 samples were never encoded: 0{32}"):
-        Loader(StoredRows.of(store, keys), targets, [np.array([0])])
+        Loader(StoredRows(store.rows(keys), Reader(store.path)), targets, [np.array([0])])
 
 
 @pytest.mark.parametrize(
@@ -186,7 +182,7 @@ def test_samples_that_were_never_encoded_are_named(store):
 def test_targets_that_do_not_fit_are_named(store, target, message):
     _, keys, _ = table()
     with pytest.raises(TrainError, match=message):
-        Loader(StoredRows.of(store, keys), {"label": target}, [np.array([0])])
+        Loader(StoredRows(store.rows(keys), Reader(store.path)), {"label": target}, [np.array([0])])
 
 
 @pytest.mark.parametrize(

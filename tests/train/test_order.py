@@ -36,15 +36,6 @@ def test_a_last_batch_that_is_too_small_joins_the_one_before(n, size, least, len
         assert min(map(len, found)) >= least
 
 
-@pytest.mark.parametrize(("n", "size"), SIZES)
-def test_drop_last_gives_full_batches_alone(n, size):
-    found = batches(np.arange(n), size, seed=0, epoch=0, shuffle=True, drop_last=True)
-    assert {len(batch) for batch in found} <= {size}
-    assert len(found) == n // size
-    rows = [row for batch in found for row in batch]
-    assert len(rows) == len(set(rows))
-
-
 @pytest.mark.parametrize("world", [1, 2, 5])
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 33])
 def test_processes_share_a_batch_evenly_and_none_is_without(count, world):

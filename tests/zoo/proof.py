@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from pipeline.encode.ragged import Sample, find_trimming, pad_batch
 from pipeline.errors import SplitError
 from pipeline.split import Prefix, Suffix, merge, split
-from pipeline.split.comparison import difference
-from pipeline.split.tree import as_call, map_tensors, tensors
+from pipeline.split.tree import as_call, difference, map_tensors, tensors
 
 OUTPUT = 1e-6
 GRADIENT = 1e-5
