@@ -53,7 +53,7 @@ class Reader:
         self._root, self._cache, self._check, self._files = root, cache, check, remote or DISK
         self._segments: dict[str, Segment] = {}
         self._outlines: dict[str, Segment] = {}
-        self._recipes: dict[Path, str] = {}
+        self._recipe: str | None = None
 
     @property
     def streams(self) -> int:
@@ -79,7 +79,14 @@ class Reader:
         """Return a segment without its values, for which nothing is fetched; raises as `segment`."""
         outline = self._outlines.get(segment)
         if outline is None:
-            outline = self._outlines[segment] = outline_segment(*self._folder_and_recipe(segment), self._files)
+            path = self._root / segment
+            if not path.is_dir():
+                raise StoreError(
+                    f"{path}: this segment was there when the store was opened, and is gone; recycle store compact, gc "
+                    "or rm-samples has run since: start again"
+                )
+            self._recipe = self._recipe or read_recipe(self._root).digest
+            outline = self._outlines[segment] = outline_segment(path, self._recipe, self._files)
         return outline
 
     def prefetch(self, segment: str) -> None:
@@ -93,7 +100,7 @@ class Reader:
             self._close(fetch(outline, self._cache, self._files)[1])
             return
         buffer = bytearray(READ_AHEAD_BYTES)
-        for file in (file for name in outline.arrays for file in (outline.path / name).glob(f"c{CHUNK_SEPARATOR}*")):
+        for file in (file for name in outline.tensors for file in (outline.path / name).glob(f"c{CHUNK_SEPARATOR}*")):
             with file.open("rb", buffering=0) as chunk:
                 while chunk.readinto(buffer):
                     pass
@@ -153,23 +160,11 @@ class Reader:
         if self._check:
             opened.check(rows)
 
-    def _folder_and_recipe(self, segment: str) -> tuple[Path, str]:
-        """Return the folder of a segment, and the digest of its store's recipe."""
-        path = self._root / segment
-        if not path.is_dir():
-            raise StoreError(
-                f"{path}: this segment was there when the store was opened, and is gone; recycle store compact, gc or "
-                "rm-samples has run since: start again"
-            )
-        if path.parent not in self._recipes:
-            self._recipes[path.parent] = read_recipe(path.parent).digest
-        return path, self._recipes[path.parent]
-
     def _close(self, places: Sequence[Path]) -> None:
         """Close the segments that were evicted from these places: a mapped file keeps its space on disk."""
-        gone = [name for name, one in list(self._segments.items()) if one.place in places] if places else []
-        for name in gone:
-            self._segments.pop(name, None)
+        for name, segment in list(self._segments.items()) if places else ():
+            if segment.place in places:
+                self._segments.pop(name, None)
 
 
 def runs(rows: Rows) -> Iterator[tuple[str, np.ndarray, int]]:
