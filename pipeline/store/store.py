@@ -12,14 +12,13 @@ import numpy as np
 
 from pipeline.errors import StaleStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe
-from pipeline.store.format.keyset import check_keys
 from pipeline.store.format.layout import check_tensor_name, committed_segments, segment_id
-from pipeline.store.format.listing import folder_nbytes
 from pipeline.store.format.metadata import SegmentSpec, read_recipe, read_segment_spec
 from pipeline.store.format.names import FORMAT, RECIPE_FILE
+from pipeline.store.format.segment_files import folder_nbytes
 from pipeline.store.format.values import Values, encode, parse_storage
 from pipeline.store.local.files import DISK, StoreFiles, own_entries
-from pipeline.store.local.index import KeyIndex, Rows
+from pipeline.store.local.index import KeyIndex, Rows, check_keys
 from pipeline.store.local.temporary import discard, exclusive_lock, shared_lock, sweep
 from pipeline.store.local.writer import SegmentInfo, commit
 from pipeline.store.remote.mirror import Remote

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import StoreError
-from pipeline.store.format.chunks import chunk_sizes, read_chunk
 from pipeline.store.format.layout import find_stores, is_committed
-from pipeline.store.format.names import RECIPE_FILE
-from pipeline.store.format.untrusted import corrupt
+from pipeline.store.format.names import RECIPE_FILE, corrupt
+from pipeline.store.format.segment_files import chunk_sizes, read_chunk
 from pipeline.store.local.temporary import publish, publish_file, temporary_folder
 
 

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import KEY_BYTES
-from pipeline.store.format.chunks import check_chunks, chunk_sizes, read_small_array
 from pipeline.store.format.layout import ArraySpec
 from pipeline.store.format.metadata import SegmentSpec, read_arrays, read_segment_spec
-from pipeline.store.format.names import CHECKSUM_BYTES, KEYS, OFFSETS, RECIPE_FILE, SUMS
-from pipeline.store.format.untrusted import corrupt
+from pipeline.store.format.names import CHECKSUM_BYTES, KEYS, OFFSETS, RECIPE_FILE, SUMS, corrupt
+from pipeline.store.format.segment_files import check_chunks, chunk_sizes, read_small_array
 from pipeline.store.local.files import DISK, StoreFiles
 from pipeline.store.local.segment_cache import SegmentCache
 from pipeline.store.local.stored_tensor import StoredTensor, typed

@@ -20,7 +20,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
 from obstore.store import from_url
 
 from pipeline.errors import ConfigError, StoreError
-from pipeline.store.format.listing import ListedFile
+from pipeline.store.format.segment_files import ListedFile
 
 T = TypeVar("T")
 

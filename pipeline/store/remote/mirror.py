@@ -20,9 +20,15 @@ import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.store.format.layout import committed_segments, is_committed, is_tensor_name
-from pipeline.store.format.listing import ListedFile, read_listing, write_listing
-from pipeline.store.format.names import CHECKSUM_BYTES, MAX_BESIDE_BYTES, METADATA_FILE, RECIPE_FILE, SEGMENT_ID
-from pipeline.store.format.untrusted import corrupt
+from pipeline.store.format.names import (
+    CHECKSUM_BYTES,
+    MAX_BESIDE_BYTES,
+    METADATA_FILE,
+    RECIPE_FILE,
+    SEGMENT_ID,
+    corrupt,
+)
+from pipeline.store.format.segment_files import ListedFile, read_listing, write_listing
 from pipeline.store.local.files import StoreFiles
 from pipeline.store.local.temporary import discard, move_into_place, temporary_folder
 from pipeline.store.remote.bucket import PART_BYTES, ObjectStore

@@ -12,10 +12,10 @@ from typing import Any
 
 from pipeline.keys import Recipe
 from pipeline.store.format.codecs import BESIDE
-from pipeline.store.format.keyset import first_rows
 from pipeline.store.format.layout import ArraySpec
-from pipeline.store.format.listing import folder_nbytes
 from pipeline.store.format.metadata import read_array_spec, read_segment_spec
+from pipeline.store.format.segment_files import folder_nbytes
+from pipeline.store.local.index import first_rows
 from pipeline.store.local.temporary import leftovers
 from pipeline.store.store import Store
 

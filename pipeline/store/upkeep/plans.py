@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.keys import KEY_BYTES, Recipe
-from pipeline.store.format.chunks import read_keys
-from pipeline.store.format.keyset import KeySet
 from pipeline.store.format.layout import committed_segments
-from pipeline.store.format.listing import folder_nbytes
 from pipeline.store.format.metadata import read_array_spec, read_segment_spec
 from pipeline.store.format.names import METADATA_FILE
+from pipeline.store.format.segment_files import folder_nbytes, read_keys
 from pipeline.store.format.values import parse_storage
+from pipeline.store.local.index import KeySet
 from pipeline.store.local.temporary import leftovers
 from pipeline.store.upkeep.rewrite import Change
 

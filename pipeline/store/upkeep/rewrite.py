@@ -16,10 +16,10 @@ import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import Recipe
-from pipeline.store.format.chunks import read_keys
 from pipeline.store.format.layout import segment_id
 from pipeline.store.format.metadata import SegmentSpec, read_arrays, read_metadata, read_segment_spec
 from pipeline.store.format.names import METADATA_FILE
+from pipeline.store.format.segment_files import read_keys
 from pipeline.store.format.values import EncodedTensor
 from pipeline.store.local.index import KeyIndex
 from pipeline.store.local.reader import Reader, runs

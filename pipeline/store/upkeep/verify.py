@@ -11,12 +11,10 @@ import google_crc32c
 import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.store.format.chunks import read_keys
 from pipeline.store.format.layout import ArraySpec, find_stores
-from pipeline.store.format.listing import file_sizes
 from pipeline.store.format.metadata import read_arrays, read_recipe, read_segment_spec
-from pipeline.store.format.names import ATTACHMENTS, METADATA_FILE, RECIPE_FILE
-from pipeline.store.format.untrusted import corrupt
+from pipeline.store.format.names import ATTACHMENTS, METADATA_FILE, RECIPE_FILE, corrupt
+from pipeline.store.format.segment_files import file_sizes, read_keys
 from pipeline.store.local.segment import Segment, open_segment
 from pipeline.store.local.segment_cache import SegmentCache
 from pipeline.store.local.temporary import PREFIX, temporary_folder
