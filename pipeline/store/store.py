@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -65,9 +64,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"{path}: no store can be made here ({error.strerror}); choose another folder") from error
         store = cls.open(path, recipe, remote)
-        held = shared_lock(path)
-        if held is not None:
-            weakref.finalize(store, os.close, held)
+        weakref.finalize(store, shared_lock(path).close)
         return store
 
     @classmethod

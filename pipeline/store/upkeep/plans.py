@@ -22,7 +22,7 @@ from pipeline.store.format.names import METADATA_FILE
 from pipeline.store.format.segment_files import folder_nbytes, read_keys
 from pipeline.store.format.values import parse_storage
 from pipeline.store.local.index import KeySet
-from pipeline.store.local.temporary import leftovers
+from pipeline.store.local.temporary import sweep
 from pipeline.store.upkeep.rewrite import Change
 
 
@@ -91,7 +91,7 @@ def plan_gc(root: Path, used: KeySet, written: float, *, rewrite: bool = False) 
         )
     if partly:
         left.append(f"{partly} segments hold {unused} samples that no table names beside others; --rewrite takes them")
-    return UpkeepPlan(changes, left, len(leftovers(root)))
+    return UpkeepPlan(changes, left, sweep(root, remove=False))
 
 
 def plan_compact(root: Path, recipe: Recipe, target: int) -> UpkeepPlan:
