@@ -105,9 +105,9 @@ class SlurmArray:
         for task in range(tasks):
             save_units(folder, task, {number: waiting[number] for number in list(waiting)[task::tasks]})
         left = Counter({number: len(unit.parts) for number, unit in waiting.items()})
-        with _submitted(self._command(folder, tasks)) as array:
-            log.info("job %s: %d units in %d tasks, logs in %s", array.id, at_start, tasks, folder)
-            for line in _reports(folder, array, tasks):
+        with _submitted(self._command(folder, tasks)) as (array, process):
+            log.info("job %s: %d units in %d tasks, logs in %s", array, at_start, tasks, folder)
+            for line in _reports(folder, process, tasks):
                 if isinstance(line, Failure):
                     raise getattr(errors, line.error)(line.message)
                 left[line.unit] -= 1
@@ -116,7 +116,7 @@ class SlurmArray:
                 yield line
                 if not waiting:
                     return
-        message = f"job {array.id} ended with exit code {array.process.returncode}"
+        message = f"job {array} ended with exit code {process.returncode}"
         if len(waiting) == at_start and deaths(self.job.home) == died:
             raise ClusterError(f"{message} before it had run a unit; the end of its log {_last_log(folder)}")
         log.warning("%s; %d units are left and go again; the end of a log %s", message, len(waiting), _last_log(folder))
@@ -132,15 +132,12 @@ class SlurmArray:
         ]
 
 
-@dataclass
-class _JobArray:
-    id: str
-    process: subprocess.Popen[str]
-
-
 @contextmanager
-def _submitted(command: Sequence[str]) -> Iterator[_JobArray]:
-    """Submit a job array; tasks still running at the end are cancelled; raises ClusterError if it is refused."""
+def _submitted(command: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Submit a job array, and yield its id and the process that waits for its end; ClusterError if it is refused.
+
+    Tasks that still run at the end of the context are cancelled.
+    """
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:  # noqa: S603
         job = process.stdout.readline().strip().partition(";")[0] if process.stdout else ""
@@ -148,18 +145,18 @@ def _submitted(command: Sequence[str]) -> Iterator[_JobArray]:
             message = " ".join(process.stderr.read().split()) if process.stderr else ""
             raise ClusterError(f"sbatch refused the job ({message}); see encode.executor.options, and sinfo")
         try:
-            yield _JobArray(job, process)
+            yield job, process
         finally:
             if process.poll() is None:
                 subprocess.run(["scancel", job], check=False)  # noqa: S603, S607
                 process.terminate()
 
 
-def _reports(folder: Path, array: _JobArray, tasks: int) -> Iterator[WorkerReport | Failure]:
+def _reports(folder: Path, process: subprocess.Popen[str], tasks: int) -> Iterator[WorkerReport | Failure]:
     """Yield the reports of the tasks until the array has ended and no more can come."""
     read, last = defaultdict[Path, int](int), float("inf")
     while time.monotonic() < last:
-        code = array.process.poll()
+        code = process.poll()
         if code is not None and last == float("inf"):
             last = time.monotonic() + (LATE_SECONDS_OF_KILLED if code else LATE_SECONDS)
         yield from new_reports(folder, read)

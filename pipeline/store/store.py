@@ -85,11 +85,7 @@ class Store:
         return store
 
     def check_recipe(self, expected: Recipe) -> None:
-        """Check that the states are of the recipe `expected`.
-
-        Raises:
-            StaleStoreError: they are not; the message names the first field that differs, and both values.
-        """
+        """Raise StaleStoreError unless the states are of the recipe `expected`; it names the first difference."""
         if (difference := self.recipe.first_difference(expected)) is not None:
             field, stored, wanted = difference
             raise StaleStoreError(

@@ -113,11 +113,7 @@ class KeyIndex(KeySet):
         super().__init__(keys)
 
     def rows(self, keys: np.ndarray) -> Rows:
-        """Return the places of `keys` (n, 16) uint8, in their order.
-
-        Raises:
-            MissingKeysError: no segment holds some of them; the message names up to five.
-        """
+        """Return the places of `keys` (n, 16) uint8, in their order; raises MissingKeysError if one has none."""
         place = self.find(keys)
         absent = np.flatnonzero(place < 0)
         if len(absent):

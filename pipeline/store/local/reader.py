@@ -212,14 +212,15 @@ def _gather_padded(
     def fill(share: int, shares: int) -> None:
         for place in range(share, n_rows, shares):
             own, sample = samples[place]
-            values = sample if own is dtype else _converted(sample, own, dtype)
+            if own is not dtype:
+                sample = as_numpy(torch.from_numpy(np.ascontiguousarray(sample)).view(own).to(dtype))
             if sample.shape[1:] == longest[1:]:
-                out[place, : len(sample)] = values
+                out[place, : len(sample)] = sample
                 if len(sample) < longest[0]:
                     out[place, len(sample) :] = filler
             else:
                 out[place] = filler
-                out[place][tuple(map(slice, sample.shape))] = values
+                out[place][tuple(map(slice, sample.shape))] = sample
 
     _in_threads(fill, batch.nbytes)
     return batch
@@ -240,6 +241,7 @@ def _in_threads(work: Callable[[int, int], None], nbytes: int) -> None:
 
 @functools.cache
 def _copiers() -> ThreadPoolExecutor:
+    """Return the threads that fill batches, shared by all readers of the process: more would only share the memory."""
     return ThreadPoolExecutor(COPIERS, thread_name_prefix="copier")
 
 
@@ -248,7 +250,3 @@ def _new_batch(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=pin)
     except (RuntimeError, MemoryError) as error:
         raise StoreError(f"a batch of shape {shape} in {dtype} finds no memory; make batches smaller") from error
-
-
-def _converted(sample: np.ndarray, own: torch.dtype, dtype: torch.dtype) -> np.ndarray:
-    return as_numpy(torch.from_numpy(np.ascontiguousarray(sample)).view(own).to(dtype))

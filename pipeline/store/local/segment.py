@@ -44,7 +44,6 @@ class Segment:
         cached: how those are stored that are mapped from a cache, because they are compressed or in a bucket.
         place: their folder in a cache; bytes that differ have places that differ.
         checked: which samples were checked, (n,) bool.
-        left: how many were not.
     """
 
     path: Path
@@ -52,7 +51,6 @@ class Segment:
     cached: Mapping[str, ArraySpec] = field(repr=False)
     place: Path
     checked: np.ndarray = field(repr=False)
-    left: int
 
     @property
     def nbytes(self) -> int:
@@ -61,14 +59,11 @@ class Segment:
 
     def check(self, rows: np.ndarray) -> None:
         """Raise CorruptStoreError unless `rows` hold the bytes that were written; each row is checked once."""
-        if not self.left:
-            return
         rows = rows[~self.checked[rows]]
-        for name, tensor in self.tensors.items():
+        for name, tensor in self.tensors.items() if len(rows) else ():
             if wrong := tensor.wrong(rows):
                 raise corrupt(self.path / name, f"has other bytes in row {wrong[0]} than were written")
         self.checked[rows] = True
-        self.left = int((~self.checked).sum())
 
 
 def outline_segment(path: Path, recipe: str, files: StoreFiles = DISK) -> Segment:
@@ -93,7 +88,7 @@ def outline_segment(path: Path, recipe: str, files: StoreFiles = DISK) -> Segmen
     specs = {name: arrays[name] for name in spec.tensors}
     cached = {name: one for name, one in specs.items() if one.nbytes and not (files.is_local and one.codec.is_mappable)}
     place = Path(recipe, f"{path.name}-{google_crc32c.value(np.ascontiguousarray(beside[SUMS])):08x}")
-    return Segment(path, tensors, cached, place, np.zeros(spec.samples, np.bool_), spec.samples)
+    return Segment(path, tensors, cached, place, np.zeros(spec.samples, np.bool_))
 
 
 def open_segment(path: Path, recipe: str, cache: SegmentCache | None = None, files: StoreFiles = DISK) -> Segment:
@@ -113,8 +108,7 @@ def map_segment(outline: Segment, cache: SegmentCache | None, files: StoreFiles)
         if all(file.exists() for file in raw_files.values()):
             raise
         return map_segment(outline, cache, files)  # another process evicted them in between
-    unchecked = np.zeros_like(outline.checked)
-    return replace(outline, tensors=tensors, checked=unchecked, left=len(unchecked)), evicted
+    return replace(outline, tensors=tensors, checked=np.zeros_like(outline.checked)), evicted
 
 
 def fetch(segment: Segment, cache: SegmentCache | None, files: StoreFiles) -> tuple[dict[str, Path], list[Path]]:
