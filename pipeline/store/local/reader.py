@@ -53,7 +53,7 @@ class Reader:
         self._root, self._cache, self._check, self._files = root, cache, check, remote or DISK
         self._segments: dict[str, Segment] = {}
         self._outlines: dict[str, Segment] = {}
-        self._recipe: str | None = None
+        self._recipes: dict[Path, str] = {}
 
     @property
     def streams(self) -> int:
@@ -85,8 +85,9 @@ class Reader:
                     f"{path}: this segment was there when the store was opened, and is gone; recycle store compact, gc "
                     "or rm-samples has run since: start again"
                 )
-            self._recipe = self._recipe or read_recipe(self._root).digest
-            outline = self._outlines[segment] = outline_segment(path, self._recipe, self._files)
+            if path.parent not in self._recipes:  # the root's, or that of a view's store below it
+                self._recipes[path.parent] = read_recipe(path.parent).digest
+            outline = self._outlines[segment] = outline_segment(path, self._recipes[path.parent], self._files)
         return outline
 
     def prefetch(self, segment: str) -> None:
