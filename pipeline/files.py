@@ -19,7 +19,6 @@ from typing import Any
 from pipeline.errors import AbsentError, ConfigError
 
 PACKAGE = "package:"
-CHUNK_BYTES = 1 << 20
 
 
 def locate(path: str, setting: str) -> Path:
@@ -73,12 +72,9 @@ def check_sha256(file: Path, expected: str | None, setting: str) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Return the SHA-256 digest of a file in hex, read in chunks."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 digest of a file in hex."""
     with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
@@ -124,7 +120,7 @@ def load_function(name: str, setting: str, takes: str) -> Callable[..., Any]:
             f"{setting} is {name!r}; module {module_name} cannot be imported ({type(error).__name__}: {error}); mend "
             f"it, install it, or put it in the folder of params.yaml ({os.getcwd()})"
         ) from error
-    function = getattr(module, function_name, None)
+    function: Callable[..., Any] | None = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"{setting} is {name!r}; {module_name} has no function {function_name}")
     try:
@@ -136,5 +132,4 @@ def load_function(name: str, setting: str, takes: str) -> Callable[..., Any]:
         ) from error
     except ValueError:  # a function of C says nothing of its arguments
         pass
-    loaded: Callable[..., Any] = function
-    return loaded
+    return function

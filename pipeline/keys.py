@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,12 +25,6 @@ ABSENT = "(absent)"
 MAX_DEPTH = 64
 _STRING = re.compile(r'"(?:[^"\\]+|\\.)*+"?', re.DOTALL)
 _HASHED_KINDS = "biufc"  # numpy kinds whose bytes are their value: bool, integers, floats, complex
-
-
-class _Hash(Protocol):
-    def update(self, data: Any, /) -> None: ...
-    def digest(self) -> bytes: ...
-    def hexdigest(self) -> str: ...
 
 
 def digest(value: JSON) -> str:
@@ -66,7 +60,7 @@ def content_key(content: Content) -> bytes:
     Raises:
         TypeError: the content, or a part of it, is of a type without a key (named in the message).
     """
-    hasher = _new_hash()
+    hasher = hashlib.blake2b(digest_size=KEY_BYTES)
     _feed(hasher, content)
     return hasher.digest()
 
@@ -79,7 +73,7 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     Raises:
         ValueError: a tensor is on the meta device, and so has no bytes.
     """
-    hasher = _new_hash()
+    hasher = hashlib.blake2b(digest_size=KEY_BYTES)
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         if tensor.is_meta:
@@ -124,11 +118,11 @@ class Recipe:
     @property
     def digest(self) -> str:
         """The store's identity, 32 hex digits."""
-        return digest(self._fields())
+        return digest(vars(self))
 
     def to_json(self) -> str:
         """Return the recipe as indented JSON, fields in their order, with a final newline."""
-        return json.dumps(self._fields(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(vars(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -150,20 +144,14 @@ class Recipe:
         return cls(**raw)
 
     def first_difference(self, other: Recipe) -> tuple[str, JSON, JSON] | None:
-        """Return (path of the first field that differs, the value here, the value in `other`); None when equal.
-
-        The path reads like `preprocessing.image_size`; a value that one side lacks is given as "(absent)".
-        """
-        return first_difference(self._fields(), other._fields())
+        """Return the first field that differs, as the function `first_difference` does."""
+        return first_difference(vars(self), vars(other))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.digest == other.digest
 
     def __hash__(self) -> int:
         return int(self.digest, 16)
-
-    def _fields(self) -> dict[str, JSON]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 _FIELD_TYPES: dict[str, Any] = {field.name: str for field in dataclasses.fields(Recipe)} | {
@@ -218,17 +206,13 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _new_hash() -> _Hash:
-    return hashlib.blake2b(digest_size=KEY_BYTES)
-
-
-def _field(hasher: _Hash, tag: bytes, data: bytes | memoryview) -> None:
+def _field(hasher: hashlib.blake2b, tag: bytes, data: bytes | memoryview) -> None:
     size = data.nbytes if isinstance(data, memoryview) else len(data)
     hasher.update(tag + size.to_bytes(8, "little"))
     hasher.update(data)
 
 
-def _feed(hasher: _Hash, content: Content) -> None:
+def _feed(hasher: hashlib.blake2b, content: Content) -> None:
     match content:
         case str():
             _field(hasher, b"s", content.encode("utf-8", "surrogatepass"))
@@ -253,7 +237,7 @@ def _feed(hasher: _Hash, content: Content) -> None:
             )
 
 
-def _feed_array(hasher: _Hash, array: np.ndarray) -> None:
+def _feed_array(hasher: hashlib.blake2b, array: np.ndarray) -> None:
     if array.dtype.kind not in _HASHED_KINDS:
         raise TypeError(f"an array of dtype {array.dtype} has no content key; give booleans, integers or floats")
     little = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)

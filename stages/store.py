@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -62,7 +63,7 @@ def info(stores: tuple[Path | str, ...], params: Path, as_json: bool) -> None:
     project = Project.load(params)
     opened = [open_store(project, place, named=bool(stores)) for place in stores or stores_of(project)]
     if as_json:
-        click.echo(json.dumps([describe(store).json() for store in opened], indent=2))
+        click.echo(json.dumps([dataclasses.asdict(describe(store)) for store in opened], indent=2))
         return
     for store in opened:
         for line in describe_store(project, store):

@@ -3,10 +3,7 @@
 job.py         what a worker needs to build the same encoder as the coordinator, and to check that it is the same
 worker.py      runs units, skips committed ones, sets aside a unit that keeps killing its process
 dask.py        units on dask workers: local processes, an existing scheduler, or batch jobs
-schedulers.py  the dask scheduler: found, or started with its workers
 slurm.py       units as the tasks of a Slurm job array
-task.py        one task of such an array
-rates.py       samples per second by worker
 """
 
 from __future__ import annotations

@@ -1,32 +1,35 @@
 """Units on the workers of a dask scheduler: local processes, an existing scheduler, or batch jobs.
 
 A task runs a few units, so that reading, computing and writing overlap; its worker keeps the encoder from task to task.
-Where a worker is lost, dask gives its task to another one, which skips the committed units.
+Where a worker is lost, dask gives its task to another one, which skips the committed units. The scheduler is an
+existing one, or is started with its workers and ends with the run.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import chdir, closing
+from contextlib import chdir, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import dask
 import distributed
 import torch
-from distributed import CancelledError, Client, WorkerPlugin, get_worker
+from distributed import CancelledError, Client, LocalCluster, WorkerPlugin, get_worker
 from distributed.scheduler import KilledWorker
 
 from pipeline.cluster.job import Job
-from pipeline.cluster.rates import Rates
-from pipeline.cluster.schedulers import connected, scheduler_of
-from pipeline.cluster.worker import REPORT, Worker, deaths
+from pipeline.cluster.worker import REPORT, Rates, Worker, deaths
 from pipeline.encode.config import ExecutorConfig
 from pipeline.encode.unit import Outcome, Unit
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, ConfigError
 from pipeline.keys import JSON
 
 log = logging.getLogger("recycle")
@@ -36,6 +39,7 @@ TASKS_PER_WORKER = 2
 """Tasks submitted per worker: enough that none is idle, few enough for the scheduler's memory."""
 ONE_AT_A_TIME = threading.Lock()
 """Lock: a process has one working folder and one accelerator, so one run uses it at a time."""
+CONNECT_SECONDS = 15
 WAIT_SECONDS = 10
 """Time without any worker after which a warning is logged."""
 
@@ -55,13 +59,21 @@ class DaskWorkers:
             return
         for logger in ("distributed", "distributed.client"):
             logging.getLogger(logger).setLevel(logging.ERROR)  # lost workers are logged here
-        with self.job.at_home(), scheduler_of(self.config, self.job) as scheduler, connected(scheduler) as client:
+        with self.job.at_home(), _scheduler_of(self.config, self.job) as scheduler, _connect(scheduler) as client:
             name, address = f"recycle-{self.job.home.name}", client.scheduler.address
-            _register(client, EncoderPlugin(self.job, divides=self.config.kind == "local"), name)
+            try:
+                client.register_plugin(EncoderPlugin(self.job, divides=self.config.kind == "local"), name)
+            except Exception as error:
+                raise ClusterError(
+                    f"the workers of {address} cannot take units ({type(error).__name__}: {error}); install "
+                    "layer-recycling there, in the same version"
+                ) from error
             try:
                 yield from self._run(client, units, name)
-            except OSError as error:  # an error of a worker is not one
-                raise _lost(address) from error
+            except (OSError, CancelledError) as error:  # an error of a worker is neither
+                raise ClusterError(
+                    f"the scheduler at {address} is lost; what was committed stays: start it, and run again"
+                ) from error
             finally:
                 if client.status == "running":
                     client.unregister_worker_plugin(name)
@@ -83,8 +95,6 @@ class DaskWorkers:
             task = tasks.pop(future)
             try:
                 reports = future.result()  # held by a worker; if it dies first, the task runs again
-            except CancelledError as error:
-                raise _lost(workers.address) from error
             except KilledWorker:
                 waiting.append(task.again(self.job))
                 continue
@@ -135,16 +145,6 @@ class EncoderPlugin(WorkerPlugin):  # type: ignore[misc]
             own["workers"] = 0  # may have no processes of its own
         self.worker, self.has_ended = Worker(self.job, str(worker.name), own), threading.Event()
 
-    def run(self, units: Mapping[int, Unit]) -> list[str]:
-        """Run units until they are done or the run ends; return the reports as JSON."""
-        lines: list[str] = []
-        with ONE_AT_A_TIME, chdir("."), closing(self.worker.run(units)) as reports:  # back to this folder at the end
-            for report in reports:
-                lines.append(REPORT.dump_json(report).decode())
-                if self.has_ended.is_set():
-                    break
-        return lines
-
     def teardown(self, worker: distributed.Worker) -> None:
         """Drop the encoder once the running task has ended."""
         self.has_ended.set()
@@ -153,20 +153,26 @@ class EncoderPlugin(WorkerPlugin):  # type: ignore[misc]
 
 
 def run_units(plugin: str, units: Mapping[int, Unit]) -> list[str]:
-    """Run units on the worker that this is called on; return the reports as JSON."""
-    found: EncoderPlugin = get_worker().plugins[plugin]
-    return found.run(units)
+    """Run units on the worker that this is called on, until they or the run end; return the reports as JSON."""
+    own: EncoderPlugin = get_worker().plugins[plugin]
+    lines: list[str] = []
+    with ONE_AT_A_TIME, chdir("."), closing(own.worker.run(units)) as reports:  # back to this folder at the end
+        for report in reports:
+            lines.append(REPORT.dump_json(report).decode())
+            if own.has_ended.is_set():
+                break
+    return lines
 
 
 class _Workers:
     """The workers of a scheduler, watched as they come and go."""
 
     def __init__(self, client: Client) -> None:
-        self.client, self.address, self.known = client, client.scheduler.address, set[str]()
+        self.client, self.known = client, set[str]()
         try:
             client.wait_for_workers(1, timeout=WAIT_SECONDS)
         except TimeoutError:
-            log.info("%s has no workers yet; waiting for them", self.address)
+            log.info("%s has no workers yet; waiting for them", client.scheduler.address)
 
     def look(self) -> int:
         """Return the number of workers; log those that left."""
@@ -177,15 +183,73 @@ class _Workers:
         return len(now)
 
 
-def _register(client: Client, plugin: EncoderPlugin, name: str) -> None:
+def _connect(scheduler: Any) -> Client:
     try:
-        client.register_plugin(plugin, name)
-    except Exception as error:
+        return Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError) as error:
         raise ClusterError(
-            f"the workers of {client.scheduler.address} cannot take units ({type(error).__name__}: {error}); install "
-            "layer-recycling there, in the same version"
+            f"no dask scheduler answers at {scheduler} ({' '.join(str(error).split())}); start one (dask scheduler), "
+            "or set encode.executor.address or DASK_SCHEDULER_ADDRESS to one that runs"
         ) from error
 
 
-def _lost(address: str) -> ClusterError:
-    return ClusterError(f"the scheduler at {address} is lost; what was committed stays: start it, and run again")
+@contextmanager
+def _scheduler_of(config: ExecutorConfig, job: Job) -> Iterator[Any]:
+    """Yield the address of a scheduler, or one that is started with its workers and ends with this context."""
+    if config.kind == "dask" and not config.jobqueue:
+        address = config.address or os.environ.get("DASK_SCHEDULER_ADDRESS")
+        if not address:
+            raise ConfigError(
+                "encode.executor.kind is dask, but there is no scheduler; set encode.executor.address, or "
+                "DASK_SCHEDULER_ADDRESS, or encode.executor.jobqueue to have one started"
+            )
+        yield address
+        return
+    settings = {"distributed.worker.daemon": False, "distributed.scheduler.worker-saturation": 1.0}
+    own = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "threads_per_worker": 1, "memory_limit": 0}
+    with (
+        dask.config.set(settings),
+        _jobqueue(config, job) if config.jobqueue else LocalCluster(n_workers=config.processes, **own) as cluster,
+    ):
+        yield cluster
+
+
+def _jobqueue(config: ExecutorConfig, job: Job) -> Any:
+    """Start a scheduler and submit jobs; arguments that the user did not set are those that encode needs."""
+    interrupted = signal.getsignal(signal.SIGINT)
+    try:
+        import dask_jobqueue  # noqa: PLC0415  (an extra that only this needs)
+    except ImportError as error:
+        raise ClusterError(
+            f"encode.executor.jobqueue is {config.jobqueue!r}, but dask-jobqueue is not installed; "
+            "pip install 'layer-recycling[cluster]'"
+        ) from error
+    signal.signal(signal.SIGINT, interrupted)  # its import takes Ctrl-C for itself
+    kinds = {name.lower(): kind for name, kind in vars(dask_jobqueue).items()}
+    kind: Any = kinds[f"{config.jobqueue}cluster"]
+    command = kind.job_cls.submit_command.split()[0]
+    if shutil.which(command) is None:
+        raise ClusterError(
+            f"encode.executor.jobqueue is {config.jobqueue!r}, but {command} is not found; run on a machine that "
+            "submits jobs, or set PATH"
+        )
+    options: dict[str, Any] = {"processes": 1, "log_directory": str(job.home / "logs"), **config.options}
+    options["scheduler_options"] = {"dashboard_address": ":0", **options.get("scheduler_options", {})}
+    resources = " ".join(f"{name}={amount}" for name, amount in config.resources.items())
+    options["worker_extra_args"] = [
+        *(options.get("worker_extra_args", [])),
+        *("--nthreads", "1", "--memory-limit", "0"),  # the batch system has one; dask would pause a worker below it
+        *(["--resources", f"'{resources}'"] if resources else []),
+    ]
+    prologue = ["export DASK_DISTRIBUTED__WORKER__DAEMON=False"]
+    options["job_script_prologue"] = [*prologue, *options.get("job_script_prologue", [])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of a cluster that fails to start
+        try:
+            cluster, fault = kind(**options), ""
+        except (TypeError, ValueError) as error:
+            fault = " ".join(str(error).split())
+    if fault:
+        raise ConfigError(f"encode.executor.options: {fault}")
+    cluster.scale(jobs=config.jobs or 1)
+    return cluster

@@ -1,4 +1,4 @@
-"""The worker's side of every executor: run units, and report the outcome of each part.
+"""The worker's side of every executor: run units, and report the outcome of each part; and what reports add up to.
 
 A unit is requested again if its worker is lost. Committed units are skipped, and a unit that keeps killing its process
 is set aside: a worker marks its current unit by a file in the job's folder, and the marks of dead workers stay.
@@ -12,7 +12,7 @@ import platform
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from pipeline.cluster.job import Job
 from pipeline.encode.decoding import explain_dead_workers
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.quarantine import ENDS_THE_RUN, BadSample, name_of
-from pipeline.encode.unit import EncodeCosts, Unit
+from pipeline.encode.unit import EncodeCosts, Outcome, Unit
 from pipeline.errors import ClusterError, RecyclingError
 from pipeline.keys import JSON
 from pipeline.memory import keep_freed_memory
@@ -32,6 +32,8 @@ log = logging.getLogger("recycle")
 
 MARKS = "marks"
 POISON = "its unit killed the process that ran it"
+SHOWN_WORKERS = 16
+"""Number of workers logged one by one; of more, only the slowest and the fastest."""
 
 
 @dataclass(frozen=True)
@@ -150,3 +152,29 @@ def deaths(home: Path) -> defaultdict[int, list[str]]:
         number, _, worker = mark.split(".", 2)
         found[int(number)].append(worker)
     return found
+
+
+class Rates:
+    """Samples and seconds by worker, of a run over `units`."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = units
+        self.samples: defaultdict[str, int] = defaultdict(int)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def outcome(self, report: WorkerReport) -> Outcome:
+        """Add a report, and return the outcome of its part; a part that was stored already took no time."""
+        part = self.units[report.unit].parts[report.part]
+        if report.seconds:
+            self.samples[report.worker] += len(part.rows)
+            self.seconds[report.worker] += report.seconds
+        return Outcome(part, report.bad, report.cut_off, report.promoted, report.costs)
+
+    def log_rates(self) -> None:
+        """Log each worker's samples per second while it ran units."""
+        rates = sorted((self.samples[name] / self.seconds[name], name) for name in self.samples)
+        shown = rates if len(rates) <= SHOWN_WORKERS else [*rates[: SHOWN_WORKERS // 2], *rates[-SHOWN_WORKERS // 2 :]]
+        for rate, name in shown:
+            log.info("worker %s: %d samples, %.1f samples/s", name, self.samples[name], rate)
+        if len(shown) < len(rates):
+            log.info("%d workers in all, %.1f samples/s together", len(rates), sum(rate for rate, _ in rates))

@@ -13,9 +13,7 @@ Imports go up this list only. Other packages import from here alone: what is imp
 # mypy: implicit-reexport
 
 from pipeline.store.format.codecs import CODECS
-from pipeline.store.format.keyset import KeySet, first_rows
 from pipeline.store.format.layout import find_stores, segment_id
-from pipeline.store.format.listing import ListedFile, folder_nbytes
 from pipeline.store.format.names import (
     EXTRA_PREFIX,
     FORMAT,
@@ -25,8 +23,9 @@ from pipeline.store.format.names import (
     STATE_PREFIX,
     SUFFIX,
 )
+from pipeline.store.format.segment_files import ListedFile, folder_nbytes
 from pipeline.store.local.files import own_entries
-from pipeline.store.local.index import Rows
+from pipeline.store.local.index import KeySet, Rows, first_rows
 from pipeline.store.local.read_ahead import ReadAhead
 from pipeline.store.local.reader import Reader
 from pipeline.store.local.resident import Resident

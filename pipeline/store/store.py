@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,14 +11,13 @@ import numpy as np
 
 from pipeline.errors import StaleStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe
-from pipeline.store.format.keyset import check_keys
 from pipeline.store.format.layout import check_tensor_name, committed_segments, segment_id
-from pipeline.store.format.listing import folder_nbytes
 from pipeline.store.format.metadata import SegmentSpec, read_recipe, read_segment_spec
 from pipeline.store.format.names import FORMAT, RECIPE_FILE
+from pipeline.store.format.segment_files import folder_nbytes
 from pipeline.store.format.values import Values, encode, parse_storage
 from pipeline.store.local.files import DISK, StoreFiles, own_entries
-from pipeline.store.local.index import KeyIndex, Rows
+from pipeline.store.local.index import KeyIndex, Rows, check_keys
 from pipeline.store.local.temporary import discard, exclusive_lock, shared_lock, sweep
 from pipeline.store.local.writer import SegmentInfo, commit
 from pipeline.store.remote.mirror import Remote
@@ -66,9 +64,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"{path}: no store can be made here ({error.strerror}); choose another folder") from error
         store = cls.open(path, recipe, remote)
-        held = shared_lock(path)
-        if held is not None:
-            weakref.finalize(store, os.close, held)
+        weakref.finalize(store, shared_lock(path).close)
         return store
 
     @classmethod
@@ -89,11 +85,7 @@ class Store:
         return store
 
     def check_recipe(self, expected: Recipe) -> None:
-        """Check that the states are of the recipe `expected`.
-
-        Raises:
-            StaleStoreError: they are not; the message names the first field that differs, and both values.
-        """
+        """Raise StaleStoreError unless the states are of the recipe `expected`; it names the first difference."""
         if (difference := self.recipe.first_difference(expected)) is not None:
             field, stored, wanted = difference
             raise StaleStoreError(

@@ -61,7 +61,7 @@ def test_no_scheduler_is_named() -> None:
 
 @pytest.mark.parametrize("by_environment", [False, True])
 def test_nobody_answers_at_the_address(monkeypatch: pytest.MonkeyPatch, by_environment: bool) -> None:
-    monkeypatch.setattr("pipeline.cluster.schedulers.CONNECT_SECONDS", 1)
+    monkeypatch.setattr("pipeline.cluster.dask.CONNECT_SECONDS", 1)
     address = f"tcp://127.0.0.1:{free_port()}"
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", address if by_environment else "tcp://not.used:1")
     settings = {"kind": "dask"} | ({} if by_environment else {"address": address})

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,8 @@ import tiny
 import yaml
 
 from pipeline.cluster import Job
-from pipeline.cluster.rates import Rates
-from pipeline.cluster.task import Lines, load_units, main, save_units
-from pipeline.cluster.worker import MARKS, REPORT, Worker
+from pipeline.cluster.slurm import load_units, main, new_reports, save_units
+from pipeline.cluster.worker import MARKS, REPORT, Rates, Worker
 from pipeline.encode.config import ExecutorConfig
 from pipeline.encode.unit import Outcome, Unit
 from pipeline.errors import ClusterError, StoreError
@@ -251,11 +251,11 @@ def test_a_task_tells_line_by_line_and_a_half_line_is_not_read(
             folder.mkdir()
             for task in (0, 1):
                 save_units(folder, task, dict(list(enumerate(units))[task::2]))
-            lines = Lines(folder)
+            read = defaultdict[Path, int](int)
             assert main(folder, 0) == 0
             (folder / "1.jsonl").write_text('{"worker": "b:1", "un')
-            told = list(lines.new())
-            assert list(lines.new()) == []
+            told = list(new_reports(folder, read))
+            assert list(new_reports(folder, read)) == []
             assert sorted(report.unit for report in told) == [0, 2, 4]
             (folder / "1.jsonl").unlink()
             shutil.move(self.job.home / "job.json", self.job.home / "moved")
@@ -263,7 +263,7 @@ def test_a_task_tells_line_by_line_and_a_half_line_is_not_read(
                 main(folder, 1)
             os.rename(self.job.home / "moved", self.job.home / "job.json")
             assert main(folder, 1) == 0
-            yield from map(Rates(units).outcome, [*told, *lines.new()])
+            yield from map(Rates(units).outcome, [*told, *new_reports(folder, read)])
 
     monkeypatch.setattr(executor, "run", by_task)
     assert encode_project(project(arrays(), ELSEWHERE))

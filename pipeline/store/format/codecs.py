@@ -23,8 +23,7 @@ import torch
 from numcodecs import blosc
 from torch import Tensor
 
-from pipeline.store.format.names import OFFSETS, SCALES, STATE_PREFIX
-from pipeline.store.format.untrusted import corrupt
+from pipeline.store.format.names import OFFSETS, SCALES, STATE_PREFIX, corrupt
 
 LEVELS = 127
 """Largest integer that int8 stores; -128 has no counterpart."""

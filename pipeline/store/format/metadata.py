@@ -22,7 +22,7 @@ from pipeline.keys import Recipe, digest, first_difference, parse_json
 from pipeline.store.format import names
 from pipeline.store.format.codecs import CODECS
 from pipeline.store.format.layout import ArraySpec, is_tensor_name
-from pipeline.store.format.untrusted import REMEDY, corrupt, read_file, unreadable
+from pipeline.store.format.names import REMEDY, corrupt, read_file, unreadable
 
 Model = TypeVar("Model", bound="StrictModel")
 

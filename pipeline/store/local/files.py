@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import StoreError
-from pipeline.store.format.chunks import chunk_sizes, read_chunk
 from pipeline.store.format.layout import find_stores, is_committed
-from pipeline.store.format.names import RECIPE_FILE
-from pipeline.store.format.untrusted import corrupt
-from pipeline.store.local.temporary import publish, publish_file, temporary_folder
+from pipeline.store.format.names import RECIPE_FILE, corrupt
+from pipeline.store.format.segment_files import chunk_sizes, read_chunk
+from pipeline.store.local.temporary import move_into_place, publish_file, sync, sync_tree, temporary_folder
 
 
 class StoreFiles:
@@ -51,7 +50,9 @@ class StoreFiles:
 
     def commit(self, written: Path, segment: Path) -> None:
         """Commit the folder `written` as a segment, unless the segment is committed already."""
-        publish(written, segment, is_committed)
+        sync_tree(written)
+        if move_into_place(written, segment, is_committed):
+            sync(segment.parent)
 
     def chunk_sizes(self, array: Path) -> Mapping[str, int]:
         """Return the sizes of an array's chunk files in bytes, by name."""

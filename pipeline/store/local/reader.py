@@ -79,7 +79,15 @@ class Reader:
         """Return a segment without its values, for which nothing is fetched; raises as `segment`."""
         outline = self._outlines.get(segment)
         if outline is None:
-            outline = self._outlines[segment] = outline_segment(*self._folder_and_recipe(segment), self._files)
+            path = self._root / segment
+            if not path.is_dir():
+                raise StoreError(
+                    f"{path}: this segment was there when the store was opened, and is gone; recycle store compact, gc "
+                    "or rm-samples has run since: start again"
+                )
+            if path.parent not in self._recipes:  # the root's, or that of a view's store below it
+                self._recipes[path.parent] = read_recipe(path.parent).digest
+            outline = self._outlines[segment] = outline_segment(path, self._recipes[path.parent], self._files)
         return outline
 
     def prefetch(self, segment: str) -> None:
@@ -93,7 +101,7 @@ class Reader:
             self._close(fetch(outline, self._cache, self._files)[1])
             return
         buffer = bytearray(READ_AHEAD_BYTES)
-        for file in (file for name in outline.arrays for file in (outline.path / name).glob(f"c{CHUNK_SEPARATOR}*")):
+        for file in (file for name in outline.tensors for file in (outline.path / name).glob(f"c{CHUNK_SEPARATOR}*")):
             with file.open("rb", buffering=0) as chunk:
                 while chunk.readinto(buffer):
                     pass
@@ -153,23 +161,11 @@ class Reader:
         if self._check:
             opened.check(rows)
 
-    def _folder_and_recipe(self, segment: str) -> tuple[Path, str]:
-        """Return the folder of a segment, and the digest of its store's recipe."""
-        path = self._root / segment
-        if not path.is_dir():
-            raise StoreError(
-                f"{path}: this segment was there when the store was opened, and is gone; recycle store compact, gc or "
-                "rm-samples has run since: start again"
-            )
-        if path.parent not in self._recipes:
-            self._recipes[path.parent] = read_recipe(path.parent).digest
-        return path, self._recipes[path.parent]
-
     def _close(self, places: Sequence[Path]) -> None:
         """Close the segments that were evicted from these places: a mapped file keeps its space on disk."""
-        gone = [name for name, one in list(self._segments.items()) if one.place in places] if places else []
-        for name in gone:
-            self._segments.pop(name, None)
+        for name, segment in list(self._segments.items()) if places else ():
+            if segment.place in places:
+                self._segments.pop(name, None)
 
 
 def runs(rows: Rows) -> Iterator[tuple[str, np.ndarray, int]]:
@@ -217,14 +213,15 @@ def _gather_padded(
     def fill(share: int, shares: int) -> None:
         for place in range(share, n_rows, shares):
             own, sample = samples[place]
-            values = sample if own is dtype else _converted(sample, own, dtype)
+            if own is not dtype:
+                sample = as_numpy(torch.from_numpy(np.ascontiguousarray(sample)).view(own).to(dtype))
             if sample.shape[1:] == longest[1:]:
-                out[place, : len(sample)] = values
+                out[place, : len(sample)] = sample
                 if len(sample) < longest[0]:
                     out[place, len(sample) :] = filler
             else:
                 out[place] = filler
-                out[place][tuple(map(slice, sample.shape))] = values
+                out[place][tuple(map(slice, sample.shape))] = sample
 
     _in_threads(fill, batch.nbytes)
     return batch
@@ -245,6 +242,7 @@ def _in_threads(work: Callable[[int, int], None], nbytes: int) -> None:
 
 @functools.cache
 def _copiers() -> ThreadPoolExecutor:
+    """Return the threads that fill batches, shared by all readers of the process: more would only share the memory."""
     return ThreadPoolExecutor(COPIERS, thread_name_prefix="copier")
 
 
@@ -253,7 +251,3 @@ def _new_batch(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=pin)
     except (RuntimeError, MemoryError) as error:
         raise StoreError(f"a batch of shape {shape} in {dtype} finds no memory; make batches smaller") from error
-
-
-def _converted(sample: np.ndarray, own: torch.dtype, dtype: torch.dtype) -> np.ndarray:
-    return as_numpy(torch.from_numpy(np.ascontiguousarray(sample)).view(own).to(dtype))

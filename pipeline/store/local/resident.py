@@ -110,7 +110,7 @@ def _parts(reader: Reader, rows: Rows) -> dict[str, Parts]:
 def _allocate(name: str, parts: Parts, device: torch.device) -> ResidentTensor:
     tensors = [tensor for tensor, _ in parts]
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
-    axes = {tensor.axis for tensor in tensors if tensor.offsets is not None}
+    axes = {tensor.spec.axis for tensor in tensors if tensor.spec.axis is not None}
     fixed = np.unique([tensor.values.shape[1:] for tensor in tensors if tensor.offsets is None], axis=0)
     if len(fixed) > 1:
         axes |= set(np.flatnonzero((fixed != fixed[0]).any(axis=0)).tolist())
@@ -131,7 +131,7 @@ def _rows_of(tensor: StoredTensor, within: np.ndarray, axis: int | None) -> Tens
     """Return the samples to hold of a segment, in the order of its rows; a whole segment is not copied on the host."""
     if axis is not None:
         return torch.cat([tensor.sample(row).movedim(axis, 0) for row in within.tolist()])
-    if len(within) == len(tensor) and tensor.codec.is_lossless:
+    if len(within) == len(tensor) and tensor.spec.codec.is_lossless:
         return tensor.values
     return tensor.take(within)
 

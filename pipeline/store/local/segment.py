@@ -22,11 +22,10 @@ from torch import Tensor
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import KEY_BYTES
-from pipeline.store.format.chunks import check_chunks, chunk_sizes, read_small_array
 from pipeline.store.format.layout import ArraySpec
 from pipeline.store.format.metadata import SegmentSpec, read_arrays, read_segment_spec
-from pipeline.store.format.names import CHECKSUM_BYTES, KEYS, OFFSETS, RECIPE_FILE, SUMS
-from pipeline.store.format.untrusted import corrupt
+from pipeline.store.format.names import CHECKSUM_BYTES, KEYS, OFFSETS, RECIPE_FILE, SUMS, corrupt
+from pipeline.store.format.segment_files import check_chunks, chunk_sizes, read_small_array
 from pipeline.store.local.files import DISK, StoreFiles
 from pipeline.store.local.segment_cache import SegmentCache
 from pipeline.store.local.stored_tensor import StoredTensor, typed
@@ -42,36 +41,29 @@ class Segment:
     Attributes:
         path: its folder, or that of its mirror.
         tensors: mapped; of an outline, on torch's meta device: shapes without values.
-        arrays: how they are stored.
-        cached: those that are mapped from a cache, because they are compressed or in a bucket.
+        cached: how those are stored that are mapped from a cache, because they are compressed or in a bucket.
         place: their folder in a cache; bytes that differ have places that differ.
         checked: which samples were checked, (n,) bool.
-        left: how many were not.
     """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
-    arrays: Mapping[str, ArraySpec] = field(repr=False)
     cached: Mapping[str, ArraySpec] = field(repr=False)
     place: Path
     checked: np.ndarray = field(repr=False)
-    left: int
 
     @property
     def nbytes(self) -> int:
         """Size of its tensors in memory maps, in bytes; all of them or none are cached."""
-        return sum(spec.nbytes for spec in self.arrays.values())
+        return sum(tensor.spec.nbytes for tensor in self.tensors.values())
 
     def check(self, rows: np.ndarray) -> None:
         """Raise CorruptStoreError unless `rows` hold the bytes that were written; each row is checked once."""
-        if not self.left:
-            return
         rows = rows[~self.checked[rows]]
-        for name, tensor in self.tensors.items():
+        for name, tensor in self.tensors.items() if len(rows) else ():
             if wrong := tensor.wrong(rows):
                 raise corrupt(self.path / name, f"has other bytes in row {wrong[0]} than were written")
         self.checked[rows] = True
-        self.left = int((~self.checked).sum())
 
 
 def outline_segment(path: Path, recipe: str, files: StoreFiles = DISK) -> Segment:
@@ -87,18 +79,16 @@ def outline_segment(path: Path, recipe: str, files: StoreFiles = DISK) -> Segmen
         one = arrays[name]
         tensors[name] = StoredTensor(
             typed(torch.empty(one.shape, dtype=getattr(torch, one.stored), device="meta"), one),
-            one.torch_dtype,
-            one.codec,
+            one,
             beside.get(f"{name}{OFFSETS}"),
-            one.axis or 0,
             {suffix: torch.from_numpy(beside[f"{name}{suffix}"].copy()) for suffix in one.codec.beside},
             beside[SUMS][:, column],
         )
         _check_shapes(path / name, tensors[name], spec.samples)
-    own = {name: arrays[name] for name in spec.tensors}
-    cached = {name: one for name, one in own.items() if one.nbytes and not (files.is_local and one.codec.is_mappable)}
+    specs = {name: arrays[name] for name in spec.tensors}
+    cached = {name: one for name, one in specs.items() if one.nbytes and not (files.is_local and one.codec.is_mappable)}
     place = Path(recipe, f"{path.name}-{google_crc32c.value(np.ascontiguousarray(beside[SUMS])):08x}")
-    return Segment(path, tensors, own, cached, place, np.zeros(spec.samples, np.bool_), spec.samples)
+    return Segment(path, tensors, cached, place, np.zeros(spec.samples, np.bool_))
 
 
 def open_segment(path: Path, recipe: str, cache: SegmentCache | None = None, files: StoreFiles = DISK) -> Segment:
@@ -110,21 +100,22 @@ def map_segment(outline: Segment, cache: SegmentCache | None, files: StoreFiles)
     """Return a segment with its tensors mapped, none of its samples checked, and the places evicted for it."""
     raw_files, evicted = fetch(outline, cache, files)
     try:
-        values = {name: _map(outline.path / name, spec, raw_files, files) for name, spec in outline.arrays.items()}
+        tensors = {
+            name: replace(tensor, values=_map(outline.path / name, tensor.spec, raw_files, files))
+            for name, tensor in outline.tensors.items()
+        }
     except StoreError:
         if all(file.exists() for file in raw_files.values()):
             raise
         return map_segment(outline, cache, files)  # another process evicted them in between
-    tensors = {name: replace(tensor, values=values[name]) for name, tensor in outline.tensors.items()}
-    unchecked = np.zeros_like(outline.checked)
-    return replace(outline, tensors=tensors, checked=unchecked, left=len(unchecked)), evicted
+    return replace(outline, tensors=tensors, checked=np.zeros_like(outline.checked)), evicted
 
 
 def fetch(segment: Segment, cache: SegmentCache | None, files: StoreFiles) -> tuple[dict[str, Path], list[Path]]:
     """Return the raw files in the cache of the arrays that a segment has there, and the places evicted for them."""
 
     def fill(name: str, out: np.ndarray) -> None:
-        _read_array(segment.path / name, segment.arrays[name], out, files)
+        _read_array(segment.path / name, segment.cached[name], out, files)
 
     if segment.cached and cache is not None:
         return cache.fetch(segment.place, segment.cached, fill)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.store.format.codecs import Codec
 from pipeline.store.format.layout import ArraySpec, sample_bounds, sample_sums
 from pipeline.store.format.values import encode
 
@@ -21,20 +20,23 @@ class StoredTensor:
 
     Attributes:
         values: (n, ...), or for a ragged tensor all samples end to end along its ragged axis, which comes first.
-        dtype: type of the values once read; of a codec that is not lossless, `values` holds other numbers.
+            Of a codec that is not lossless these are the stored numbers.
+        spec: how it is stored.
         offsets: (n + 1,) int64 where each sample begins in `values`; None when all have one shape.
-        axis: the axis of a sample that was moved first; 0 when all have one shape.
         beside: the codec's arrays by suffix, broadcastable against `values`.
         sums: (n,) uint32, crc32c of each sample's bytes in `values`.
     """
 
     values: Tensor
-    dtype: torch.dtype
-    codec: Codec
+    spec: ArraySpec
     offsets: np.ndarray | None
-    axis: int
     beside: Mapping[str, Tensor]
     sums: np.ndarray
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values once read."""
+        return self.spec.torch_dtype
 
     def __len__(self) -> int:
         return len(self.values) if self.offsets is None else len(self.offsets) - 1
@@ -49,21 +51,21 @@ class StoredTensor:
         ((begin, end),) = sample_bounds(np.array([row]), self.offsets)
         entries = slice(begin, end)
         sample = self._decoded(self.values[entries], entries)
-        return sample[0] if self.offsets is None else sample.movedim(0, self.axis)
+        return sample[0] if self.spec.axis is None else sample.movedim(0, self.spec.axis)
 
     def samples(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return samples without padding, views where the codec is lossless; bfloat16 as its bits, as int16."""
         if self.offsets is None:
-            return list(as_numpy(self.values)[rows] if self.codec.is_lossless else as_numpy(self.take(rows)))
+            return list(as_numpy(self.values)[rows] if self.spec.codec.is_lossless else as_numpy(self.take(rows)))
         bounds = sample_bounds(rows, self.offsets)
-        if self.codec.is_lossless:
+        if self.spec.codec.is_lossless:
             flat = as_numpy(self.values)
         else:
             flat = as_numpy(self.take(self.entries(rows)))
             ends = np.cumsum([end - begin for begin, end in bounds]).tolist()
             bounds = list(itertools.pairwise([0, *ends]))
         samples = [flat[begin:end] for begin, end in bounds]
-        return [np.moveaxis(sample, 0, self.axis) for sample in samples] if self.axis else samples
+        return [np.moveaxis(sample, 0, self.spec.axis) for sample in samples] if self.spec.axis else samples
 
     def entries(self, rows: np.ndarray) -> np.ndarray:
         """Return the entries of the first axis that are the samples `rows`, in their order."""
@@ -88,10 +90,10 @@ class StoredTensor:
         return [row for row, one, other in zip(rows.tolist(), found, expected, strict=True) if one != other]
 
     def _decoded(self, stored: Tensor, entries: np.ndarray | slice) -> Tensor:
-        if self.codec.is_lossless:
+        if self.spec.codec.is_lossless:
             return stored
         beside = {suffix: one if len(one) == 1 else one[entries] for suffix, one in self.beside.items()}
-        return self.codec.decode(stored, beside, self.dtype)
+        return self.spec.codec.decode(stored, beside, self.dtype)
 
 
 def round_trip(name: str, samples: Sequence[Tensor], storage: str) -> tuple[list[Tensor], int]:
@@ -104,10 +106,8 @@ def round_trip(name: str, samples: Sequence[Tensor], storage: str) -> tuple[list
     spec = encoded.spec
     tensor = StoredTensor(
         typed(torch.from_numpy(encoded.data), spec),
-        spec.torch_dtype,
-        spec.codec,
+        spec,
         encoded.offsets,
-        spec.axis or 0,
         {suffix: torch.from_numpy(array) for suffix, array in encoded.beside.items()},
         np.zeros(len(samples), np.uint32),
     )

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import StoreError
@@ -29,32 +29,28 @@ _HOST = re.sub(r"[^A-Za-z0-9.]", "_", platform.node())[:64] or "host"
 @contextmanager
 def temporary_folder(root: Path) -> Iterator[Path]:
     """Yield a new folder under `root` that no `sweep` removes meanwhile; it is removed at the end, unless renamed."""
-    with ExitStack() as locks:
-        while True:
+    with ExitStack() as stack:
+        while True:  # again where a sweep comes between creation and lock
             path = _new_path(root)
             path.mkdir()
-            try:
-                descriptor = _lock(path, wait=True)
-            except OSError:  # a file system without locks, where `sweep` goes by age
+            # Where the file system has no locks, `sweep` goes by age.
+            if stack.enter_context(exclusive_lock(path, wait=True)):
                 break
-            if descriptor is not None:  # else a sweep came between creation and lock
-                locks.callback(os.close, descriptor)
-                break
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+        stack.callback(shutil.rmtree, path, ignore_errors=True)
+        yield path
 
 
-def sweep(root: Path) -> None:
-    """Remove temporary folders under `root` whose writer is dead."""
-    for path in _abandoned(root):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def leftovers(root: Path) -> list[Path]:
-    """Return the temporary folders under `root` that `sweep` would remove."""
-    return list(_abandoned(root))
+def sweep(root: Path, *, remove: bool = True) -> int:
+    """Remove the temporary folders under `root` whose writer is dead, or only count them; return their number."""
+    abandoned = 0
+    for path in sorted(root.glob(f"{PREFIX}*")):
+        is_old = _is_old(path)
+        if is_old or path.name.startswith(f"{PREFIX}{_HOST}-"):
+            with exclusive_lock(path, without_locks=is_old) as is_abandoned:
+                abandoned += is_abandoned
+                if is_abandoned and remove:
+                    shutil.rmtree(path, ignore_errors=True)
+    return abandoned
 
 
 def discard(path: Path) -> None:
@@ -65,51 +61,38 @@ def discard(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def shared_lock(path: Path) -> int | None:
-    """Keep `exclusive_lock` off the folder `path` while the returned descriptor is open; None without locks.
+def shared_lock(path: Path) -> ExitStack:
+    """Keep `exclusive_lock` off the folder `path` until what is returned is closed, where the file system has locks.
 
     Raises:
         StoreError: another process has the exclusive lock.
     """
-    try:
-        descriptor = _lock(path, wait=False, shared=True)
-    except OSError:
-        return None
-    if descriptor is None:
-        raise StoreError(f"{path}: somebody removes or merges its segments; wait for its end and run again")
-    return descriptor
+    stack = ExitStack()
+    with suppress(OSError):
+        if not stack.enter_context(_lock(path, fcntl.LOCK_SH | fcntl.LOCK_NB)):
+            raise StoreError(f"{path}: somebody removes or merges its segments; wait for its end and run again")
+    return stack
 
 
 @contextmanager
-def exclusive_lock(path: Path) -> Iterator[bool]:
+def exclusive_lock(path: Path, *, wait: bool = False, without_locks: bool = True) -> Iterator[bool]:
     """Lock the folder `path` for this process; yield False where another process has locked it, shared or exclusive.
 
-    Yields True where the file system has no locks. Locks may not reach other machines.
+    Yields `without_locks` where the file system has no locks. Locks may not reach other machines.
     """
-    try:
-        descriptor = _lock(path, wait=False)
-    except OSError:
-        yield True
-        return
-    try:
-        yield descriptor is not None
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def publish(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
-    """Rename the folder `temporary` to `final`, once all of it is on disk; keep a `final` that is whole already.
-
-    A `final` that is there without being whole, as a broken copy leaves it, is replaced.
-    """
-    sync_tree(temporary)
-    if move_into_place(temporary, final, is_whole):
-        sync(final.parent)
+    with ExitStack() as stack:
+        try:
+            is_locked = stack.enter_context(_lock(path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)))
+        except OSError:
+            is_locked = without_locks
+        yield is_locked
 
 
 def move_into_place(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> bool:
-    """Do as `publish` without waiting for the disk; return whether `final` is what was `temporary`."""
+    """Rename the folder `temporary` to `final`, unless that is whole already; return whether it was renamed.
+
+    A `final` that is there without being whole, as a broken copy leaves it, is replaced.
+    """
     while not is_whole(final):
         try:
             temporary.rename(final)
@@ -154,57 +137,29 @@ def sync_tree(root: Path) -> None:
 
 def _move_aside(leftover: Path, is_whole: Callable[[Path], bool]) -> None:
     """Move a broken folder out of the way. The lock keeps another writer from moving what was just put in its place."""
-    descriptor = _lock(leftover, wait=True)
-    if descriptor is None:
-        return
-    try:
-        if not is_whole(leftover):
+    with _lock(leftover, fcntl.LOCK_EX) as is_locked:
+        if is_locked and not is_whole(leftover):
             discard(leftover)
-    finally:
-        os.close(descriptor)
 
 
-def _abandoned(root: Path) -> Iterator[Path]:
-    """Yield temporary folders whose writer is dead, each locked while the caller has it."""
-    for path in sorted(root.glob(f"{PREFIX}*")):
-        is_ours = path.name.startswith(f"{PREFIX}{_HOST}-")
-        if not is_ours and not _is_old(path):
-            continue
-        try:
-            descriptor = _lock(path, wait=False)
-        except OSError:
-            if _is_old(path):
-                yield path
-            continue
-        if descriptor is not None:
-            try:
-                yield path
-            finally:
-                os.close(descriptor)
-
-
-def _lock(path: Path, *, wait: bool, shared: bool = False) -> int | None:
-    """Return a descriptor that locks the folder `path`; None where another process has it, or it is gone.
+@contextmanager
+def _lock(path: Path, kind: int) -> Iterator[bool]:
+    """Lock the folder `path`, as flock's `kind` says; yield False where another process has it, or it is gone.
 
     Raises:
         OSError: the file system has no locks.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    try:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
-        if os.path.samestat(os.fstat(descriptor), path.stat()):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
+    with ExitStack() as stack:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, kind)
+            is_locked = os.path.samestat(os.fstat(descriptor), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_locked = False
+        if not is_locked:
+            stack.close()
+        yield is_locked
 
 
 def _new_path(root: Path) -> Path:

@@ -14,10 +14,9 @@ from zarr.storage import LocalStore
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.store.format import names
-from pipeline.store.format.chunks import check_chunks, chunk_sizes
 from pipeline.store.format.layout import ArraySpec, sample_bounds, sample_sums, segment_id
-from pipeline.store.format.listing import folder_nbytes
 from pipeline.store.format.metadata import SegmentSpec, read_array_spec, read_segment_spec
+from pipeline.store.format.segment_files import check_chunks, chunk_sizes, folder_nbytes
 from pipeline.store.format.values import EncodedTensor, dtype_name, parse_storage
 from pipeline.store.local.files import DISK, StoreFiles
 from pipeline.store.local.temporary import temporary_folder

@@ -20,7 +20,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
 from obstore.store import from_url
 
 from pipeline.errors import ConfigError, StoreError
-from pipeline.store.format.listing import ListedFile
+from pipeline.store.format.segment_files import ListedFile
 
 T = TypeVar("T")
 
@@ -125,8 +125,8 @@ class Bucket:
                 }
                 self._store = from_url(self._url, config=config, client_options=client, retry_config=retry)
         except (BaseError, ValueError, OSError) as error:
-            said = " ".join(str(error).partition("Debug source")[0].split())
-            raise ConfigError(f"{url} cannot be used as a place of stores: {said}") from None
+            message = " ".join(str(error).partition("Debug source")[0].split())
+            raise ConfigError(f"{url} cannot be used as a place of stores: {message}") from None
 
     @property
     def url(self) -> str:
@@ -208,12 +208,12 @@ class Bucket:
 
     def _explained(self, path: str, error: Exception) -> StoreError:
         """Return the error for users; of what the server said it has the code alone."""
-        said, where = str(error), f"{self._url}/{path}".rstrip("/")
-        status, code = _STATUS.search(said), _CODE.search(said)
+        message, where = str(error), f"{self._url}/{path}".rstrip("/")
+        status, code = _STATUS.search(message), _CODE.search(message)
         reason = ", ".join([*([f"status {status[1]}"] if status else []), *([code[1]] if code else [])])
-        if "NoSuchBucket" in said:
+        if "NoSuchBucket" in message:
             return StoreError(f"{self._url}: there is no such bucket ({reason}); make it, or name another one")
-        if _DENIED.search(said):
+        if _DENIED.search(message):
             return StoreError(
                 f"{where}: access is denied ({reason or 'no credentials were found'}); set "
                 f"{CREDENTIALS[self._scheme]} to those of somebody who may read and write there"
@@ -222,10 +222,10 @@ class Bucket:
             return StoreError(f"{where}: the answer ends early, again and again ({error}); try later")
         if status is None and self._scheme != "file":
             return StoreError(
-                f"{where}: the server cannot be reached, or breaks off ({_kind(said)}); look at "
+                f"{where}: the server cannot be reached, or breaks off ({_kind(message)}); look at "
                 f"{ENDPOINT[self._scheme]} and the network, then run again: what is committed stays"
             )
-        return StoreError(f"{where}: failed ({reason or _kind(said)}); run again later: what is committed stays")
+        return StoreError(f"{where}: failed ({reason or _kind(message)}); run again later: what is committed stays")
 
 
 class _CutShort(Exception):  # noqa: N818 never leaves this module
@@ -256,15 +256,15 @@ def check_url(url: str, options: Mapping[str, Any]) -> str:
     return scheme
 
 
-def _is_final(said: str) -> bool:
+def _is_final(message: str) -> bool:
     """Return whether the same request would fail again."""
-    status = _STATUS.search(said)
+    status = _STATUS.search(message)
     if status is None:
-        return bool(_DENIED.search(said))
+        return bool(_DENIED.search(message))
     return status[1].startswith("4") and status[1] not in ("408", "429")
 
 
-def _kind(said: str) -> str:
+def _kind(message: str) -> str:
     """Return the transport error: the last words of the first paragraph, without any address."""
-    first = said.partition("Debug source")[0].split(" - ")[-1]
+    first = message.partition("Debug source")[0].split(" - ")[-1]
     return " ".join(re.sub(r"\S+://\S+", "", first).split())[:100]

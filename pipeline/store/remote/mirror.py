@@ -20,9 +20,15 @@ import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.store.format.layout import committed_segments, is_committed, is_tensor_name
-from pipeline.store.format.listing import ListedFile, read_listing, write_listing
-from pipeline.store.format.names import CHECKSUM_BYTES, MAX_BESIDE_BYTES, METADATA_FILE, RECIPE_FILE, SEGMENT_ID
-from pipeline.store.format.untrusted import corrupt
+from pipeline.store.format.names import (
+    CHECKSUM_BYTES,
+    MAX_BESIDE_BYTES,
+    METADATA_FILE,
+    RECIPE_FILE,
+    SEGMENT_ID,
+    corrupt,
+)
+from pipeline.store.format.segment_files import ListedFile, read_listing, write_listing
 from pipeline.store.local.files import StoreFiles
 from pipeline.store.local.temporary import discard, move_into_place, temporary_folder
 from pipeline.store.remote.bucket import PART_BYTES, ObjectStore
@@ -110,8 +116,7 @@ class Remote(StoreFiles):
             files[name].unlink()
         tag_of = dict(zip([*arrays, METADATA_FILE], [*tags, last], strict=True))
         listed = {name: ListedFile(sizes[name], tag or "") for name, tag in tag_of.items()}
-        write_listing(written, listed)
-        move_into_place(written, segment, _is_mirror_of(listed))
+        _put_mirror(written, segment, listed)
 
     def chunk_sizes(self, array: Path) -> dict[str, int]:
         listed, start = read_listing(array.parent), f"{array.name}/c"
@@ -150,11 +155,10 @@ class Remote(StoreFiles):
                     for begin in range(0, listed.size, PART_BYTES):
                         end = min(begin + PART_BYTES, listed.size)
                         file.write(self.objects.read_part(f"{start}{name}", begin, end))
-            write_listing(temporary, files)
             if folder.exists():
                 discard(folder)
             if files:
-                move_into_place(temporary, folder, _is_mirror_of(files))
+                _put_mirror(temporary, folder, files)
 
     def put_folder(self, folder: Path, *, last: str) -> None:
         files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -191,12 +195,13 @@ class Remote(StoreFiles):
                     raise CorruptStoreError(
                         f"{self.where(segment)}/{name} is listed and not there; was it removed meanwhile? Start again"
                     ) from None
-            write_listing(temporary, files)
-            move_into_place(temporary, segment, _is_mirror_of(files))
+            _put_mirror(temporary, segment, files)
 
 
-def _is_mirror_of(files: Mapping[str, ListedFile]) -> Callable[[Path], bool]:
-    return lambda segment: read_listing(segment) == files
+def _put_mirror(temporary: Path, folder: Path, files: Mapping[str, ListedFile]) -> None:
+    """Add the listing to a mirrored folder, and rename it to `folder`, unless that is the same mirror already."""
+    write_listing(temporary, files)
+    move_into_place(temporary, folder, lambda there: read_listing(there) == files)
 
 
 def _is_large(name: str) -> bool:

@@ -19,10 +19,9 @@ from pydantic import ValidationError
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.files import sha256
 from pipeline.keys import JSON, parse_json
-from pipeline.store.format.listing import LISTING_FILE
 from pipeline.store.format.metadata import StrictModel, first_fault
-from pipeline.store.format.names import MAX_METADATA_BYTES
-from pipeline.store.format.untrusted import read_file
+from pipeline.store.format.names import MAX_METADATA_BYTES, read_file
+from pipeline.store.format.segment_files import LISTING_FILE
 from pipeline.store.local.temporary import discard, sync, sync_tree, temporary_folder
 from pipeline.store.store import Store
 

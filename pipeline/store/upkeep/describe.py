@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.keys import Recipe
 from pipeline.store.format.codecs import BESIDE
-from pipeline.store.format.keyset import first_rows
 from pipeline.store.format.layout import ArraySpec
-from pipeline.store.format.listing import folder_nbytes
 from pipeline.store.format.metadata import read_array_spec, read_segment_spec
-from pipeline.store.local.temporary import leftovers
+from pipeline.store.format.segment_files import folder_nbytes
+from pipeline.store.local.index import first_rows
+from pipeline.store.local.temporary import sweep
 from pipeline.store.store import Store
 
 
@@ -57,10 +55,6 @@ class StoreFacts:
     set_aside: int
     leftovers: int
 
-    def json(self) -> dict[str, Any]:
-        """Return the same as JSON has it."""
-        return dataclasses.asdict(self)
-
 
 def describe(store: Store) -> StoreFacts:
     """Return what `store` holds, read from its metadata and keys.
@@ -87,7 +81,7 @@ def describe(store: Store) -> StoreFacts:
         nbytes,
         dict(sorted(tensors.items())),
         int(store.missing(bad).sum()),
-        len(leftovers(store.path)),
+        sweep(store.path, remove=False),
     )
 
 

@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.keys import KEY_BYTES, Recipe
-from pipeline.store.format.chunks import read_keys
-from pipeline.store.format.keyset import KeySet
 from pipeline.store.format.layout import committed_segments
-from pipeline.store.format.listing import folder_nbytes
 from pipeline.store.format.metadata import read_array_spec, read_segment_spec
 from pipeline.store.format.names import METADATA_FILE
+from pipeline.store.format.segment_files import folder_nbytes, read_keys
 from pipeline.store.format.values import parse_storage
-from pipeline.store.local.temporary import leftovers
+from pipeline.store.local.index import KeySet
+from pipeline.store.local.temporary import sweep
 from pipeline.store.upkeep.rewrite import Change
 
 
@@ -92,7 +91,7 @@ def plan_gc(root: Path, used: KeySet, written: float, *, rewrite: bool = False) 
         )
     if partly:
         left.append(f"{partly} segments hold {unused} samples that no table names beside others; --rewrite takes them")
-    return UpkeepPlan(changes, left, len(leftovers(root)))
+    return UpkeepPlan(changes, left, sweep(root, remove=False))
 
 
 def plan_compact(root: Path, recipe: Recipe, target: int) -> UpkeepPlan:

@@ -16,16 +16,10 @@ import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import Recipe
-from pipeline.store.format.chunks import read_keys
 from pipeline.store.format.layout import segment_id
-from pipeline.store.format.metadata import (
-    SegmentSpec,
-    read_array_spec,
-    read_arrays,
-    read_metadata,
-    read_segment_spec,
-)
+from pipeline.store.format.metadata import SegmentSpec, read_arrays, read_metadata, read_segment_spec
 from pipeline.store.format.names import METADATA_FILE
+from pipeline.store.format.segment_files import read_keys
 from pipeline.store.format.values import EncodedTensor
 from pipeline.store.local.index import KeyIndex
 from pipeline.store.local.reader import Reader, runs
@@ -126,8 +120,8 @@ def _commit_kept(root: Path, recipe: Recipe, change: Change) -> str:
 def _merged(names: Sequence[str], parts: Sequence[tuple[Segment, np.ndarray]]) -> Iterator[EncodedTensor]:
     """Yield the kept rows of each tensor end to end, as stored."""
     for name in names:
-        spec = read_array_spec(parts[0][0].path / name)
         tensors = [(segment.tensors[name], rows) for segment, rows in parts]
+        spec = tensors[0][0].spec
         entries = [tensor.entries(rows) for tensor, rows in tensors]
         stored = [as_numpy(tensor.values).view(spec.stored) for tensor, _ in tensors]
         data = np.concatenate([own[at] for own, at in zip(stored, entries, strict=True)])

@@ -11,12 +11,10 @@ import google_crc32c
 import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.store.format.chunks import read_keys
 from pipeline.store.format.layout import ArraySpec, find_stores
-from pipeline.store.format.listing import file_sizes
 from pipeline.store.format.metadata import read_arrays, read_recipe, read_segment_spec
-from pipeline.store.format.names import ATTACHMENTS, METADATA_FILE, RECIPE_FILE
-from pipeline.store.format.untrusted import corrupt
+from pipeline.store.format.names import ATTACHMENTS, METADATA_FILE, RECIPE_FILE, corrupt
+from pipeline.store.format.segment_files import file_sizes, read_keys
 from pipeline.store.local.segment import Segment, open_segment
 from pipeline.store.local.segment_cache import SegmentCache
 from pipeline.store.local.temporary import PREFIX, temporary_folder
@@ -39,7 +37,11 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
     except StoreError as error:
         return [str(error)]
     faults = [fault for segment in progress(segments) for fault in _faults(store, recipe, segment)]
-    faults += [fault for name in ATTACHMENTS for fault in _faults_of_attachment(store, name)]
+    for name in ATTACHMENTS:
+        try:
+            read_attachment(store, name)
+        except StoreError as error:
+            faults.append(str(error))
     inside = {path.relative_to(store.path).parts[0] for path in find_stores(store.path) if path != store.path}
     strays = sorted(there - {RECIPE_FILE, *ATTACHMENTS, *segments, *inside})
     return faults + [f"{store.path / stray} is no part of the store; remove it" for stray in strays]
@@ -71,13 +73,6 @@ def _faults(store: Store, recipe: str, name: str) -> Iterator[str]:
     expected = {f"{array}/{file}" for array, spec in arrays.items() for file in (METADATA_FILE, *spec.chunk_files)}
     for stray in sorted(file_sizes(path).keys() - expected - {METADATA_FILE}):
         yield f"{path / stray} is no part of the segment; remove it"
-
-
-def _faults_of_attachment(store: Store, name: str) -> Iterator[str]:
-    try:
-        read_attachment(store, name)
-    except StoreError as error:
-        yield str(error)
 
 
 def _check_mappable(array: Path, spec: ArraySpec) -> None:

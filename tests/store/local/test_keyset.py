@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import StoreError
 from pipeline.store import KeySet, first_rows
-from pipeline.store.format import keyset as module
+from pipeline.store.local import index as module
 
 
 def draw(kind: str, n: int, seed: int) -> np.ndarray:

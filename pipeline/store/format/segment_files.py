@@ -1,20 +1,39 @@
-"""Chunk files: sizes and checksums. All functions raise CorruptStoreError for bytes that are not those written."""
+"""Files of a segment: chunks, sizes and checksums; and the listing of those of a segment in a bucket.
+
+All functions raise CorruptStoreError for bytes that are not those written. A segment in a bucket is mirrored in a
+folder, which holds its small files and the listing of all of them.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
+from pydantic import TypeAdapter
 
 from pipeline.errors import CorruptStoreError
 from pipeline.keys import KEY_BYTES
 from pipeline.store.format import names
 from pipeline.store.format.layout import ArraySpec, segment_id
-from pipeline.store.format.untrusted import REMEDY, corrupt, read_file, unreadable
+from pipeline.store.format.names import REMEDY, corrupt, read_file, unreadable
+
+LISTING_FILE = "remote.json"
+
+
+class ListedFile(NamedTuple):
+    """A file in a listing: its size in bytes, and a tag that changes with its bytes."""
+
+    size: int
+    tag: str
+
+
+_LISTING = TypeAdapter(dict[str, ListedFile])
 
 
 def read_chunk(where: Path) -> np.ndarray:
@@ -90,3 +109,30 @@ def read_keys(segment: Path) -> np.ndarray:
     if segment_id(keys) != segment.name:
         raise corrupt(segment, f"holds the samples of segment {segment_id(keys)}")
     return keys
+
+
+def read_listing(segment: Path) -> dict[str, ListedFile]:
+    """Return the listing of a mirrored segment; nothing for others."""
+    try:
+        return _LISTING.validate_json((segment / LISTING_FILE).read_bytes(), strict=True)
+    except (OSError, ValueError):
+        return {}
+
+
+def write_listing(segment: Path, files: Mapping[str, ListedFile]) -> None:
+    """Write the listing of a segment to its folder."""
+    (segment / LISTING_FILE).write_text(json.dumps(dict(sorted(files.items()))), encoding="utf-8")
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the sizes of the files of a folder, mirrored or not, in bytes, by their paths within it."""
+    listed = read_listing(folder)
+    if listed:
+        return {name: file.size for name, file in listed.items()}
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+
+
+def folder_nbytes(folder: Path) -> int:
+    """Return the size of a folder's files in bytes."""
+    return sum(file_sizes(folder).values())
