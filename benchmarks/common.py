@@ -1,7 +1,5 @@
 """What several benchmarks share."""
 
-from __future__ import annotations
-
 from pipeline.data import Content, DataConfig, Row, Source, open_source
 from pipeline.memory import keep_freed_memory
 

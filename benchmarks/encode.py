@@ -7,8 +7,6 @@ converted to float16 and written to a new store, synced to disk.
     python benchmarks/encode.py
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import shutil

@@ -12,8 +12,6 @@ All take turns, round by round; shown are the medians in seconds per epoch. Inpu
 not change what is measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

@@ -8,8 +8,6 @@ longer, and is shown beside it.
     python benchmarks/executors.py --executor '{kind: slurm, jobs: 2}' --executor '{kind: dask, address: "tcp://..."}'
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

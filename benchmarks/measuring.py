@@ -1,7 +1,5 @@
 """Stores and processes that several benchmarks measure. Importing this changes nothing in the process."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path

@@ -6,8 +6,6 @@ Each store is trained from in a process of its own, for one epoch; shown is the 
 /proc/self/status) met after a batch. Pages of the store in the page cache belong to the system and are not counted.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from pathlib import Path

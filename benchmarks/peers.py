@@ -1,7 +1,5 @@
 """Other ways to read random batches of the same samples, each with the ratio to it that is asked of the store."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -10,8 +10,6 @@ process; shown are medians of samples per second. Beside them: how many samples 
     python benchmarks/predict.py examples/scicite 0.5-null-0 0.67-null-0
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

@@ -9,8 +9,6 @@ local store's in the same epoch, and the bytes that were read per epoch.
     python benchmarks/remote.py --samples 4096 --step 20 --on host
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

@@ -7,8 +7,6 @@ opening and planning, anonymous memory (RssAnon) for epochs. Pages of the store 
 takes them back when a limit is near, so what has to stay below the limit is the anonymous memory.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import tempfile

@@ -8,8 +8,6 @@ from the call of the suffix to its cut, for inputs of a new shape and of a known
 full model without gradients, and the split on the same batch. Weights are random: values do not change the times.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

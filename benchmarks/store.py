@@ -7,8 +7,6 @@ are medians. The cache is warm but for `cold`, which has the kernel drop the fil
 Peers that are not installed (pip install -e .[bench]) are left out, and named.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os

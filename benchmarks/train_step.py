@@ -6,8 +6,6 @@ batches, read beforehand. Epochs of both alternate in one process; shown are med
     python benchmarks/train_step.py
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

@@ -1,7 +1,5 @@
 """Write docs/settings.md from the classes that define the sections of params.yaml: `make docs`."""
 
-from __future__ import annotations
-
 import json
 import re
 import types

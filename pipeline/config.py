@@ -3,8 +3,6 @@
 Each section class stands beside the code that reads it; this module only knows how to load one file into several.
 """
 
-from __future__ import annotations
-
 import codecs
 import difflib
 from collections.abc import Iterator, Mapping

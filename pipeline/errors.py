@@ -19,8 +19,6 @@ RecyclingError
 Every message gives the setting or place, the value met, the bound it broke, and the remedy.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 

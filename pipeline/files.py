@@ -3,8 +3,6 @@
 Data and weights are both located here, so that a path means the same in every section of params.yaml.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util

@@ -4,8 +4,6 @@ Every digest is BLAKE2b with 128 bits over an encoding that cannot be read in tw
 type-tagged and length-prefixed fields for contents and weights.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -125,7 +123,7 @@ class Recipe:
         return json.dumps(vars(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Recipe:
+    def from_json(cls, text: str) -> "Recipe":
         """Return the recipe written by `to_json`.
 
         Raises:
@@ -143,7 +141,7 @@ class Recipe:
                 raise ValueError(f"field {name!r} is {raw[name]!r}, which is no {_FIELD_TYPES[name]}")
         return cls(**raw)
 
-    def first_difference(self, other: Recipe) -> tuple[str, JSON, JSON] | None:
+    def first_difference(self, other: "Recipe") -> tuple[str, JSON, JSON] | None:
         """Return the first field that differs, as the function `first_difference` does."""
         return first_difference(vars(self), vars(other))
 

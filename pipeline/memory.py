@@ -1,7 +1,5 @@
 """How much memory there is, and how the C library keeps that of freed tensors."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

@@ -8,8 +8,6 @@ it knows the service and has credentials, else through DVC's own file systems, w
 credentials in more places.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -69,7 +67,7 @@ class Place:
     """Name of the remote; None for DVC's default."""
 
     @classmethod
-    def of(cls, url: str) -> Place:
+    def of(cls, url: str) -> "Place":
         """Read a URL; raises ConfigError if it is not of this form."""
         match = _URL.fullmatch(url)
         if match is None:
@@ -86,7 +84,7 @@ class Tracked:
     """
 
     def __init__(
-        self, place: Place, remote: str, files: Bucket | ThroughDvc, found: Mapping[str, str], sizes: Path
+        self, place: Place, remote: str, files: "Bucket | ThroughDvc", found: Mapping[str, str], sizes: Path
     ) -> None:
         """Use `open_tracked`. `found` gives the MD5 digest of each file; `sizes` is where those known are noted."""
         self.url, self.digest = place.url, digest(dict(found))
@@ -180,7 +178,7 @@ def _output(repo: Any, place: Place) -> tuple[str, str, str | None, str]:
     return value, "/".join(part for part in inside if part != "."), out.remote, out.hash_name
 
 
-def _listed(place: Place, folder: str, files: Bucket | ThroughDvc, remote: str) -> dict[str, str]:
+def _listed(place: Place, folder: str, files: "Bucket | ThroughDvc", remote: str) -> dict[str, str]:
     """Return the digest of every file in a folder."""
     try:
         text = files.read(_object_path(folder))

@@ -1,7 +1,5 @@
 """`recycle`: the stages of dvc.yaml and the other verbs, each imported only when it is called."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os

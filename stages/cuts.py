@@ -1,7 +1,5 @@
 """`recycle cuts`: a model -> every place to cut it, with costs and gains."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Stage `encode`: raw data -> data/activations, data/samples.parquet."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

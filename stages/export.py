@@ -1,7 +1,5 @@
 """`recycle export`: a finished run -> a plain model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

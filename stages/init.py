@@ -1,7 +1,5 @@
 """`recycle init`: a data set -> params.yaml, dvc.yaml."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Options and exit codes that several commands share."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

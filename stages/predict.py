@@ -1,7 +1,5 @@
 """`recycle predict`: finished runs + inputs -> their predictions."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Stage `report`: results/runs -> results/summary.json, a table and a plot."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """`recycle store`: what stores hold, whether it is sound, what can go."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

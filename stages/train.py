@@ -1,7 +1,5 @@
 """Stage `train`: store + sample table -> results/runs/<name>."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

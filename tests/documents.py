@@ -1,7 +1,5 @@
 """Finds what a text names (paths, names, links, commands, options, settings) and does not exist."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

@@ -1,7 +1,5 @@
 """Arrays that end the process that reads them, where a file says so; for the workers of an encode alone."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

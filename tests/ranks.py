@@ -5,8 +5,6 @@
 Each folder has a params.yaml and its stores; the run is called "shared".
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from itertools import pairwise

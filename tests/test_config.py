@@ -1,7 +1,5 @@
 """All faults of params.yaml at once, each with its path, the value, the bound and the remedy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

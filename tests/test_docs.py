@@ -1,7 +1,5 @@
 """What the documents name exists, what they show runs, and the generated page is current."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import runpy

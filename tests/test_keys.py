@@ -1,7 +1,5 @@
 """Digests separate what differs and join what is equal; a recipe names its first difference."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

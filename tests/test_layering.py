@@ -1,7 +1,5 @@
 """Imports go down only: a module imports from lower floors alone, and each large library through one door."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A sample of the zoo, proved like the whole of it, and the runner's promises."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

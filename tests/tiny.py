@@ -1,7 +1,5 @@
 """A tiny project on real files: small images in a folder per class, a small convolutional network of the user's own."""
 
-from __future__ import annotations
-
 import io
 import os
 import subprocess

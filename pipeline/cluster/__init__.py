@@ -6,8 +6,6 @@ dask.py        units on dask workers: local processes, an existing scheduler, or
 slurm.py       units as the tasks of a Slurm job array
 """
 
-from __future__ import annotations
-
 from pipeline.cluster.job import Job
 from pipeline.encode.config import ExecutorConfig
 from pipeline.encode.run import Executor

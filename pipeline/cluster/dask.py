@@ -5,8 +5,6 @@ Where a worker is lost, dask gives its task to another one, which skips the comm
 existing one, or is started with its workers and ends with the run.
 """
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os
@@ -113,7 +111,7 @@ class UnitTask:
     in_vain: int = 0
     """Number of retries since, without a process that died at them."""
 
-    def again(self, job: Job) -> UnitTask:
+    def again(self, job: Job) -> "UnitTask":
         """Return the task to submit again after its workers died; raises ClusterError if they start no unit."""
         died = deaths(job.home)
         now = sum(len(died[number]) for number in self.numbers)

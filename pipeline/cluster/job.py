@@ -3,8 +3,6 @@
 A worker reads no sample table and holds no keys: a unit contains its own.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil
@@ -74,7 +72,7 @@ class Job(BaseModel):
         example: list[int],
         trimming_rows: np.ndarray,
         recipes: Sequence[Sequence[Recipe]],
-    ) -> Job:
+    ) -> "Job":
         """Return the job of the coordinator's model `loaded` with its `recipes[view][cut]`."""
         project, folder = loaded.project, Path.cwd()
         sections = {name: getattr(project, name) for name in SECTIONS}

@@ -5,8 +5,6 @@ JSON lines, of which the coordinator reads complete ones only. A round ends when
 were not finished form the next round. `python -m pipeline.cluster.slurm FOLDER TASK` runs one task.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import shlex

@@ -4,8 +4,6 @@ A unit is requested again if its worker is lost. Committed units are skipped, an
 is set aside: a worker marks its current unit by a file in the job's folder, and the marks of dead workers stay.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

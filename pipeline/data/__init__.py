@@ -1,7 +1,5 @@
 """Sources of samples, and the table that says what is known of each of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Numbers of any shape in NumPy's files, .npy (memory-mapped) or .npz; pixels in a table, a row per image."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

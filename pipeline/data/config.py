@@ -1,7 +1,5 @@
 """The section `data:` of params.yaml."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 

@@ -2,8 +2,6 @@
 Lines: a content that is not text is one bad sample, other faults name the record.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Sequence

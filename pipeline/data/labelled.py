@@ -1,7 +1,5 @@
 """Samples in a table with named fields: the base of labelled ones, texts with labels, and pairs of texts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

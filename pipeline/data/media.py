@@ -1,7 +1,5 @@
 """Images and sounds: files in a folder per class, or files that a table names or holds."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath

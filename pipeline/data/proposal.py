@@ -1,7 +1,5 @@
 """The fields of a table, and what a data set made of them can be used for."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence

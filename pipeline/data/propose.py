@@ -1,7 +1,5 @@
 """A look at a file or folder: the section `data:` that reads it, and the task that its labels suggest."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Tables with named fields: CSV, TSV, JSON Lines, JSON, Parquet and saved data sets, all as Arrow columns."""
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence

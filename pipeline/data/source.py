@@ -1,7 +1,5 @@
 """The interface of a data source: rows with targets, and the content of each row on demand; and a view of another."""
 
-from __future__ import annotations
-
 import math
 import os
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """Questions on paragraphs, in overlapping windows of words, whose answers are spans: SQuAD's JSON 1.1 and 2.0."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

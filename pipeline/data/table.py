@@ -5,8 +5,6 @@ Columns: `key` (16 bytes), `split`, `source`, then the target columns of the dat
 files.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -56,13 +54,13 @@ class SampleTable:
         """Return the row numbers of a split, ascending, int64."""
         return np.flatnonzero(self.split == split)
 
-    def of(self, rows: np.ndarray) -> SampleTable:
+    def of(self, rows: np.ndarray) -> "SampleTable":
         """Return the table of some rows, (n,) int64, in their order."""
         targets = {name: values[rows] for name, values in self.targets.items()}
         sources = [self.source[row] for row in rows.tolist()]
         return SampleTable(self.keys[rows], self.split[rows], sources, targets, self.views)
 
-    def share(self, fraction: float, seed: int, *, by_label: bool = True) -> SampleTable:
+    def share(self, fraction: float, seed: int, *, by_label: bool = True) -> "SampleTable":
         """Return the table with a `fraction` of its training samples: `by_label`, the same share of each, at least one.
 
         Duplicates and the pairs of a group stay together. The choice depends only on keys and `seed`; a larger fraction
@@ -101,7 +99,7 @@ class SampleTable:
             pa.parquet.write_table(pa.table(columns, metadata=metadata), beside, compression="zstd")
 
     @classmethod
-    def read(cls, path: Path) -> SampleTable:
+    def read(cls, path: Path) -> "SampleTable":
         """Read a table that `write` wrote; raises DataError if `path` is missing, or is no sample table."""
         try:
             table = pa.parquet.read_table(path)
@@ -252,7 +250,7 @@ def _fraction(identity: bytes, seed: int) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _repeated(table: SampleTable, *, of_pairs: bool) -> pd.DataFrame:
+def _repeated(table: SampleTable, *, of_pairs: bool) -> "pd.DataFrame":
     """Return the column `content`, a number for equal keys, of the rows (of pairs, the anchors') that share theirs."""
     import pandas as pd  # noqa: PLC0415  (slow to import)
 
@@ -267,7 +265,7 @@ def _repeated(table: SampleTable, *, of_pairs: bool) -> pd.DataFrame:
     return repeated.groupby(list(words.columns), sort=False).ngroup().to_frame("content")
 
 
-def _named(table: SampleTable, repeated: pd.DataFrame) -> str:
+def _named(table: SampleTable, repeated: "pd.DataFrame") -> str:
     """Name the rows of the earliest groups: `cat/1.png = dog/7.png`."""
     first = repeated["content"].unique()[:_NAMED]
     groups = (repeated.index[repeated["content"] == content][:_NAMED] for content in first)

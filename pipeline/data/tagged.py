@@ -6,8 +6,6 @@ one of its type comes right before. In BIOES S- is an entity of one word, and E-
 U- for E- and S-.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Data sets of torchvision, by name."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches

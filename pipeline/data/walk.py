@@ -1,7 +1,5 @@
 """Which files of a folder are data: none that is hidden, shards of a split in their order, the rest by count."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

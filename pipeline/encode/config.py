@@ -1,7 +1,5 @@
 """The section `encode:` of params.yaml: how states are made."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Samples read and preprocessed in worker processes; a bad sample is returned as a value, not raised."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Three things overlap: worker processes read and preprocess, this process runs the prefix, and a thread writes segments.
 """
 
-from __future__ import annotations
-
 import itertools
 import operator
 import time

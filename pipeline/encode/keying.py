@@ -4,8 +4,6 @@ The keys of files are kept by path, size, mtime and inode in an SQLite file that
 by processes. A fault in it costs a warning and reading the files again, never the run.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

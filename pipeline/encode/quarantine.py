@@ -1,7 +1,5 @@
 """Samples that are set aside, and the table of the reasons."""
 
-from __future__ import annotations
-
 import csv
 import io
 import traceback

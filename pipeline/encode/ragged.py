@@ -4,8 +4,6 @@ A state is stored without padding. Padded batches are the fast way to compute it
 the network ignores padding; so whether to pad is decided by trying it on real samples of this data set, never assumed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 

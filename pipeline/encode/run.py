@@ -4,8 +4,6 @@ A unit is committed as a whole, and the plan depends only on the keys and on wha
 makes the same segments.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing

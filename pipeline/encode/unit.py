@@ -1,7 +1,5 @@
 """Units of work: samples that are computed, committed and skipped together, and what comes of them."""
 
-from __future__ import annotations
-
 import itertools
 import operator
 from collections.abc import Sequence
@@ -160,7 +158,7 @@ class EncodeCosts:
     forward_samples: dict[int, int] = field(default_factory=dict)
     writing: dict[int, float] = field(default_factory=dict)
 
-    def add(self, other: EncodeCosts) -> None:
+    def add(self, other: "EncodeCosts") -> None:
         """Add the costs of `other` to these."""
         self.samples += other.samples
         self.reading += other.reading
@@ -209,7 +207,7 @@ class EncodeResult:
     costs: EncodeCosts = field(default_factory=EncodeCosts)
 
     @classmethod
-    def empty(cls, keyed: KeyedSamples, cuts: int) -> EncodeResult:
+    def empty(cls, keyed: KeyedSamples, cuts: int) -> "EncodeResult":
         """Return the result of encoding nothing for so many `cuts`."""
         return cls(replace(keyed, bad=list(keyed.bad)), [0] * cuts, [set() for _ in range(cuts)])
 

@@ -1,7 +1,5 @@
 """Backbones: pretrained networks by name, with the head of a task and preprocessing; libraries load on demand."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

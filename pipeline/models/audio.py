@@ -1,7 +1,5 @@
 """Sounds: encoded bytes or a waveform -> one channel at the network's rate -> features of its library."""
 
-from __future__ import annotations
-
 import inspect
 import io
 import math

@@ -1,7 +1,5 @@
 """Random changes of an image, by the names of torchvision.transforms.v2, repeatable from a seed."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """A backbone, the interface of its preprocessing, and the head that pools features into an embedding."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from abc import ABC, abstractmethod
@@ -69,7 +67,7 @@ class Preprocess(ABC):
         """
         return batch
 
-    def view(self, number: int) -> Preprocess:
+    def view(self, number: int) -> "Preprocess":
         """Return the preprocessing of the augmented view `number`, from 0 on; `open` and `finish` are the plain one's.
 
         Raises ConfigError if there are no augmented views.

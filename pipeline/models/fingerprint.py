@@ -5,8 +5,6 @@ file); a function or class of the user's own by its source and the globals that 
 package by its name. Only what a caller declares irrelevant is left out.
 """
 
-from __future__ import annotations
-
 import ast
 import enum
 import functools

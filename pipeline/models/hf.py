@@ -1,7 +1,5 @@
 """Backbones of Hugging Face, from a directory or the hub."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import logging

@@ -1,7 +1,5 @@
 """Heads of Hugging Face's networks: the class that has one, the names of its outputs, and their order."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable, Sequence

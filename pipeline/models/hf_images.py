@@ -1,7 +1,5 @@
 """Image processors of Hugging Face: the size and the scale of a network's images."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Images: encoded bytes or pixel arrays -> one normalised square, (3, S, S) float32."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
@@ -90,7 +88,7 @@ class ImagePreprocess(Preprocess):
         """Scale to 0..1 and normalise."""
         return {name: self._normalise(self._scale(tensor)) for name, tensor in batch.items()}
 
-    def view(self, number: int) -> ImagePreprocess:
+    def view(self, number: int) -> "ImagePreprocess":
         """Return the preprocessing of one augmented view, from 0 on, seeded by sample key, view and recipe."""
         if self.augment is None:
             raise ConfigError("encode.views needs random changes to differ by; set preprocess.augment, or remove it")

@@ -1,7 +1,5 @@
 """Pretrained backbones that are on this machine: in caches of torch and the Hugging Face hub, and in packages."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Backbones of the user's own: a function that makes one for a head."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Texts -> token ids without padding; extras map tokens to words or characters, for tasks on these."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools

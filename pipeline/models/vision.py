@@ -1,7 +1,5 @@
 """Image backbones of torchvision and timm."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any

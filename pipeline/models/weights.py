@@ -1,7 +1,5 @@
 """Weights from a file into a network: matched by name, or else by position when every shape agrees."""
 
-from __future__ import annotations
-
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -58,7 +56,7 @@ class CheckpointLayout:
     """Names of the classifier's tensors: they may be absent from a file, or of another size."""
 
     @classmethod
-    def of(cls, build: Callable[[int], nn.Module]) -> CheckpointLayout:
+    def of(cls, build: Callable[[int], nn.Module]) -> "CheckpointLayout":
         """Find the classifier of what `build(classes)` makes: the tensors whose size follows the classes."""
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in build(2).state_dict().items()}

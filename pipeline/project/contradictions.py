@@ -1,7 +1,5 @@
 """Settings of several sections of params.yaml that contradict each other."""
 
-from __future__ import annotations
-
 from pipeline.data import ROLES, DataConfig
 from pipeline.encode.config import EncodeConfig
 from pipeline.errors import ConfigError

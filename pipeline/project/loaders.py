@@ -7,8 +7,6 @@ advance.
 N rows of the sample table, M samples of one encoder.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +85,7 @@ class Feed:
     device: torch.device
 
     @classmethod
-    def of(cls, tower: Tower, device: torch.device) -> Feed:
+    def of(cls, tower: Tower, device: torch.device) -> "Feed":
         """Choose where the samples of `tower` are read from."""
         views, project = tower.store, tower.loaded.project
         reader, places = project.reader(views.path), views.places
@@ -109,7 +107,7 @@ class Feed:
             return len(self.segments) * sum(self.reader.outline(segment).nbytes for segment in some) // len(some)
         return sum(store.nbytes() for store in self.tower.store.stores)
 
-    def loader(self, schedule: Schedule, part: str, targets: Mapping[str, Prepared]) -> Loader:
+    def loader(self, schedule: "Schedule", part: str, targets: Mapping[str, Prepared]) -> Loader:
         """Return the loader of its samples among those of a split; `targets` have M entries."""
         config, rows = schedule.config, self.tower.rows
         own_row = np.full(len(schedule.table), -1)
@@ -165,7 +163,7 @@ class Schedule:
         feeds: Sequence[Feed],
         memory: int | None,
         minimum: int,
-    ) -> Schedule:
+    ) -> "Schedule":
         """Find where the samples of `table` are stored; `memory` in bytes is this machine's if None.
 
         A unit belongs to the segment of its first row; with several stores, to that of the first store.

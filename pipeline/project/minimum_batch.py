@@ -1,7 +1,5 @@
 """The minimum size of a training batch, which batch norms and losses determine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The model of a project: task, backbone with head, its split at a cut, and the stores of that cut."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -51,7 +49,7 @@ class LoadedModel:
     """Replaces the weights that params.yaml names; the layers before the cut then have no weights."""
 
     @classmethod
-    def open(cls, project: Project, table: SampleTable, *, carrier: CutName | None = None) -> LoadedModel:
+    def open(cls, project: Project, table: SampleTable, *, carrier: CutName | None = None) -> "LoadedModel":
         """Build the model that `project` describes; the head is drawn from `model.seed`.
 
         Where its weights are not on this machine and the cut `carrier` is given, only the suffix has weights, from the
@@ -64,12 +62,12 @@ class LoadedModel:
         return cls._build(project, task, task.head(table), carrier)
 
     @classmethod
-    def with_head(cls, project: Project, head: Head) -> LoadedModel:
+    def with_head(cls, project: Project, head: Head) -> "LoadedModel":
         """Build the model that `project` describes, with a `head` determined in another process."""
         return cls._build(project, open_task(project.task), head)
 
     @classmethod
-    def _build(cls, project: Project, task: Task, head: Head, carrier: CutName | None = None) -> LoadedModel:
+    def _build(cls, project: Project, task: Task, head: Head, carrier: CutName | None = None) -> "LoadedModel":
         pretrained_suffix = None
         try:
             backbone = load(project.model, project.preprocess, head)

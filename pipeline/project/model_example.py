@@ -1,7 +1,5 @@
 """A network with a batch of inputs to try it on, from a name or from params.yaml and its data."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import string

@@ -1,7 +1,5 @@
 """The params.yaml of a new project, with comments: from a look at its data, or from an example."""
 
-from __future__ import annotations
-
 import io
 import math
 import sysconfig

@@ -9,8 +9,6 @@ of the store's recipe; and the section `model` of params.yaml must be the same. 
 compared as usual.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -45,7 +43,7 @@ class SuffixTensors:
     """As `Suffix.constants`."""
 
     @classmethod
-    def of(cls, suffix: Suffix) -> SuffixTensors:
+    def of(cls, suffix: Suffix) -> "SuffixTensors":
         """Return the parameters and constants that `suffix` needs."""
         trained = (name for name, _ in suffix.named_parameters(remove_duplicate=False))
         return cls(frozenset(trained) | suffix.frozen.kept.keys(), suffix.constants)
@@ -105,7 +103,7 @@ class PretrainedSuffix:
     """Shapes, by name, of the network's weights before the cut."""
 
     @classmethod
-    def of(cls, store: Store, model: ModelConfig, head: Head) -> PretrainedSuffix:
+    def of(cls, store: Store, model: ModelConfig, head: Head) -> "PretrainedSuffix":
         """Open the pretrained suffix of `store` for the network and the head of the current settings.
 
         Raises:

@@ -5,8 +5,6 @@ store, its probe is compared: ids exactly, floating-point values within the roun
 no digest covers (the code of a library, a value read at run time) are found before states of two networks are mixed.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -45,7 +43,7 @@ class Probe:
     """True if the inputs were drawn at random because the kind of content is unknown."""
 
     @classmethod
-    def of(cls, preprocess: Preprocess, like: Sequence[Sample]) -> Probe:
+    def of(cls, preprocess: Preprocess, like: Sequence[Sample]) -> "Probe":
         """Preprocess the fixed contents, or draw inputs of the shapes, types and ranges of those of samples `like`."""
         samples = []
         for content in preprocess.probe_contents():

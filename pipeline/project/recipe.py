@@ -1,7 +1,5 @@
 """The recipe of a state: digests of everything that decides its values."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping

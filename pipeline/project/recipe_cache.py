@@ -6,8 +6,6 @@ that a built model had. Where one of them is unknown without building (the user'
 unknown), nothing is cached. The file may be deleted at any time; training does not use it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

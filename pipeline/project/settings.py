@@ -1,7 +1,5 @@
 """The settings of one params.yaml, and the paths of the project's files."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -69,7 +67,7 @@ class Project:
     """Where there is an encoder for each role: the role whose encoder these settings describe; None for all of it."""
 
     @classmethod
-    def load(cls, path: Path, overrides: Mapping[str, JSON] | None = None) -> Project:
+    def load(cls, path: Path, overrides: Mapping[str, JSON] | None = None) -> "Project":
         """Read params.yaml; `overrides` ("train.seed": 1) replace its values.
 
         Raises:
@@ -83,7 +81,7 @@ class Project:
             raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
         return project
 
-    def overridden(self, overrides: Mapping[str, JSON]) -> Project:
+    def overridden(self, overrides: Mapping[str, JSON]) -> "Project":
         """Return the project with `overrides` instead of its own; the file is read again.
 
         Raises:
@@ -92,11 +90,11 @@ class Project:
         return Project.load(self.params, overrides)
 
     @property
-    def parts(self) -> list[Project]:
+    def parts(self) -> "list[Project]":
         """A project for each encoder: this one, or those of the towers."""
         return [self._of_tower(role) for role in ROLES] if self.towers.is_set and self.tower is None else [self]
 
-    def part(self, tower: str | None) -> Project:
+    def part(self, tower: str | None) -> "Project":
         """Return the project of the encoder that is called `tower`; None where there is one encoder.
 
         Raises:
@@ -221,7 +219,7 @@ class Project:
         """Codec and dtype of the stores, as the recipe names them."""
         return f"{self.encode.codec}:{self.encode.dtype}"
 
-    def _of_tower(self, role: str) -> Project:
+    def _of_tower(self, role: str) -> "Project":
         own = self.towers.of(role)
         preprocess = own.preprocess or self.preprocess
         head = {name: value for name in ("pooling", "layers") if (value := getattr(own, name)) is not None}

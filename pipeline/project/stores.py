@@ -1,7 +1,5 @@
 """The stores of a project: found by the settings, opened for writing, and marked for DVC where they are remote."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

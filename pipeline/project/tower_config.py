@@ -1,7 +1,5 @@
 """The section `towers:` of params.yaml: an encoder for each role that a sample has in its pair."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from pydantic import field_validator

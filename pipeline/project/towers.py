@@ -5,8 +5,6 @@ each tower reads those in its role from its own store, and the embeddings are co
 targets.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

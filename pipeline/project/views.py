@@ -7,8 +7,6 @@ A view is a store like any other, with its own recipe: a further view is encoded
 longer used stays untouched.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +60,7 @@ class Views:
     """
 
     @classmethod
-    def of(cls, plain: Store, augmented: Sequence[Store], table: SampleTable) -> Views:
+    def of(cls, plain: Store, augmented: Sequence[Store], table: SampleTable) -> "Views":
         """Return the stores of the samples in `table`."""
         return cls(plain, augmented, table.keys, (table.split == VIEWED) & bool(augmented))
 

@@ -1,7 +1,5 @@
 """results/encode.json: the contents of a project's stores, and the time to encode them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

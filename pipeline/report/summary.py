@@ -1,7 +1,5 @@
 """Finished runs -> the result table, the curves and the plot."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A finished run, opened again for an export or for predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Predictions of samples, and the output file: Parquet or JSON lines, a row for each input."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ The run NAME is in results/runs/NAME: `model.safetensors` has the trained weight
 settings that replaced those of params.yaml.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

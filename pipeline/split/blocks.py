@@ -1,7 +1,5 @@
 """The blocks of a network, its repeated units in execution order, and the cut that a user's `at` names."""
 
-from __future__ import annotations
-
 import difflib
 
 from torch import nn

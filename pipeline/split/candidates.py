@@ -1,7 +1,5 @@
 """The places where a model can be cut, and the cost of the layers before and after each: timed, and as predicted."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ sources can be observed without touching the model's code: the arguments of the 
 module call (a skip connection), and an input of the model. Parameters are named the same way, as origins of phantoms.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Forward passes of a model: its flags, random state and buffers, its errors as refusals, its calls observed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -146,7 +144,7 @@ class Call:
     end: int = -1
 
 
-def trace(model: nn.Module, args: Args, kwargs: Kwargs) -> Trace:
+def trace(model: nn.Module, args: Args, kwargs: Kwargs) -> "Trace":
     """Run `model` once in eval mode, without gradients, and return what was observed."""
     seen = Trace(model)
     with observed_calls(model, seen.on_call, seen.on_return), eval_run(model, args, kwargs), seen:

@@ -6,8 +6,6 @@ values (a tied embedding), else a dummy of one element, expanded. It is NaN, so 
 a run on phantoms, phantoms take their places.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 

@@ -6,8 +6,6 @@ multiple of the batch (windows, flattened tokens), it holds the samples' rows on
 batch holds the samples in another order, which proves that a sample's value does not depend on the rest of its batch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Runs of the full model: up to one or several cuts, to take the tensors that cross them, and in training."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, suppress

@@ -1,7 +1,5 @@
 """What an operation gives on phantoms: other phantoms, or nothing where its result depends on their values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ later, if the suffix turns out to read it and everything it is computed from is 
 ids, masks, rotary tables) run as usual.
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 from dataclasses import dataclass
@@ -66,7 +64,7 @@ class Interpreter:
         args, kwargs = map_arguments(value_or_self, args, kwargs)
         return function(*args, **kwargs)
 
-    def read(self, reader: object, phantom: Phantom) -> Tensor:
+    def read(self, reader: object, phantom: "Phantom") -> Tensor:
         """Return the value of `phantom` for `reader`, such as a conversion to a list or an array."""
         if phantom.value is None:
             raise SplitError(
@@ -90,11 +88,11 @@ class Phantom(Tensor):
     meta: Tensor
     origin: Origin | None
     module_output: Output | None
-    base: Phantom | None
+    base: "Phantom | None"
     value: Tensor | None
 
     @staticmethod
-    def __new__(cls, meta: Tensor, device: torch.device, origin: Origin | None) -> Phantom:
+    def __new__(cls, meta: Tensor, device: torch.device, origin: Origin | None) -> "Phantom":
         self: Phantom = torch.Tensor._make_wrapper_subclass(
             cls,
             meta.shape,
@@ -109,7 +107,7 @@ class Phantom(Tensor):
         return self
 
     @classmethod
-    def like(cls, tensor: Tensor, origin: Origin | None, value: Tensor | None = None) -> Phantom:
+    def like(cls, tensor: Tensor, origin: Origin | None, value: Tensor | None = None) -> "Phantom":
         """Return a phantom with the shape, dtype and device of `tensor`, which may be expanded from one element."""
         phantom = cls(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.device, origin)
         phantom.value = value
@@ -143,7 +141,7 @@ class Phantom(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Phantom(shape={tuple(self.shape)}, dtype={self.dtype}, origin={self.origin!r})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Phantom:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Phantom":
         twin = Phantom(self.meta, self.device, self.origin)
         twin.value = copy.deepcopy(self.value, memo)
         return twin

@@ -10,8 +10,6 @@ a fake `forward`, which runs nothing and returns phantoms. Their shapes follow f
 output is one of the arguments, or has the shape and dtype of one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -47,7 +45,7 @@ class ObservedCall:
     path: str
     index: int
     taken: dict[str, Tensor]
-    children: list[ObservedCall] = field(default_factory=list)
+    children: "list[ObservedCall]" = field(default_factory=list)
     returned: dict[str, Tensor] | None = None
     output: Any = None
     read: bool = False
@@ -57,7 +55,7 @@ class ObservedCall:
     def key(self) -> CallKey:
         return self.path, self.index
 
-    def inside(self) -> Iterator[ObservedCall]:
+    def inside(self) -> "Iterator[ObservedCall]":
         """Yield the calls made within this one, at any depth."""
         for child in self.children:
             yield child

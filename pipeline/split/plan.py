@@ -6,8 +6,6 @@
 - A frozen parameter that is read after the cut is kept: the suffix holds a copy that does not train (tied embeddings).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

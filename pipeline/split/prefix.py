@@ -1,7 +1,5 @@
 """The frozen part of a split: runs the full model up to the cut and returns the state."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias

@@ -5,8 +5,6 @@ values) or its own arguments, and nothing that is stored or read is made inside.
 the callers of the cut, and whatever makes a value that is read, such as an attention mask.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence, Set

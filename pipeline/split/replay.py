@@ -8,8 +8,6 @@ is right, its own arguments where the call passed them on, and dummies without m
 the cut on every stub is the module's own `forward`, and there is no other hook or wrapper.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Set
 from typing import Any

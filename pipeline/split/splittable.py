@@ -1,7 +1,5 @@
 """The check whether a model can be split at all, with a remedy where it cannot, and copies of models."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from typing import Any

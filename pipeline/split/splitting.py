@@ -1,7 +1,5 @@
 """Splitting a model: the flow, the proof that the suffix does what the full model does, warnings; and merging."""
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The trainable part of a split: takes the state and runs the rest of the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self

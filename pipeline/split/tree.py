@@ -5,8 +5,6 @@ ones, the empty path for a value that is a tensor itself. Containers are mapping
 named tuples and dataclasses; any other object is kept as it is.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A folder of immutable segments that share one recipe."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +43,7 @@ class Store:
         self._index: KeyIndex | None = None
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe, remote: Remote | None = None) -> Store:
+    def create(cls, path: Path, recipe: Recipe, remote: Remote | None = None) -> "Store":
         """Open the store at `path` for writing, and make it if nothing is there; leftovers of killed writers go.
 
         With `remote`, the store is in a bucket, and `path` in its mirror.
@@ -68,7 +66,7 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, path: Path, expected: Recipe | None = None, remote: Remote | None = None) -> Store:
+    def open(cls, path: Path, expected: Recipe | None = None, remote: Remote | None = None) -> "Store":
         """Open the store at `path`, of the recipe `expected` if one is given.
 
         With `remote`, the store is in a bucket, and `path` in its mirror.

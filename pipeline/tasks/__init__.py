@@ -3,8 +3,6 @@
 Each task has its own module, imported on demand: the libraries of losses and scores are slow to import.
 """
 
-from __future__ import annotations
-
 from pipeline.errors import ConfigError
 from pipeline.files import load_function
 from pipeline.tasks.base import IGNORED, Column, Head, Kind, PredictionContext, Prepared, Ragged, Table, Task

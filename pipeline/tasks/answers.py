@@ -1,7 +1,5 @@
 """Answers that are spans of a text: cross entropy on start and end; exact match and F1 as in SQuAD."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

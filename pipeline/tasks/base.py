@@ -1,7 +1,5 @@
 """The interface of a task: its head, numeric targets, units of rows, loss, scores and predictions."""
 
-from __future__ import annotations
-
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence

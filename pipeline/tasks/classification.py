@@ -1,7 +1,5 @@
 """Labels of samples: one each (cross entropy, accuracy), or any number (binary cross entropy, average precision)."""
 
-from __future__ import annotations
-
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence

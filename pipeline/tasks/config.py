@@ -1,7 +1,5 @@
 """The section `task:` of params.yaml."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 

@@ -4,8 +4,6 @@ A layer is written `name`, `{name: value}` (the value of its first option) or `{
 is a linear layer of that width, with a ReLU between two numbers in a row: `[512, 256]` is a small MLP.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """Losses and miners of pytorch-metric-learning, by name; wrong names, options or distances raise ConfigError."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Numbers, one or several per sample: squared, absolute or Huber error; scores in the user's unit."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ allows. Of references that are equally near, those that do not belong come first
 one scores nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

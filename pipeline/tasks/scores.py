@@ -1,7 +1,5 @@
 """Running scores over the outputs of a model."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

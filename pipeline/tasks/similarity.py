@@ -1,7 +1,5 @@
 """Metric learning: embeddings in which pairs, or samples with one label, are near each other."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A tag for every word: cross entropy on the words' first tokens; precision, recall and F1 of whole entities."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ other layer; prefix, recipe and store are unaffected. A run keeps `merged` weigh
 adapts, under the names of the full model, so that nothing after training depends on adapters.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import re

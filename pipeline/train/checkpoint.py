@@ -1,7 +1,5 @@
 """Checkpoints: the state of a training run, written atomically after every epoch."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The section `train:` of params.yaml: how the suffix is trained."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -5,8 +5,6 @@ resumes after its last complete epoch and ends with the weights of an uninterrup
 `fit`; the main one writes.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import shutil

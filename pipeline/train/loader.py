@@ -1,7 +1,5 @@
 """Rows of the sample table -> batches on the training device."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,7 +67,7 @@ class Batch:
     places: Sequence[np.ndarray] = ()
     padding: Mapping[str, float] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`; from page-locked memory the copy does not wait."""
 
         def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """The module that is trained: its loss over the samples of all processes, and the metrics of a validation."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import sys

@@ -3,8 +3,6 @@
 A unit is a set of rows that stay together: one row for classification, anchor and positive for pairs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -4,8 +4,6 @@ Each process has a share of the samples of every step. Outputs are gathered on a
 equal those of a single process. Only the main process writes.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import sys

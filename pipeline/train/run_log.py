@@ -1,7 +1,5 @@
 """A run's metrics and plots, as DVC shows them: DVCLive's files in the run's folder, written after every epoch."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

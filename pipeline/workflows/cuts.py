@@ -1,7 +1,5 @@
 """The table of `recycle cuts`: costs and speed-ups of every cut, and which cuts are sensible."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Encode: raw data -> keys -> sample table; what each store lacks -> prefixes -> states -> stores."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A finished run -> the full fine-tuned model, in the form its library reads, proved against the cached path."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence
@@ -47,7 +45,7 @@ class Parity:
     """Share of samples, or of tokens that have outputs, whose largest output is the same."""
 
     @classmethod
-    def worst(cls, parities: Sequence[Parity]) -> Parity:
+    def worst(cls, parities: "Sequence[Parity]") -> "Parity":
         """Return the worst figures of several models."""
         return cls(
             samples=sum(one.samples for one in parities),

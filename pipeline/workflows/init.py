@@ -1,7 +1,5 @@
 """Init: a look at the data -> params.yaml, dvc.yaml and the lines of .gitignore and .dvcignore."""
 
-from __future__ import annotations
-
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ into the store or into a temporary one that is emptied after every span, and are
 a sample does not depend on whether it was stored.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Report: finished runs -> the result table, the curves and the plot."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Maintenance of stores, the verbs of `recycle store`: describe, verify, collect garbage, compact, remove samples."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections import Counter

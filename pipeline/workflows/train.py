@@ -1,7 +1,5 @@
 """Train: store + sample table -> batches -> suffix -> a finished run."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Sequence

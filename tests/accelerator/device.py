@@ -3,8 +3,6 @@
 It replaces parameters when a module moves, as NPU, MLU and XLA do and CUDA does not.
 """
 
-from __future__ import annotations
-
 import importlib.machinery
 import os
 import sys

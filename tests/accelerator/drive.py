@@ -5,8 +5,6 @@
 Prints, last, how many operations and copies the accelerator ran.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

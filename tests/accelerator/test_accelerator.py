@@ -4,8 +4,6 @@ The accelerator is that of `accelerator/device.cpp`; registering it changes a wh
 processes of their own.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

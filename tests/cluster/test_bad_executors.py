@@ -1,7 +1,5 @@
 """Settings of an executor that are wrong, and schedulers that are not there: one message that says what to set."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The same units by every executor on real schedulers: the same bytes, whatever dies meanwhile."""
 
-from __future__ import annotations
-
 import csv
 import os
 import re

@@ -1,7 +1,5 @@
 """The Slurm array of docs/sweeps.md, as it stands there but for the resources that it asks for."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """What a worker is told, builds from it, proves and tells; in this process, with everything said through JSON."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

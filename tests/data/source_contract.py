@@ -1,7 +1,5 @@
 """What every source promises: a class that the tests of each kind inherit."""
 
-from __future__ import annotations
-
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Keys of the user's own, and the samples in one role."""
 
-from __future__ import annotations
-
 import io
 import os
 import shutil

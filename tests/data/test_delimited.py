@@ -1,7 +1,5 @@
 """Cells of CSV and TSV: what quotation marks enclose, and which labels are numbers."""
 
-from __future__ import annotations
-
 import csv
 import io
 from pathlib import Path

@@ -1,7 +1,5 @@
 """JSON that no table can hold: one bad sample, or a message that names the record."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

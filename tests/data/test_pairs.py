@@ -1,7 +1,5 @@
 """Pairs of which a field says whether the two belong together."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

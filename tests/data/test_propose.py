@@ -1,7 +1,5 @@
 """What a look at a file or folder proposes: source, fields, task; and that the proposal reads it."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

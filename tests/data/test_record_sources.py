@@ -1,7 +1,5 @@
 """Sources of records in tables: texts, pairs, and files that a table names or holds."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

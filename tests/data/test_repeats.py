@@ -1,7 +1,5 @@
 """One content under two labels, or in training and held out, is said; what is normal is not."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Wrong settings and broken files are answered with what is there."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

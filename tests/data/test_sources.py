@@ -1,7 +1,5 @@
 """Sources of files in folders, of arrays, of other libraries and of the user's own."""
 
-from __future__ import annotations
-
 import gzip
 import pickle
 import struct

@@ -1,7 +1,5 @@
 """Questions on paragraphs: windows of words, where answers lie in them, and what is refused or set aside."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sentences with tagged words: what is read of columns and lists, in whichever scheme, and what is refused."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

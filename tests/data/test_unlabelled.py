@@ -1,7 +1,5 @@
 """Contents without labels: what `recycle predict` reads."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

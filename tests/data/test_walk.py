@@ -1,7 +1,5 @@
 """Every file below data.path is a sample, or counted and named."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """A project to encode."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

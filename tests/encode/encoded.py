@@ -1,7 +1,5 @@
 """Encodes of a small project: what is stored, and what is set aside."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A source may raise anything, or kill the process that reads it: the sample is set aside, or the run is ended."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whatever is wrong with a sample: it is set aside with the reason, the rest is stored, and the exit code tells."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

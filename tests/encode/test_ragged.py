@@ -1,7 +1,5 @@
 """Padding and trimming: what is stored is what a sample gives alone."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Files that did not change are not read again; whatever is wrong with the cache costs reading them, no more."""
 
-from __future__ import annotations
-
 import os
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Processes that start at once: a server that has imported everything forks them, and each can be killed by itself."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os
@@ -33,7 +31,7 @@ COMMANDS = [
 class Child:
     """A forked process; what it says goes to `log`."""
 
-    server: Server
+    server: "Server"
     pid: int
     log: Path
 

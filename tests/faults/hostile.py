@@ -4,8 +4,6 @@ A case is a list of edits of one segment of a golden store, kept as JSON: paths 
 the segment is written `SEGMENT`. Whoever changes a store can also seal it, so most cases are sealed anew.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import math
@@ -367,7 +365,7 @@ class Truth:
     tensors: dict[str, torch.Tensor] | None
 
     @classmethod
-    def of(cls, root: Path) -> Truth:
+    def of(cls, root: Path) -> "Truth":
         store = Store.open(root)
         return cls(store.keys(), Reader(root).gather(store.rows(store.keys())))
 

@@ -1,7 +1,5 @@
 """A disk that is full, read-only or taken away: a clear error, whole segments, and the next run completes."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

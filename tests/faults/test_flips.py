@@ -7,8 +7,6 @@ Right all the same are
 - a flip that leaves the JSON equal, as 1e-05 and 1E-05 are. Nothing is wrong then, and `verify` may be content.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A store from an untrusted place: refused, or read for what it says; never more memory, time or files than that."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """SIGKILL at any moment: what was committed stays, and the rerun ends where an undisturbed run would have."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -3,8 +3,6 @@
 What it finds, and the first case of each kind of outcome, it keeps in the corpus, which the tests run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

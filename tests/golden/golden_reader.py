@@ -1,7 +1,5 @@
 """A reader written from docs/store-format.md alone: standard library, numpy, and numcodecs for blosc."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,8 +4,6 @@ They are kept as they are. `expected.npz` says what they hold, worked out here w
 segment what is stored (`raw/0/state.x`), for each sample what a reader must give (`raw/0/state.x#2`), bf16 as bits.
 """
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from collections.abc import Mapping, Sequence

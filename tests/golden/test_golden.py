@@ -1,7 +1,5 @@
 """Stores that were written once stay readable for ever: by this package, by a stranger's reader, by any zarr 3 tool."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

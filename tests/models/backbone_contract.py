@@ -1,7 +1,5 @@
 """What every backbone promises, with each head."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

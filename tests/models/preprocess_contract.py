@@ -1,7 +1,5 @@
 """What every preprocessing promises, and images to try it on."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

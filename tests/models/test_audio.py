@@ -1,7 +1,5 @@
 """Sounds, from files to a trained suffix: decoded, resampled, cut or filled up, with an extractor or without."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Random changes of images: what may be set, and that they are pure functions of content, view and recipe."""
 
-from __future__ import annotations
-
 import io
 import random
 from typing import Any

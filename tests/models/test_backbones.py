@@ -1,7 +1,5 @@
 """Every kind of backbone, with both heads; weights that fit and that do not."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from importlib.util import find_spec

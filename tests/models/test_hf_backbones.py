@@ -1,7 +1,5 @@
 """Backbones of Hugging Face: their heads, weights, configurations and image processors."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

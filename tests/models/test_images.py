@@ -1,7 +1,5 @@
 """What images become."""
 
-from __future__ import annotations
-
 import io
 import resource
 import warnings

@@ -1,7 +1,5 @@
 """What arrays and texts become."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Weights are matched by name, or by position where every shape agrees; anything else is refused."""
 
-from __future__ import annotations
-
 import logging
 import pickle
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """What a run is fed: windows of segments beyond memory, batches of similar length, unpacked states, checked bytes."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

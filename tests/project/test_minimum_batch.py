@@ -1,7 +1,5 @@
 """Batches that are too small to train on: one value per channel for a batch norm, one pair for a loss that compares."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Training from what a store carries, where the weights that params.yaml names are not there."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """The probe beside a store finds what no digest covers; stores of version 0.1.0 are read, and nothing is added."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable

@@ -5,8 +5,6 @@ For a field each, a copy of the network is made that differs in this field alone
 recipe; where it does not build or run, the field could not have led to another state.
 """
 
-from __future__ import annotations
-
 import json
 import types
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """An encode that has nothing to do builds no model, and leaves what it would have left had it built one."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """An encoder for each role of a pair: its samples, its store, its cut; trained together."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Augmented views from settings to an exported model: stored once, each by itself, and trained on in turn."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

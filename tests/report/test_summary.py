@@ -1,7 +1,5 @@
 """The arithmetic of the result table."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

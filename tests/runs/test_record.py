@@ -1,7 +1,5 @@
 """Runs that differ in some settings: made from one store, told apart, put together in the table."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import linecache

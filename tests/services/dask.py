@@ -1,7 +1,5 @@
 """A dask scheduler with workers on loopback, each a process that the command line started."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

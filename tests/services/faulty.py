@@ -1,7 +1,5 @@
 """A proxy on loopback in front of an HTTP server, which does to some answers what networks and servers do."""
 
-from __future__ import annotations
-
 import http.client
 import socket
 import struct

@@ -1,7 +1,5 @@
 """What the services share: a port of their own, a start, and a certain end."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

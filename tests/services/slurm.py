@@ -1,7 +1,5 @@
 """A Slurm cluster of one node on loopback, with keys, sockets, ports and state of its own."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil

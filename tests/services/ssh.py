@@ -1,7 +1,5 @@
 """OpenSSH's server on loopback, for one user with a key of the session's own; its folders are those of this machine."""
 
-from __future__ import annotations
-
 import getpass
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The command line: help without weight, errors in one message, exit codes."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

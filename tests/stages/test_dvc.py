@@ -1,7 +1,5 @@
 """The pipeline under DVC: what runs again after which change, and what DVC can show."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """From a folder of photos, or a table of texts, to scores: `recycle init`, then `dvc repro`, without a commit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

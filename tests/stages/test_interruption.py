@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM: one line that says what is kept, and a run that goes on and says so."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

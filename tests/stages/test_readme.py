@@ -1,7 +1,5 @@
 """README's own settings and commands, run literally."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Stores shared through DVC remotes: what travels, and what a colleague can do who has nothing else."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Training needs neither git nor DVC, and changes neither: outside the run's folder it writes nothing for them."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

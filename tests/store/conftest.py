@@ -1,7 +1,5 @@
 """Stores small enough to look at."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

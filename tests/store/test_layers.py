@@ -1,7 +1,5 @@
 """Imports inside the store go one way: along the lists of modules in each package's docstring."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A store proves its recipe, and a segment is written once, whole, the same way every time."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import resource

@@ -1,7 +1,5 @@
 """What every task promises; a subclass in a test file is one task with its settings."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What every layer of a head promises, and how it is written in params.yaml."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What every loss promises, alone and with a memory; and formulas that are ours."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """In-batch negatives, P x K units and retrieval scores against independent computations."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The tasks by the contract of all, and what each of them does with bad labels and settings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Tasks about words and spans: what every task promises, and where words and answers lie among the tokens."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Adapters train after the cut in place of the pretrained weights, and end as plain weights."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

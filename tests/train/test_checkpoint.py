@@ -1,7 +1,5 @@
 """Which epoch of a run is its best."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

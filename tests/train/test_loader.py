@@ -1,7 +1,5 @@
 """Batches bring states, inputs, targets and rows of the same samples, once an epoch, in memory of their own."""
 
-from __future__ import annotations
-
 import threading
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The order of an epoch: a permutation, pure; how several processes share out a batch."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

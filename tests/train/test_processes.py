@@ -1,7 +1,5 @@
 """Several processes train one run: torchrun starts two, which leave what one process leaves."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

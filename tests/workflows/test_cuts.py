@@ -1,7 +1,5 @@
 """Choosing a cut: costs, expected speed-ups, what is sensible, and the table that `recycle cuts` prints."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """An exported model is the one that was trained."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The three stages on real files, called as the command line calls them."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Similarity from the store: heads that are stacks of layers, losses with state of their own, killed runs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

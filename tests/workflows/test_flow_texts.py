@@ -1,7 +1,5 @@
 """The stages on texts: states of every length, stored without padding."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The stages on tasks about words and spans: what the tokens stand for is stored, and comes back to the task."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`recycle init`: the files it writes, what it refuses, and that the project it writes is valid."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

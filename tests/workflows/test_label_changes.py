@@ -1,7 +1,5 @@
 """Whatever the source: another label encodes nothing, and the sample table has it."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Reuse at inference: what runs say of inputs, from stored states and new ones alike."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

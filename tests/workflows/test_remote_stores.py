@@ -1,7 +1,5 @@
 """A project whose stores lie in a bucket: encoded, continued, trained from and looked after as on a disk."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

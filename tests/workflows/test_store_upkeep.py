@@ -1,7 +1,5 @@
 """`recycle store` on a small project: what it says, asks, removes and leaves."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

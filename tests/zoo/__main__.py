@@ -6,8 +6,6 @@ Finished rows are kept in .recycle/zoo/rows.jsonl, and made again only where the
 library has changed.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

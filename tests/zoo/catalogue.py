@@ -1,7 +1,5 @@
 """All models of the zoo."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass

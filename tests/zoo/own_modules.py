@@ -1,7 +1,5 @@
 """Modules as users write them: those of tests/split/test_split_own_modules.py, which also asks more of them."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The proof that a split is exact: the suffix against the full model with a frozen prefix, in all a user relies on."""
 
-from __future__ import annotations
-
 import copy
 import time
 import warnings

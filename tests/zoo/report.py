@@ -1,7 +1,5 @@
 """docs/coverage.md: what is proved for which model."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -1,7 +1,5 @@
 """Finished rows of the zoo: one line of JSON per model, added as soon as it is done."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import inspect

@@ -3,8 +3,6 @@
 The libraries are imported once, here; a process per model is a fork, which costs milliseconds.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import math

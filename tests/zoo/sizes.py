@@ -1,7 +1,5 @@
 """How small an input a network accepts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TypeVar

@@ -3,8 +3,6 @@
 A family is a module of timm; its smallest model is the one with the fewest parameters.
 """
 
-from __future__ import annotations
-
 import warnings
 from functools import cache, partial
 

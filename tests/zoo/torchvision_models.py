@@ -3,8 +3,6 @@
 Inputs are as small as a network accepts: a proof is about which values meet where, not about how many there are.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any

@@ -4,8 +4,6 @@
 of their inputs, with the settings of a type in which those values contradict each other.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any

@@ -11,8 +11,6 @@
 To add one, derive a class from `Codec` and register it; name it in `encode.codec` and in docs/store-format.md.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path

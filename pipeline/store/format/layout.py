@@ -1,7 +1,5 @@
 """The layout of arrays, and where stores and segments are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

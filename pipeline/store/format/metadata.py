@@ -7,8 +7,6 @@ All functions that read raise CorruptStoreError where a file is missing or is no
 names the file, the field, its value and what was expected.
 """
 
-from __future__ import annotations
-
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -69,7 +67,7 @@ class SegmentSpec(StrictModel):
     seal: str
 
     @classmethod
-    def new(cls, recipe: Recipe, samples: int, tensors: Iterable[str], bad: Iterable[str]) -> SegmentSpec:
+    def new(cls, recipe: Recipe, samples: int, tensors: Iterable[str], bad: Iterable[str]) -> "SegmentSpec":
         """Return the metadata of a segment that is to be written, without its seal."""
         own = {"tensors": tuple(tensors), "set_aside": tuple(bad)}
         return cls(format=names.FORMAT, recipe=recipe.digest, samples=samples, **own, seal="")
@@ -79,7 +77,7 @@ class SegmentSpec(StrictModel):
         """The group's zarr attributes."""
         return self.model_dump(mode="json")
 
-    def sealed(self, arrays: Mapping[str, Any]) -> SegmentSpec:
+    def sealed(self, arrays: Mapping[str, Any]) -> "SegmentSpec":
         """Return the same with the seal over this metadata and that of `arrays`; ValueError if it is not JSON."""
         unsealed = self.attributes | {"seal": ""}
         return self.model_copy(update={"seal": digest({"segment": unsealed, "arrays": dict(arrays)})})

@@ -10,8 +10,6 @@
 <store>/<segment id>/<array>/c.3.0          compressed: one of several chunks along the first axis
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat

@@ -4,8 +4,6 @@ All functions raise CorruptStoreError for bytes that are not those written. A se
 folder, which holds its small files and the listing of all of them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -4,8 +4,6 @@ The dtype is chosen per segment and from the segment's values alone, so that wri
 bytes are a pure function of the samples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias

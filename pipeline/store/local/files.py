@@ -1,7 +1,5 @@
 """The files of stores: on this disk here, in a bucket in `remote.mirror`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

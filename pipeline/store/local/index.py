@@ -4,8 +4,6 @@ A key is two big-endian halves. Sorting goes by the high ones, and looks at the 
 hardly ever for digests, and everywhere, a few times slower, for keys of a user's own that share their beginning.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +94,7 @@ class Rows:
         codes: np.ndarray = (self.segment.astype(np.int64) << 32) + self.row
         return codes
 
-    def __getitem__(self, chosen: np.ndarray) -> Rows:
+    def __getitem__(self, chosen: np.ndarray) -> "Rows":
         return Rows(self.segments, self.segment[chosen], self.row[chosen])
 
 

@@ -1,7 +1,5 @@
 """Segments fetched before the batches that need them: as far ahead as there is room, none twice."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

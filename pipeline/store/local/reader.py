@@ -5,8 +5,6 @@ B batch, and any further axes as the tensor has them.
 Segments are opened when first needed and kept. Each sample's bytes are checked when they are first read.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence

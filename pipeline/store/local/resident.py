@@ -3,8 +3,6 @@
 N samples held, B batch, L length along the ragged axis, E entries of all samples end to end.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

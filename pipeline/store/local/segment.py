@@ -7,8 +7,6 @@ Functions raise CorruptStoreError where a file is not what was written, and Stor
 for want of room or of a server.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor

@@ -5,8 +5,6 @@ into it. Files appear whole, by rename, so processes may share a cache. When the
 recently used segment is evicted.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

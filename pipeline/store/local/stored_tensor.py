@@ -1,7 +1,5 @@
 """One tensor of one segment: samples by their rows, decoded, and the proof of their bytes."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ folder that can be locked belongs to nobody. Locks may not reach other machines,
 host in the name, stay until they are a day old.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

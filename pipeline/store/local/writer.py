@@ -1,7 +1,5 @@
 """One unit of samples -> one committed segment."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Failed requests are repeated, with growing pauses, then reported in one line. Me
 error code, and quote nothing else that it says: it may repeat what was signed.
 """
 
-from __future__ import annotations
-
 import random
 import re
 import time

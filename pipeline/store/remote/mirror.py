@@ -6,8 +6,6 @@ a `SegmentCache`. Beside a mirrored segment's files is the listing of all of the
 or written anew in the bucket, and the segment is mirrored again.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping

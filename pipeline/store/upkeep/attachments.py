@@ -7,8 +7,6 @@ An attachment is not in the recipe: a store without it is whole. It is replaced 
 so that nothing that depends on it is made again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

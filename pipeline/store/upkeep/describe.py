@@ -1,7 +1,5 @@
 """What a store holds, in figures and in words."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ rm-samples     named samples, in any segment
 gc and compact also remove segments whose samples are all in other segments, as an interrupted command leaves them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

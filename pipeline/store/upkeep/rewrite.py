@@ -4,8 +4,6 @@ The new segment is committed before the first old one goes. A kill in between le
 readers tolerate, and the old ones are then redundant: the next upkeep removes them.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace

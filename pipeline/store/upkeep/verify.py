@@ -1,7 +1,5 @@
 """Proof that every byte of a store is the one that was written."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack

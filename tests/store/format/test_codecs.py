@@ -1,7 +1,5 @@
 """The contract of every registered codec: a store in it is sound, and gives what `round_trip` predicted."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 

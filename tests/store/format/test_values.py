@@ -1,7 +1,5 @@
 """Each tensor is stored in the narrowest allowed dtype that keeps its range."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

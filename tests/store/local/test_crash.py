@@ -1,7 +1,5 @@
 """Whatever kills a writer, and however many write: whole segments or nothing, and the bytes of an undisturbed run."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import random

@@ -1,7 +1,5 @@
 """Searching sorted keys gives what a dictionary gives, for digests and for keys that share any half."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Batches hold what was written, padded on the right; bytes that were not written are never mapped."""
 
-from __future__ import annotations
-
 import json
 import resource
 

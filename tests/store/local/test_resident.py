@@ -1,7 +1,5 @@
 """Samples held on a device give the batches that the memory maps give."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

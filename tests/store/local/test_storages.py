@@ -1,7 +1,5 @@
 """zstd gives the very values back, int8 values within half a step; both are gathered as raw ones are."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

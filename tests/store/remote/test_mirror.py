@@ -1,7 +1,5 @@
 """Stores in a bucket: the same bytes as on a disk, read through a segment cache, whatever a server does meanwhile."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import threading

@@ -1,7 +1,5 @@
 """gc, compact and rm-samples: what is kept keeps every bit, what goes is gone, and a kill in between loses nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import os
