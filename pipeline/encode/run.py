@@ -39,16 +39,16 @@ class Executor(Protocol):
 def encode(
     executor: Executor,
     source: Source,
-    result: EncodeResult,
+    before: EncodeResult,
     stores: Sequence[Sequence[Store]],
     wanted: Sequence[np.ndarray],
     *,
     segment_samples: int,
     segment_groups: np.ndarray | None = None,
-) -> None:
-    """Encode the rows `wanted[view]` that `stores[view][cut]` lack; add what was done to `result`.
+) -> EncodeResult:
+    """Encode the rows `wanted[view]` that `stores[view][cut]` lack; return what was done, added to `before`.
 
-    Samples that `result.keyed` sets aside are left out. Where `segment_groups` (N,) int64 gives a group for each row,
+    Samples that `before.keyed` sets aside are left out. Where `segment_groups` (N,) int64 gives a group for each row,
     the samples of a segment belong to one group.
 
     Raises:
@@ -56,17 +56,20 @@ def encode(
         MissingKeysError: a sample was encoded but is not found; the message names the store.
     """
     check_rows(wanted)
-    keyed = result.keyed
+    keyed = before.keyed
     units = plan(
         keyed.keys, [np.intersect1d(rows, keyed.good) for rows in wanted], stores, segment_samples, segment_groups
     )
-    if units:
-        encode_units(executor, source, units, result)
-        _check_stored(stores, [np.intersect1d(rows, keyed.good) for rows in wanted], keyed.keys)
+    if not units:
+        return before
+    result = encode_units(executor, source, units, before)
+    _check_stored(stores, [np.intersect1d(rows, result.keyed.good) for rows in wanted], keyed.keys)
+    return result
 
 
-def encode_units(executor: Executor, source: Source, units: Sequence[Unit], result: EncodeResult) -> None:
-    """Run `units`, planned from the keys of `result.keyed`, with `executor`; add what was done to `result`."""
+def encode_units(executor: Executor, source: Source, units: Sequence[Unit], before: EncodeResult) -> EncodeResult:
+    """Run `units`, planned from the keys of `before.keyed`; return what was done, added to `before`."""
+    result = before.copy()
     total = sum(len(part.rows) for unit in units for part in unit.parts)
     with (
         explain_dead_workers(executor.workers),
@@ -76,6 +79,7 @@ def encode_units(executor: Executor, source: Source, units: Sequence[Unit], resu
         for outcome in running:
             result.add(outcome, source)
             progress.update(len(outcome.part.rows))
+    return result
 
 
 def _check_stored(stores: Sequence[Sequence[Store]], wanted: Sequence[np.ndarray], keys: np.ndarray) -> None:

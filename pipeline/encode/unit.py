@@ -3,8 +3,9 @@
 import itertools
 import operator
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -209,7 +210,19 @@ class EncodeResult:
     @classmethod
     def empty(cls, keyed: KeyedSamples, cuts: int) -> "EncodeResult":
         """Return the result of encoding nothing for so many `cuts`."""
-        return cls(replace(keyed, bad=list(keyed.bad)), [0] * cuts, [set() for _ in range(cuts)])
+        return cls(keyed, [0] * cuts, [set() for _ in range(cuts)])
+
+    def copy(self) -> Self:
+        """Return a copy, which `add` changes without changing this one."""
+        keyed = replace(self.keyed, bad=list(self.keyed.bad))
+        return replace(
+            self,
+            keyed=keyed,
+            new=list(self.new),
+            promoted=[set(names) for names in self.promoted],
+            cut_off=list(self.cut_off),
+            costs=deepcopy(self.costs),
+        )
 
     def add(self, outcome: Outcome, source: Source) -> None:
         """Add the outcome of one more part; rows of `source` with the contents of its bad samples are bad too."""

@@ -152,7 +152,7 @@ def _encode_views(
     result = EncodeResult.empty(keyed, len(project.encode.cuts))
     while True:
         found = len(result.keyed.bad)
-        encode(
+        result = encode(
             executor,
             source,
             result,

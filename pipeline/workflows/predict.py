@@ -120,7 +120,7 @@ class SharedStates:
         """Run the prefix on those of `rows` (n,) int64 that are new."""
         units = plan(self.keys, [rows], [[self.fresh]], self.config.segment_samples)
         if units:
-            encode_units(self.encoder, self.encoder.source, units, self.result)
+            self.result = encode_units(self.encoder, self.encoder.source, units, self.result)
         if not self.forgets:
             self.known.refresh()
 
