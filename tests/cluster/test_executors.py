@@ -86,11 +86,65 @@ def segments(folder: Path) -> list[Path]:
     return list(folder.glob(f"data/activations/{STORES[0]}/*/zarr.json"))
 
 
-def test_processes_of_this_machine(folder: Path, expected: dict[str, bytes], caplog: pytest.LogCaptureFixture) -> None:
-    assert encode(folder, kind="local", processes=2)
-    assert stored(folder) == expected
-    assert f"cut 0.5: {ROWS} samples encoded, 0 were there" in caplog.text
-    assert "samples/s" in caplog.text
+class ExecutorContract:
+    """What every executor promises; a subclass is one executor, with its settings."""
+
+    @pytest.fixture
+    def executor(self) -> dict[str, Any]:
+        """The section `encode.executor`."""
+        raise NotImplementedError
+
+    def test_the_bytes_are_those_of_one_process(
+        self, folder: Path, expected: dict[str, bytes], executor: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert encode(folder, **executor)
+        assert stored(folder) == expected
+        assert f"cut 0.5: {ROWS} samples encoded, 0 were there" in caplog.text
+
+
+class MortalExecutorContract(ExecutorContract):
+    """Of an executor whose processes may die."""
+
+    told = ""
+    """What is said of the death."""
+
+    def test_the_units_of_a_process_that_dies_are_run_by_another(
+        self, folder: Path, expected: dict[str, bytes], executor: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (folder / f"{perilous.ONCE}-5").touch()
+        assert encode(folder, **executor)
+        assert stored(folder) == expected
+        assert reasons(folder) == {}
+        assert not (folder / f"{perilous.ONCE}-5").exists()
+        assert re.search(self.told, caplog.text)
+
+
+class TestLocalProcesses(MortalExecutorContract):
+    @pytest.fixture
+    def executor(self) -> dict[str, Any]:
+        return {"kind": "local", "processes": 2}
+
+
+class TestDaskScheduler(MortalExecutorContract):
+    @pytest.fixture
+    def executor(self, dask_cluster: DaskCluster) -> dict[str, Any]:
+        return {"kind": "dask", "address": dask_cluster.address}
+
+
+class TestSlurmArray(MortalExecutorContract):
+    told = (
+        r"7 units in 2 tasks(?s:.)*job \d+ ended with exit code \d+; \d units are left and go again; the end of a log"
+    )
+
+    @pytest.fixture
+    def executor(self, slurm: None) -> dict[str, Any]:
+        return {"kind": "slurm", "jobs": 2, "options": {"comment": "a test", "exclusive": False}}
+
+
+class TestJobqueue(ExecutorContract):
+    @pytest.fixture
+    def executor(self, slurm: None) -> dict[str, Any]:
+        return {"kind": "dask", "jobqueue": "slurm", "jobs": 2, "options": JOBQUEUE}
 
 
 def test_workers_that_are_killed_and_a_unit_that_kills_all_of_them(
@@ -136,18 +190,6 @@ def test_a_scheduler_that_is_killed(folder: Path, expected: dict[str, bytes]) ->
     assert stored(folder) == expected
 
 
-def test_a_job_array_of_which_a_task_is_killed(
-    folder: Path, expected: dict[str, bytes], slurm: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    (folder / f"{perilous.ONCE}-5").touch()
-    assert encode(folder, kind="slurm", jobs=2, options={"comment": "a test", "exclusive": False})
-    assert "7 units in 2 tasks" in caplog.text
-    assert re.search(r"job \d+ ended with exit code \d+; \d units are left and go again; the end of a log", caplog.text)
-    assert stored(folder) == expected
-    assert reasons(folder) == {}
-    assert not list((folder / ".recycle/jobs").iterdir())
-
-
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Have SIGINT raise KeyboardInterrupt; what a shell starts in the background ignores it."""
@@ -164,9 +206,3 @@ def test_ctrl_c_cancels_the_array(folder: Path, slurm: None, interruptible: None
     interrupting.join()
     wait_for(lambda: not subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout)
     assert 0 < len(segments(folder)) < UNITS
-
-
-def test_batch_jobs_of_a_jobqueue(folder: Path, expected: dict[str, bytes], slurm: None) -> None:
-    assert encode(folder, kind="dask", jobqueue="slurm", jobs=2, options=JOBQUEUE)
-    assert stored(folder) == expected
-    assert not list(folder.glob("*.out"))
