@@ -81,12 +81,10 @@ class LoadedModel:
                 raise type(reason)(f"{absent}; {reason}") from absent
             log.warning("%s; training goes on from the pretrained weights that %s carries", absent, store.where)
             backbone = pretrained_suffix.load(project.model, project.preprocess, head)
-        task.width = backbone.width
         own = not is_installed(type(backbone.preprocess).__module__)
         code = fingerprint(backbone.preprocess) if own else None
-        return cls(
-            project, task, head, backbone, module_fingerprints(backbone.model, IRRELEVANT), code, pretrained_suffix
-        )
+        modules = module_fingerprints(backbone.model, IRRELEVANT)
+        return cls(project, task.of_width(backbone.width), head, backbone, modules, code, pretrained_suffix)
 
     def to_device(self) -> torch.device:
         """Move the model to the device that runs prefixes, and return it."""

@@ -1,5 +1,6 @@
 """The interface of a task: its head, numeric targets, units of rows, loss, scores and predictions."""
 
+import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -111,7 +112,13 @@ class Task(ABC):
     minimum_units: int = 1
     """Minimum number of units in a training batch for a meaningful loss."""
     width: int | None = None
-    """Size D of the model's embeddings, if it has any and the size is known; set before `prepare`."""
+    """Size D of the model's embeddings, if it has any and the size is known: see `of_width`."""
+
+    def of_width(self, width: int | None) -> Self:
+        """Return this task for a model whose embeddings have the size `width`, before it is prepared."""
+        sized = copy.copy(self)
+        sized.width = width
+        return sized
 
     @property
     def higher_is_better(self) -> bool:

@@ -59,7 +59,7 @@ class Table:
 def opened(settings: dict[str, Any], table: Table) -> tuple[Similarity, dict[str, Tensor]]:
     task = open_task(TaskConfig(kind="similarity", **{"samples_per_label": 3} | settings))
     assert isinstance(task, Similarity)
-    task.width = WIDTH
+    task = task.of_width(WIDTH)
     return task, {name: torch.from_numpy(values) for name, values in task.prepare(table).items()}
 
 
