@@ -51,6 +51,8 @@ class TrainResult:
     """Median over the epochs, without validation and checkpoints."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Per epoch: training loss, validation metrics, seconds."""
+    test: dict[str, float] = field(default_factory=dict)
+    """Scores of these weights on the test samples; empty without any."""
 
 
 class Batches(Iterable[Batch], Sized, Protocol):
@@ -96,11 +98,13 @@ def fit(
     accelerator: Accelerator,
     fresh: frozenset[str] = frozenset(),
     weights: Callable[[nn.Module], dict[str, Tensor]] = nn.Module.state_dict,
+    test: Callable[[Path], dict[str, float]] = lambda _: {},
 ) -> TrainResult:
     """Train `suffix`; write its weights to `out/model.safetensors` and its curves beside them.
 
     A killed run resumes from `checkpoint`, a folder of this run only, which is removed at the end. `fresh` names the
-    parameters of the suffix that were not pretrained; `weights` returns the tensors of a suffix to keep.
+    parameters of the suffix that were not pretrained; `weights` returns the tensors of a suffix to keep. `test` returns
+    the test scores of a file of weights: it is called once, with those that the run keeps, and decides nothing.
     """
     writes = accelerator.is_main_process
     objective = Objective(suffix, task)
@@ -132,6 +136,9 @@ def fit(
     result = _result(progress, progress.initial, task, config)
     if writes:
         shutil.copyfile(checkpoint / f"{config.keep}.safetensors", out / "model.safetensors")
+    accelerator.wait_for_everyone()
+    result.test = test(out / "model.safetensors")
+    if writes:
         shutil.rmtree(checkpoint)
     return result
 
