@@ -51,7 +51,7 @@ class LazyGroup(click.Group):
 
 
 SUMMARIES = {
-    "init": "Look at a data set and write params.yaml and dvc.yaml for it.",
+    "init": "Look at a data set and write params.yaml, dvc.yaml and plots.json for it.",
     "cuts": "List every place to cut a model, with its costs and the speed-up to expect; mark the sensible ones.",
     "encode": "Run the frozen layers once over the data set and store what they give.",
     "train": "Fine-tune the layers above one cut from its store.",

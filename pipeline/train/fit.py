@@ -51,6 +51,8 @@ class TrainResult:
     """Median over the epochs, without validation and checkpoints."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Per epoch: training loss, validation metrics, seconds."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """All validation scores of these weights."""
     test: dict[str, float] = field(default_factory=dict)
     """Scores of these weights on the test samples; empty without any."""
 
@@ -133,11 +135,13 @@ def fit(
             if live:
                 live.log_epoch(row)
             save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
-    result = _result(progress, progress.initial, task, config)
-    if writes:
-        shutil.copyfile(checkpoint / f"{config.keep}.safetensors", out / "model.safetensors")
-    accelerator.wait_for_everyone()
-    result.test = test(out / "model.safetensors")
+        result = _result(progress, progress.initial, task, config)
+        if writes:
+            shutil.copyfile(checkpoint / f"{config.keep}.safetensors", out / "model.safetensors")
+        accelerator.wait_for_everyone()
+        result.test = test(out / "model.safetensors")
+        if live:
+            live.log_result({"validation": result.validation, "test": result.test})
     if writes:
         shutil.rmtree(checkpoint)
     return result
@@ -145,13 +149,16 @@ def fit(
 
 def _result(progress: Progress, initial: float, task: Task, config: TrainConfig) -> TrainResult:
     epoch = progress.best_epoch if config.keep == "best" else progress.epoch
+    row = progress.history[epoch - 1]
+    scores = {name.partition("/")[2]: value for name, value in row.items() if name.startswith("validation/")}
     return TrainResult(
         metric=task.monitor,
-        value=progress.history[epoch - 1][f"validation/{task.monitor}"],
+        value=scores[task.monitor],
         initial=initial,
         best_epoch=epoch,
         train_seconds_per_epoch=statistics.median(row["train/seconds"] for row in progress.history),
         history=progress.history,
+        validation=scores,
     )
 
 

@@ -39,7 +39,7 @@ def test_a_project_is_written_and_described() -> None:
     assert "24 samples of source images" in result.output
     assert "3 classes" in result.output
     assert "next: dvc init --no-scm && dvc repro" in result.output
-    assert files() == {"params.yaml", "dvc.yaml", ".gitignore", ".dvcignore"}
+    assert files() == {"params.yaml", "dvc.yaml", "plots.json", ".gitignore", ".dvcignore"}
     project = Project.load(Path("params.yaml"))
     assert (project.data.path, project.task.kind, project.train.epochs) == ("photos", "classification", 1)
     assert {*IGNORED_BY_GIT, "/photos/"} == set(Path(".gitignore").read_text().splitlines())
@@ -52,7 +52,9 @@ def test_the_settings_have_comments() -> None:
 
 def test_the_pipeline_is_the_shipped_one() -> None:
     init_project(Path("photos"), backbone="tiny:conv_net", overrides=OWN)
-    assert Path("dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
+    for name in ("dvc.yaml", "plots.json"):
+        assert Path(name).read_text() == (ROOT / name).read_text()
+    assert {path.read_text() for path in ROOT.glob("examples/*/plots.json")} == {(ROOT / "plots.json").read_text()}
 
 
 def test_every_section_of_the_pipeline_is_written() -> None:
@@ -73,7 +75,7 @@ def test_several_data_sets_are_named() -> None:
         init_project(None)
 
 
-@pytest.mark.parametrize("name", ["params.yaml", "dvc.yaml"])
+@pytest.mark.parametrize("name", ["params.yaml", "dvc.yaml", "plots.json"])
 def test_no_file_is_replaced(name: str) -> None:
     Path(name).write_text("mine")
     with pytest.raises(ConfigError, match=f"{name} exists already"):
