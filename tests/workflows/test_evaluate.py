@@ -11,16 +11,17 @@ import tiny
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 import pipeline.workflows.train
-from pipeline.errors import DataError
+from pipeline.errors import AbsentError, DataError
 from pipeline.project import Project
 from pipeline.project.loaders import open_loaders
 from pipeline.runs.finished import open_run
 from pipeline.runs.record import read_run
 from pipeline.train.objective import evaluate
 from pipeline.workflows.encode import encode_project
-from pipeline.workflows.evaluate import evaluate_run
+from pipeline.workflows.evaluate import _of_whole_pairs, evaluate_run
 from pipeline.workflows.report import report_project
 from pipeline.workflows.train import train_project
 from stages import cli
@@ -280,3 +281,66 @@ def test_every_task_is_scored(tmp_path: Path, text_folder: Path, monkeypatch: py
     assert new.samples >= 60
     assert new.bad == 0
     assert new.largest_difference <= STORED * max(1, *map(abs, new.cached.values()))
+
+
+def test_incomplete_pairs_are_left_out_and_told(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines("own.jsonl", 0)
+    settings = {
+        "data": PAIRS,
+        "model": {"backbone": f"hf:{text_folder}"},
+        "preprocess": {"kind": "text", "image_size": None},
+        "task": {"kind": "similarity"},
+        "encode": {"cuts": [0.5], "max_bad": 1},
+    }
+    made = Project.load(tiny.write_params(Path(), **settings))
+    encode_project(made)
+    train_project(made, "0.5")
+    lines = [{"q": "one two", "a": "two"}, {"q": "", "a": "three"}, {"q": "bad", "a": "good"}]
+    Path("new.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, is_within = evaluate_run(made, "0.5", "new.jsonl")
+    assert (found.samples, found.bad, is_within) == (4, 1, True)
+    assert "1 samples are not scored: their pairs are incomplete" in caplog.text
+    table = np.array([7, 7, 8, 8])
+    rows = [np.array([0, 2]), np.array([3])]
+    kept = list(_of_whole_pairs(table, [(one, torch.zeros(len(one), 2), {}) for one in rows]))
+    assert [one.tolist() for one, _, _ in kept] == [[2], [3]]
+    assert [len(output) for _, output, _ in kept] == [1, 1]
+
+
+def test_scores_that_cannot_be_computed_are_told(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines("own.jsonl", 0)
+    settings = {
+        "data": TEXT | {"label": "label"},
+        "model": {"backbone": f"hf:{text_folder}"},
+        "preprocess": {"kind": "text", "image_size": None},
+        "task": {"kind": "similarity"},
+        "encode": {"cuts": [0.5]},
+    }
+    made = Project.load(tiny.write_params(Path(), **settings))
+    encode_project(made)
+    train_project(made, "0.5")
+    lines = [{"text": "one two", "label": "x"}, {"text": "two", "label": "another"}]
+    Path("new.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, _ = evaluate_run(made, "0.5", "new.jsonl", live=True)
+    assert found.largest_difference is None
+    assert "precision_at_1, reciprocal_rank, r_precision cannot be computed of these 2 samples" in caplog.text
+
+
+def test_stored_samples_are_scored_without_the_layers_before_the_cut(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    save_file(tiny.ConvNet(3).state_dict(), "net.safetensors")
+    made = project(model={"backbone": "tiny:conv_net", "weights": "net.safetensors"})
+    encode_project(made)
+    run = train_project(made, "0.5")
+    Path("net.safetensors").unlink()
+    assert evaluate_run(made, "0.5")[0].cached == run.test
+    with pytest.raises(AbsentError, match="the layers before the cut too"):
+        evaluate_run(made, "0.5", live=True)
