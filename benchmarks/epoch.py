@@ -82,7 +82,7 @@ class Side:
         if self.config.channels_last:
             suffix.to(memory_format=torch.channels_last)
             loaded.backbone.model.to(memory_format=torch.channels_last)
-        loader, _ = open_loaders([tower], table, self.accelerator.device)
+        loader, *_ = open_loaders([tower], table, self.accelerator.device)
         self.steps_per_epoch = len(loader)
         self.batches = FirstBatches(loader, steps)
         self.in_ram = list(self.batches)

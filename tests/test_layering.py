@@ -19,7 +19,7 @@ FLOORS = [
         "stages.init",
         "stages.store",
     }
-    | {"stages.predict"},
+    | {"stages.evaluate", "stages.predict"},
     {"stages.options"},
     {"pipeline.workflows"},
     {"pipeline.cluster", "pipeline.report"},

@@ -9,7 +9,7 @@ from pipeline.data.labelled import ROLES, Pairs, Texts
 from pipeline.data.media import open_media
 from pipeline.data.proposal import DataProposal
 from pipeline.data.propose import propose
-from pipeline.data.source import Content, Row, Source, Stamp, in_role, rows_in_role, with_keys
+from pipeline.data.source import SPLITS, Content, Row, Source, Stamp, in_role, rows_in_role, with_keys
 from pipeline.data.squad import open_squad
 from pipeline.data.table import SampleTable, build, remarks
 from pipeline.data.tagged import open_conll, open_tagged
@@ -19,6 +19,7 @@ from pipeline.files import check_sha256, load_function, locate
 
 __all__ = [
     "ROLES",
+    "SPLITS",
     "Content",
     "DataConfig",
     "DataProposal",

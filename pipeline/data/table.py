@@ -60,6 +60,16 @@ class SampleTable:
         sources = [self.source[row] for row in rows.tolist()]
         return SampleTable(self.keys[rows], self.split[rows], sources, targets, self.views)
 
+    def with_test(self, other: "SampleTable") -> "SampleTable":
+        """Return this table with the rows of `other` below, as test samples; raises DataError if it lacks a target."""
+        if missing := sorted(self.targets.keys() - other.targets.keys()):
+            known = ", ".join(other.targets) or "none"
+            raise DataError(f"the data has the targets {known}; expected {', '.join(missing)} too, as in training")
+        targets = {name: np.concatenate([values, other.targets[name]]) for name, values in self.targets.items()}
+        split = np.concatenate([self.split, np.full(len(other), "test")])
+        sources = [*self.source, *other.source]
+        return SampleTable(np.concatenate([self.keys, other.keys]), split, sources, targets, self.views)
+
     def share(self, fraction: float, seed: int, *, by_label: bool = True) -> "SampleTable":
         """Return the table with a `fraction` of its training samples: `by_label`, the same share of each, at least one.
 

@@ -87,6 +87,11 @@ def decode_rows(source: Source, chunk: Chunk) -> list[Decoded]:
 def decode_samples(source: Source, preprocess: Preprocess, rows: np.ndarray) -> list[Sample]:
     """Read and preprocess `rows` in this process, sample by sample, without the bad ones."""
     (decoded,) = decode_rows(source, Chunk(rows, [preprocess]))
+    return finished_samples(preprocess, decoded)
+
+
+def finished_samples(preprocess: Preprocess, decoded: Decoded) -> list[Sample]:
+    """Return the inputs of decoded samples, finished, one by one."""
     if isinstance(decoded.inputs, list):
         return [finish_sample(preprocess, sample) for sample in decoded.inputs]
     batch = preprocess.finish(decoded.inputs)

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from pipeline.data import SampleTable
+from pipeline.data import SPLITS, SampleTable
 from pipeline.errors import ConfigError
 from pipeline.memory import memory_bytes
 from pipeline.project.towers import Tower, TowerLoader
@@ -37,8 +37,8 @@ ROOM_SHARE = 0.5
 
 def open_loaders(
     towers: Sequence[Tower], table: SampleTable, device: torch.device, memory: int | None = None, *, minimum: int = 1
-) -> tuple[Loader, Loader] | tuple[TowerLoader, TowerLoader]:
-    """Return the loaders of the training and of the validation samples of `towers`, one or several.
+) -> list[Loader | TowerLoader]:
+    """Return the loaders of the training, the validation and the test samples of `towers`, one or several.
 
     The targets are those that the task of the first one prepares. `memory` in bytes is this machine's if None; a
     training batch has at least `minimum` units.
@@ -59,13 +59,9 @@ def open_loaders(
 
     if len(towers) == 1:
         (feed,) = feeds.values()
-        return loader(feed, "train"), loader(feed, "validation")
+        return [loader(feed, part) for part in SPLITS]
     rows = {name: feed.tower.rows for name, feed in feeds.items()}
-    training, validation = (
-        TowerLoader({name: loader(feed, part) for name, feed in feeds.items()}, rows)
-        for part in ("train", "validation")
-    )
-    return training, validation
+    return [TowerLoader({name: loader(feed, part) for name, feed in feeds.items()}, rows) for part in SPLITS]
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,12 @@ def trainable_model(towers: Sequence[Tower]) -> nn.Module:
     return Towers(suffixes)
 
 
+def plain_model(towers: Sequence[Tower]) -> nn.Module:
+    """Return the model of plain suffixes, without adapters: the only one, or those of all towers."""
+    first, *others = towers
+    return Towers({str(tower.name): tower.suffix for tower in towers}) if others else first.suffix
+
+
 class Towers(nn.ModuleDict):
     """Suffixes by role; one without trainable parameters stays in eval mode."""
 

@@ -53,6 +53,10 @@ class ResultRow:
     """The mean over the runs, as all that follows."""
     spread: float | None
     """Standard deviation between runs (n - 1); None for a single run."""
+    test: float | None
+    """The metric on the test samples; None where not all runs have it."""
+    test_spread: float | None
+    """Its standard deviation between runs, as `spread`."""
     kept: float | None
     """Value relative to full fine-tuning (inverted for errors); None without a run of cut 0."""
     untrained: float
@@ -87,6 +91,7 @@ def settings(run: Run) -> str:
 
 def _row(group: Sequence[Run], cost: CutCost, full: Sequence[Run] | None) -> ResultRow:
     run, values = group[0], [one.value for one in group]
+    test = [one.test[run.metric] for one in group if run.metric in one.test]
     seconds, value = _seconds(group), statistics.fmean(values)
     kept = None
     if full is not None:
@@ -109,7 +114,9 @@ def _row(group: Sequence[Run], cost: CutCost, full: Sequence[Run] | None) -> Res
         metric=run.metric,
         runs=len(group),
         value=value,
-        spread=statistics.stdev(values) if len(values) > 1 else None,
+        spread=_spread(values),
+        test=statistics.fmean(test) if len(test) == len(group) else None,
+        test_spread=_spread(test) if len(test) == len(group) else None,
         kept=kept,
         untrained=statistics.fmean(one.initial for one in group),
         state_bytes_per_sample=None if cost.state_bytes_per_sample is None else round(cost.state_bytes_per_sample),
@@ -122,6 +129,10 @@ def _row(group: Sequence[Run], cost: CutCost, full: Sequence[Run] | None) -> Res
         else math.floor(cost.encode_seconds / saved) + 1,
         bounded=bounded,
     )
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _seconds(group: Sequence[Run]) -> float:
@@ -144,7 +155,8 @@ def table(rows: Sequence[ResultRow], *, markdown: bool = False) -> str:
                 "cut": str(row.cut),
                 "settings": row.settings,
                 "recycled": f"{row.recycled:.0%}",
-                rows[0].metric: _with_spread(row),
+                rows[0].metric: _with_spread(row.value, row.spread, row.runs),
+                f"test {rows[0].metric}": _with_spread(row.test, row.test_spread, row.runs),
                 "of full": _known(row.kept, ".2f"),
                 "untrained": f"{row.untrained:.3f}",
                 "bytes/sample": _known(row.state_bytes_per_sample, ","),
@@ -160,6 +172,8 @@ def table(rows: Sequence[ResultRow], *, markdown: bool = False) -> str:
     )
     if not any(row.settings for row in rows):
         shown = shown.drop(columns="settings")
+    if all(row.test is None for row in rows):
+        shown = shown.drop(columns=f"test {rows[0].metric}")
     text = shown.to_markdown(index=False, disable_numparse=True) if markdown else shown.to_string(index=False)
     return f"{text}\n\n{BOUNDED}" if any(row.bounded for row in rows) else text
 
@@ -168,8 +182,8 @@ def _factor(row: ResultRow, name: str) -> str:
     return ("<= " if name in row.bounded else "") + _known(getattr(row, name), ".1f")
 
 
-def _with_spread(row: ResultRow) -> str:
-    return f"{row.value:.3f}" if row.spread is None else f"{row.value:.3f} ± {row.spread:.3f} ({row.runs})"
+def _with_spread(value: float | None, spread: float | None, runs: int) -> str:
+    return _known(value, ".3f") if spread is None else f"{value:.3f} ± {spread:.3f} ({runs})"
 
 
 def _known(value: float | None, form: str) -> str:

@@ -1,17 +1,23 @@
 """A finished run, opened again for an export or for predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
+from pipeline.encode.encoder import autocast
 from pipeline.errors import AbsentError, DataError
 from pipeline.keys import first_difference
 from pipeline.project import Project
 from pipeline.project.probe import check_probe
 from pipeline.project.towers import Tower, load_weights, open_tower
 from pipeline.runs.record import WEIGHTS, read_run, settings
+
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Precisions by their names in training -> in encoding."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +30,22 @@ class FinishedRun(Tower):
     legend: Sequence[Any]
     """The meaning of its outputs, from when it was trained."""
 
+    @contextmanager
+    def inference(self, device: torch.device) -> Iterator[None]:
+        """Give the context of forward passes on `device`: the precision of training, and no gradients."""
+        with torch.no_grad(), autocast(PRECISIONS[self.loaded.project.train.precision], device):
+            yield
+
 
 def towers_of(project: Project, name: str) -> list[str | None]:
     """Return the tower names of the run `name`; [None] if it has one encoder."""
     return [part.tower for part in project.overridden(read_run(project, name).overrides).parts]
 
 
-def open_run(project: Project, name: str, tower: str | None = None) -> FinishedRun:
+def open_run(project: Project, name: str, tower: str | None = None, *, whole: bool = True) -> FinishedRun:
     """Open the finished run `name`, or one tower of it; neither raw data nor another recipe's store is read.
+
+    Unless the `whole` model is needed, the weights before the cut may be missing on this machine.
 
     Raises:
         AbsentError: the weights that params.yaml names are not on this machine.
@@ -49,7 +63,7 @@ def open_run(project: Project, name: str, tower: str | None = None) -> FinishedR
             "again"
         )
     try:
-        opened = open_tower(project.part(tower), project.cut(str(run.cut)), table)
+        opened = open_tower(project.part(tower), project.cut(str(run.cut)), table, to_train=not whole)
     except AbsentError as absent:
         raise AbsentError(
             f"run {name}: {absent}; what a store carries is enough to train, an export and predictions take the layers "
@@ -65,5 +79,6 @@ def open_run(project: Project, name: str, tower: str | None = None) -> FinishedR
         ) from error
     opened.suffix.eval()
     loaded = opened.loaded
-    check_probe(opened.store.plain, opened.prefix, loaded.preprocess(None), loaded.project.encode)
+    if whole:
+        check_probe(opened.store.plain, opened.prefix, loaded.preprocess(None), loaded.project.encode)
     return FinishedRun(**vars(opened), legend=run.legend)

@@ -55,6 +55,8 @@ class Run:
     """Meaning of the outputs, such as class names; read by the task."""
     made_of: Mapping[str, Any] = field(default_factory=dict)
     """The settings, samples and stores that `identity` digests; empty in runs of earlier versions."""
+    test: Mapping[str, float] = field(default_factory=dict)
+    """All scores on the test samples; empty without any, and in runs of earlier versions."""
 
 
 def run_name(project: Project, cut: CutName) -> str:

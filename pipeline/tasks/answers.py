@@ -34,6 +34,7 @@ class Answers(Task):
         self.max_answer = config.max_answer
         self.monitor = config.monitor or SCORES[self.name][0]
         self._windows: tuple[list[str], list[str], list[list[str]]] = ([], [], [])
+        self._may_be_none = False
 
     def head(self, table: Table) -> Head:
         return Head("span")
@@ -46,6 +47,8 @@ class Answers(Task):
                 "or set another data.seed or data.validation"
             )
         self._windows = (columns["window"].tolist(), columns["question"].tolist(), columns["answers"].tolist())
+        # Test samples must not decide validation scores.
+        self._may_be_none = not all(columns["answers"][table.split != "test"].tolist())
         return {"row": np.arange(len(table.split)), "start": columns["start"], "end": columns["end"]}
 
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
@@ -56,7 +59,7 @@ class Answers(Task):
         return F.cross_entropy(logits_B2T.transpose(1, 2), places_B2)
 
     def metrics(self) -> Metrics:
-        return AnswerScores(*self._windows, self.max_answer)
+        return AnswerScores(*self._windows, self.max_answer, may_be_none=self._may_be_none)
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"question": str, "answer": str, "start": int, "end": int, "margin": float}
@@ -79,16 +82,22 @@ class AnswerScores(Metrics):
     """`f1` (of words) and `exact_match` of the best answer to each question, means over questions, in 0..1.
 
     A window's best answer is the likeliest span of at most `max_answer` tokens; a question's is the one with the
-    largest margin over "no answer here", or none if no margin is positive and some questions have no answer.
+    largest margin over "no answer here", or none if no margin is positive and it `may_be_none`.
     """
 
     def __init__(
-        self, texts: Sequence[str], questions: Sequence[str], answers: Sequence[Sequence[str]], max_answer: int
+        self,
+        texts: Sequence[str],
+        questions: Sequence[str],
+        answers: Sequence[Sequence[str]],
+        max_answer: int,
+        *,
+        may_be_none: bool,
     ) -> None:
         """Take in the targets of N windows: a text, its question, and the right answers, empty if there is none."""
         super().__init__(SCORES["answers"])
         self.texts, self.questions, self.answers, self.max_answer = texts, questions, answers, max_answer
-        self._may_be_none = not all(answers)
+        self._may_be_none = may_be_none
         self._best: dict[str, tuple[float, str, int]] = {}
 
     def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:

@@ -51,6 +51,10 @@ class TrainResult:
     """Median over the epochs, without validation and checkpoints."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Per epoch: training loss, validation metrics, seconds."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """All validation scores of these weights."""
+    test: dict[str, float] = field(default_factory=dict)
+    """Scores of these weights on the test samples; empty without any."""
 
 
 class Batches(Iterable[Batch], Sized, Protocol):
@@ -96,11 +100,13 @@ def fit(
     accelerator: Accelerator,
     fresh: frozenset[str] = frozenset(),
     weights: Callable[[nn.Module], dict[str, Tensor]] = nn.Module.state_dict,
+    test: Callable[[Path], dict[str, float]] = lambda _: {},
 ) -> TrainResult:
     """Train `suffix`; write its weights to `out/model.safetensors` and its curves beside them.
 
     A killed run resumes from `checkpoint`, a folder of this run only, which is removed at the end. `fresh` names the
-    parameters of the suffix that were not pretrained; `weights` returns the tensors of a suffix to keep.
+    parameters of the suffix that were not pretrained; `weights` returns the tensors of a suffix to keep. `test` returns
+    the test scores of a file of weights: it is called once, with those that the run keeps, and decides nothing.
     """
     writes = accelerator.is_main_process
     objective = Objective(suffix, task)
@@ -129,22 +135,30 @@ def fit(
             if live:
                 live.log_epoch(row)
             save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
-    result = _result(progress, progress.initial, task, config)
+        result = _result(progress, progress.initial, task, config)
+        if writes:
+            shutil.copyfile(checkpoint / f"{config.keep}.safetensors", out / "model.safetensors")
+        accelerator.wait_for_everyone()
+        result.test = test(out / "model.safetensors")
+        if live:
+            live.log_result({"validation": result.validation, "test": result.test})
     if writes:
-        shutil.copyfile(checkpoint / f"{config.keep}.safetensors", out / "model.safetensors")
         shutil.rmtree(checkpoint)
     return result
 
 
 def _result(progress: Progress, initial: float, task: Task, config: TrainConfig) -> TrainResult:
     epoch = progress.best_epoch if config.keep == "best" else progress.epoch
+    row = progress.history[epoch - 1]
+    scores = {name.partition("/")[2]: value for name, value in row.items() if name.startswith("validation/")}
     return TrainResult(
         metric=task.monitor,
-        value=progress.history[epoch - 1][f"validation/{task.monitor}"],
+        value=scores[task.monitor],
         initial=initial,
         best_epoch=epoch,
         train_seconds_per_epoch=statistics.median(row["train/seconds"] for row in progress.history),
         history=progress.history,
+        validation=scores,
     )
 
 

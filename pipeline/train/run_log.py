@@ -1,6 +1,10 @@
-"""A run's metrics and plots, as DVC shows them: DVCLive's files in the run's folder, written after every epoch."""
+"""A run's metrics and plots, as DVC shows them: DVCLive's files in the run's folder, written after every epoch.
+
+At the end, metrics.json has the scores of the weights that the run keeps.
+"""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from dvclive import env
@@ -28,6 +32,13 @@ class RunLog(Live):
             self.step = self.step  # from here on the summary has the step
             self.sync()  # type: ignore[no-untyped-call]
             self.step += 1
+
+    def log_result(self, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Replace the figures of the last epoch in metrics.json by the `scores` of the kept weights, by split."""
+        self.summary, self._step = {}, None  # without a step, none is added to the summary
+        for split, of_split in scores.items():
+            for name, value in of_split.items():
+                self.log_metric(f"{split}/{name}", value, plot=False)
 
     def _init_dvc(self) -> None:
         if self._in_experiment:

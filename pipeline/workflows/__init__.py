@@ -5,6 +5,7 @@ encode.py        raw data -> stores, sample table
 train.py         stores, sample table -> a finished run
 report.py        finished runs -> table, plot
 predict.py       finished runs, inputs -> predictions
+evaluate.py      a finished run, labelled samples -> scores
 export.py        a finished run -> a plain model
 cuts.py          a model -> every place to cut it, with costs
 codec_error.py   a store -> what each codec would change

@@ -1,4 +1,4 @@
-"""Init: a look at the data -> params.yaml, dvc.yaml and the lines of .gitignore and .dvcignore."""
+"""Init: a look at the data -> params.yaml, dvc.yaml, data/plots.json and the lines of .gitignore and .dvcignore."""
 
 import subprocess
 from collections import Counter
@@ -20,7 +20,7 @@ from pipeline.project.new_params import dump_params, propose_params, read_exampl
 from pipeline.tasks import open_task
 from pipeline.tracked import init_dvc
 
-PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
+PARAMS, PIPELINE, PLOTS = Path("params.yaml"), Path("dvc.yaml"), Path("data/plots.json")
 STORES = Path("data")
 """Folder of the stores and the sample table."""
 IGNORED_BY_GIT = ("/.recycle/", "/data/activations/", "/data/samples.parquet", "/results/runs/**/*.safetensors")
@@ -89,7 +89,7 @@ def init_project(
         DataError: the data cannot be read, or do not allow the task; nothing was written.
     """
     choices = choices or Choices()
-    for path in (PARAMS, PIPELINE):
+    for path in (PARAMS, PIPELINE, PLOTS):
         if path.exists():
             raise ConfigError(f"{path} exists already, and is not replaced; remove it, or work in another folder")
     if template is None:
@@ -104,8 +104,9 @@ def init_project(
     except (RecyclingError, KeyboardInterrupt):
         PARAMS.unlink()
         raise
-    write_whole(PIPELINE, (files("pipeline") / "templates" / PIPELINE.name).read_text(encoding="utf-8"))
-    written = [PARAMS, PIPELINE]
+    for path in (PIPELINE, PLOTS):
+        write_whole(path, (files("pipeline") / "templates" / path.name).read_text(encoding="utf-8"))
+    written = [PARAMS, PIPELINE, PLOTS]
     written += _append_lines(Path(".gitignore"), [*IGNORED_BY_GIT, *_line_of(Path(str(project.data.path)))])
     written += _append_lines(Path(".dvcignore"), IGNORED_BY_DVC)
     return NewProject(project, table, written, [*_set_up_repository(git, dvc, choices), "dvc repro"])

@@ -13,31 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from pipeline.data import Source
 from pipeline.encode import quarantine
-from pipeline.encode.encoder import Encoder, autocast
 from pipeline.encode.keying import KeyedSamples
 from pipeline.encode.quarantine import BadSample
-from pipeline.encode.run import encode_units
-from pipeline.encode.unit import EncodeResult, plan
 from pipeline.keys import KEY_BYTES
 from pipeline.project import Project
 from pipeline.runs.finished import FinishedRun, open_run
+from pipeline.runs.input_states import InputStates
 from pipeline.runs.predictions import DESCRIBED, Predictions, check_format, described, merged_schema, open_output
-from pipeline.store import KeySet, Reader, Store, discard, sweep, temporary_folder
+from pipeline.store import KeySet, sweep, temporary_folder
 from pipeline.tasks import Column, Kind, PredictionContext
-from pipeline.train.loader import Batch, Loader, StoredRows
 
 log = logging.getLogger("recycle")
 
 ROWS_AT_ONCE = 1 << 13
 """Number of inputs whose predictions are held in memory."""
 HEX = 2 * KEY_BYTES
-PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Precisions by their names in training -> in encoding."""
 
 
 def predict_project(
@@ -83,67 +77,27 @@ def predict_project(
     return _tell(project, keyed, shared, output)
 
 
-class SharedStates:
-    """The states of inputs, shared by the runs of one store: the prefix runs once for all of them."""
+class SharedStates(InputStates):
+    """The predictions of the runs of one store, whose states they share."""
 
     def __init__(
         self, runs: Mapping[str, FinishedRun], source: Source, keyed: KeyedSamples, folder: Path | None
     ) -> None:
-        """Prepare to predict on `source`; `runs` are by the prefix of their column names.
-
-        The states of new samples join the store, or lie in `folder` until they are forgotten.
-        """
-        first = next(iter(runs.values()))
-        loaded, self.known = first.loaded, first.store.plain
-        self.runs, self.keys, self.config = runs, keyed.keys, loaded.project.encode
-        self.device = loaded.to_device()
+        """Prepare to predict on `source`; `runs` are by the prefix of their column names."""
+        super().__init__(next(iter(runs.values())), source, keyed, folder)
+        self.runs = runs
         for run in runs.values():
             run.suffix.to(self.device)
-        self.pad = loaded.backbone.preprocess.pad
-        self.reader = loaded.project.reader(self.known.path)
-        self.forgets = folder is not None
-        self.fresh = (
-            Store.create(self.known.path, self.known.recipe, self.known.remote)
-            if folder is None
-            else Store.create(folder / "store", self.known.recipe)
-        )
-        views = [loaded.preprocess(None)]
-        self.encoder = Encoder(source, views, [first.prefix], [[self.fresh]], self.config, keyed.trimming_rows)
-        self.result = EncodeResult.empty(keyed, cuts=1)
         self.predictions = Predictions(self._columns())
-
-    def missing(self) -> np.ndarray:
-        """Return which of all inputs have no state in the store, (N,) bool."""
-        return self.known.missing(self.keys)
-
-    def encode(self, rows: np.ndarray) -> None:
-        """Run the prefix on those of `rows` (n,) int64 that are new."""
-        units = plan(self.keys, [rows], [[self.fresh]], self.config.segment_samples)
-        if units:
-            self.result = encode_units(self.encoder, self.encoder.source, units, self.result)
-        if not self.forgets:
-            self.known.refresh()
 
     def predict(self, rows: np.ndarray) -> None:
         """Add the runs' predictions for `rows` (n,) int64, all distinct; bad samples are left out."""
-        new = rows[self.known.missing(self.keys[rows])]
-        self._predict(self.known, self.reader, np.setdiff1d(rows, new, assume_unique=True))
-        if self.forgets and len(new):
-            self.encode(new)
-            there = new[~self.fresh.missing(self.keys[new])]
-            self._predict(self.fresh, Reader(self.fresh.path, check=False), there)
-            for segment in self.fresh.segments():
-                discard(self.fresh.path / segment)
-            self.fresh.refresh()
-
-    def _predict(self, store: Store, reader: Reader, rows: np.ndarray) -> None:
-        for batch in self.batches(store, reader, rows):
-            numbers = rows[batch.rows.numpy()]
+        for chosen, batch in self.read(rows):
+            numbers = rows[chosen]
             context = PredictionContext(batch.targets, partial(self._targets, numbers))
             columns: dict[str, Column] = {}
             for beginning, run in self.runs.items():
-                precision = PRECISIONS[run.loaded.project.train.precision]
-                with torch.no_grad(), autocast(precision, self.device):
+                with run.inference(self.device):
                     output = run.suffix(batch.state, **batch.inputs)
                 predicted = run.loaded.task.predictions(output, context, run.legend)
                 columns |= {beginning + name: values for name, values in predicted.items()}
@@ -151,15 +105,6 @@ class SharedStates:
 
     def _targets(self, rows: np.ndarray) -> list[Mapping[str, Any]]:
         return [self.encoder.source.row(row).targets for row in rows.tolist()]
-
-    def batches(self, store: Store, reader: Reader, rows: np.ndarray) -> Iterator[Batch]:
-        """Yield `rows` in batches of states of similar size, each in the order of the store."""
-        places = store.rows(self.keys[rows])
-        by_place = np.argsort(places.codes)
-        order = by_place[np.argsort(reader.sizes(places[by_place]), kind="stable")]
-        size = self.config.batch_size
-        batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
-        return iter(Loader(StoredRows(places, reader), {}, batches, pad=self.pad, device=self.device))
 
     def _columns(self) -> Mapping[str, Kind]:
         kinds = {beginning: run.loaded.task.columns(run.legend) for beginning, run in self.runs.items()}

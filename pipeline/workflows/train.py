@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +15,22 @@ from pipeline.data import SampleTable
 from pipeline.project import Project
 from pipeline.project.loaders import open_loaders
 from pipeline.project.minimum_batch import minimum_units
-from pipeline.project.towers import Tower, new_parameters, open_tower, plain_weights, trainable_model
+from pipeline.project.towers import (
+    Tower,
+    TowerLoader,
+    load_weights,
+    new_parameters,
+    open_tower,
+    plain_model,
+    plain_weights,
+    trainable_model,
+)
 from pipeline.runs import record
 from pipeline.runs.record import Run
 from pipeline.train.checkpoint import exclusive_checkpoint
 from pipeline.train.fit import TrainResult, fit, open_accelerator
+from pipeline.train.loader import Loader
+from pipeline.train.objective import evaluate, to_device
 
 log = logging.getLogger("recycle")
 
@@ -57,10 +69,13 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         history=summary.history,
         legend=towers[0].loaded.task.legend(table),
         made_of=provenance,
+        test=summary.test,
     )
     if accelerator.is_main_process:
         record.write_run(project, run)
     log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
+    if run.test:
+        log.info("run %s: test %s", name, ", ".join(f"{score} {value:.3f}" for score, value in run.test.items()))
     return run
 
 
@@ -77,7 +92,7 @@ def _train(
     if project.train.channels_last:
         suffix.to(memory_format=torch.channels_last)
     minimum = minimum_units(towers, suffix, table, accelerator.device)
-    training, validation = open_loaders(towers, table, accelerator.device, minimum=minimum)
+    training, validation, test = open_loaders(towers, table, accelerator.device, minimum=minimum)
     if accelerator.is_main_process:
         shutil.rmtree(out, ignore_errors=True)
     else:
@@ -94,4 +109,17 @@ def _train(
         accelerator=accelerator,
         fresh=new_parameters(towers),
         weights=plain_weights if project.train.adapter else nn.Module.state_dict,
+        test=partial(_test_scores, towers, test, accelerator),
     )
+
+
+def _test_scores(
+    towers: Sequence[Tower], test: Loader | TowerLoader, accelerator: Accelerator, weights: Path
+) -> dict[str, float]:
+    """Return the scores of the `weights` of a run on the test samples; empty without any."""
+    if not len(test):
+        return {}
+    for tower in towers:
+        load_weights(tower, weights)
+        to_device(tower.suffix, accelerator.device)
+    return evaluate(plain_model(towers), towers[0].loaded.task, test, accelerator)

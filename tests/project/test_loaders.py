@@ -39,7 +39,7 @@ def prepared(folder: Path, encode: dict[str, object], train: dict[str, object]) 
 def loaders(project: Project, memory: int | None = None):
     table = SampleTable.read(project.samples)
     tower = open_tower(project, 0.5, table)
-    return table, tower.store, *open_loaders([tower], table, CPU, memory)
+    return table, tower.store, *open_loaders([tower], table, CPU, memory)[:2]
 
 
 @pytest.mark.parametrize("encode", [{}, {"codec": "zstd"}])

@@ -142,7 +142,7 @@ def test_a_frozen_tower_has_no_gradient_and_keeps_its_weights(folder: Path) -> N
     pretrained = {
         f"{tower.name}.{name}": one.clone() for tower in towers for name, one in tower.suffix.named_parameters()
     }
-    model, (training, _) = trainable_model(towers), open_loaders(towers, table, CPU)
+    model, (training, *_) = trainable_model(towers), open_loaders(towers, table, CPU)
     model.train()
     batch = next(iter(training))
     assert isinstance(model, Towers)
@@ -165,7 +165,7 @@ def test_a_batch_has_the_states_and_targets_of_its_rows(folder: Path) -> None:
     encode_project(settings)
     table = SampleTable.read(settings.samples)
     towers = {str(part.tower): open_tower(part, 0.5, table) for part in settings.parts}
-    training, validation = open_loaders(list(towers.values()), table, CPU, memory=40_000)
+    training, validation, _ = open_loaders(list(towers.values()), table, CPU, memory=40_000)
     prepared = towers["anchor"].loaded.task.prepare(table)
     for loader, split in ((training, "train"), (validation, "validation")):
         epochs = []

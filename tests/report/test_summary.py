@@ -39,6 +39,20 @@ def test_speedups_and_break_even() -> None:
     assert half.epochs == 2
 
 
+def test_test_scores_have_a_column_where_runs_have_them() -> None:
+    tested = [
+        dataclasses.replace(HALF, overrides={"train.seed": seed}, test={"accuracy": 0.7 + seed / 10}) for seed in (0, 1)
+    ]
+    full, half = summarise([FULL, *tested], COSTS)
+    assert (full.test, full.test_spread) == (None, None)
+    assert (half.test, half.test_spread) == (pytest.approx(0.75), pytest.approx(0.0707, abs=1e-4))
+    assert "test accuracy" in table([full, half])
+    assert "0.750 ± 0.071 (2)" in table([full, half])
+    assert "test accuracy" not in table([full])
+    (mixed,) = summarise([HALF, *tested], COSTS)
+    assert (mixed.runs, mixed.test) == (3, None)
+
+
 def test_without_full_fine_tuning_there_is_nothing_to_compare_with() -> None:
     (half,) = summarise([HALF], COSTS)
     assert half.speedup_over_full is None

@@ -1,6 +1,7 @@
 """The pipeline under DVC: what runs again after which change, and what DVC can show."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(folder, "git", "init", "--quiet")
     run(folder, "dvc", "init", "--quiet")
     shutil.copy(ROOT / "dvc.yaml", folder)
+    (folder / "data").mkdir()
+    shutil.copy(ROOT / "data/plots.json", folder / "data")
     shutil.copy(ROOT / ".dvcignore", folder)
     (folder / ".gitignore").write_text(".recycle/\n/photos\n")
     tiny.write_images(folder / "photos", range(20))
@@ -88,9 +91,14 @@ def test_nothing_changed_runs_nothing(project: Path) -> None:
 def test_dvc_shows_metrics_and_plots(project: Path) -> None:
     shown = run(project, "dvc", "metrics", "show")
     assert "results/runs/0.5/metrics.json" in shown
-    assert "accuracy" in shown
+    assert shown.splitlines()[0].split() == ["Path", "validation.accuracy", "validation.macro_f1"]
+    assert "validation.accuracy" in run(project, "dvc", "exp", "show", "--csv")
     page = run(project, "dvc", "plots", "show", "--out", "plots").strip().splitlines()[-1]
-    assert Path(page.removeprefix("file://")).exists()
+    content = Path(page.removeprefix("file://")).read_text()
+    assert re.findall('<div id = "(.*?)"', content) == ["validation_score", "training_loss"]
+    assert "runs.png" in content
+    assert content.count('"color": {"field": "run", "type": "nominal"}') == 2
+    assert all(f'"run": "{cut}"' in content for cut in ("0.5", "1.0"))
     shutil.rmtree(project / "plots")
 
 

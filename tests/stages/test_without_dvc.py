@@ -65,6 +65,9 @@ def test_training_changes_neither_git_nor_dvc(encoded: Path, tmp_path: Path, beg
     new = tiny.files(tmp_path).items() - before.items()
     assert {name.split("/")[0] for name, _ in new} <= {"results", ".recycle"}
     run = tmp_path / "results/runs/1.0"
-    assert json.loads((run / "metrics.json").read_text())["step"] == 1
+    record = json.loads((run / "run.json").read_text())
+    kept = record["history"][record["best_epoch"] - 1]
+    scores = {name: kept[f"validation/{name}"] for name in ("accuracy", "macro_f1")}
+    assert json.loads((run / "metrics.json").read_text()) == {"validation": scores}
     curve = (run / "plots/metrics/train/loss.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in curve] == ["step", "0", "1"]

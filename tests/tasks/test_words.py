@@ -217,7 +217,7 @@ def test_best_spans_are_in_order_short_enough_and_of_the_text() -> None:
 
 def test_a_question_has_the_best_answer_of_its_windows() -> None:
     windows = (["one two three four"] * 3, ["a", "a", "b"], [["two"], ["two"], ["Three!"]])
-    metrics = AnswerScores(*windows, 30)
+    metrics = AnswerScores(*windows, 30, may_be_none=False)
     logits = torch.zeros(3, 2, 8)
     logits[0, :, 3] = 9  # "one", but "no answer here" has as much
     logits[0, :, 0] = 9
@@ -231,13 +231,13 @@ def test_no_answer_is_one_only_where_questions_have_none() -> None:
     logits = torch.zeros(2, 2, 8)
     logits[:, :, 0], logits[:, :, 4] = 5, 1
     for answers, exact in (([[], ["two"]], 0.5), ([["two"], ["two"]], 1.0)):
-        metrics = AnswerScores([TEXT] * 2, ["a", "b"], answers, 30)
+        metrics = AnswerScores([TEXT] * 2, ["a", "b"], answers, 30, may_be_none=not all(answers))
         metrics.update(logits, {"row": torch.arange(2), "chars": chars(2)})
         assert metrics.compute()["exact_match"] == exact
 
 
 def test_a_text_that_is_cut_off_altogether_has_an_empty_answer() -> None:
-    metrics = AnswerScores([TEXT], ["a"], [["two"]], 30)
+    metrics = AnswerScores([TEXT], ["a"], [["two"]], 30, may_be_none=False)
     metrics.update(torch.zeros(1, 2, 4), {"row": torch.zeros(1, dtype=torch.int64), "chars": torch.full((1, 4, 2), -1)})
     assert metrics.compute() == {"exact_match": 0.0, "f1": 0.0}
 

@@ -331,7 +331,7 @@ def test_the_value_is_that_of_the_kept_weights(folder: Path) -> None:
     table = SampleTable.read(made.samples)
     tower = open_tower(made, 0.5, table)
     tower.suffix.load_state_dict(load_file("results/runs/0.5/model.safetensors"))
-    _, batches = open_loaders([tower], table, torch.device("cpu"))
+    _, batches, _ = open_loaders([tower], table, torch.device("cpu"))
     assert evaluate(tower.suffix, tower.loaded.task, batches, Accelerator())[run.metric] == pytest.approx(run.value)
 
 

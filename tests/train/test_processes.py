@@ -50,7 +50,14 @@ def texts(folder: Path, given: dict[str, Any] | None = None, **changes: dict[str
     """Sentences and questions for a BERT without dropout; pairs of texts."""
     write_words(folder)
     draw = np.random.default_rng(0)
-    lines = [{"q": " ".join([w, *draw.choice(WORDS, draw.integers(1, 6))]), "a": f"{w} {w}"} for w in WORDS * 10]
+    lines = [
+        {
+            "q": " ".join([w, *draw.choice(WORDS, draw.integers(1, 6))]),
+            "a": f"{w} {w}",
+            "split": "test" if i > 44 else "train",
+        }
+        for i, w in enumerate(WORDS * 11)
+    ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings: dict[str, dict[str, Any]] = {
         "model": {"backbone": f"hf:{folder.parent / 'bert'}"},
@@ -62,7 +69,14 @@ def texts(folder: Path, given: dict[str, Any] | None = None, **changes: dict[str
 
 
 PAIRS = {
-    "data": {"source": "pairs", "path": "pairs.jsonl", "validation": 0.3, "anchor": "q", "positive": "a"},
+    "data": {
+        "source": "pairs",
+        "path": "pairs.jsonl",
+        "validation": 0.3,
+        "anchor": "q",
+        "positive": "a",
+        "split": "split",
+    },
     "task": {"kind": "similarity"},
 }
 STEPS = {"gradient_accumulation": 3, "schedule": "cosine", "warmup": 0.2, "max_grad_norm": 0.5}
@@ -112,7 +126,10 @@ def test_two_processes_leave_what_one_leaves(folders: dict[str, Path], monkeypat
         assert one.keys() == two.keys()
         apart = {key: float((one[key] - two[key]).abs().max()) for key in one if not key.endswith(ROUNDING)}
         assert max(apart.values()) < 1e-5, (name, apart)
-        history = json.loads((runs / "shared/run.json").read_text())["history"]
+        shared = json.loads((runs / "shared/run.json").read_text())
+        history = shared["history"]
+        assert shared["test"] == pytest.approx(alone[name].test, abs=1e-5), name
+        assert bool(shared["test"]) == (name in ("pairs", "towers"))
         for expected, row in zip(alone[name].history, history, strict=True):
             assert row == pytest.approx(expected | {"train/seconds": row["train/seconds"]}, abs=1e-5), name
 

@@ -64,6 +64,8 @@ def test_from_images_to_a_table(folder: Path) -> None:
         "runs",
         "value",
         "spread",
+        "test",
+        "test_spread",
         "kept",
         "untrained",
         "state_bytes_per_sample",

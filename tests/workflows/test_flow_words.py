@@ -40,9 +40,9 @@ def folder(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
-def write_words(folder: Path) -> None:
+def write_words(folder: Path, seed: int = 0) -> None:
     """Write sentences in which "good" is an entity, and "bad" goes on with it; questions for it."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
 
     def drawn(words: tuple[str, ...], least: int, most: int) -> list[str]:
         return draw.choice(words, draw.integers(least, most)).tolist()

@@ -27,7 +27,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def files() -> set[str]:
-    return {path.as_posix() for path in Path().iterdir() if path.is_file()}
+    own = {path.as_posix() for path in Path("data").rglob("*")}
+    return own | {path.as_posix() for path in Path().iterdir() if path.is_file()}
 
 
 def test_a_project_is_written_and_described() -> None:
@@ -39,7 +40,7 @@ def test_a_project_is_written_and_described() -> None:
     assert "24 samples of source images" in result.output
     assert "3 classes" in result.output
     assert "next: dvc init --no-scm && dvc repro" in result.output
-    assert files() == {"params.yaml", "dvc.yaml", ".gitignore", ".dvcignore"}
+    assert files() == {"params.yaml", "dvc.yaml", "data/plots.json", ".gitignore", ".dvcignore"}
     project = Project.load(Path("params.yaml"))
     assert (project.data.path, project.task.kind, project.train.epochs) == ("photos", "classification", 1)
     assert {*IGNORED_BY_GIT, "/photos/"} == set(Path(".gitignore").read_text().splitlines())
@@ -52,7 +53,10 @@ def test_the_settings_have_comments() -> None:
 
 def test_the_pipeline_is_the_shipped_one() -> None:
     init_project(Path("photos"), backbone="tiny:conv_net", overrides=OWN)
-    assert Path("dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
+    for name in ("dvc.yaml", "data/plots.json"):
+        assert Path(name).read_text() == (ROOT / name).read_text()
+    drawings = {path.read_text() for path in ROOT.glob("examples/*/data/plots.json")}
+    assert drawings == {(ROOT / "data/plots.json").read_text()}
 
 
 def test_every_section_of_the_pipeline_is_written() -> None:
@@ -73,8 +77,9 @@ def test_several_data_sets_are_named() -> None:
         init_project(None)
 
 
-@pytest.mark.parametrize("name", ["params.yaml", "dvc.yaml"])
+@pytest.mark.parametrize("name", ["params.yaml", "dvc.yaml", "data/plots.json"])
 def test_no_file_is_replaced(name: str) -> None:
+    Path(name).parent.mkdir(exist_ok=True)
     Path(name).write_text("mine")
     with pytest.raises(ConfigError, match=f"{name} exists already"):
         init_project(Path("photos"))
