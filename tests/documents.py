@@ -50,7 +50,7 @@ def outputs() -> Iterator[str]:
                 yield name.partition("/$")[0]
 
 
-DATA = (*outputs(), *USERS_DATA, *OTHERS_DATA, "data/mnist_5k.csv.gz")
+DATA = (*outputs(), *USERS_DATA, *OTHERS_DATA, "data/mnist_5k.csv.gz", "data/plots.json")
 TARGETS = re.findall(r"^([\w%-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
