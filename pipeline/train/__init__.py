@@ -1,6 +1,8 @@
 """Store + sample table -> order -> loader -> suffix -> loss -> metrics.
 
-fit.py         `fit`: the epochs, with the optimizer and its schedule
+fit.py         `fit`: training, validation and checkpoint, round by round
+rounds.py      the steps of a run, and the spans between two validations
+optimizer.py   the optimizer by name, its groups of parameters and its schedule
 config.py      the section `train:` of params.yaml
 order.py       (seed, epoch, sizes) -> batches
 loader.py      batches -> tensors on the device
