@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import AbsentError, ConfigError, ModelError
 from pipeline.models.backbone import Backbone, embed, first_input
+from pipeline.models.classifier import insert_layers
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
 from pipeline.models.weights import CheckpointLayout, fit_weights, read_weights, seeded
@@ -109,6 +110,9 @@ def load_vision(
         fresh = fit_weights(model, state, CheckpointLayout.of(library.build), f"model.weights {config.weights}")
     preprocessor = ImagePreprocess(preprocess, library.defaults(model), first_input(model))
     if head.kind == "classes":
+        if head.layers:
+            with seeded(config.seed):
+                fresh = insert_layers(model, head.layers, CheckpointLayout.of(library.build), config.backbone)
         return Backbone(model, preprocessor, config.backbone, fresh)
     with seeded(config.seed):
         embedder = embed(model, head, head.pooling or "pooled", preprocessor)
