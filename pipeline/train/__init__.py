@@ -9,6 +9,7 @@ loader.py      batches -> tensors on the device
 objective.py   the module that is trained: a step's loss, over several processes, and the metrics of a validation
 adapter.py     adapters beside frozen pretrained weights
 run_log.py     metrics and plots, as DVC shows them
+trackers.py    experiment trackers, by accelerate
 processes.py   their ranks, and what they exchange
 checkpoint.py  what an interrupted run resumes from
 """

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from pydantic import Field
@@ -12,6 +12,8 @@ from pipeline.config import Section
 from pipeline.train.adapter import AdapterSetting
 from pipeline.train.loader import Residency
 from pipeline.train.order import ViewOrder
+
+Logger: TypeAlias = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio"]
 
 
 class TrainConfig(Section):
@@ -73,6 +75,10 @@ class TrainConfig(Section):
     views: ViewOrder = "cycle"
     """Which of the `encode.views` stored views of a sample an epoch uses: "cycle" uses view `epoch mod views` of all
     samples, "random" draws one per sample."""
+    loggers: Annotated[tuple[Logger, ...], Field(strict=False)] = ()
+    """Experiment trackers that get the settings and the figures of a run, beside DVCLive's files: as in [tensorboard].
+    Each needs its package; `pip install 'layer-recycling[loggers]'` has the first three. Local files are in
+    .recycle/logs/<run>. No effect on the run."""
     seed: int = 0
     """Seed of the batch order, of drawn views, of dropout and of the adapters' initial weights; those of the head come
     from `model.seed`."""

@@ -31,6 +31,7 @@ from pipeline.train.objective import Objective, evaluate, prepare
 from pipeline.train.optimizer import open_optimizer, schedule
 from pipeline.train.rounds import Batches, Clock, Rounds
 from pipeline.train.run_log import RunLog
+from pipeline.train.trackers import check_loggers
 
 log = logging.getLogger("recycle")
 
@@ -53,17 +54,21 @@ class TrainResult:
     """Per round: training loss, validation metrics, seconds; the epochs until then where rounds are no epochs."""
 
 
-def open_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the accelerator for device, precision and processes, and seed the random numbers of this process.
+def open_accelerator(config: TrainConfig, logs: Path) -> Accelerator:
+    """Return the accelerator for device, precision, processes and trackers, which have their files in `logs`.
 
     A batch is divided among processes (`split_batches`), so that a schedule has as many steps as with one process.
 
     Raises:
-        ConfigError: there are more processes than units in a step, or the CPU cannot compute in `config.precision`.
+        ConfigError: a tracker is not installed, there are more processes than units in a step, or the CPU cannot
+            compute in `config.precision`.
     """
     if config.precision == "fp16" and processes.state().device.type == "cpu":
         raise ConfigError("train.precision is fp16, which the CPU does not train in; set bf16 or no")
+    check_loggers(config)
     accelerator = Accelerator(
+        log_with=list(config.loggers) or None,
+        project_dir=logs,
         cpu=processes.state().device.type == "cpu",
         mixed_precision=config.precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
@@ -108,9 +113,14 @@ def fit(
     if progress.initial is None:
         progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
     with RunLog(out) if writes else nullcontext() as live:
-        if live:
-            for row in progress.history:
+
+        def record(number: int, row: dict[str, float]) -> None:
+            if live:
                 live.log_epoch(row)
+            accelerator.log(row, step=rounds.span(number)[1])
+
+        for number, row in enumerate(progress.history):
+            record(number, row)
         clock = Clock(rounds, progress.rounds)
         while not progress.exhausted(len(rounds), config.patience):
             number, start = progress.rounds, time.perf_counter()
@@ -121,8 +131,7 @@ def fit(
             metrics = evaluate(suffix, task, validation, accelerator)
             row |= {f"validation/{name}": value for name, value in metrics.items()}
             better = progress.take(row, metrics[task.monitor], higher=task.higher_is_better)
-            if live:
-                live.log_epoch(row)
+            record(number, row)
             save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
             log.info("%s", _line(progress, rounds, task.monitor, clock))
     result = _result(progress, progress.initial, task, config, rounds)

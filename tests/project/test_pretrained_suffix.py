@@ -109,7 +109,7 @@ def test_layers_in_place_of_the_pretrained_classifier(texts: Path) -> None:
         whole, carried = both(layered, "0.5", texts / "bert")
         assert result(whole) == result(carried)
     hide(texts / "bert")
-    with pytest.raises(AbsentError, match="head.classifier_replaced = True"):
+    with pytest.raises(AbsentError, match=r"head\.classifier_replaced = True"):
         train_project(plain, "0.5")
 
 

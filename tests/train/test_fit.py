@@ -1,12 +1,16 @@
-"""Optimizers by name, rounds of other lengths than an epoch, and what the log says of each."""
+"""Optimizers by name, rounds of other lengths than an epoch, and what logs and trackers say of each."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
 import torch
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 
 import pipeline.train.fit
 from pipeline.errors import ConfigError
@@ -166,3 +170,58 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_weights(
     assert len(saved) == 4
     assert found == expected
     assert [row["train/loss"] for row in resumed.history] == [row["train/loss"] for row in undisturbed.history]
+
+
+class Notes(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name = "tensorboard"
+    requires_logging_directory = True
+    told: ClassVar[list[Any]] = []
+
+    def __init__(self, run_name: str, logging_dir: Path, **options: Any) -> None:
+        super().__init__()
+        self.told[:] = [(run_name, str(logging_dir), options)]
+
+    @property
+    def tracker(self) -> list[Any]:
+        return self.told
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.told.append(values)
+
+    def log(self, values: dict[str, float], step: int | None = None, **options: Any) -> None:
+        self.told.append((step, values))
+
+    def finish(self) -> None:
+        self.told.append("finished")
+
+
+@pytest.mark.slow
+def test_trackers_get_settings_and_figures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, expected = trained(folder)
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Notes)
+    run, found = trained(folder, loggers=["tensorboard"])
+    assert (run.identity, found) == (plain.identity, expected)
+    made, settings, *rows, end = Notes.told
+    assert made == (folder.name, ".recycle/logs/0.5", {})
+    assert settings["run"] == "0.5"
+    assert (settings["train.lr"], settings["train.optimizer"], settings["task.layers"]) == (0.01, "AdamW", "[]")
+    assert all(isinstance(value, (int, float, str)) for value in settings.values())
+    assert rows == [(STEPS_PER_EPOCH, run.history[0]), (2 * STEPS_PER_EPOCH, run.history[1])]
+    assert end == "finished"
+
+
+@pytest.mark.slow
+def test_a_tracker_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.WANDB])
+    with pytest.raises(ConfigError, match=r"has mlflow, comet_ml, not installed here: pip install mlflow comet-ml$"):
+        trained(folder, loggers=["wandb", "mlflow", "comet_ml"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard(folder: Path) -> None:
+    trained(folder, loggers=["tensorboard"])
+    assert list(folder.glob(".recycle/logs/0.5/**/events.out.tfevents.*"))
