@@ -77,7 +77,9 @@ def _hf(config: ModelConfig, head: Head, backbone: Backbone) -> tuple[list[str],
     kind, options = type(backbone.network), dict[str, Any]()
     name = kind.__name__
     if not kind.__module__.startswith("transformers."):
-        name, options = next(iter(HEADS.get(head.kind, ["AutoModel"]))), {"trust_remote_code": True}
+        known = getattr(backbone.network.config, "auto_map", None) or {}
+        name = next((one for one in HEADS.get(head.kind, ()) if one in known), "AutoModel")
+        options = {"trust_remote_code": True}
     elif (
         getattr(backbone.network, "pooler", None) is None and "add_pooling_layer" in inspect.signature(kind).parameters
     ):
