@@ -10,8 +10,8 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,13 +112,7 @@ def fit(
         log.info("goes on from %s, checkpoint %s", rounds.name(progress.rounds), checkpoint)
     if progress.initial is None:
         progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
-    with RunLog(out) if writes else nullcontext() as live:
-
-        def record(number: int, row: dict[str, float]) -> None:
-            if live:
-                live.log_epoch(row)
-            accelerator.log(row, step=rounds.span(number)[1])
-
+    with _recorder(out, accelerator, rounds) as record:
         for number, row in enumerate(progress.history):
             record(number, row)
         clock = Clock(rounds, progress.rounds)
@@ -139,6 +133,19 @@ def fit(
         shutil.copyfile(checkpoint / f"{config.keep}.safetensors", out / "model.safetensors")
         shutil.rmtree(checkpoint)
     return result
+
+
+@contextmanager
+def _recorder(out: Path, accelerator: Accelerator, rounds: Rounds) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """Give a function that logs the figures of a round, for DVC and for the trackers, on the main process."""
+    with RunLog(out) if accelerator.is_main_process else nullcontext() as live:
+
+        def record(number: int, row: dict[str, float]) -> None:
+            if live:
+                live.log_epoch(row)
+            accelerator.log(row, step=rounds.span(number)[1])
+
+        yield record
 
 
 def _line(progress: Progress, rounds: Rounds, monitor: str, clock: Clock) -> str:
