@@ -28,9 +28,11 @@ from pipeline.data import SampleTable
 from pipeline.project import CutName, Project
 from pipeline.project.loaders import open_loaders
 from pipeline.project.towers import open_tower, trainable_suffix
-from pipeline.train.fit import Batches, parameter_groups, schedule, train_epoch
+from pipeline.train.fit import train_round
 from pipeline.train.loader import Batch
 from pipeline.train.objective import Objective
+from pipeline.train.optimizer import open_optimizer, schedule
+from pipeline.train.rounds import Batches, Rounds
 
 
 class FirstBatches:
@@ -45,7 +47,7 @@ class FirstBatches:
     def __iter__(self) -> Iterator[Batch]:
         return itertools.islice(iter(self.loader), self.count)
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, start: int = 0, end: int | None = None) -> None:
         self.loader.set_epoch(epoch)
 
 
@@ -88,14 +90,17 @@ class Side:
         self.in_ram = list(self.batches)
         # The loss's own weights are made by `prepare`, which `open_loaders` called.
         self.objective = Objective(suffix, loaded.task).train()
-        optimizer = torch.optim.AdamW(parameter_groups(self.objective, self.config, loaded.backbone.fresh))
+        optimizer = open_optimizer(self.objective, self.config, loaded.backbone.fresh)
         self.scheduler = schedule(optimizer, self.config, steps=10**6)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.inputs = [loaded.stored_inputs(views, batch.rows.numpy()) for batch in self.in_ram]
 
     def measured(self) -> None:
         """Train as `recycle` does."""
-        train_epoch(self.objective, self.batches, self.optimizer, self.scheduler, self.accelerator, self.config, 0)
+        rounds = Rounds.of(self.config, len(self.batches))
+        train_round(
+            self.objective, self.batches, self.optimizer, self.scheduler, self.accelerator, self.config, rounds, 0
+        )
 
     def ideal(self) -> None:
         """Train on batches in RAM."""

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,6 +93,17 @@ def write_whole(path: Path, text: str) -> None:
     with whole(path) as beside:
         # A file name that is not UTF-8 is written with escapes: what tells of it must be readable.
         beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def open_to_others(folder: Path) -> None:
+    """Give all files below `folder` the permissions of a new file: safetensors keeps what it writes to its owner."""
+    new = folder / f".{os.getpid()}.part"
+    new.touch(exist_ok=False)
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def is_function(name: str) -> bool:

@@ -23,8 +23,9 @@ def command(params: Path, cut: str, settings: Sequence[str], store: str | None, 
     """Fine-tune the layers above one cut from its store.
 
     --set may be given several times, as in --set train.seed=1 --set data.fraction=0.5. A run that was killed goes on
-    from its last whole epoch. --store dvc://REVISION:data/activations reads what DVC tracks there straight from its
-    remote (?remote=NAME names another than the default); an empty revision is dvc.lock as it lies here.
+    from its last validation, by default that of its last whole epoch. --store dvc://REVISION:data/activations reads
+    what DVC tracks there straight from its remote (?remote=NAME names another than the default); an empty revision is
+    dvc.lock as it lies here.
     `torchrun --nproc-per-node 2 -m stages.cli train --cut CUT` trains one run in two processes.
     """
     overrides = dict(map(parse_override, settings)) | ({} if store is None else {STORE: store})

@@ -35,6 +35,8 @@ USERS_DATA = ("data/photos", "data/train-1.jsonl", "data/cloud_faq_dataset.jsonl
 """Data of the reader's own."""
 OTHERS_DATA = ("data/text_classification", "data/ner")
 """Folders of the repositories that examples take their data from."""
+EXPORTED = "load.py"
+"""In a folder that the reader exports."""
 OTHERS_OPTIONS = {"--allow-missing", "--cloud", "--memory-limit", "--name", "--pull", "--resources"}
 """Options of DVC, dask and sbatch."""
 FILES = {"conll", "csv", "json", "jsonl", "npz", "parquet", "py", "safetensors", "yaml"}
@@ -78,6 +80,8 @@ def faults(text: str, folder: Path) -> list[str]:
 
 def exists(path: str, folder: Path) -> bool:
     path = path.rstrip(".:,/")
+    if path == EXPORTED:
+        return True
     if path.startswith(("data/", "results/")):
         return any(path == known or path.startswith(f"{known}/") for known in DATA) or (folder / path).exists()
     pattern = PLACEHOLDERS.sub("*", path)

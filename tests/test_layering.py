@@ -48,6 +48,7 @@ DOORS = {
         "pipeline.train.objective",
         "pipeline.train.parallel",
         "pipeline.train.processes",
+        "pipeline.train.trackers",
     },
     "matplotlib": {"pipeline.report.summary"},
     "nervaluate": {"pipeline.tasks"},

@@ -21,6 +21,7 @@ __all__ = [
     "as_described",
     "describe",
     "load",
+    "loading_code",
     "network_inputs",
 ]
 
@@ -65,6 +66,13 @@ def describe(model: ModelConfig, backbone: Backbone, folder: Path) -> None:
         from pipeline.models.hf import describe_hf  # noqa: PLC0415
 
         describe_hf(model, backbone, folder)
+
+
+def loading_code(model: ModelConfig, head: Head, backbone: Backbone) -> str:
+    """Return lines of Python that load what `backbone.save` wrote, without this package."""
+    from pipeline.models.loading import loading_code as code  # noqa: PLC0415
+
+    return code(model, head, backbone)
 
 
 def as_described(

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from pipeline.errors import BadSampleError, ConfigError, ModelError
 from pipeline.keys import JSON
+from pipeline.models.classifier import find_classifier
 from pipeline.tasks.base import Head
 from pipeline.tasks.heads import Layer, build_head, last_width
 
 # B batch, T token, D channel; images of convolutional networks: H height, W width
 
+CLASSIFIER, PROJECTION = "classifier.safetensors", "projection.safetensors"
+"""Files in an exported folder, with the weights of layers that the library of the network does not know."""
 EXTRA = "extra."
 """Begins the names of what a preprocessing knows of a sample that the task needs and the network does not take."""
 
@@ -145,11 +148,19 @@ class Backbone:
         """Write the network to the existing `folder` in the form its library reads; `backbone.json` describes it.
 
         A network of Hugging Face is a directory for `from_pretrained`, with its tokenizer; any other is a state dict,
-        `model.safetensors`. Layers of an embedding head have their weights in `projection.safetensors`.
+        `model.safetensors`. Layers of an embedding head have their weights in `projection.safetensors`; those of a
+        classifier of Hugging Face's network in `classifier.safetensors`.
         """
         description: dict[str, Any] = {"backbone": self.name, "preprocess": self.preprocess.recipe()}
+        path, classifier = find_classifier(self.network) or ("", None)
+        if classifier is not None:
+            description |= {"classifier": path, "layers": [*classifier.layers]}
         if hasattr(self.network, "save_pretrained"):
-            self.network.save_pretrained(folder)
+            state = self.network.state_dict()
+            if classifier is not None:
+                state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{path}.")}
+                save_file(classifier.state_dict(), folder / CLASSIFIER)
+            self.network.save_pretrained(folder, state_dict=state)
             self.preprocess.save(folder)
         else:
             save_model(self.network, str(folder / "model.safetensors"))
@@ -157,7 +168,7 @@ class Backbone:
             head = self.model
             description |= {"pooling": head.pooling, "features": head.features, "layers": [*head.layers]}
             if projection := head.projection.state_dict():
-                save_file(projection, folder / "projection.safetensors")
+                save_file(projection, folder / PROJECTION)
         (folder / "backbone.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 

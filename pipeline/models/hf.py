@@ -18,8 +18,9 @@ from pipeline.errors import AbsentError, ConfigError, ModelError, RecyclingError
 from pipeline.files import PACKAGE, check_sha256, locate
 from pipeline.models.audio import make_audio_preprocess
 from pipeline.models.backbone import Backbone, Preprocess, embed
+from pipeline.models.classifier import insert_layers
 from pipeline.models.config import ModelConfig, PreprocessConfig
-from pipeline.models.hf_heads import arrange_head, auto_class, label_settings
+from pipeline.models.hf_heads import arrange_head, auto_class, classifier_layout, label_settings
 from pipeline.models.hf_images import image_defaults, load_image_processor
 from pipeline.models.images import ImagePreprocess
 from pipeline.models.texts import first_line, load_tokenizer, make_text_preprocess
@@ -64,15 +65,15 @@ def load_hf(
             blueprint = _build(auto, settings, config, {})
         pooling, extra = _pooling(head, blueprint)
         preprocessor = _make_preprocess(origin, preprocess, settings, blueprint, head)
+        build = partial(_build, auto, config=config, extra=extra)
         with seeded(config.seed):
             if state is None and config.has_file:
                 state = read_weights(config)
             if config.weights is None:
-                model, fresh = _build(auto, settings, config, extra), frozenset[str]()
+                model, fresh = build(settings), frozenset[str]()
             elif state is None:
                 _check_digest(origin, config)
                 model, fresh = _fill(auto, origin, config, {"config": settings, **origin.arguments, **extra})
-                build = partial(_build, auto, config=config, extra=extra)
                 stored = PreTrainedConfig.get_config_dict(origin.source, **origin.arguments)[0].get("id2label") or {}
                 labels = [str(stored[number]) for number in sorted(stored, key=int)]
                 fresh, remark = arrange_head(model, labels, head, build, fresh)
@@ -84,6 +85,8 @@ def load_hf(
             if head.kind == "embedding":
                 model = embed(model, head, pooling, preprocessor)
                 fresh = model.fresh
+            elif head.layers:
+                fresh = insert_layers(model, head.layers, classifier_layout(model, build), config.backbone)
         return Backbone(model, preprocessor, config.backbone, fresh)
 
 

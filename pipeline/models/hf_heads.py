@@ -64,7 +64,7 @@ def arrange_head(
     """
     if not head.labels or len(names) != len(head.labels) or tuple(names) == head.labels:
         return fresh, None
-    sizes = CheckpointLayout.of(lambda size: build(_sized(model.config, size))).sizes
+    sizes = classifier_layout(model, build).sizes
     if sizes.keys() & fresh or all(GENERIC.fullmatch(name) for name in names):
         return fresh, None
     places = {name: number for number, name in enumerate(names)}
@@ -78,6 +78,11 @@ def arrange_head(
     if known:
         return fresh, f"{message}: its outputs were put in their order"
     return fresh | sizes.keys(), f"{message}: so the head is new"
+
+
+def classifier_layout(model: Any, build: Callable[[Any], nn.Module]) -> CheckpointLayout:
+    """Return which tensors of `model` are its classifier's; `build` makes a network of a configuration."""
+    return CheckpointLayout.of(lambda size: build(_sized(model.config, size)))
 
 
 def _sized(settings: Any, size: int) -> Any:

@@ -20,6 +20,11 @@ def load_own(
     config: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
 ) -> Backbone:
     """Call the user's function with the head, in which its network ends already; `state` and errors are `load`'s."""
+    if head.layers and head.kind != "embedding":
+        raise ConfigError(
+            f"task.layers is {list(head.layers)}; {config.backbone} makes its own classifier: build the layers there, "
+            "and remove task.layers"
+        )
     function = load_function(config.backbone, "model.backbone", "head: Head")
     with seeded(config.seed):
         built = function(head)

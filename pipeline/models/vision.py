@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import AbsentError, ConfigError, ModelError
 from pipeline.models.backbone import Backbone, embed, first_input
+from pipeline.models.classifier import insert_layers
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
 from pipeline.models.weights import CheckpointLayout, fit_weights, read_weights, seeded
@@ -26,14 +27,21 @@ class Torchvision:
 
     def build(self, classes: int) -> nn.Module:
         """Return the network with random weights and a classifier of `classes` outputs; with 0, it returns features."""
-        # What torchvision sets itself when it loads these networks' weights.
-        old = {"init_weights": True, "transform_input": True} if self.name in ("googlenet", "inception_v3") else {}
-        options = old | self.options
-        model: nn.Module = torchvision.models.get_model(self.name, weights=None, num_classes=classes or 1, **options)
+        model: nn.Module = torchvision.models.get_model(self.name, weights=None, **self.arguments(classes))
         if classes == 0:
-            for path in {name.rpartition(".")[0] for name in CheckpointLayout.of(self.build).head}:
+            for path in self.classifiers():
                 model.set_submodule(path, nn.Identity())
         return model
+
+    def arguments(self, classes: int) -> dict[str, Any]:
+        """Return the arguments of the constructor."""
+        # What torchvision sets itself when it loads these networks' weights.
+        old = {"init_weights": True, "transform_input": True} if self.name in ("googlenet", "inception_v3") else {}
+        return {"num_classes": classes or 1} | old | self.options
+
+    def classifiers(self) -> list[str]:
+        """Return the paths of the layers whose size follows the classes."""
+        return sorted({name.rpartition(".")[0] for name in CheckpointLayout.of(self.build).head})
 
     def pretrained(self) -> Mapping[str, Tensor]:
         """Return the library's own weights."""
@@ -109,6 +117,9 @@ def load_vision(
         fresh = fit_weights(model, state, CheckpointLayout.of(library.build), f"model.weights {config.weights}")
     preprocessor = ImagePreprocess(preprocess, library.defaults(model), first_input(model))
     if head.kind == "classes":
+        if head.layers:
+            with seeded(config.seed):
+                fresh = insert_layers(model, head.layers, CheckpointLayout.of(library.build), config.backbone)
         return Backbone(model, preprocessor, config.backbone, fresh)
     with seeded(config.seed):
         embedder = embed(model, head, head.pooling or "pooled", preprocessor)

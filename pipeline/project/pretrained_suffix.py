@@ -32,6 +32,9 @@ CONSTANTS = "constants.safetensors"
 BACKBONE = "backbone"
 """Folder with the configuration of the network."""
 
+NO_CLASSIFIER = "classifier_replaced"
+"""Key of what describes a head: true where `task.layers` replace the pretrained classifier."""
+
 
 @dataclass(frozen=True)
 class SuffixTensors:
@@ -117,6 +120,8 @@ class PretrainedSuffix:
         if about.get("recipe") != recipe.digest:
             raise CorruptStoreError(f"{folder} belongs to another store; encode again where the model is")
         wanted = {"model": model.model_dump(mode="json"), "head": _described(head)}
+        if wanted["head"].get(NO_CLASSIFIER):  # a classifier that is not used may be there
+            about = about | {"head": {**dict(about["head"]), NO_CLASSIFIER: True}}
         if changed := first_difference({name: about.get(name) for name in wanted}, wanted):
             setting, then, now = changed
             raise AbsentError(
@@ -152,4 +157,5 @@ def _can_be_missed(model: ModelConfig) -> bool:
 
 def _described(head: Head) -> dict[str, JSON]:
     """Return the properties of the head that decide which pretrained weights the network has."""
-    return {name: getattr(head, name) for name in ("kind", "size", "pooling")}
+    described = {name: getattr(head, name) for name in ("kind", "size", "pooling")}
+    return described | ({NO_CLASSIFIER: True} if head.layers and head.kind != "embedding" else {})

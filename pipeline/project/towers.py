@@ -169,10 +169,10 @@ class TowerLoader:
         self._loaders = loaders
         self._rows = {name: torch.from_numpy(own) for name, own in rows.items()}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
+    def set_epoch(self, epoch: int, start: int = 0, end: int | None = None) -> None:
+        """Choose the epoch of the next iteration, and its batches from `start` to before `end`."""
         for loader in self._loaders.values():
-            loader.set_epoch(epoch)
+            loader.set_epoch(epoch, start, end)
 
     def __len__(self) -> int:
         """Return the number of batches that the next iteration gives."""

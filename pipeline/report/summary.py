@@ -122,7 +122,7 @@ def _row(group: Sequence[Run], cost: CutCost, full: Sequence[Run] | None) -> Res
         state_bytes_per_sample=None if cost.state_bytes_per_sample is None else round(cost.state_bytes_per_sample),
         encode_seconds=cost.encode_seconds,
         train_seconds_per_epoch=seconds,
-        epochs=statistics.fmean(len(one.history) for one in group),
+        epochs=statistics.fmean(one.history[-1].get("train/epoch", len(one.history)) for one in group),
         **factors,
         break_even_epoch=None
         if not saved or cost.encode_seconds is None
@@ -191,7 +191,7 @@ def _known(value: float | None, form: str) -> str:
 
 
 def curves(runs: Sequence[Run], costs: Mapping[str, CutCost]) -> pd.DataFrame:
-    """Return metric and loss of every epoch of every run against the seconds spent until then, encode included."""
+    """Return metric and loss of every validation of every run against the seconds spent until then, encode included."""
     lines: list[dict[str, Any]] = []
     for run in runs:
         seconds = costs.get(str(run.cut), CutCost()).encode_seconds or 0.0
@@ -199,7 +199,7 @@ def curves(runs: Sequence[Run], costs: Mapping[str, CutCost]) -> pd.DataFrame:
         for epoch, row in enumerate(run.history, start=1):
             seconds += row["train/seconds"]
             scores = {"value": row[f"validation/{run.metric}"], "loss": row["train/loss"]}
-            lines.append({**fixed, "epoch": epoch, "seconds": seconds, **scores})
+            lines.append({**fixed, "epoch": row.get("train/epoch", epoch), "seconds": seconds, **scores})
     return pd.DataFrame(lines, columns=["run", "cut", "epoch", "seconds", "metric", "value", "loss"])
 
 

@@ -89,7 +89,6 @@ def provenance(project: Project, cut: CutName, stores: Sequence[Store] | None = 
     """
     if stores is None:
         stores = [part.open_store(part.at(cut), view) for part in project.parts for view in part.views]
-    names = ("model", "task", "train", *(["towers"] if project.towers.is_set else []))
     own = {("model.backbone", part.model.backbone) for part in project.parts if part.model.library == "function"}
     own |= {("task.kind", project.task.kind)} if is_function(project.task.kind) else set()
     functions = [load_function(name, setting, "argument") for setting, name in sorted(own)]
@@ -97,9 +96,15 @@ def provenance(project: Project, cut: CutName, stores: Sequence[Store] | None = 
         "stores": [store.recipe.digest for store in stores],
         "samples": sha256(project.samples),
         "data": {"fraction": project.data.fraction, "seed": project.data.seed},
-        **{name: getattr(project, name).model_dump(mode="json", exclude={"residency"}) for name in names},
+        **sections(project),
         **({"code": fingerprint(functions)} if functions else {}),
     }
+
+
+def sections(project: Project) -> dict[str, dict[str, JSON]]:
+    """Return the sections of the settings that decide a run, without those that have no effect on it."""
+    names = ("model", "task", "train", *(["towers"] if project.towers.is_set else []))
+    return {name: getattr(project, name).model_dump(mode="json", exclude={"residency", "loggers"}) for name in names}
 
 
 def identity(made_of: Mapping[str, Any]) -> str:

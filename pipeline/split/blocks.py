@@ -113,8 +113,12 @@ def _parent(path: str) -> str:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Return whether `module` is a single layer (a convolution with its norm), too small to be a block among blocks."""
-    return sum(parameter.dim() > 1 for parameter in module.parameters()) <= 1
+    """Return whether `module` is a single layer (a convolution with its norm), too small to be a block among blocks.
+
+    A module that takes the place of one says so: `is_single_layer`.
+    """
+    declared = getattr(module, "is_single_layer", False) is True
+    return declared or sum(parameter.dim() > 1 for parameter in module.parameters()) <= 1
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -96,7 +96,8 @@ class Head:
     token, or what the backbone itself pools. None takes the usual one: mean for texts, the backbone's own for images.
     """
     layers: tuple[Layer, ...] = ()
-    """embedding: the layers after pooling, for `build_head`; without, D is the backbone's."""
+    """embedding: the layers after pooling, for `build_head`; without, D is the backbone's. classes, tokens: the layers
+    before the last linear layer; without, the classifier is the architecture's own."""
     labels: tuple[str, ...] = ()
     """classes, tokens: name of each output, in order; none for numbers to regress."""
     problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None

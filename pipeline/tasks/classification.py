@@ -29,13 +29,14 @@ class OfClasses(Task):
 
     def __init__(self, config: TaskConfig) -> None:
         self.label_smoothing = config.label_smoothing
+        self.layers = config.layers
         self.balanced = config.class_weights == "balanced"
         self.monitor = config.monitor or SCORES[self.name][0]
         self._weights: Tensor | None = None
 
     def head(self, table: Table) -> Head:
         labels = tuple(map(str, self.classes(table)))
-        return Head("classes", size=len(labels), labels=labels, problem=self.problem)
+        return Head("classes", size=len(labels), layers=self.layers, labels=labels, problem=self.problem)
 
     @abstractmethod
     def classes(self, table: Table) -> list[Any]:

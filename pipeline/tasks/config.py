@@ -24,12 +24,12 @@ LOWER_IS_BETTER = frozenset({"rmse", "mae"})
 REGRESSION_LOSSES = ("mse", "l1", "huber")
 
 _USED_BY: dict[str, frozenset[str]] = {
-    "classification": frozenset({"label_smoothing", "class_weights", "monitor"}),
-    "multi-label": frozenset({"label_smoothing", "class_weights", "monitor"}),
-    "regression": frozenset({"loss", "loss_options", "monitor"}),
+    "classification": frozenset({"label_smoothing", "class_weights", "layers", "monitor"}),
+    "multi-label": frozenset({"label_smoothing", "class_weights", "layers", "monitor"}),
+    "regression": frozenset({"loss", "loss_options", "layers", "monitor"}),
     "similarity": frozenset({"loss", "loss_options", "distance", "miner", "miner_options", "memory", "symmetric"})
     | {"pooling", "layers", "samples_per_label", "precision_at", "monitor", "seed"},
-    "tagging": frozenset({"label_smoothing", "monitor"}),
+    "tagging": frozenset({"label_smoothing", "layers", "monitor"}),
     "answers": frozenset({"max_answer", "monitor"}),
     "module:function": frozenset({"options"}),
 }
@@ -103,9 +103,11 @@ class TaskConfig(Section):
     """similarity: how the vectors of a sample become one: "mean" or "max" over its tokens, "cls" for the first token,
     "pooled" for the backbone's own pooling. Unset: mean for texts, the backbone's own for images."""
     layers: Layers = ()
-    """similarity: layers of the head after pooling, in order. Numbers are widths of linear layers with ReLU between
-    them, as in [512, 256]; other layers have names, as in [{skip: {dropout: 0.1}}, {linear: 256}]. Empty: the pooled
-    vector is the embedding."""
+    """Layers of the head, in order. Numbers are widths of linear layers with ReLU between them, as in [512, 256]; other
+    layers have names, as in [{skip: {dropout: 0.1}}, {linear: 256}]. similarity: the layers after pooling; empty, the
+    pooled vector is the embedding. classification, multi-label, regression, tagging: layers between the features and a
+    new last linear layer, which continues numbers or an mlp, as in [{dropout: 0.2}, {mlp: [256]}]; empty, the network's
+    own classifier."""
     samples_per_label: int = Field(default=4, ge=2)
     """similarity of labels: K samples of one label form one unit, so that each sample has positives. `train.batch_size`
     counts units: with P units a batch has P x K samples of up to P labels."""

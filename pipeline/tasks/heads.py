@@ -1,4 +1,4 @@
-"""The layers of an embedding head, listed in params.yaml by name and options.
+"""The layers of a head, listed in params.yaml by name and options.
 
 A layer is written `name`, `{name: value}` (the value of its first option) or `{name: {option: value}}`. A bare number
 is a linear layer of that width, with a ReLU between two numbers in a row: `[512, 256]` is a small MLP.
@@ -188,6 +188,14 @@ def build_head(layers: Sequence[Layer], width: int) -> nn.Module:
         modules.append(config.build(width))
         width = config.width_after(width)
     return Stack(*modules) if modules else nn.Identity()
+
+
+def with_outputs(layers: Sequence[Layer], outputs: int) -> list[Layer]:
+    """Return the layers and a linear layer for so many outputs, which continues an mlp at their end."""
+    last = parse(layers[-1])
+    if isinstance(last, Mlp):
+        return [*layers[:-1], {"mlp": {**last.model_dump(), "widths": (*last.widths, outputs)}}]
+    return [*layers, outputs]
 
 
 def last_width(layers: Sequence[Layer]) -> int | None:

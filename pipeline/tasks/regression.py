@@ -29,6 +29,7 @@ class Regression(Task):
     name = "regression"
 
     def __init__(self, config: TaskConfig) -> None:
+        self.layers = config.layers
         self.monitor = config.monitor or SCORES[self.name][0]
         try:
             self._loss: nn.Module = _LOSSES[config.loss](**config.loss_options)
@@ -39,7 +40,7 @@ class Regression(Task):
         self._scale: np.ndarray | None = None
 
     def head(self, table: Table) -> Head:
-        return Head("classes", size=self._numbers(table).shape[1], problem="regression")
+        return Head("classes", size=self._numbers(table).shape[1], layers=self.layers, problem="regression")
 
     def units_of(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation of the training split, (K,) float64 each; raises DataError if one is 0."""

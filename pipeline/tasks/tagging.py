@@ -39,12 +39,13 @@ class Tagging(Task):
 
     def __init__(self, config: TaskConfig) -> None:
         self.label_smoothing = config.label_smoothing
+        self.layers = config.layers
         self.monitor = config.monitor or SCORES[self.name][0]
         self._tags: list[str] = []
 
     def head(self, table: Table) -> Head:
         tags = self.tags(table)
-        return Head("tokens", size=len(tags), labels=tuple(tags))
+        return Head("tokens", size=len(tags), layers=self.layers, labels=tuple(tags))
 
     def tags(self, table: Table) -> list[str]:
         """Return the tags in the order of the logits.

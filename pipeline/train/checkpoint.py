@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a training run, written atomically after every epoch."""
+"""Checkpoints: the state of a training run, written atomically after every round."""
 
 import json
 import math
@@ -23,30 +23,32 @@ from pipeline.train import processes
 
 @dataclass
 class Progress:
-    """Progress of a run, saved after every epoch beside accelerate's state."""
+    """Progress of a run, saved after every round beside accelerate's state."""
 
-    epoch: int = 0
+    rounds: int = 0
+    """Rounds that have been trained."""
     best: float = float("nan")
-    best_epoch: int = 0
+    best_round: int = 0
+    """The round with the best score, counted from 1."""
     initial: float | None = None
     history: list[dict[str, float]] = field(default_factory=list)
 
     def take(self, row: dict[str, float], value: float, *, higher: bool = True) -> bool:
-        """Add the figures of an epoch; return whether `value` is the best so far (the lowest unless `higher`).
+        """Add the figures of a round; return whether `value` is the best so far (the lowest unless `higher`).
 
-        While the score is NaN, as without validation samples, every epoch counts as the best: the last one is kept.
+        While the score is NaN, as without validation samples, every round counts as the best: the last one is kept.
         """
-        self.epoch += 1
+        self.rounds += 1
         self.history.append(row)
         better = math.isnan(self.best) or (value > self.best if higher else value < self.best)
         if better:
-            self.best, self.best_epoch = value, self.epoch
+            self.best, self.best_round = value, self.rounds
         return better
 
-    def exhausted(self, epochs: int, patience: int | None) -> bool:
-        """Return whether training is over: all `epochs` are done, or the last `patience` did not improve."""
-        waited = self.epoch - self.best_epoch
-        return self.epoch >= epochs or (patience is not None and waited >= patience)
+    def exhausted(self, rounds: int, patience: int | None) -> bool:
+        """Return whether training is over: all `rounds` are done, or the last `patience` did not improve."""
+        waited = self.rounds - self.best_round
+        return self.rounds >= rounds or (patience is not None and waited >= patience)
 
 
 @contextmanager
@@ -79,9 +81,9 @@ def resume(accelerator: Accelerator, checkpoint: Path) -> Progress:
 def save(
     accelerator: Accelerator, weights: Mapping[str, Tensor], checkpoint: Path, progress: Progress, *, better: bool
 ) -> None:
-    """Commit an epoch: everything is written to a temporary folder, which then replaces `latest` by renames.
+    """Commit a round: everything is written to a temporary folder, which then replaces `latest` by renames.
 
-    `weights`, given by the main process, are those that the run would keep after this epoch. Every process adds the
+    `weights`, given by the main process, are those that the run would keep after this round. Every process adds the
     state of its random numbers.
     """
     beside, latest, previous = (checkpoint / name for name in ("beside", "latest", "previous"))

@@ -1,13 +1,19 @@
 """The section `train:` of params.yaml: how the suffix is trained."""
 
-from typing import Literal
+import inspect
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeAlias
 
+import torch
 from pydantic import Field
+from torch.optim import Optimizer
 
 from pipeline.config import Section
 from pipeline.train.adapter import AdapterSetting
 from pipeline.train.loader import Residency
 from pipeline.train.order import ViewOrder
+
+Logger: TypeAlias = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio"]
 
 
 class TrainConfig(Section):
@@ -15,14 +21,24 @@ class TrainConfig(Section):
 
     epochs: int = Field(default=3, ge=1)
     """Passes over the training samples."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Number of optimizer steps of the run, over which the schedule goes; it replaces `epochs`."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Validate, log and save after every so many optimizer steps, and after the last one, in place of the end of an
+    epoch. An interrupted run continues from there; `patience` and `keep` count these validations."""
     batch_size: int = Field(default=64, ge=1)
     """Units per step: samples, or pairs if the task learns from pairs. Several processes share them."""
     lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     head_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the parameters that are not pretrained (the head); null for `lr`."""
+    optimizer: str = "AdamW"
+    """Optimizer: a class of torch.optim by its name, such as SGD."""
+    optimizer_options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer, as in {betas: [0.9, 0.95]} or {momentum: 0.9}."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay of AdamW; biases and normalisation weights have none."""
+    """Weight decay, as the optimizer has it: decoupled for AdamW, part of the gradient for SGD. Biases and
+    normalisation weights have none. Optimizers without it refuse it."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to zero at the last step."""
     warmup: float = Field(default=0.0, ge=0, lt=1)
@@ -30,7 +46,7 @@ class TrainConfig(Section):
     max_grad_norm: float | None = Field(default=None, gt=0)
     """Norm to which larger gradients are scaled down; null for no limit."""
     gradient_accumulation: int = Field(default=1, ge=1)
-    """Batches per optimiser step; the last step of an epoch takes the remaining ones."""
+    """Batches per optimizer step; the last step of an epoch takes the remaining ones."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of accelerate."""
     channels_last: bool = False
@@ -39,9 +55,10 @@ class TrainConfig(Section):
     """Train adapters in place of the pretrained weights, which stay frozen: `lora` or `peanut`, or a section with its
     settings. The run keeps plain weights, with the adapters merged into them."""
     patience: int | None = Field(default=None, ge=1)
-    """Stop after this many epochs without a better validation score; null trains all epochs."""
+    """Stop after this many validations (epochs, unless `eval_every` is set) without a better score; null trains to the
+    end."""
     keep: Literal["best", "last"] = "best"
-    """Epoch whose weights the run keeps: the best by validation score, or the last."""
+    """Weights that the run keeps: those of the best validation score, or the last."""
     shuffle: Literal["auto", "exact", "window"] = "auto"
     """"exact" draws each epoch's order from all orders. "window" draws batches from a few segments at a time while
     whole segments are read ahead. "auto" is exact if the store fits in half of the memory."""
@@ -58,6 +75,49 @@ class TrainConfig(Section):
     views: ViewOrder = "cycle"
     """Which of the `encode.views` stored views of a sample an epoch uses: "cycle" uses view `epoch mod views` of all
     samples, "random" draws one per sample."""
+    loggers: Annotated[tuple[Logger, ...], Field(strict=False)] = ()
+    """Experiment trackers that get the settings and the figures of a run, beside DVCLive's files: as in [tensorboard].
+    Each needs its package; `pip install 'layer-recycling[loggers]'` has the first three. Local files are in
+    .recycle/logs/<run>. No effect on the run."""
     seed: int = 0
     """Seed of the batch order, of drawn views, of dropout and of the adapters' initial weights; those of the head come
     from `model.seed`."""
+
+    def _faults(self) -> Iterator[str]:
+        options = self.optimizer_options
+        if own := sorted({"params", "lr", "weight_decay"} & options.keys()):
+            yield f"optimizer_options has {', '.join(own)}; remove it: lr and weight_decay are settings of train"
+        elif (fault := _fault_of_optimizer(self.optimizer, options)) is not None:
+            yield fault
+        elif "weight_decay" in self.model_fields_set and not has_weight_decay(self.optimizer):
+            yield f"weight_decay is {self.weight_decay}, which {self.optimizer} does not take; remove it"
+
+
+def has_weight_decay(optimizer: str) -> bool:
+    """Return whether a class of torch.optim takes a weight decay."""
+    return "weight_decay" in inspect.signature(getattr(torch.optim, optimizer)).parameters
+
+
+def _fault_of_optimizer(name: str, options: dict[str, Any]) -> str | None:
+    """Return why no optimizer can be made so; found by a step of one on two small parameters."""
+    if not _is_optimizer(getattr(torch.optim, name, None)):
+        known = ", ".join(sorted(other for other, kind in vars(torch.optim).items() if _is_optimizer(kind)))
+        return f"optimizer is {name!r}; torch.optim has {known}"
+    kind = getattr(torch.optim, name)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((1, 1), (1,))]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        kind(parameters, lr=1e-3, **options).step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        takes = ", ".join(name for name in inspect.signature(kind).parameters if name not in ("params", "lr"))
+        return f"optimizer is {name} with optimizer_options {options}: {error}; {name} takes {takes}"
+    return None
+
+
+def _is_optimizer(kind: object) -> bool:
+    """Return whether `kind` is an optimizer that only needs gradients: not LBFGS, whose step takes a function."""
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        return False
+    step = inspect.signature(kind.step).parameters.get("closure")
+    return "lr" in inspect.signature(kind).parameters and (step is None or step.default is None)

@@ -1,8 +1,8 @@
-"""The inner flow of train: batches -> suffix -> loss -> optimizer -> metrics, epoch by epoch.
+"""The inner flow of train: batches -> suffix -> loss -> optimizer -> metrics, round by round.
 
 `fit` takes iterables of batches, not a store. `accelerate` drives device, precision and checkpoints; a killed run
-resumes after its last complete epoch and ends with the weights of an uninterrupted run. Every process of a run calls
-`fit`; the main one writes.
+resumes after its last complete round (by default an epoch) and ends with the weights of an uninterrupted run. Every
+process of a run calls `fit`; the main one writes.
 """
 
 import logging
@@ -10,17 +10,16 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from pipeline.errors import ConfigError, TrainError
@@ -28,9 +27,11 @@ from pipeline.tasks import Task
 from pipeline.train import processes
 from pipeline.train.checkpoint import Progress, resume, save
 from pipeline.train.config import TrainConfig
-from pipeline.train.loader import Batch
 from pipeline.train.objective import Objective, evaluate, prepare
+from pipeline.train.optimizer import open_optimizer, schedule
+from pipeline.train.rounds import Batches, Clock, Rounds
 from pipeline.train.run_log import RunLog
+from pipeline.train.trackers import check_loggers
 
 log = logging.getLogger("recycle")
 
@@ -40,7 +41,7 @@ class TrainResult:
     """The result of a training run."""
 
     metric: str
-    """Name of the validation metric that selects the best epoch."""
+    """Name of the validation metric that selects the best round."""
     value: float
     """Its value for the weights that the run keeps."""
     initial: float
@@ -48,33 +49,30 @@ class TrainResult:
     best_epoch: int
     """Epoch these weights come from, counted from 1."""
     train_seconds_per_epoch: float
-    """Median over the epochs, without validation and checkpoints."""
+    """Median over the rounds, without validation and checkpoints."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Per epoch: training loss, validation metrics, seconds."""
+    """Per round: training loss, validation metrics, seconds; the epochs until then where rounds are no epochs."""
     validation: dict[str, float] = field(default_factory=dict)
     """All validation scores of these weights."""
     test: dict[str, float] = field(default_factory=dict)
     """Scores of these weights on the test samples; empty without any."""
 
 
-class Batches(Iterable[Batch], Sized, Protocol):
-    """Batches of one epoch, the same number every epoch; `set_epoch` chooses the order."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
-
-
-def open_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the accelerator for device, precision and processes, and seed the random numbers of this process.
+def open_accelerator(config: TrainConfig, logs: Path) -> Accelerator:
+    """Return the accelerator for device, precision, processes and trackers, which have their files in `logs`.
 
     A batch is divided among processes (`split_batches`), so that a schedule has as many steps as with one process.
 
     Raises:
-        ConfigError: there are more processes than units in a step, or the CPU cannot compute in `config.precision`.
+        ConfigError: a tracker is not installed, there are more processes than units in a step, or the CPU cannot
+            compute in `config.precision`.
     """
     if config.precision == "fp16" and processes.state().device.type == "cpu":
         raise ConfigError("train.precision is fp16, which the CPU does not train in; set bf16 or no")
+    check_loggers(config)
     accelerator = Accelerator(
+        log_with=list(config.loggers) or None,
+        project_dir=logs,
         cpu=processes.state().device.type == "cpu",
         mixed_precision=config.precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
@@ -111,130 +109,128 @@ def fit(
     writes = accelerator.is_main_process
     objective = Objective(suffix, task)
     model = prepare(objective, training, accelerator)
+    rounds = Rounds.of(config, len(training))
     # After the move to the device, which may replace parameters.
-    optimizer = torch.optim.AdamW(parameter_groups(objective, config, fresh))
-    scheduler = schedule(optimizer, config, steps=config.epochs * -(-len(training) // config.gradient_accumulation))
-    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    optimizer = open_optimizer(objective, config, fresh)
+    optimizer, scheduler = accelerator.prepare(optimizer, schedule(optimizer, config, rounds.steps))
     progress = resume(accelerator, checkpoint)
-    if progress.epoch:
-        log.info("goes on from epoch %d of %d, checkpoint %s", progress.epoch + 1, config.epochs, checkpoint)
+    if progress.rounds:
+        log.info("goes on from %s, checkpoint %s", rounds.name(progress.rounds), checkpoint)
     if progress.initial is None:
         progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
     with RunLog(out) if writes else nullcontext() as live:
-        if live:
-            for row in progress.history:
-                live.log_epoch(row)
-        while not progress.exhausted(config.epochs, config.patience):
-            training.set_epoch(progress.epoch)
-            start = time.perf_counter()
-            loss = train_epoch(model, training, optimizer, scheduler, accelerator, config, progress.epoch)
-            seconds = time.perf_counter() - start
+        record = _Recorder(live, accelerator, rounds)
+        for number, row in enumerate(progress.history):
+            record.round(number, row)
+        clock = Clock(rounds, progress.rounds)
+        while not progress.exhausted(len(rounds), config.patience):
+            number, start = progress.rounds, time.perf_counter()
+            loss = train_round(model, training, optimizer, scheduler, accelerator, config, rounds, number)
+            row = {"train/loss": loss, "train/seconds": time.perf_counter() - start}
+            if not rounds.are_epochs:
+                row["train/epoch"] = rounds.epochs_after(number)
             metrics = evaluate(suffix, task, validation, accelerator)
-            row = {"train/loss": loss, "train/seconds": seconds} | {f"validation/{k}": v for k, v in metrics.items()}
+            row |= {f"validation/{name}": value for name, value in metrics.items()}
             better = progress.take(row, metrics[task.monitor], higher=task.higher_is_better)
-            if live:
-                live.log_epoch(row)
+            record.round(number, row)
             save(accelerator, weights(suffix) if writes else {}, checkpoint, progress, better=better)
-        result = _result(progress, progress.initial, task, config)
+            log.info("%s", _line(progress, rounds, task.monitor, clock))
+        result = _result(progress, progress.initial, task, config, rounds)
         if writes:
             shutil.copyfile(checkpoint / f"{config.keep}.safetensors", out / "model.safetensors")
         accelerator.wait_for_everyone()
         result.test = test(out / "model.safetensors")
-        if live:
-            live.log_result({"validation": result.validation, "test": result.test})
+        record.result(result)
     if writes:
         shutil.rmtree(checkpoint)
     return result
 
 
-def _result(progress: Progress, initial: float, task: Task, config: TrainConfig) -> TrainResult:
-    epoch = progress.best_epoch if config.keep == "best" else progress.epoch
-    row = progress.history[epoch - 1]
+class _Recorder:
+    """Logs the figures of a run, for DVC and for the trackers; only the main process writes."""
+
+    def __init__(self, live: RunLog | None, accelerator: Accelerator, rounds: Rounds) -> None:
+        self._live, self._accelerator, self._rounds = live, accelerator, rounds
+
+    def round(self, number: int, row: dict[str, float]) -> None:
+        """Log the figures of a round."""
+        if self._live:
+            self._live.log_epoch(row)
+        self._accelerator.log(row, step=self._rounds.span(number)[1])
+
+    def result(self, result: TrainResult) -> None:
+        """Log the scores of the weights that the run keeps."""
+        if self._live:
+            self._live.log_result({"validation": result.validation, "test": result.test})
+
+
+def _line(progress: Progress, rounds: Rounds, monitor: str, clock: Clock) -> str:
+    """Return the line of the last round for the log."""
+    row, left = progress.history[-1], clock.left(progress.rounds)
+    parts = [f"loss {row['train/loss']:.4g}", f"{monitor} {row[f'validation/{monitor}']:.4g}"]
+    if not math.isnan(progress.best):
+        parts[-1] += " (best)" if progress.best_round == progress.rounds else f" (best {progress.best:.4g})"
+    parts += [f"{row['train/seconds']:.1f} s", *([f"{left} left"] if left else [])]
+    return f"{rounds.name(progress.rounds - 1)}: {', '.join(parts)}"
+
+
+def _result(progress: Progress, initial: float, task: Task, config: TrainConfig, rounds: Rounds) -> TrainResult:
+    kept = progress.best_round if config.keep == "best" else progress.rounds
+    row = progress.history[kept - 1]
     scores = {name.partition("/")[2]: value for name, value in row.items() if name.startswith("validation/")}
     return TrainResult(
         metric=task.monitor,
         value=scores[task.monitor],
         initial=initial,
-        best_epoch=epoch,
-        train_seconds_per_epoch=statistics.median(row["train/seconds"] for row in progress.history),
+        best_epoch=math.ceil(rounds.epochs_after(kept - 1)),
+        train_seconds_per_epoch=statistics.median(
+            row["train/seconds"] / (end - start) * rounds.steps_per_epoch
+            for number, row in enumerate(progress.history)
+            for start, end in [rounds.span(number)]
+        ),
         history=progress.history,
         validation=scores,
     )
 
 
-def train_epoch(
+def train_round(
     objective: nn.Module,
     batches: Batches,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
     accelerator: Accelerator,
     config: TrainConfig,
-    epoch: int,
+    rounds: Rounds,
+    number: int,
 ) -> float:
-    """Train on the batches of one epoch; return their mean loss.
+    """Train on the batches of one round; return their mean loss.
 
     Raises:
         TrainError: the loss is not finite.
     """
     objective.train()
     total, count = torch.zeros((), device=accelerator.device), 0
+    start, end = rounds.span(number)
     hidden = None if accelerator.is_main_process else True
-    for batch in tqdm(batches, desc=f"epoch {epoch + 1}/{config.epochs}", unit="batch", disable=hidden, leave=False):
-        count += 1
-        # An epoch ends with a step: a killed run resumes without accumulated gradients.
-        steps = count % config.gradient_accumulation == 0 or count == len(batches)
-        with nullcontext() if steps else accelerator.no_sync(objective):
-            with accelerator.autocast():
-                loss = objective(batch)
-            accelerator.backward(loss)
-        if steps:
-            if config.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-        total += loss.detach()
+    with tqdm(total=end - start, desc=rounds.name(number), unit="step", disable=hidden, leave=False) as bar:
+        for batch, steps in rounds.of_training(batches, number):
+            count += 1
+            with nullcontext() if steps else accelerator.no_sync(objective):
+                with accelerator.autocast():
+                    loss = objective(batch)
+                accelerator.backward(loss)
+            if steps:
+                if config.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                bar.update()
+            total += loss.detach()
     mean = float(total) / count
     if not math.isfinite(mean):
         raise TrainError(
-            f"the training loss is {mean} in epoch {epoch + 1}; lower train.lr (now {config.lr}) "
+            f"the training loss is {mean} in {rounds.name(number)}; lower train.lr (now {config.lr}) "
             "or set train.max_grad_norm"
         )
     return mean
-
-
-def parameter_groups(model: nn.Module, config: TrainConfig, fresh: frozenset[str]) -> list[dict[str, Any]]:
-    """Return AdamW's groups: pretrained and fresh parameters, each with and without weight decay."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_fresh = name.removeprefix("suffix.") in fresh or name.startswith("loss.")
-            groups.setdefault((is_fresh, parameter.dim() > 1), []).append(parameter)
-    if not groups:
-        raise TrainError(
-            "nothing trains after this cut: no parameter is left; choose a cut below 1.0 or a head with parameters"
-        )
-    return [
-        {
-            "params": parameters,
-            "lr": (config.head_lr or config.lr) if is_fresh else config.lr,
-            "weight_decay": config.weight_decay if decays else 0.0,
-        }
-        for (is_fresh, decays), parameters in groups.items()
-    ]
-
-
-def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
-    """Return the learning-rate schedule over `steps` steps."""
-    warmup = round(config.warmup * steps)
-    rest = max(1, steps - warmup)
-    after: LRScheduler
-    if config.schedule == "cosine":
-        after = CosineAnnealingLR(optimizer, rest)
-    elif config.schedule == "linear":
-        after = LinearLR(optimizer, 1.0, 0.0, rest)
-    else:
-        after = ConstantLR(optimizer, 1.0)
-    if not warmup:
-        return after
-    return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup), after], milestones=[warmup])

@@ -169,9 +169,9 @@ class Loader:
         self._read_ahead = read_ahead if isinstance(self.source, Reader) else 0
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
-        self._epoch = self._batches(epoch) if callable(self._batches) else self._batches
+    def set_epoch(self, epoch: int, start: int = 0, end: int | None = None) -> None:
+        """Choose the epoch of the next iteration, and its batches from `start` to before `end`."""
+        self._epoch = (self._batches(epoch) if callable(self._batches) else self._batches)[start:end]
         views = self._view(epoch)
         self._place_of_row = views * len(views) + np.arange(len(views))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from pipeline.data import SampleTable
 from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import DataError, RecyclingError
-from pipeline.models import network_inputs
+from pipeline.files import open_to_others
+from pipeline.models import loading_code, network_inputs
 from pipeline.project import Project
 from pipeline.project.model import LoadedModel
 from pipeline.project.views import Views
@@ -21,6 +22,8 @@ from pipeline.runs.finished import open_run, towers_of
 from pipeline.split import Prefix, Suffix, merge
 from pipeline.tasks import read_tensor
 
+LOADER = "load.py"
+"""File in an export with the lines of Python that load it."""
 PROVED_ON = 32
 MERGED_TOLERANCE = 1e-5
 """Largest difference of the merged model from prefix + suffix in fp32, relative to the largest output."""
@@ -64,8 +67,8 @@ class Parity:
 def export_run(project: Project, name: str, to: Path) -> Parity:
     """Write the finished run `name` to the folder `to` and return the proof that it is what was trained.
 
-    `to` appears only once the proof has passed. `legend.json` in it says what the outputs mean, as the run does. Towers
-    are written to folders in it, each with its proof.
+    `to` appears only once the proof has passed. `legend.json` in it says what the outputs mean, as the run does, and
+    `load.py` loads it without this package. Towers are written to folders in it, each with its proof.
 
     Raises:
         DataError: the run does not exist, or the samples of its store are not in the data set any more.
@@ -97,6 +100,9 @@ def _export(project: Project, name: str, tower: str | None, to: Path) -> Parity:
         )
     to.mkdir(parents=True)
     loaded.backbone.save(to)
+    code = loading_code(loaded.project.model, loaded.head, loaded.backbone)
+    (to / LOADER).write_text(code, encoding="utf-8")
+    open_to_others(to)
     (to / "parity.json").write_text(json.dumps(asdict(parity), indent=2) + "\n")
     if run.legend:
         (to / "legend.json").write_text(json.dumps(run.legend, ensure_ascii=False) + "\n", encoding="utf-8")

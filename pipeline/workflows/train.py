@@ -31,8 +31,12 @@ from pipeline.train.checkpoint import exclusive_checkpoint
 from pipeline.train.fit import TrainResult, fit, open_accelerator
 from pipeline.train.loader import Loader
 from pipeline.train.objective import evaluate, to_device
+from pipeline.train.trackers import tracked
 
 log = logging.getLogger("recycle")
+
+LOGS = "logs"
+"""Folder in `work_dir` with the local files of experiment trackers."""
 
 
 def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
@@ -44,14 +48,18 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
     cut = project.cut(cut_name)
     name = name or record.run_name(project, cut)
     out = project.run_path(name)
-    accelerator = open_accelerator(project.train)
+    accelerator = open_accelerator(project.train, project.work_dir / LOGS / name)
     set_seed(project.train.seed, device_specific=True)  # dropout differs between processes
     table = project.training_table()
     towers = [open_tower(part, cut, table, to_train=True) for part in project.parts]
     stores = [store for tower in towers for store in tower.store.stores]
     provenance = record.provenance(project, cut, stores)
     identity = record.identity(provenance)
-    with exclusive_checkpoint(project.work_dir / "checkpoints" / identity) as checkpoint:
+    owner = project.params.absolute().parent.name
+    with (
+        exclusive_checkpoint(project.work_dir / "checkpoints" / identity) as checkpoint,
+        tracked(accelerator, owner, name, record.sections(project)),
+    ):
         summary = _train(project, table, towers, accelerator, out, checkpoint)
     run = Run(
         name=name,

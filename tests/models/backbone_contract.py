@@ -57,6 +57,17 @@ class BackboneContract:
         assert any(not torch.equal(one[name], other[name]) for name in one)
         assert torch.equal(before, torch.get_rng_state())
 
+    def test_layers_go_before_the_last_linear_layer(self, text_folder: Path) -> None:
+        plain = self.load(text_folder, CLASSES)
+        layered = self.load(text_folder, Head("classes", size=5, layers=({"dropout": 0.2}, {"mlp": [7]})))
+        assert self.run(layered).shape == (2, 5)
+        body = {name: tensor for name, tensor in layered.model.state_dict().items() if name not in layered.fresh}
+        own = plain.model.state_dict()
+        assert len(own) - len(body) in (1, 2)  # the weight of the last layer, and its bias
+        assert all(torch.equal(tensor, own[name]) for name, tensor in body.items())
+        shapes = [list(layered.model.get_parameter(name).shape) for name in sorted(layered.fresh)]
+        assert shapes == [[7], [7, shapes[1][1]], [5], [5, 7]]
+
     def test_every_weight_gets_a_gradient(self, text_folder: Path) -> None:
         backbone = self.load(text_folder, EMBEDDING)
         inputs = {name: torch.stack([x, x]) for name, x in backbone.preprocess(self.content).items()}

@@ -41,6 +41,10 @@ class TestTorchvisionWithConvolutionalClassifier(ImageBackboneContract):
     def backbone(self, folder: Path) -> str:
         return "torchvision:squeezenet1_1"
 
+    def test_layers_go_before_the_last_linear_layer(self, text_folder: Path) -> None:
+        with pytest.raises(ModelError, match=r"the classifier of torchvision:squeezenet1_1 is classifier.1 \(Conv2d\)"):
+            self.load(text_folder, Head("classes", size=5, layers=(7,)))
+
 
 class TestTimm(ImageBackboneContract):
     width = 256
@@ -88,6 +92,10 @@ class TestOwnFunction(BackboneContract):
 
     def backbone(self, folder: Path) -> str:
         return f"{__name__}:make_net"
+
+    def test_layers_go_before_the_last_linear_layer(self, text_folder: Path) -> None:
+        with pytest.raises(ConfigError, match="makes its own classifier: build the layers there"):
+            self.load(text_folder, Head("classes", size=5, layers=(7,)))
 
     def test_weights_from_a_file(self, text_folder: Path) -> None:
         path = text_folder / "w.safetensors"

@@ -101,6 +101,18 @@ def test_a_directory_of_hugging_face_with_its_tokenizer(texts: Path, cut: str) -
     assert result(whole) == result(carried)
 
 
+def test_layers_in_place_of_the_pretrained_classifier(texts: Path) -> None:
+    plain = text_project(texts)
+    layered = plain.overridden({"task.layers": [{"dropout": 0.1}, {"mlp": [6]}]})
+    for encoded in (plain, layered):
+        encode_project(encoded)
+        whole, carried = both(layered, "0.5", texts / "bert")
+        assert result(whole) == result(carried)
+    hide(texts / "bert")
+    with pytest.raises(AbsentError, match=r"head\.classifier_replaced = True"):
+        train_project(plain, "0.5")
+
+
 @pytest.mark.parametrize("adapter", [None, "lora"])
 def test_pairs_with_and_without_adapters(texts: Path, adapter: str | None) -> None:
     made = pairs(texts)

@@ -73,11 +73,11 @@ def test_an_interrupted_training_goes_on_and_says_so(
     assert "Traceback" not in said
     (checkpoint,) = folder.glob(".recycle/checkpoints/*")
     found = next(file for name in ("latest", "previous") if (file := checkpoint / name / "progress.json").exists())
-    done = json.loads(found.read_text())["epoch"]
+    done = json.loads(found.read_text())["rounds"]
     caplog.set_level("INFO", logger="recycle")
     assert len(train_project(project, "1.0").history) == EPOCHS
     place = checkpoint.relative_to(folder)
-    assert f"goes on from epoch {done + 1} of {EPOCHS}, checkpoint {place}" in caplog.messages
+    assert f"goes on from epoch {done + 1}/{EPOCHS}, checkpoint {place}" in caplog.messages
 
 
 def test_interrupted_processes_of_one_run_say_it_once(folder: Path) -> None:

@@ -245,7 +245,7 @@ def test_own_tasks() -> None:
         ({"kind": "regression", "loss": "hinge"}, ["loss is 'hinge'; regression has mse, l1, huber"]),
         ({"kind": "multi-label", "monitor": "accuracy"}, ["multi-label has average_precision, micro_f1, macro_f1"]),
         ({"kind": "regression", "class_weights": "balanced"}, ["class_weights is 'balanced', which kind regression"]),
-        ({"loss": "circle", "layers": [4]}, ["loss is 'circle', which kind classification does not use", "layers is"]),
+        ({"loss": "circle", "memory": 4}, ["loss is 'circle', which kind classification does not use", "memory is"]),
         ({"monitor": "recall"}, ["monitor is 'recall'; classification has accuracy, macro_f1"]),
         ({"kind": "similarity", "label_smoothing": 0.1}, ["label_smoothing is 0.1"]),
         ({"kind": "similarity", "miner_options": {"a": 1}}, ["no miner is set"]),

@@ -24,14 +24,14 @@ NAN = math.nan
         ([-math.inf, -5.0], True, 2),
     ],
 )
-def test_the_best_epoch(values: list[float], higher: bool, best: int) -> None:
+def test_the_best_round(values: list[float], higher: bool, best: int) -> None:
     progress = Progress()
     for value in values:
         progress.take({}, value, higher=higher)
-    assert progress.best_epoch == best
+    assert progress.best_round == best
 
 
-def test_patience_counts_from_the_best_epoch() -> None:
+def test_patience_counts_from_the_best_round() -> None:
     progress = Progress()
     for value in (2.0, 1.0, 1.5):
         progress.take({}, value, higher=False)
@@ -50,8 +50,8 @@ def test_weights_that_lie_channels_last_are_saved_and_read_back(tmp_path: Path) 
     expected = {name: tensor.clone() for name, tensor in convolution.state_dict().items()}
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(convolution)
-    save(accelerator, prepared.state_dict(), tmp_path, Progress(epoch=1), better=True)
+    save(accelerator, prepared.state_dict(), tmp_path, Progress(rounds=1), better=True)
     torch.nn.init.zeros_(convolution.weight)
-    assert resume(accelerator, tmp_path).epoch == 1
+    assert resume(accelerator, tmp_path).rounds == 1
     for found in (load_file(tmp_path / "best.safetensors"), convolution.state_dict()):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)

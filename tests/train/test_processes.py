@@ -88,7 +88,9 @@ CASES: dict[str, Callable[[Path], dict[str, dict[str, Any]]]] = {
     "proxies": lambda f: images(
         f, task={"kind": "similarity", "loss": "proxy_anchor", "layers": [6]}, train={"seed": 1}
     ),
-    "centres": lambda f: images(f, task={"kind": "similarity", "loss": "center", "layers": [6]}),
+    "centres": lambda f: images(
+        f, task={"kind": "similarity", "loss": "center", "layers": [6]}, train={"max_steps": 5, "eval_every": 2}
+    ),
     "tags": lambda f: texts(f, TAGGED, train={"batch_size": 7, "group_by_length": True}),
     "answers": lambda f: texts(f, ASKED, train={"batch_size": 9, "adapter": "lora"}),
     "pairs": lambda f: texts(f, PAIRS, task={"memory": 27, "symmetric": True}, train={"batch_size": 5}),

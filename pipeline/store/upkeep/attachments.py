@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import CorruptStoreError, StoreError
-from pipeline.files import sha256
+from pipeline.files import open_to_others, sha256
 from pipeline.keys import JSON, parse_json
 from pipeline.store.format.metadata import StrictModel, first_fault
 from pipeline.store.format.names import MAX_METADATA_BYTES, read_file
@@ -45,6 +45,7 @@ def write_attachment(store: Store, name: str, about: Mapping[str, JSON], fill: C
             draft = temporary / name
             draft.mkdir()
             fill(draft)
+            open_to_others(draft)
             files = _digests(draft, name)
             text = json.dumps({"about": about, "files": files}, indent=2, sort_keys=True) + "\n"
             is_there = _description(store, name) == text.encode()
