@@ -114,7 +114,7 @@ def test_a_run_that_is_killed_while_it_is_tested_goes_on_there(folder: Path, mon
     with pytest.raises(KeyboardInterrupt):
         train_project(project(), "0.5")
     monkeypatch.setattr(pipeline.workflows.train, "_test_scores", scores)
-    monkeypatch.setattr(pipeline.train.fit, "train_epoch", dying)
+    monkeypatch.setattr(pipeline.train.fit, "train_round", dying)
     resumed = train_project(project(), "0.5")
     assert (resumed.test, resumed.best_epoch) == (expected.test, expected.best_epoch)
 
