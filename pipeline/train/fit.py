@@ -10,7 +10,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,16 +119,11 @@ def fit(
     if progress.initial is None:
         progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
     with RunLog(out) if writes else nullcontext() as live:
-        record = _Recorder(live, accelerator, rounds)
-        for number, row in enumerate(progress.history):
-            record.round(number, row)
+        record = _Recorder(live, accelerator, rounds, progress.history)
         clock = Clock(rounds, progress.rounds)
         while not progress.exhausted(len(rounds), config.patience):
-            number, start = progress.rounds, time.perf_counter()
-            loss = train_round(model, training, optimizer, scheduler, accelerator, config, rounds, number)
-            row = {"train/loss": loss, "train/seconds": time.perf_counter() - start}
-            if not rounds.are_epochs:
-                row["train/epoch"] = rounds.epochs_after(number)
+            number = progress.rounds
+            row = train_round(model, training, optimizer, scheduler, accelerator, config, rounds, number)
             metrics = evaluate(suffix, task, validation, accelerator)
             row |= {f"validation/{name}": value for name, value in metrics.items()}
             better = progress.take(row, metrics[task.monitor], higher=task.higher_is_better)
@@ -149,8 +144,13 @@ def fit(
 class _Recorder:
     """Logs the figures of a run, for DVC and for the trackers; only the main process writes."""
 
-    def __init__(self, live: RunLog | None, accelerator: Accelerator, rounds: Rounds) -> None:
+    def __init__(
+        self, live: RunLog | None, accelerator: Accelerator, rounds: Rounds, history: Sequence[dict[str, float]]
+    ) -> None:
+        """Log the rounds before a run was resumed."""
         self._live, self._accelerator, self._rounds = live, accelerator, rounds
+        for number, row in enumerate(history):
+            self.round(number, row)
 
     def round(self, number: int, row: dict[str, float]) -> None:
         """Log the figures of a round."""
@@ -202,13 +202,14 @@ def train_round(
     config: TrainConfig,
     rounds: Rounds,
     number: int,
-) -> float:
-    """Train on the batches of one round; return their mean loss.
+) -> dict[str, float]:
+    """Train on the batches of one round; return their mean loss, the seconds, and the epochs if rounds are no epochs.
 
     Raises:
         TrainError: the loss is not finite.
     """
     objective.train()
+    began = time.perf_counter()
     total, count = torch.zeros((), device=accelerator.device), 0
     start, end = rounds.span(number)
     hidden = None if accelerator.is_main_process else True
@@ -233,4 +234,5 @@ def train_round(
             f"the training loss is {mean} in {rounds.name(number)}; lower train.lr (now {config.lr}) "
             "or set train.max_grad_norm"
         )
-    return mean
+    row = {"train/loss": mean, "train/seconds": time.perf_counter() - began}
+    return row if rounds.are_epochs else row | {"train/epoch": rounds.epochs_after(number)}
