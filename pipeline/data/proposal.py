@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -20,15 +20,20 @@ ContentKind: TypeAlias = Literal["image", "audio", "text", "array"]
 RECORDS = 20_000
 """Maximum number of records that are looked at."""
 MANY_CLASSES = 1000
+"""Maximum number of distinct labels in classification; whole numbers with more are regressed."""
 FEW_NUMBERS = 20
-"""Whole numbers with at most so many values are classes, with more than `MANY_CLASSES` numbers to regress."""
+"""Whole numbers with at most this number of distinct values are always classes."""
 LONG = 0.95
 """Quantile of the lengths that decides what a long text is."""
 LONGEST_NAME = 60
 """Maximum number of characters in the name of a class."""
 PIXELS = 64
 """Minimum number of columns of numbers that are an image."""
-_EXTENSIONS: dict[ContentKind, frozenset[str]] = {"image": ImageFolder.extensions, "audio": AudioFolder.extensions}
+MEDIA: dict[str, tuple[ContentKind, type[ImageFolder | AudioFolder]]] = {
+    "images": ("image", ImageFolder),
+    "audio": ("audio", AudioFolder),
+}
+"""`data.source` -> the kind of content, which is the setting of its field in a table, and the folder's reader."""
 _LABELS = (
     "label",
     "labels",
@@ -68,7 +73,7 @@ class DataProposal:
     """What a sample is."""
     words: int = 0
     """Number of words of a long text; 0 where samples are no texts."""
-    unused: Sequence[str] = field(default=())
+    unused: Sequence[str] = ()
     """Fields of the table that the settings do not name."""
 
 
@@ -155,10 +160,9 @@ def _of_words(columns: Columns) -> DataProposal | None:
 
 def _of_files(columns: Columns, root: Path) -> DataProposal | None:
     """Return the settings of a table that names or holds images or sounds."""
-    for setting, extensions in _EXTENSIONS.items():
+    for source, (setting, folder) in MEDIA.items():
         for name, values in columns.items():
-            if _all(values, lambda value: _is_file(value, root, extensions)):  # noqa: B023 (called here)
-                source = "images" if setting == "image" else setting
+            if _all(values, lambda value: _is_file(value, root, folder.extensions)):  # noqa: B023 (called here)
                 label = _label({other: v for other, v in columns.items() if other != name})
                 return label and DataProposal({"source": source, setting: name, **label[0]}, label[1], setting)
     return None
@@ -171,8 +175,9 @@ def _of_texts(columns: Columns) -> DataProposal | None:
     words = percentile([len(str(value).split()) for name in texts[:2] for value in columns[name]])
     by_name = {name.lower(): name for name in columns}
     labels = {name: values for name, values in columns.items() if name not in texts}
+    has_label = any(name.lower() in _LABELS for name in labels)
     for first, second in _PAIRS:
-        if first in by_name and second in by_name and _label_named(labels) is None:
+        if first in by_name and second in by_name and not has_label:
             settings = {"source": "pairs", "anchor": by_name[first], "positive": by_name[second]}
             return DataProposal(settings, "similarity", "text", words)
     label = _label(labels)
@@ -190,10 +195,6 @@ def _label(columns: Columns) -> tuple[dict[str, Any], str] | None:
     kinds = {name: kind for name, values in columns.items() if (kind := _label_kind(values)) is not None}
     name = min(kinds, key=lambda name: (_rank(name, _LABELS), kinds[name][1] == "regression"), default=None)
     return None if name is None else ({"label": name, **kinds[name][0]}, kinds[name][1])
-
-
-def _label_named(columns: Columns) -> str | None:
-    return next((name for name in columns if name.lower() in _LABELS), None)
 
 
 def _label_kind(values: Sequence[Any]) -> tuple[dict[str, Any], str] | None:

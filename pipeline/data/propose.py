@@ -3,13 +3,13 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.formats import parse
-from pipeline.data.media import AudioFolder, ImageFolder
-from pipeline.data.proposal import ContentKind, DataProposal, percentile, propose_table
+from pipeline.data.proposal import MEDIA, DataProposal, percentile, propose_table
 from pipeline.data.records import KINDS, is_saved, kind_of, read_text
 from pipeline.data.source import LeftOut
 from pipeline.data.tagged import NO_WORDS
@@ -21,10 +21,6 @@ FILES = 20_000
 """Maximum number of files of a folder whose names are looked at."""
 LINES = 400
 """Number of lines of a text file that tell whether it has a tag per word."""
-_MEDIA: dict[str, tuple[ContentKind, type[ImageFolder | AudioFolder]]] = {
-    "images": ("image", ImageFolder),
-    "audio": ("audio", AudioFolder),
-}
 
 
 def propose(path: Path) -> DataProposal:
@@ -43,7 +39,7 @@ def propose(path: Path) -> DataProposal:
     if not path.is_dir():
         return _of_file(path, path)
     extensions = Counter(islice(_suffixes(path), FILES))
-    counts = {source: sum(extensions[suffix] for suffix in folder.extensions) for source, (_, folder) in _MEDIA.items()}
+    counts = {source: sum(extensions[suffix] for suffix in folder.extensions) for source, (_, folder) in MEDIA.items()}
     source = max(counts, key=lambda source: counts[source])
     if counts[source]:
         return _of_media(path, source)
@@ -69,12 +65,13 @@ def _suffixes(folder: Path) -> Iterator[str]:
 
 def _of_media(path: Path, source: str) -> DataProposal:
     """Return the settings of a folder of images or sounds: those of its table, if one names the files."""
-    content, folder = _MEDIA[source]
+    content, folder = MEDIA[source]
     tables = [file for file in sorted(path.iterdir()) if kind_of(file) in KINDS and file.is_file()]
     if len(tables) == 1:
-        proposal = propose_table(tables[0], tables[0])
-        if proposal.content == content:
-            return proposal
+        with suppress(ConfigError, DataError):  # a table of something else
+            proposal = propose_table(tables[0], tables[0])
+            if proposal.content == content:
+                return proposal
     try:
         folder(path)
     except DataError as error:

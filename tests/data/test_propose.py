@@ -136,6 +136,13 @@ def test_a_table_beside_images_names_them(tmp_path: Path) -> None:
     assert proposal.unused == ["note"]
 
 
+@pytest.mark.parametrize(("name", "text"), [("notes.csv", "a,b\n1,\n2,\n"), ("classes.json", '{"0": "circle"}')])
+def test_a_table_of_something_else_beside_folders_of_classes(tmp_path: Path, name: str, text: str) -> None:
+    tiny.write_images(tmp_path, range(2))
+    (tmp_path / name).write_text(text)
+    assert propose(tmp_path).settings == {"source": "images", "path": str(tmp_path)}
+
+
 def test_a_folder_of_sounds(tmp_path: Path) -> None:
     for name in ("high", "low"):
         (tmp_path / name).mkdir()
