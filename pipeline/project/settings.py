@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Section, load_sections
-from pipeline.data import ROLES, DataConfig, SampleTable, Source, in_role, open_source, with_keys
+from pipeline.data import ROLES, DataConfig, SampleTable, Source, build, in_role, open_source, with_keys
 from pipeline.encode.config import EncodeConfig
 from pipeline.encode.keying import KeyedSamples, StatCache, key_contents
 from pipeline.errors import ConfigError
@@ -205,6 +205,11 @@ class Project:
         """Return the keys of `source`; files that were read before are read again only without `trust`."""
         cache = StatCache(self.work_dir / "keys.sqlite")
         return key_contents(source, workers=self.encode.workers or 1, cache=cache, trust=trust)
+
+    def sample_table(self, source: Source, keyed: KeyedSamples) -> SampleTable:
+        """Return the sample table of the good rows of `source`; raises as `build`."""
+        good = keyed.good
+        return build(source, keyed.keys[good], self.data, rows=good)
 
     def reader(self, store: Path) -> Reader:
         """Return a reader of the store, or the stores, in the folder `store`.

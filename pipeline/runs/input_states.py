@@ -1,6 +1,7 @@
 """States for the suffixes of finished runs: those of a data set, stored or new, and those of stored samples alone."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,17 @@ from pipeline.encode.run import encode_units
 from pipeline.encode.unit import EncodeResult, plan
 from pipeline.project.model import LoadedModel
 from pipeline.runs.finished import FinishedRun
-from pipeline.store import Reader, Rows, Store, discard
+from pipeline.store import Reader, Rows, Store, discard, sweep, temporary_folder
 from pipeline.train.loader import Batch, Loader, StoredRows
+
+
+@contextmanager
+def temporary_states(home: Path) -> Iterator[Path]:
+    """Give a new folder below `home` for new states, removed at the end; remove those that killed commands left."""
+    home.mkdir(parents=True, exist_ok=True)
+    sweep(home)
+    with temporary_folder(home) as folder:
+        yield folder
 
 
 class InputStates:

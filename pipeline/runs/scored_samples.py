@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.data import SampleTable, Source, build
+from pipeline.data import SampleTable, Source
 from pipeline.encode.keying import KeyedSamples
 from pipeline.encode.quarantine import BadSample
 from pipeline.errors import DataError, first_few
@@ -32,9 +32,9 @@ class ScoredSamples:
     source_rows: np.ndarray | None = None
     """Rows of the source, (n,) int64."""
     is_new: bool = False
-    """Whether they are other data, whose states may be unknown."""
+    """True for data given by --input, of which the store may lack states."""
     is_augmented: bool = False
-    """Whether the stores have them in augmented views, if there are any; the first view is scored."""
+    """True for the split that is stored in augmented views where views are set; its first view is scored."""
 
     @property
     def pairs(self) -> np.ndarray | None:
@@ -86,11 +86,12 @@ def input_samples(project: Project, inputs: str, split: str | None) -> ScoredSam
     """Return the labelled samples of the data at `inputs`, below the project's own, which number the labels."""
     unread = {} if split else {"split": None}
     data = project.data.model_copy(update={"path": inputs, "sha256": None, "validation": 0.0, **unread})
-    source = replace(project, data=data).source()
+    other = replace(project, data=data)
+    source = other.source()
     if left_out := source.left_out():
         log.warning("left out of the data set: %s", left_out)
     keyed = project.keys_of(source)
-    found = build(source, keyed.keys[keyed.good], data, rows=keyed.good)
+    found = other.sample_table(source, keyed)
     if lost := len(keyed.good) - len(found):
         log.warning("%d samples are not scored: their pairs are incomplete", lost)
     found = found if split is None else found.of(found.rows(split))

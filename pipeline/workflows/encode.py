@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.cluster import Job, open_executor
-from pipeline.data import SampleTable, Source, build, remarks, rows_in_role
+from pipeline.data import SampleTable, Source, remarks, rows_in_role
 from pipeline.encode import quarantine
 from pipeline.encode.decoding import Chunk, decode_rows, decode_samples
 from pipeline.encode.keying import KeyedSamples
@@ -47,7 +47,7 @@ def encode_project(project: Project, *, rehash: bool = False, replace_stores: bo
     keyed = project.keys_of(source, trust=not rehash)
     if not len(keyed.good):
         quarantine.write(project.quarantine, keyed.bad, keyed.keys)  # `sample_table` fails: no sample is left
-    table, bad = sample_table(project, source, keyed), keyed.bad
+    table, bad = project.sample_table(source, keyed), keyed.bad
     results: list[EncoderResult] = []
     for part in project.parts:
         rows = None if part.tower is None else rows_in_role(source, keyed.good, part.tower)
@@ -55,7 +55,7 @@ def encode_project(project: Project, *, rehash: bool = False, replace_stores: bo
         results.append(_encode_part(part, source, own, table, rehash=rehash, replace_stores=replace_stores))
         bad = results[-1].result.keyed.bad
     if len(bad) > len(keyed.bad):
-        table = sample_table(project, source, replace(keyed, bad=bad))
+        table = project.sample_table(source, replace(keyed, bad=bad))
     for remark in remarks(table):
         log.warning("%s", remark)
     if lost := len(keyed.keys) - len(bad) - len(table):
@@ -68,12 +68,6 @@ def encode_project(project: Project, *, rehash: bool = False, replace_stores: bo
     for part_result in results:
         log_summary(part_result)
     return _log_bad_samples(project, bad, len(keyed.keys))
-
-
-def sample_table(project: Project, source: Source, keyed: KeyedSamples) -> SampleTable:
-    """Return the sample table of the good rows."""
-    good = keyed.good
-    return build(source, keyed.keys[good], project.data, rows=good)
 
 
 def _encode_part(
@@ -163,7 +157,7 @@ def _encode_views(
         )
         if len(project.views) == 1 or len(result.keyed.bad) == found:
             return result
-        table = sample_table(project, source, replace(result.keyed, rows=None))
+        table = project.sample_table(source, replace(result.keyed, rows=None))
 
 
 def _rows_by_view(project: Project, keyed: KeyedSamples, table: SampleTable) -> list[np.ndarray]:

@@ -24,11 +24,10 @@ from pipeline.models import EXTRA, network_inputs
 from pipeline.project import Project
 from pipeline.project.model import pick_device
 from pipeline.runs.finished import FinishedRun, open_run, towers_of
-from pipeline.runs.input_states import InputStates, stored_batches
+from pipeline.runs.input_states import InputStates, stored_batches, temporary_states
 from pipeline.runs.record import read_run
 from pipeline.runs.scored_samples import ScoredSamples, input_samples, own_samples
 from pipeline.split import merge
-from pipeline.store import sweep, temporary_folder
 from pipeline.tasks import Prepared, Task, read_tensor
 
 log = logging.getLogger("recycle")
@@ -117,12 +116,10 @@ def _cached(
 ) -> Iterator[Outputs]:
     """Yield the outputs of all samples from their states; add samples that have none to `bad`, by source row."""
     home, device = project.work_dir / "evaluate", pick_device(project.encode.device)
-    home.mkdir(parents=True, exist_ok=True)
-    sweep(home)
     for tower in towers:
         tower.suffix.to(device)
         chosen = samples.in_role(tower.name)
-        with temporary_folder(home) as folder:
+        with temporary_states(home) as folder:
             if samples.is_new:
                 source, keyed, rows = samples.raw(chosen)
                 states = InputStates(tower, source, replace(keyed, rows=np.unique(rows)), folder)

@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml.comments import CommentedMap
 
 from pipeline.config import set_values
-from pipeline.data import SampleTable, build, propose, remarks
+from pipeline.data import SampleTable, propose, remarks
 from pipeline.errors import ConfigError, RecyclingError
 from pipeline.files import write_whole
 from pipeline.models.installed import DEFAULTS, installed_backbones
@@ -160,8 +160,7 @@ def _find_data() -> Path:
 def _read_samples(project: Project) -> SampleTable:
     """Return the sample table that the data give, with a head for its labels checked."""
     source = project.source()
-    keyed = project.keys_of(source)
-    table = build(source, keyed.keys[keyed.good], project.data, rows=keyed.good)
+    table = project.sample_table(source, project.keys_of(source))
     open_task(project.task).head(table)
     return table
 

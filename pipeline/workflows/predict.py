@@ -22,9 +22,9 @@ from pipeline.encode.quarantine import BadSample
 from pipeline.keys import KEY_BYTES
 from pipeline.project import Project
 from pipeline.runs.finished import FinishedRun, open_run
-from pipeline.runs.input_states import InputStates
+from pipeline.runs.input_states import InputStates, temporary_states
 from pipeline.runs.predictions import DESCRIBED, Predictions, check_format, described, merged_schema, open_output
-from pipeline.store import KeySet, sweep, temporary_folder
+from pipeline.store import KeySet
 from pipeline.tasks import Column, Kind, PredictionContext
 
 log = logging.getLogger("recycle")
@@ -62,12 +62,10 @@ def predict_project(
         by_store.setdefault(run.store.path, {})["" if len(set(names)) == 1 else f"{name}/"] = run
     keyed = project.keys_of(source)
     home = project.work_dir / "predict"
-    home.mkdir(parents=True, exist_ok=True)
-    sweep(home)
     with ExitStack() as folders:
         # Stores of one path are of one recipe: opening them proved it.
         shared = [
-            SharedStates(runs, source, keyed, None if write else folders.enter_context(temporary_folder(home)))
+            SharedStates(runs, source, keyed, None if write else folders.enter_context(temporary_states(home)))
             for runs in by_store.values()
         ]
         if write:
