@@ -107,7 +107,7 @@ def open_to_others(folder: Path) -> None:
 
 
 def is_function(name: str) -> bool:
-    """Say whether `name` has the form `module:function`."""
+    """Return whether `name` has the form `module:function`."""
     module, colon, function = name.partition(":")
     return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 

@@ -196,7 +196,7 @@ def read_text(path: Path, kind: str) -> str:
 
 
 def is_saved(path: Path) -> bool:
-    """Say whether `path` is a folder that `save_to_disk` wrote, of one data set or of a dictionary of splits."""
+    """Return whether `path` is a folder that `save_to_disk` wrote, of one data set or of a dictionary of splits."""
     return (path / STATE).is_file() or (path / SPLITS).is_file()
 
 

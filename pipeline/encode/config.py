@@ -41,7 +41,7 @@ class ExecutorConfig(Section):
 
     @property
     def is_here(self) -> bool:
-        """Say whether the process that was started runs all units itself."""
+        """Return whether the process that was started runs all units itself."""
         return self.kind == "local" and (self.processes or 1) == 1
 
     def _faults(self) -> Iterator[str]:

@@ -80,7 +80,7 @@ class ModelConfig(Section):
 
     @property
     def has_file(self) -> bool:
-        """Say whether `weights` names a file."""
+        """Return whether `weights` names a file."""
         return self.weights is not None and self.weights != PRETRAINED
 
 

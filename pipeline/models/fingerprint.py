@@ -221,7 +221,7 @@ def _bytecode(code: types.CodeType) -> str:
 
 @functools.cache
 def is_installed(module: str) -> bool:
-    """Say whether a module comes with Python, with an installed package or with this one, and is not the user's own."""
+    """Return whether a module is of Python, of an installed package or of this one, so not the user's own."""
     top = module.partition(".")[0]
     if top in HOUSE or (top in sys.stdlib_module_names and top != "__main__"):
         return True

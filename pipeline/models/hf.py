@@ -34,7 +34,7 @@ KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "au
 
 
 class Origin:
-    """Where configuration, weights and tokenizer come from: a directory, or a repository of the hub.
+    """The source of configuration, weights and tokenizer: a directory, or a repository of the hub.
 
     `folder` is the directory, None for a repository; `arguments` are those of every `from_pretrained`.
     """

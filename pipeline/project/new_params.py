@@ -14,7 +14,7 @@ from pipeline.data import DataProposal
 from pipeline.errors import ConfigError
 
 EXAMPLES = "share/layer-recycling/examples"
-"""Where an installation keeps the examples, below sysconfig's data folder; a checkout has them in examples/."""
+"""Folder of the examples in an installation, relative to sysconfig's data folder; a checkout has them in examples/."""
 TOKENS_PER_WORD = 1.5
 LONGEST = 512
 """Largest `preprocess.max_length` that is proposed: the maximum of most encoders of text."""

@@ -61,7 +61,7 @@ class TowersConfig(Section):
 
     @property
     def is_set(self) -> bool:
-        """Say whether there is an encoder for each role."""
+        """Return whether there is an encoder for each role."""
         return self.anchor is not None or self.positive is not None
 
     def of(self, role: str | None) -> TowerConfig:

@@ -19,7 +19,7 @@ SAMPLE_TOLERANCE = 1e-3  # kernels round differently for batches of another size
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Where a tensor of the model has its batch axis; `folded`: with several rows per sample, sample by sample."""
+    """The batch axis of a tensor of the model; `folded` if it has several rows per sample, sample by sample."""
 
     axis: int
     folded: bool

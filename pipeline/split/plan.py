@@ -92,7 +92,7 @@ class DependencySearch(PhantomRun):
     def on_cut(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         for leaf, item in arguments(args, kwargs).items():
             if isinstance(item, Phantom) and item.value is None and Argument(leaf) not in self.plan.sources:
-                # a bare parameter is kept whatever its size
+                # A parameter that is itself an argument of the cut is kept, whatever its size.
                 weights = [item.origin] if isinstance(item.origin, Weight) else self.weights_to_recompute(item)
                 if weights:
                     raise MissingValues(weights)
@@ -165,7 +165,7 @@ def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwar
 
 
 def initial_plan(model: nn.Module, cut: Cut, trace: Trace) -> SplitPlan:
-    """Return the plan that a traced forward pass shows: what is called and read before the cut, which is frozen."""
+    """Return the plan by a traced forward pass: modules it calls and weights it reads before the cut are frozen."""
     start = next(call.start for call in trace.calls if (call.path, call.index) == (cut.path, cut.call))
     read = {name for name, tick in trace.reads.items() if tick < start}
     before = list(dict.fromkeys(call.path for call in trace.calls if call.start < start))

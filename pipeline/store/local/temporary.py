@@ -60,7 +60,9 @@ def discard(path: Path) -> None:
 
 
 def shared_lock(path: Path) -> ExitStack:
-    """Keep `exclusive_lock` off the folder `path` until what is returned is closed, where the file system has locks.
+    """Lock the folder `path` against `exclusive_lock` until the returned stack is closed.
+
+    Does nothing where the file system has no locks.
 
     Raises:
         StoreError: another process has the exclusive lock.
