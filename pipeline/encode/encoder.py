@@ -8,7 +8,7 @@ import operator
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.source import Source
+from pipeline.device import autocast
 from pipeline.encode.config import EncodeConfig
 from pipeline.encode.decoding import Chunk, Decoded, decode, decode_samples, finish_sample
 from pipeline.encode.quarantine import BadSample, name_of
@@ -196,13 +197,6 @@ class Encoder:
                 outcome.promoted[cut] = store.write_segment(part.keys[kept], tensors, part.keys[~kept]).promoted
             outcome.costs.writing[cut] = time.perf_counter() - start
         return outcome
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which the model computes in `precision` on `device`."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 
 def model_device(prefixes: Sequence[Prefix]) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data import SampleTable, Source
+from pipeline.device import pick_device, warn_of_emulation
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, InputRefusedError, ModelError, StoreError
@@ -89,6 +90,7 @@ class LoadedModel:
     def to_device(self) -> torch.device:
         """Move the model to the device that runs prefixes, and return it."""
         config, device = self.project.encode, pick_device(self.project.encode.device)
+        warn_of_emulation("encode.precision", config.precision, device)
         self.backbone.model.to(device)
         if config.channels_last:
             self.backbone.model.to(memory_format=torch.channels_last)
@@ -250,22 +252,3 @@ class LoadedModel:
         """Return the preprocessing of a view, as the recipe describes it."""
         code: dict[str, JSON] = {} if self.code is None else {"code": self.code}
         return {**self.preprocess(view).recipe(), **code}
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device that a setting names; "auto" is the accelerator if there is one.
-
-    Raises:
-        ConfigError: no such device.
-    """
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"encode.device is {name!r}; torch has no such device here; set auto, cpu or cuda:N"
-        ) from error
-    return device

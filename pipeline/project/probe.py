@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.device import autocast
 from pipeline.encode.config import EncodeConfig
-from pipeline.encode.encoder import autocast, in_format, model_device
+from pipeline.encode.encoder import in_format, model_device
 from pipeline.encode.ragged import Sample
 from pipeline.errors import BadSampleError, StaleStoreError
 from pipeline.keys import JSON

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from pipeline.encode.encoder import autocast
+from pipeline.device import autocast
 from pipeline.errors import AbsentError, DataError
 from pipeline.keys import first_difference
 from pipeline.project import Project

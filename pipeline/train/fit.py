@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from pipeline.device import warn_of_emulation
 from pipeline.errors import ConfigError, TrainError
 from pipeline.tasks import Task
 from pipeline.train import processes
@@ -69,6 +70,7 @@ def open_accelerator(config: TrainConfig, logs: Path) -> Accelerator:
     """
     if config.precision == "fp16" and processes.state().device.type == "cpu":
         raise ConfigError("train.precision is fp16, which the CPU does not train in; set bf16 or no")
+    warn_of_emulation("train.precision", config.precision, processes.state().device)
     check_loggers(config)
     accelerator = Accelerator(
         log_with=list(config.loggers) or None,

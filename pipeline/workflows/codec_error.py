@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from pipeline.data import SampleTable
+from pipeline.device import pick_device
 from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import DataError
 from pipeline.project import Project
-from pipeline.project.model import LoadedModel, pick_device
+from pipeline.project.model import LoadedModel
 from pipeline.project.towers import Tower, load_weights, open_tower
 from pipeline.runs.record import WEIGHTS
 from pipeline.split import Suffix

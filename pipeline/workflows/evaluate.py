@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.device import pick_device
 from pipeline.encode import quarantine
 from pipeline.encode.decoding import Chunk, decode_rows, finished_samples
 from pipeline.encode.quarantine import BadSample
@@ -22,7 +23,6 @@ from pipeline.encode.ragged import Sample, pad_batch, shapes
 from pipeline.errors import DataError, first_few
 from pipeline.models import EXTRA, network_inputs
 from pipeline.project import Project
-from pipeline.project.model import pick_device
 from pipeline.runs.finished import FinishedRun, open_run, towers_of
 from pipeline.runs.input_states import InputStates, stored_batches, temporary_states
 from pipeline.runs.record import read_run
