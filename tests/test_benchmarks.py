@@ -45,6 +45,11 @@ TINY = {
         2,
         r"^\| \S.*px \| (N) \| (N) \| (N) \| (N) \| (N) \| (N) \| (N)x \| (N) \| (N) \|$",
     ),
+    "suffix": (
+        "--blocks 2 --width 16 --trained 1",
+        1,
+        r"^\| (N) \| (N) MB \| (N) MB \| (N) MB \| (N) MB \| [+-](N) MB \|$",
+    ),
     "store": ("--samples 512 --rounds 1", 7, r"^\| .* \| (N) \| (?:N)-(?:N) \| (N)x"),
     "train_step": ("--batch 2 --steps 2 --rounds 1 --cuts 1.0 --pixels 32", 1, r"^ +1\.0 +(N) +(N) +(N)$"),
 }

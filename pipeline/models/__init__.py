@@ -1,14 +1,12 @@
 """Backbones: pretrained networks by name, with the head of a task and preprocessing; libraries load on demand."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.backbone import EXTRA, Backbone, Preprocess, network_inputs
 from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
+from pipeline.models.weights import fill
 from pipeline.tasks.base import Head
 
 __all__ = [
@@ -20,6 +18,7 @@ __all__ = [
     "PreprocessConfig",
     "as_described",
     "describe",
+    "fill",
     "load",
     "loading_code",
     "network_inputs",
@@ -28,20 +27,18 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def load(
-    model: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
-) -> Backbone:
+def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None = None) -> Backbone:
     """Return the backbone that `model` names, ending in `head`, in fp32 on the CPU, with its preprocessing.
 
-    `state` replaces the weights that `model` names. For tensors on the meta device the network keeps its initial
-    values, drawn from `model.seed`.
+    With `features`, the size of what an embedding head pools (0 for another head), no weights are read: parameters are
+    on the meta device, but for the layers that `task.layers` name.
 
     Raises:
         AbsentError: the weights or the configuration are not on this machine and cannot be downloaded.
         ConfigError: a setting is wrong, or names nothing that exists.
         ModelError: the network cannot be built, or its weights do not fit.
     """
-    if model.weights is None:
+    if model.weights is None and features is None:
         log.warning("model.weights is null: %s gets random weights (model.seed %d)", model.backbone, model.seed)
     if model.library == "hf":
         from pipeline.models.hf import load_hf as build  # noqa: PLC0415
@@ -49,7 +46,7 @@ def load(
         from pipeline.models.own import load_own as build  # noqa: PLC0415
     else:
         from pipeline.models.vision import load_vision as build  # noqa: PLC0415
-    backbone = build(model, preprocess, head, state)
+    backbone = build(model, preprocess, head, features)
     kind = backbone.preprocess.recipe().get("kind")
     if unused := [name for name in ("rate", "seconds") if getattr(preprocess, name) is not None and kind != "audio"]:
         raise ConfigError(f"preprocess.{unused[0]} is for audio; {model.backbone} takes {kind}; remove it")

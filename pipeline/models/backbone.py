@@ -134,9 +134,22 @@ class Backbone:
         return self.model.width if isinstance(self.model, Embedder) else None
 
     @property
+    def features(self) -> int:
+        """Number of values that an embedding head pools; 0 of other heads."""
+        return self.model.features if isinstance(self.model, Embedder) else 0
+
+    @property
     def network(self) -> Any:
         """The network without layers of an embedding head."""
         return self.model.backbone if isinstance(self.model, Embedder) else self.model
+
+    @property
+    def layers_path(self) -> str | None:
+        """Path in `model` of the layers that `task.layers` name; None where there are none."""
+        if isinstance(self.model, Embedder):
+            return "projection"
+        found = find_classifier(self.model)
+        return None if found is None else found[0]
 
     def pretrained(self, library: str) -> tuple[nn.Module, frozenset[str]]:
         """Return the network that weight files of `library` match, and the names of its pretrained tensors."""
@@ -215,26 +228,34 @@ class Embedder(nn.Module):
         return (states * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1).clamp(min=1)
 
 
-def embed(backbone: nn.Module, head: Head, pooling: str, preprocess: Preprocess) -> Embedder:
-    """Return `backbone` with an embedding head; its width is found by running it once on an example.
+def embed(
+    backbone: nn.Module, head: Head, pooling: str, preprocess: Preprocess, features: int | None = None
+) -> Embedder:
+    """Return `backbone` with an embedding head on `features` values; unless they are known, it is run on an example.
 
     Raises ModelError if its output cannot be pooled this way.
     """
     embedder = Embedder(backbone, pooling)
+    embedder.features = features or _pooled_width(embedder, preprocess)
+    embedder.projection, embedder.layers = build_head(head.layers, embedder.features), head.layers
+    return embedder
+
+
+def _pooled_width(embedder: Embedder, preprocess: Preprocess) -> int:
     batch = {name: tensor.unsqueeze(0) for name, tensor in preprocess(preprocess.probe_contents()[0]).items()}
-    training = backbone.training
+    training = embedder.training
     try:
         with torch.no_grad():
-            _, features = embedder.eval()(**batch).shape
+            _, width = embedder.eval()(**batch).shape
     except Exception as error:  # of the network's own code, or of pooling what it returns
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
         raise ModelError(
-            f"task.pooling is {pooling!r}; the output of {type(backbone).__name__} cannot be pooled so, or it refuses "
-            f"the inputs {shapes} ({type(error).__name__}: {error}); set pooling to mean, cls, max or pooled, or "
-            "preprocess to what the network takes"
+            f"task.pooling is {embedder.pooling!r}; the output of {type(embedder.backbone).__name__} cannot be pooled "
+            f"so, or it refuses the inputs {shapes} ({type(error).__name__}: {error}); set pooling to mean, cls, max "
+            "or pooled, or preprocess to what the network takes"
         ) from error
-    embedder.projection, embedder.layers, embedder.features = build_head(head.layers, features), head.layers, features
-    return embedder.train(training)
+    embedder.train(training)
+    return int(width)
 
 
 def first_input(model: nn.Module) -> str:

@@ -3,14 +3,14 @@
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig
 from transformers.utils import logging as transformers_log
 
@@ -24,7 +24,7 @@ from pipeline.models.hf_heads import arrange_head, auto_class, classifier_layout
 from pipeline.models.hf_images import image_defaults, load_image_processor
 from pipeline.models.images import ImagePreprocess
 from pipeline.models.texts import first_line, load_tokenizer, make_text_preprocess
-from pipeline.models.weights import read_weights, seeded
+from pipeline.models.weights import parameters_on_meta, read_weights, seeded
 from pipeline.tasks.base import Head
 
 log = logging.getLogger("recycle")
@@ -53,10 +53,8 @@ class Origin:
         }
 
 
-def load_hf(
-    config: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
-) -> Backbone:
-    """Build the network with the head, and fill in its weights; `state` and errors as `load` has them."""
+def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None = None) -> Backbone:
+    """Build the network with the head, and fill in its weights; `features` and errors as `load` has them."""
     origin = Origin(config)
     with _quiet():
         settings = _read_config(origin, config, head)
@@ -66,24 +64,17 @@ def load_hf(
         pooling, extra = _pooling(head, blueprint)
         preprocessor = _make_preprocess(origin, preprocess, settings, blueprint, head)
         build = partial(_build, auto, config=config, extra=extra)
-        with seeded(config.seed):
-            if state is None and config.has_file:
-                state = read_weights(config)
-            if config.weights is None:
+        with seeded(config.seed), parameters_on_meta(features is not None):
+            if config.weights is None or features is not None:
                 model, fresh = build(settings), frozenset[str]()
-            elif state is None:
-                _check_digest(origin, config)
-                model, fresh = _fill(auto, origin, config, {"config": settings, **origin.arguments, **extra})
-                stored = PreTrainedConfig.get_config_dict(origin.source, **origin.arguments)[0].get("id2label") or {}
-                labels = [str(stored[number]) for number in sorted(stored, key=int)]
-                fresh, remark = arrange_head(model, labels, head, build, fresh)
-                if remark is not None:
-                    log.warning("%s: %s", config.backbone, remark)
+            elif config.has_file:
+                given = {"config": settings, "state_dict": read_weights(config), **extra}
+                model, fresh = _fill(type(blueprint), None, config, given)
             else:
-                whole = _completed(state, auto, settings, config, extra)
-                model, fresh = _fill(type(blueprint), None, config, {"config": settings, "state_dict": whole, **extra})
+                model, fresh = _fill_from_checkpoint(auto, origin, settings, config, head, build, extra)
+        with seeded(config.seed):
             if head.kind == "embedding":
-                model = embed(model, head, pooling, preprocessor)
+                model = embed(model, head, pooling, preprocessor, features)
                 fresh = model.fresh
             elif head.layers:
                 fresh = insert_layers(model, head.layers, classifier_layout(model, build), config.backbone)
@@ -134,6 +125,26 @@ def _pooling(head: Head, blueprint: Any) -> tuple[str, dict[str, Any]]:
     return pooling, {"add_pooling_layer": False} if accepts and head.kind == "embedding" and pooling != "pooled" else {}
 
 
+def _fill_from_checkpoint(
+    auto: Any,
+    origin: Origin,
+    settings: Any,
+    config: ModelConfig,
+    head: Head,
+    build: Callable[[Any], nn.Module],
+    extra: Mapping[str, Any],
+) -> tuple[nn.Module, frozenset[str]]:
+    """Return the network with the weights of its directory or repository, and the names of its new tensors."""
+    _check_digest(origin, config)
+    model, fresh = _fill(auto, origin, config, {"config": settings, **origin.arguments, **extra})
+    stored = PreTrainedConfig.get_config_dict(origin.source, **origin.arguments)[0].get("id2label") or {}
+    labels = [str(stored[number]) for number in sorted(stored, key=int)]
+    fresh, remark = arrange_head(model, labels, head, build, fresh)
+    if remark is not None:
+        log.warning("%s: %s", config.backbone, remark)
+    return model, fresh
+
+
 def _fill(
     auto: Any, origin: Origin | None, config: ModelConfig, arguments: Mapping[str, Any]
 ) -> tuple[nn.Module, frozenset[str]]:
@@ -145,17 +156,6 @@ def _fill(
         raise _cannot(f"weights of {config.backbone!r} cannot be loaded", error, origin) from error
     fresh = _check_fit(model, info, config)
     return model.train(), fresh  # in training mode, as other libraries give their networks
-
-
-def _completed(
-    state: Mapping[str, Tensor], auto: Any, settings: Any, config: ModelConfig, extra: Mapping[str, Any]
-) -> Mapping[str, Tensor]:
-    """Return `state` with the initial values of the network for tensors that are on the meta device."""
-    if not any(tensor.is_meta for tensor in state.values()):
-        return state
-    with seeded(config.seed):
-        initial = _build(auto, settings, config, extra).state_dict()
-    return {name: initial.get(name, tensor) if tensor.is_meta else tensor for name, tensor in state.items()}
 
 
 def _cannot(what: str, error: Exception, origin: Origin | None) -> RecyclingError:

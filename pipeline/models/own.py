@@ -1,9 +1,8 @@
 """Backbones of the user's own: a function that makes one for a head."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import load_function
@@ -12,29 +11,26 @@ from pipeline.models.backbone import ArrayPreprocess, Backbone, Preprocess, firs
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
 from pipeline.models.texts import make_text_preprocess
-from pipeline.models.weights import CheckpointLayout, fit_weights, read_weights, seeded
+from pipeline.models.weights import CheckpointLayout, fit_weights, parameters_on_meta, read_weights, seeded
 from pipeline.tasks.base import Head
 
 
-def load_own(
-    config: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
-) -> Backbone:
-    """Call the user's function with the head, in which its network ends already; `state` and errors are `load`'s."""
+def load_own(config: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None = None) -> Backbone:
+    """Call the user's function with the head, in which its network ends already; `features` and errors are `load`'s."""
     if head.layers and head.kind != "embedding":
         raise ConfigError(
             f"task.layers is {list(head.layers)}; {config.backbone} makes its own classifier: build the layers there, "
             "and remove task.layers"
         )
     function = load_function(config.backbone, "model.backbone", "head: Head")
-    with seeded(config.seed):
+    with seeded(config.seed), parameters_on_meta(features is not None):
         built = function(head)
     model = _network(built)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{config.backbone} returned {type(built).__name__}; expected an nn.Module or a Backbone")
     fresh: frozenset[str] = frozenset()
-    if state is None and config.has_file:
+    if features is None and config.has_file:
         state = read_weights(config)
-    if state is not None:
         layout = CheckpointLayout({name: tensor.shape for name, tensor in model.state_dict().items()}, frozenset())
         if head.size is not None:
             layout = CheckpointLayout.of(lambda classes: _network(function(replace(head, size=classes))))

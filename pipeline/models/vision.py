@@ -12,7 +12,7 @@ from pipeline.models.backbone import Backbone, embed, first_input
 from pipeline.models.classifier import insert_layers
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
-from pipeline.models.weights import CheckpointLayout, fit_weights, read_weights, seeded
+from pipeline.models.weights import CheckpointLayout, fit_weights, parameters_on_meta, read_weights, seeded
 from pipeline.tasks.base import Head
 
 
@@ -87,10 +87,8 @@ class Timm:
 LIBRARIES: Mapping[str, type[Torchvision | Timm]] = {"torchvision": Torchvision, "timm": Timm}
 
 
-def load_vision(
-    config: ModelConfig, preprocess: PreprocessConfig, head: Head, state: Mapping[str, Tensor] | None = None
-) -> Backbone:
-    """Build the network with the head, and fill in its weights; `state` and errors as `load` has them."""
+def load_vision(config: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None = None) -> Backbone:
+    """Build the network with the head, and fill in its weights; `features` and errors as `load` has them."""
     if head.kind in ("tokens", "span"):
         raise ModelError(f"{config.backbone} takes images; the task needs a network of texts: hf: or module:function")
     library = LIBRARIES[config.library](config.name, config.options)
@@ -98,22 +96,13 @@ def load_vision(
         raise ConfigError(f"preprocess.kind is {preprocess.kind!r}; {config.backbone} takes images; remove it")
     classes = head.size or 0 if head.kind == "classes" else 0
     try:
-        with seeded(config.seed):
+        with seeded(config.seed), parameters_on_meta(features is not None):
             model = library.build(classes)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{config.backbone} cannot be built with model.options {config.options}: {error}") from error
     fresh: frozenset[str] = frozenset()
-    if state is None and config.has_file:
-        state = read_weights(config)
-    elif state is None and config.weights is not None:
-        try:
-            state = library.pretrained()
-        except Exception as error:  # a download fails in as many ways as there are libraries
-            raise AbsentError(
-                f"the pretrained weights of {config.backbone} cannot be had ({type(error).__name__}: {error}); "
-                "connect to the network, or set model.weights to a file, or to null for random weights"
-            ) from error
-    if state is not None:
+    if features is None and config.weights is not None:
+        state = read_weights(config) if config.has_file else _pretrained(library, config)
         fresh = fit_weights(model, state, CheckpointLayout.of(library.build), f"model.weights {config.weights}")
     preprocessor = ImagePreprocess(preprocess, library.defaults(model), first_input(model))
     if head.kind == "classes":
@@ -122,8 +111,18 @@ def load_vision(
                 fresh = insert_layers(model, head.layers, CheckpointLayout.of(library.build), config.backbone)
         return Backbone(model, preprocessor, config.backbone, fresh)
     with seeded(config.seed):
-        embedder = embed(model, head, head.pooling or "pooled", preprocessor)
+        embedder = embed(model, head, head.pooling or "pooled", preprocessor, features)
     return Backbone(embedder, preprocessor, config.backbone, embedder.fresh)
+
+
+def _pretrained(library: Torchvision | Timm, config: ModelConfig) -> Mapping[str, Tensor]:
+    try:
+        return library.pretrained()
+    except Exception as error:  # a download fails in as many ways as there are libraries
+        raise AbsentError(
+            f"the pretrained weights of {config.backbone} cannot be had ({type(error).__name__}: {error}); "
+            "connect to the network, or set model.weights to a file, or to null for random weights"
+        ) from error
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pipeline.errors import ConfigError, ModelError, first_few
 from pipeline.files import check_sha256, locate
@@ -45,6 +46,55 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def parameters_on_meta(on: bool = True) -> Iterator[None]:
+    """If `on`, modules built inside have their parameters on the meta device, without values and memory.
+
+    Buffers and other tensors have their values. Parameters stay tied, as they do not in accelerate's
+    `init_empty_weights`.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta and not is_lazy(param):
+            param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+        register(module, name, param)
+
+    if not on:
+        yield
+        return
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put `tensors`, by name, in place of the parameters and the buffers of `network`, without copying them.
+
+    Others stay as they are, and tied parameters stay tied. Tensors that `network` has no name for are ignored.
+
+    Raises:
+        ValueError: one has another shape.
+    """
+    held = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    wrong = [name for name, item in held if name in tensors and tensors[name].shape != item.shape]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {list(tensors[wrong[0]].shape)}, another shape than the network's")
+    given = {id(item): tensors[name] for name, item in held if name in tensors}
+    parameters = {
+        id(item): nn.Parameter(given[id(item)], item.requires_grad)
+        for item in network.parameters()
+        if id(item) in given
+    }
+    for module in network.modules():
+        for name, item in module._parameters.items():
+            module._parameters[name] = item if item is None else parameters.get(id(item), item)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else given.get(id(buffer), buffer)
 
 
 @dataclass(frozen=True)
@@ -112,7 +162,7 @@ def _read_tensors(path: Path) -> Mapping[str, object]:
 def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: CheckpointLayout, where: str) -> frozenset[str]:
     """Copy `state` into `model`; return the names of head tensors that it lacks or has in another shape.
 
-    These, and tensors on the meta device, keep their initial weights. `model` may lack the classifier of `layout`.
+    These keep their initial weights. `model` may lack the classifier of `layout`.
     Raises ModelError if any other tensor is missing, unexpected or of another shape.
     """
     state = with_timm_names(state, layout.shapes)
@@ -126,7 +176,7 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Checkpoin
     fresh = [name for name in own if name not in fitting and name in layout.head]
     if fresh:
         log.info("%s: the classifier is new (%s)", where, ", ".join(fresh))
-    model.load_state_dict(own | {name: tensor for name, tensor in fitting.items() if not tensor.is_meta})
+    model.load_state_dict(own | fitting)
     return frozenset(fresh)
 
 

@@ -17,7 +17,8 @@ from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, InputRe
 from pipeline.keys import JSON, Recipe
 from pipeline.models import Backbone, Preprocess, load, network_inputs
 from pipeline.models.fingerprint import fingerprint, is_installed, module_fingerprints
-from pipeline.project.pretrained_suffix import PretrainedSuffix, SuffixTensors, write_pretrained_suffix
+from pipeline.project import recipe_cache
+from pipeline.project.pretrained_suffix import PretrainedSuffix, SavedSplit, built_modules, write_pretrained_suffix
 from pipeline.project.recipe import IRRELEVANT, former_recipe, recipe_of, warn_of_former_recipe
 from pipeline.project.settings import CutName, Project
 from pipeline.project.views import Views, view_name
@@ -43,24 +44,44 @@ class LoadedModel:
     """The head that the task needs for these samples."""
     backbone: Backbone
     modules: Mapping[str, str]
-    """Digests of the modules of the network by path, computed before its first forward pass."""
+    """Digests of the modules of the whole network by path, computed before its first forward pass."""
+    built_modules: Mapping[str, str]
+    """As `built_modules` gives them, computed then too."""
     code: str | None
     """Digest of the code and attributes of the preprocessing, if it is the user's own."""
+    weights_key: str | None = None
+    """As `recipe_cache.weights_key`, before the weights were read; None where they come from a store."""
     pretrained_suffix: PretrainedSuffix | None = None
-    """Replaces the weights that params.yaml names; the layers before the cut then have no weights."""
+    """What the weights come from where those before the cut are not loaded; None of the whole network."""
 
     @classmethod
     def open(cls, project: Project, table: SampleTable, *, carrier: CutName | None = None) -> "LoadedModel":
         """Build the model that `project` describes; the head is drawn from `model.seed`.
 
-        Where its weights are not on this machine and the cut `carrier` is given, only the suffix has weights, from the
-        store of this cut; such a model can only be trained.
+        If the cut `carrier` is given, only the suffix may have weights, from the store of this cut: where these are
+        known to be those that params.yaml names, or where it names weights that are not on this machine.
 
         Raises:
             AbsentError: neither this machine nor the store has the weights.
         """
         task = open_task(project.task)
-        return cls._build(project, task, task.head(table), carrier)
+        head = task.head(table)
+        if carrier is None:
+            return cls._build(project, task, head)
+        if recipe_cache.has_known_weights(project, carrier):
+            try:
+                return cls._of_suffix(project, task, head, carrier)
+            except (AbsentError, ModelError) as reason:
+                log.info("%s; the whole network is built", reason)
+        try:
+            return cls._build(project, task, head)
+        except AbsentError as absent:
+            try:
+                loaded = cls._of_suffix(project, task, head, carrier)
+            except (AbsentError, StoreError) as reason:
+                raise type(reason)(f"{absent}; {reason}") from absent
+            log.warning("%s; the pretrained weights that %s carries are used", absent, project.store_path(carrier))
+            return loaded
 
     @classmethod
     def with_head(cls, project: Project, head: Head) -> "LoadedModel":
@@ -68,24 +89,17 @@ class LoadedModel:
         return cls._build(project, open_task(project.task), head)
 
     @classmethod
-    def _build(cls, project: Project, task: Task, head: Head, carrier: CutName | None = None) -> "LoadedModel":
-        pretrained_suffix = None
-        try:
-            backbone = load(project.model, project.preprocess, head)
-        except AbsentError as absent:
-            if carrier is None:
-                raise
-            try:
-                store = project.open_store(carrier)
-                pretrained_suffix = PretrainedSuffix.of(store, project.model, head)
-            except (AbsentError, StoreError) as reason:
-                raise type(reason)(f"{absent}; {reason}") from absent
-            log.warning("%s; training goes on from the pretrained weights that %s carries", absent, store.where)
-            backbone = pretrained_suffix.load(project.model, project.preprocess, head)
-        own = not is_installed(type(backbone.preprocess).__module__)
-        code = fingerprint(backbone.preprocess) if own else None
-        modules = module_fingerprints(backbone.model, IRRELEVANT)
-        return cls(project, task.of_width(backbone.width), head, backbone, modules, code, pretrained_suffix)
+    def _build(cls, project: Project, task: Task, head: Head) -> "LoadedModel":
+        files = recipe_cache.weights_key(project)
+        backbone = load(project.model, project.preprocess, head)
+        modules, built = module_fingerprints(backbone.model, IRRELEVANT), built_modules(backbone)
+        return cls(project, task.of_width(backbone.width), head, backbone, modules, built, _code(backbone), files)
+
+    @classmethod
+    def _of_suffix(cls, project: Project, task: Task, head: Head, cut: CutName) -> "LoadedModel":
+        suffix = PretrainedSuffix.of(project.open_store(cut), project.model, head)
+        backbone = suffix.build(project.model, project.preprocess, head)
+        return cls(project, task.of_width(backbone.width), head, backbone, {}, {}, _code(backbone), None, suffix)
 
     def to_device(self) -> torch.device:
         """Move the model to the device that runs prefixes, and return it."""
@@ -107,28 +121,24 @@ class LoadedModel:
             prefix, suffix = split(self.backbone.model, at=cut, example=example)
         except InputRefusedError as error:
             raise ModelError(f"{self.backbone.name}: {error}; {self.backbone.preprocess.advice()}") from error
-        if self.pretrained_suffix:
-            self.pretrained_suffix.complete(suffix)
         return prefix, suffix
 
-    def keep_pretrained_suffix(self, store: Store, tensors: SuffixTensors) -> None:
+    def keep_pretrained_suffix(self, store: Store, saved: SavedSplit) -> None:
         """Write the pretrained suffix beside the plain `store` of a cut where `encode.suffix` asks for it."""
         if self.project.encode.suffix:
-            write_pretrained_suffix(store, self.backbone, self.project.model, self.head, tensors)
+            write_pretrained_suffix(store, self.backbone, self.built_modules, self.project.model, self.head, saved)
         else:
             remove_attachment(store, SUFFIX)
 
-    def split_at_cuts(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[SuffixTensors]]:
-        """Return the prefix of every cut, proved on two `samples`, `recipes[view][cut]`, and the tensors each suffix
-        needs.
-        """
+    def split_at_cuts(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[SavedSplit]]:
+        """Return the prefix of every cut, proved on two `samples`, `recipes[view][cut]`, and what each suffix needs."""
         example = self._on_device(samples)
-        prefixes, needed = list[Prefix](), list[SuffixTensors]()
+        prefixes, saved = list[Prefix](), list[SavedSplit]()
         for cut in self.project.encode.cuts:
             prefix, suffix = self.split(cut, example)
             prefixes.append(prefix)
-            needed.append(SuffixTensors.of(suffix))
-        return prefixes, [list(of_view) for of_view in zip(*map(self.recipes, prefixes), strict=True)], needed
+            saved.append(SavedSplit.of(suffix))
+        return prefixes, [list(of_view) for of_view in zip(*map(self.recipes, prefixes), strict=True)], saved
 
     def count_flops(self, prefixes: Sequence[Prefix], samples: list[Sample]) -> list[tuple[int, int]] | None:
         """Return the operations per sample before and after the cuts of `prefixes`, counted on two `samples`."""
@@ -146,8 +156,10 @@ class LoadedModel:
         plain = self.backbone.preprocess
         return plain if view is None else plain.view(view)
 
-    def open_store(self, cut: CutName, table: SampleTable) -> tuple[Views, Prefix, Suffix]:
+    def open_store(self, cut: CutName, table: SampleTable) -> tuple[Views, Prefix | None, Suffix]:
         """Return the stores of `cut` and the model split there; neither raw data nor another recipe's store is read.
+
+        There is no prefix where only the suffix has weights.
 
         Raises:
             ConfigError: the cut was never encoded.
@@ -157,12 +169,17 @@ class LoadedModel:
         stores = [self._open(cut, view) for view in views]
         plain, *augmented = stores
         opened = Views.of(plain, augmented, table)
+        if self.pretrained_suffix is not None:
+            for store, view in zip(stores, views, strict=True):
+                store.check_recipe(self._of_view(plain.recipe, view))
+            return opened, None, self.pretrained_suffix.suffix(self.backbone)
         prefix, suffix = self.split(cut, self._example(opened))
         for store, view, recipe in zip(stores, views, self.recipes(prefix), strict=True):
             if self.is_former(store, prefix, recipe, view):
                 warn_of_former_recipe(store)
             else:
                 store.check_recipe(recipe)
+        recipe_cache.remember_weights(self.project, [plain], self.weights_key)
         return opened, prefix, suffix
 
     def is_former(self, store: Store, prefix: Prefix, recipe: Recipe, view: int | None) -> bool:
@@ -171,7 +188,7 @@ class LoadedModel:
             return False
         return store.recipe == former_recipe(recipe, prefix, self.preprocess(view).former_recipe())
 
-    def adapt(self, store: Views, prefix: Prefix, suffix: Suffix) -> Suffix:
+    def adapt(self, store: Views, suffix: Suffix) -> Suffix:
         """Return the suffix to train, with adapters if `train.adapter` is set.
 
         Raises:
@@ -181,8 +198,10 @@ class LoadedModel:
         train, backbone = self.project.train, self.backbone
         if train.adapter is None:
             return suffix
-        example = self._example(store)
-        return adapt(backbone.model, prefix, suffix, example, train.adapter, fresh=backbone.fresh, seed=train.seed)
+        batch = self.stored_batch(store, _first_and_last(store))
+        return adapt(
+            backbone.model, suffix, batch.state, batch.inputs, train.adapter, fresh=backbone.fresh, seed=train.seed
+        )
 
     def stored_batch(self, store: Views, rows: np.ndarray) -> Batch:
         """Return the states and inputs of `rows` (n,) int64 of the table as one batch on the CPU, without targets."""
@@ -217,8 +236,6 @@ class LoadedModel:
             compute_dtype=project.encode.precision,
             modules=self.modules,
         )
-        if self.pretrained_suffix:
-            plain = self.pretrained_suffix.prove(plain)
         return [self._of_view(plain, view) for view in project.views]
 
     def _on_device(self, samples: list[Sample]) -> dict[str, Tensor]:
@@ -228,14 +245,15 @@ class LoadedModel:
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def _example(self, store: Views) -> dict[str, Tensor]:
-        return self.stored_inputs(store, np.asarray([0, len(store.keys) - 1]))
+        return self.stored_inputs(store, _first_and_last(store))
 
     def _open(self, cut: CutName, view: int | None) -> Store:
         """Open a store; refuse one whose settings differ before the model is run on inputs of their shape."""
         path = self.project.store_path(cut, view)
         if self.project.remote is None and not path.exists():
             raise ConfigError(f"cut {cut}: there is no store at {path}; encode it (dvc repro encode)")
-        store = self.project.open_store(cut, view)
+        known = self.pretrained_suffix
+        store = self.project.open_store(cut, view) if known is None or view is not None else known.store
         settings = dataclasses.replace(
             store.recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
         )
@@ -252,3 +270,13 @@ class LoadedModel:
         """Return the preprocessing of a view, as the recipe describes it."""
         code: dict[str, JSON] = {} if self.code is None else {"code": self.code}
         return {**self.preprocess(view).recipe(), **code}
+
+
+def _first_and_last(store: Views) -> np.ndarray:
+    return np.asarray([0, len(store.keys) - 1])
+
+
+def _code(backbone: Backbone) -> str | None:
+    """Return the digest of the code and attributes of the preprocessing, if it is the user's own."""
+    own = not is_installed(type(backbone.preprocess).__module__)
+    return fingerprint(backbone.preprocess) if own else None

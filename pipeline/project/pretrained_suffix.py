@@ -1,90 +1,112 @@
-"""The pretrained suffix, kept beside its store, so that a store encoded on another machine can be trained from.
+"""The pretrained suffix, kept beside its store: what a run needs of the network that encoded it.
 
-With the store, the sample table and params.yaml, but without the weights that params.yaml names, training uses the
-pretrained suffix: every pretrained weight that the suffix reads, the configuration of the network, and the constants
-that cross the cut. The layers before the cut are built with random weights; they only give the suffix its shape.
+    <cut>/suffix/suffix.json            digests of the files; the recipe, the model section and the head they belong to
+    <cut>/suffix/split.json             the proved split, the digest of every module, the new tensors of the head
+    <cut>/suffix/model.safetensors      the pretrained weights that the suffix reads
+    <cut>/suffix/new.safetensors        the initial values of the network's own new head
+    <cut>/suffix/constants.safetensors  values that cross the cut and belong to no sample
+    <cut>/suffix/backbone/              configuration and tokenizer, as the network's library reads them
 
-What the missing weights would prove is proved by digests that `encode` wrote: of the files of the pretrained suffix and
-of the store's recipe; and the section `model` of params.yaml must be the same. All other fields of the recipe are
-compared as usual.
+With it a run starts without the layers before the cut: the network is built with its parameters on the meta device,
+those of the suffix are filled in, and nothing is run. That is right where the network built here has the modules that
+the split was proved on, which their digests show, and where the weights are those of the recipe: the files that they
+were read from are unchanged since, or are not on this machine at all.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import AbsentError, CorruptStoreError
-from pipeline.keys import JSON, Recipe, first_difference
-from pipeline.models import Backbone, ModelConfig, PreprocessConfig, as_described, describe, load
-from pipeline.split import Suffix
+from pipeline.keys import JSON, first_difference, parse_json, tensors_digest
+from pipeline.models import Backbone, ModelConfig, PreprocessConfig, as_described, describe, fill, load
+from pipeline.models.fingerprint import Irrelevant, module_fingerprints
+from pipeline.project.recipe import IRRELEVANT
+from pipeline.split import Suffix, load_suffix, save_split
 from pipeline.store import SUFFIX, Store, has_attachment, read_attachment, remove_attachment, write_attachment
 from pipeline.tasks import Head
 
 log = logging.getLogger("recycle")
 
+SPLIT = "split.json"
 WEIGHTS = "model.safetensors"
+NEW = "new.safetensors"
 CONSTANTS = "constants.safetensors"
 BACKBONE = "backbone"
 """Folder with the configuration of the network."""
 
+HOW_LOADED: Irrelevant = {
+    **IRRELEVANT,
+    "transformers.PreTrainedModel": IRRELEVANT["transformers.PreTrainedModel"]
+    | {"_weight_conversions", "_use_kernels", "_is_hf_initialized"},
+}
+"""`IRRELEVANT`, with what `from_pretrained` leaves on a network beside its weights."""
 NO_CLASSIFIER = "classifier_replaced"
 """Key of what describes a head: true where `task.layers` replace the pretrained classifier."""
 
 
 @dataclass(frozen=True)
-class SuffixTensors:
-    """The parameters and constants of the full network that a suffix needs."""
+class SavedSplit:
+    """A suffix without its trainable weights, which the model has too."""
 
     parameters: frozenset[str]
-    """Names of the parameters that it reads, trained or not."""
+    """Names of the parameters of the model that the suffix reads, trained or not."""
     constants: Mapping[str, Tensor]
-    """As `Suffix.constants`."""
+    """`Suffix.constants`, by their sources as text."""
+    split: Mapping[str, JSON] | None
+    """As `save_split` returns it."""
 
     @classmethod
-    def of(cls, suffix: Suffix) -> "SuffixTensors":
-        """Return the parameters and constants that `suffix` needs."""
+    def of(cls, suffix: Suffix) -> "SavedSplit":
+        """Return what to keep of `suffix`."""
         trained = (name for name, _ in suffix.named_parameters(remove_duplicate=False))
-        return cls(frozenset(trained) | suffix.frozen.kept.keys(), suffix.constants)
+        constants = {str(source): tensor for source, tensor in suffix.constants.items()}
+        return cls(frozenset(trained) | suffix.frozen.kept.keys(), constants, save_split(suffix))
 
 
 def write_pretrained_suffix(
-    store: Store, backbone: Backbone, model: ModelConfig, head: Head, needed: SuffixTensors
+    store: Store, backbone: Backbone, modules: Mapping[str, str], model: ModelConfig, head: Head, saved: SavedSplit
 ) -> None:
-    """Write the pretrained weights that a suffix of `backbone` needs, and the network's configuration, into `store`.
+    """Write the pretrained suffix of `backbone` into the plain `store` of its cut; `modules` are its `built_modules`.
 
     Raises:
-        StoreError: they cannot be written.
+        StoreError: it cannot be written.
     """
-    if not _can_be_missed(model):
+    if not _can_be_kept(model) or saved.split is None:
         remove_attachment(store, SUFFIX)
         return
     network, names = backbone.pretrained(model.library)
-    whole = backbone.model.named_parameters(remove_duplicate=False)
-    read = {id(item) for name, item in whole if name in needed.parameters}  # whatever names they have in `network`
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    state = {name: tensor for name, tensor in network.state_dict().items() if name in names}
-    left_out = {n: list(t.shape) for n, t in state.items() if n in parameters and id(parameters[n]) not in read}
+    parameters = backbone.model.named_parameters(remove_duplicate=False)
+    read = {id(item) for name, item in parameters if name in saved.parameters}  # whatever names they have in `network`
+    unread = {name for name, item in network.named_parameters(remove_duplicate=False) if id(item) not in read}
+    kept = {name: item for name, item in network.state_dict().items() if name in names - unread}
+    own = dict(backbone.model.named_parameters())
+    new = {} if _has_own_layers(model, head) else {name: own[name] for name in backbone.fresh if name in own}
+    description = {
+        "split": saved.split,
+        "modules": modules,
+        "buffers": _unsaved_buffers(backbone),
+        "features": backbone.features,
+        "new": sorted(new),
+    }
 
     def write(folder: Path) -> None:
-        kept = {name: tensor.cpu().contiguous().clone() for name, tensor in state.items() if name not in left_out}
-        save_file(kept, folder / WEIGHTS)
-        if needed.constants:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in needed.constants.items()}, folder / CONSTANTS
-            )
+        for file, tensors in ((WEIGHTS, kept), (NEW, new), (CONSTANTS, saved.constants)):
+            save_file({name: item.detach().cpu().contiguous().clone() for name, item in tensors.items()}, folder / file)
+        (folder / SPLIT).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         (folder / BACKBONE).mkdir()
         describe(model, backbone, folder / BACKBONE)
 
     about: dict[str, JSON] = {
         "recipe": store.recipe.digest,
         "model": model.model_dump(mode="json"),
-        "head": _described(head),
-        "left_out": left_out,
+        "head": _described(model, head),
     }
     if written := write_attachment(store, SUFFIX, about, write):
         log.info("%s carries the pretrained weights after the cut (%.1f MB)", store.where, written / 1e6)
@@ -92,18 +114,17 @@ def write_pretrained_suffix(
 
 def lacks_pretrained_suffix(store: Store, model: ModelConfig) -> bool:
     """Return whether `store` could have a pretrained suffix but has none."""
-    return _can_be_missed(model) and not has_attachment(store, SUFFIX)
+    return _can_be_kept(model) and not has_attachment(store, SUFFIX)
 
 
 @dataclass(frozen=True)
 class PretrainedSuffix:
     """The pretrained suffix of a store, checked to belong to it and to the current settings."""
 
+    store: Store
     folder: Path
-    recipe: Recipe
-    """The recipe of the store."""
-    left_out: Mapping[str, list[int]]
-    """Shapes, by name, of the network's weights before the cut."""
+    description: Mapping[str, Any]
+    """The contents of split.json."""
 
     @classmethod
     def of(cls, store: Store, model: ModelConfig, head: Head) -> "PretrainedSuffix":
@@ -113,13 +134,18 @@ class PretrainedSuffix:
             AbsentError: there is none, or one of other settings; the message names them.
             CorruptStoreError: it is damaged.
         """
-        recipe, found = store.recipe, read_attachment(store, SUFFIX)
+        found = read_attachment(store, SUFFIX)
         if found is None:
             raise AbsentError(f"{store.where} carries no weights to train from (encode.suffix)")
         folder, about = found
-        if about.get("recipe") != recipe.digest:
+        if about.get("recipe") != store.recipe.digest:
             raise CorruptStoreError(f"{folder} belongs to another store; encode again where the model is")
-        wanted = {"model": model.model_dump(mode="json"), "head": _described(head)}
+        if not (folder / SPLIT).exists():
+            raise AbsentError(
+                f"the weights that {store.where} carries were written by an earlier version; encode again where the "
+                "model is: no sample is encoded twice"
+            )
+        wanted = {"model": model.model_dump(mode="json"), "head": _described(model, head)}
         if wanted["head"].get(NO_CLASSIFIER):  # a classifier that is not used may be there
             about = about | {"head": {**dict(about["head"]), NO_CLASSIFIER: True}}
         if changed := first_difference({name: about.get(name) for name in wanted}, wanted):
@@ -128,34 +154,71 @@ class PretrainedSuffix:
                 f"the weights that {store.where} carries are of {setting} = {then!r}, today's is {now!r}; set it back, "
                 "or encode again where the model is"
             )
-        return cls(folder, recipe, dict(about["left_out"]))
+        return cls(store, folder, parse_json((folder / SPLIT).read_text(encoding="utf-8")))
 
-    def load(self, model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
-        """Return the backbone that `model` names, with pretrained weights after the cut and random ones before it.
+    def build(self, model: ModelConfig, preprocess: PreprocessConfig, head: Head) -> Backbone:
+        """Return the backbone that `model` names, with weights after the cut alone.
 
         Raises:
+            AbsentError: it is another network than the one that was split; the message names a module.
             ConfigError, ModelError: as `models.load`.
         """
-        absent = {name: torch.empty(shape, device="meta") for name, shape in self.left_out.items()}
-        state = load_file(self.folder / WEIGHTS) | absent
-        return load(*as_described(model, preprocess, self.folder / BACKBONE), head, state)
+        described = as_described(model, preprocess, self.folder / BACKBONE)
+        backbone = load(*described, head, features=self.description["features"])
+        network, _ = backbone.pretrained(model.library)
+        fill(network, load_file(self.folder / WEIGHTS))
+        fill(backbone.model, load_file(self.folder / NEW))
+        fresh = backbone.fresh if _has_own_layers(model, head) else frozenset(self.description["new"])
+        backbone = replace(backbone, name=model.backbone, fresh=fresh)
+        if reason := self._difference(backbone):
+            raise AbsentError(
+                f"the weights that {self.store.where} carries are of another network: {reason}; encode again where the "
+                "model is"
+            )
+        return backbone
 
-    def complete(self, suffix: Suffix) -> None:
-        """Give a suffix split off such a backbone the constants computed with the pretrained weights before the cut."""
-        file = self.folder / CONSTANTS
-        suffix.constants = load_file(file) if file.exists() else {}
+    def suffix(self, backbone: Backbone) -> Suffix:
+        """Return the suffix of a backbone that `build` made; the two share their weights."""
+        added = {path for path, _ in backbone.model.named_modules()} - self.description["modules"].keys()
+        return load_suffix(backbone.model, self.description["split"], load_file(self.folder / CONSTANTS), added)
 
-    def prove(self, recipe: Recipe) -> Recipe:
-        """Return `recipe`, computed on such a backbone, with the weights' digest of the store."""
-        return replace(recipe, weights=self.recipe.weights)
+    def _difference(self, backbone: Backbone) -> str | None:
+        """Return how the network differs from the one that was split, except in the layers of `task.layers`."""
+        then, modules, layers = self.description["modules"], built_modules(backbone), backbone.layers_path
+        for path in {**then, **modules}:
+            in_layers = layers is not None and f"{path}.".startswith(f"{layers}.")
+            if not in_layers and then.get(path) != modules.get(path):
+                return f"module {path!r} has other attributes, or is not there"
+        return None if self.description["buffers"] == _unsaved_buffers(backbone) else "a buffer has other values"
 
 
-def _can_be_missed(model: ModelConfig) -> bool:
+def built_modules(backbone: Backbone) -> dict[str, str]:
+    """Return the digests of the modules of `backbone` by path, however its weights were loaded.
+
+    Call it before the first forward pass.
+    """
+    return module_fingerprints(backbone.model, HOW_LOADED)
+
+
+def _can_be_kept(model: ModelConfig) -> bool:
     """Return whether the weights come from files, not from a seed or the user's own code."""
     return model.weights is not None and (model.library != "function" or model.has_file)
 
 
-def _described(head: Head) -> dict[str, JSON]:
-    """Return the properties of the head that decide which pretrained weights the network has."""
+def _has_own_layers(model: ModelConfig, head: Head) -> bool:
+    """Return whether the new tensors of the network are those of `task.layers`, drawn from `model.seed` alone."""
+    return model.library != "function" and (head.kind == "embedding" or bool(head.layers))
+
+
+def _described(model: ModelConfig, head: Head) -> dict[str, JSON]:
+    """Return the properties of the head that decide which weights the network has, but for those of `task.layers`."""
     described = {name: getattr(head, name) for name in ("kind", "size", "pooling")}
+    if model.library == "function":
+        return described | {"layers": list(head.layers)}
     return described | ({NO_CLASSIFIER: True} if head.layers and head.kind != "embedding" else {})
+
+
+def _unsaved_buffers(backbone: Backbone) -> str:
+    """Return the digest of the buffers that the network computes anew whenever it is built."""
+    saved = backbone.model.state_dict().keys()
+    return tensors_digest({name: item for name, item in backbone.model.named_buffers() if name not in saved})

@@ -1,9 +1,12 @@
-"""A cache of the recipes that settings lead to, so that an encode with nothing to do builds no model.
+"""A cache of the recipes that settings and files lead to, so that commands need not build the model to know them.
 
 A recipe is computed on a built model, which takes seconds. It is a function of the settings, the files of weights, the
 keys and targets of the data set, the libraries and this package; the digest of all these is cached with the recipes
-that a built model had. Where one of them is unknown without building (the user's own function, a download whose file is
-unknown), nothing is cached. The file may be deleted at any time; training does not use it.
+that a built model had, for an encode with nothing to do. Where one of them is unknown without building (the user's own
+function, a download whose file is unknown), nothing is cached.
+
+For each store, the stamps of the files that its weights were read from are cached too: while they are the same, a run
+takes the weights of its suffix from the store. The file may be deleted at any time.
 """
 
 import json
@@ -20,12 +23,12 @@ import torch
 
 from pipeline.config import Section
 from pipeline.data import SampleTable, Stamp
-from pipeline.errors import StoreError
+from pipeline.errors import AbsentError, StoreError
 from pipeline.files import PACKAGE, is_function, locate, write_whole
 from pipeline.keys import JSON, content_key, digest
 from pipeline.models import PRETRAINED, ModelConfig
 from pipeline.project.pretrained_suffix import lacks_pretrained_suffix
-from pipeline.project.settings import SECTIONS, Project
+from pipeline.project.settings import SECTIONS, CutName, Project
 from pipeline.store import Store
 
 FILE = "recipes.json"
@@ -45,13 +48,11 @@ LIBRARIES = ("numpy", "safetensors", "timm", "tokenizers", "torch", "torchvision
 
 def cache_key(project: Project, table: SampleTable) -> str | None:
     """Return the digest of everything that decides the recipes; None where some of it is unknown."""
-    now = time.time_ns()
     try:
-        files = _files(project)
-        stamps = None if files is None else [Stamp.of(file) for file in files]
+        files = _stamps_digest(_files(project))
     except OSError:
         return None
-    if stamps is None or is_function(project.task.kind) or not all(stamp.settled(now) for stamp in stamps):
+    if files is None or is_function(project.task.kind):
         return None
     settings: dict[str, Section] = {name: getattr(project, name) for name in SECTIONS}
     known: dict[str, JSON] = {
@@ -59,7 +60,7 @@ def cache_key(project: Project, table: SampleTable) -> str | None:
             name: section.model_dump(mode="json", exclude=set(IRRELEVANT.get(name, ())))
             for name, section in settings.items()
         },
-        "files": [[stamp.path, stamp.size, stamp.mtime_ns, stamp.inode] for stamp in stamps],
+        "files": files,
         "table": _table(table),
         "libraries": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
         "package": _package(),
@@ -95,8 +96,35 @@ def remember(project: Project, key: str | None, stores: Sequence[Sequence[Store]
     """Cache the recipes of `stores[view][cut]`, which were just computed on the model."""
     if key is not None:
         recipes = {_name(store): store.recipe.digest for of_view in stores for store in of_view}
-        text = json.dumps({"key": key, "recipes": recipes}, indent=2) + "\n"
-        write_whole(_file(project), text)
+        _write(project, _read(project) | {"key": key, "recipes": recipes})
+
+
+def weights_key(project: Project) -> str | None:
+    """Return the digest of the stamps of the files that have the weights; None where they are unknown or too new."""
+    try:
+        return _stamps_digest(_weight_files(project))
+    except (OSError, AbsentError):
+        return None
+
+
+def remember_weights(project: Project, stores: Sequence[Store], key: str | None) -> None:
+    """Cache that the weights of the plain `stores` are those of the files whose `weights_key` was `key`."""
+    if key is not None and key == weights_key(project):
+        known = _read(project)
+        found = {_name(store): [store.recipe.digest, key] for store in stores}
+        if known.get("weights") != (both := {**known.get("weights", {}), **found}):
+            _write(project, known | {"weights": both})
+
+
+def has_known_weights(project: Project, cut: CutName) -> bool:
+    """Return whether the files of weights are unchanged since the store of `cut` had its recipe computed on them."""
+    key = weights_key(project)
+    try:
+        recipe = project.open_store(cut).recipe.digest
+    except StoreError:
+        return False
+    known: Any = _read(project).get("weights", {}).get(project.store_path(cut).as_posix())
+    return key is not None and known == [recipe, key]
 
 
 def _file(project: Project) -> Path:
@@ -108,26 +136,60 @@ def _name(store: Store) -> str:
 
 
 def _remembered(project: Project, key: str | None) -> Mapping[str, str]:
+    known = _read(project)
+    return known.get("recipes", {}) if key is not None and known.get("key") == key else {}
+
+
+def _read(project: Project) -> dict[str, Any]:
+    """Return the contents of the cache; empty where it is missing or damaged."""
     try:
-        known: Any = json.loads(_file(project).read_text(encoding="utf-8"))
-        if key is not None and known["key"] == key:
-            return dict(known["recipes"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    return {}
+        known = json.loads(_file(project).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(known, dict) and all(isinstance(known.get(name, {}), dict) for name in ("recipes", "weights"))
+    return known if whole else {}
+
+
+def _write(project: Project, known: Mapping[str, Any]) -> None:
+    write_whole(_file(project), json.dumps(known, indent=2) + "\n")
+
+
+def _stamps_digest(files: Sequence[Path] | None) -> str | None:
+    """Return the digest of the stamps of `files`; None where they are unknown or may change without a new stamp."""
+    now = time.time_ns()
+    stamps = [Stamp.of(file) for file in files or ()]
+    if files is None or not all(stamp.settled(now) for stamp in stamps):
+        return None
+    return digest([[stamp.path, stamp.size, stamp.mtime_ns, stamp.inode] for stamp in stamps])
 
 
 def _files(project: Project) -> list[Path] | None:
     """Return every file that the model and its preprocessing are read from; None where they are unknown."""
-    model, tokenizer = project.model, project.preprocess.tokenizer
-    folders = [] if tokenizer is None else [_folder(tokenizer)]
-    if model.library == "function" or model.trust_remote_code:
+    model, tokenizer, weights = project.model, project.preprocess.tokenizer, _weight_files(project)
+    if model.library == "function" or model.trust_remote_code or weights is None:
         return None
-    if model.library == "hf":
-        folders.append(_folder(model.name))
-    elif model.weights == PRETRAINED:
-        folders.append(_downloads(model))
+    texts = [] if tokenizer is None else _inside([_folder(tokenizer)])
+    return None if texts is None else [*weights, *texts]
+
+
+def _weight_files(project: Project) -> list[Path] | None:
+    """Return every file that the weights are read from, with the configuration beside them; None if unknown."""
+    model = project.model
     files = [locate(str(model.weights), "model.weights")] if model.has_file else []
+    if model.library == "function":
+        return files or None
+    folders: list[Path | None] = []
+    if model.library == "hf":
+        folders = [_folder(model.name)]
+    elif model.weights == PRETRAINED:
+        folders = [_downloads(model)]
+    inside = _inside(folders)
+    return None if inside is None else [*files, *inside]
+
+
+def _inside(folders: Sequence[Path | None]) -> list[Path] | None:
+    """Return the files in `folders`; None where a folder is unknown or empty, or names another network's weights."""
+    files: list[Path] = []
     for folder in folders:
         inside = [] if folder is None else sorted(_walk(folder))
         if not inside or any(file.name == "adapter_config.json" for file in inside):  # it names another network

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.data import SampleTable
-from pipeline.errors import ConfigError, DataError, TrainError
+from pipeline.errors import AbsentError, ConfigError, DataError, TrainError
 from pipeline.project.model import LoadedModel
 from pipeline.project.settings import CutName, Project
 from pipeline.project.views import Views
@@ -39,9 +39,17 @@ class Tower:
     rows: np.ndarray
     """Their rows in the sample table of the project, (n,) int64, ascending."""
     store: Views
-    prefix: Prefix
+    before: Prefix | None
+    """The layers before the cut; None where only the suffix has weights."""
     suffix: Suffix
     """With the weights of the model, on the CPU."""
+
+    @property
+    def prefix(self) -> Prefix:
+        """The layers before the cut; raises AbsentError where only the suffix has weights."""
+        if self.before is None:
+            raise AbsentError(f"{self.loaded.backbone.name} was opened without the layers before the cut")
+        return self.before
 
     @property
     def name(self) -> str | None:
@@ -49,11 +57,11 @@ class Tower:
         return self.loaded.project.tower
 
 
-def open_tower(project: Project, cut: CutName, table: SampleTable, *, to_train: bool = False) -> Tower:
+def open_tower(project: Project, cut: CutName, table: SampleTable, *, suffix_only: bool = False) -> Tower:
     """Open one encoder (`project` is one of `Project.parts`) for runs of `cut`, with the rows of `table` in its role.
 
-    Neither raw data nor another recipe's store is read. With `to_train`, the weights before the cut may be missing on
-    this machine: the pretrained suffix in the store has the others.
+    Neither raw data nor another recipe's store is read. With `suffix_only`, only the suffix has weights where the
+    pretrained suffix in the store has them, and the others are not read.
 
     Raises:
         AbsentError: the weights are not on this machine.
@@ -67,9 +75,9 @@ def open_tower(project: Project, cut: CutName, table: SampleTable, *, to_train: 
             raise DataError(f"the samples have {', '.join(table.targets)}; towers need roles: those of pairs")
         rows = np.flatnonzero(table.targets["role"] == project.tower)
         table = table.of(rows)
-    loaded = LoadedModel.open(project, table, carrier=project.at(cut) if to_train else None)
+    loaded = LoadedModel.open(project, table, carrier=project.at(cut) if suffix_only else None)
     views, prefix, suffix = loaded.open_store(project.at(cut), table)
-    if to_train and views.plain.is_linked:
+    if suffix_only and views.plain.is_linked:
         log.warning(
             "%s: its files are links to a cache; DVC copies the whole store before each encode then: dvc config "
             "cache.type reflink,copy (docs/sharing.md)",
@@ -85,7 +93,7 @@ def trainable_suffix(tower: Tower) -> Suffix:
         ConfigError: it does not train, and its head has no weights of the pretrained network.
     """
     if tower.loaded.project.towers.of(tower.name).trains:
-        return tower.loaded.adapt(tower.store, tower.prefix, tower.suffix)
+        return tower.loaded.adapt(tower.store, tower.suffix)
     if untrained := sorted(tower.loaded.backbone.fresh & dict(tower.suffix.named_parameters()).keys()):
         raise ConfigError(
             f"towers.{tower.name}.trains is false, but {untrained[0]} was not pretrained and would stay as it was "

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -42,10 +43,18 @@ def towers_of(project: Project, name: str) -> list[str | None]:
     return [part.tower for part in project.overridden(read_run(project, name).overrides).parts]
 
 
+def has_states(project: Project, name: str, tower: str | None, keys: np.ndarray) -> bool:
+    """Return whether the store of the run `name` has the states of all `keys` (n, 16) uint8."""
+    run = read_run(project, name)
+    project = project.overridden(run.overrides)
+    part = project.part(tower)
+    return not part.open_store(part.at(project.cut(str(run.cut)))).missing(keys).any()
+
+
 def open_run(project: Project, name: str, tower: str | None = None, *, whole: bool = True) -> FinishedRun:
     """Open the finished run `name`, or one tower of it; neither raw data nor another recipe's store is read.
 
-    Unless the `whole` model is needed, the weights before the cut may be missing on this machine.
+    Unless the `whole` model is needed, only the suffix has weights where the store has them.
 
     Raises:
         AbsentError: the weights that params.yaml names are not on this machine.
@@ -63,7 +72,7 @@ def open_run(project: Project, name: str, tower: str | None = None, *, whole: bo
             "again"
         )
     try:
-        opened = open_tower(project.part(tower), project.cut(str(run.cut)), table, to_train=not whole)
+        opened = open_tower(project.part(tower), project.cut(str(run.cut)), table, suffix_only=not whole)
     except AbsentError as absent:
         raise AbsentError(
             f"run {name}: {absent}; what a store carries is enough to train, an export and predictions take the layers "

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipeline.data import Source
+from pipeline.device import pick_device
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.keying import KeyedSamples
 from pipeline.encode.run import encode_units
@@ -35,9 +37,10 @@ class InputStates:
 
         The states of new samples join the store, or lie in `folder` until they are forgotten.
         """
-        self.loaded, self.known = run.loaded, run.store.plain
+        self.run, self.loaded, self.known = run, run.loaded, run.store.plain
+        self.source, self.trimming_rows = source, keyed.trimming_rows
         self.keys, self.config = keyed.keys, run.loaded.project.encode
-        self.device = run.loaded.to_device()
+        self.device = pick_device(self.config.device)
         self.reader = run.loaded.project.reader(self.known.path)
         self.forgets = folder is not None
         self.fresh = (
@@ -45,9 +48,14 @@ class InputStates:
             if folder is None
             else Store.create(folder / "store", self.known.recipe)
         )
-        views = [run.loaded.preprocess(None)]
-        self.encoder = Encoder(source, views, [run.prefix], [[self.fresh]], self.config, keyed.trimming_rows)
         self.result = EncodeResult.empty(keyed, cuts=1)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder of new samples; raises AbsentError where the run was opened without the layers before the cut."""
+        self.loaded.to_device()
+        views = [self.loaded.preprocess(None)]
+        return Encoder(self.source, views, [self.run.prefix], [[self.fresh]], self.config, self.trimming_rows)
 
     def missing(self) -> np.ndarray:
         """Return which of all inputs have no state in the store, (N,) bool."""
@@ -57,7 +65,7 @@ class InputStates:
         """Run the prefix on those of `rows` (n,) int64 that are new."""
         units = plan(self.keys, [rows], [[self.fresh]], self.config.segment_samples)
         if units:
-            self.result = encode_units(self.encoder, self.encoder.source, units, self.result)
+            self.result = encode_units(self.encoder, self.source, units, self.result)
         if not self.forgets:
             self.known.refresh()
 

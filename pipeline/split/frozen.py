@@ -19,13 +19,15 @@ from pipeline.split.tree import Args, Kwargs, map_arguments
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def dummy(like: Tensor, *, dense: bool = False) -> Tensor:
+def dummy(like: Tensor, *, dense: bool = False, device: torch.device | str | None = None) -> Tensor:
     """Return a tensor of the shape, dtype and device of `like`: NaN, or zero for other than floating point.
 
-    It has one element of storage; `dense` gives it memory of its own, so that it can be written to.
+    It has one element of storage; `dense` gives it memory of its own, so that it can be written to. `device` replaces
+    that of `like`.
     """
     fill = float("nan") if like.dtype.is_floating_point or like.dtype.is_complex else 0
-    return torch.full(like.shape if dense else (), fill, dtype=like.dtype, device=like.device).expand(like.shape)
+    shape = like.shape if dense else ()
+    return torch.full(shape, fill, dtype=like.dtype, device=device or like.device).expand(like.shape)
 
 
 class FrozenParameters:

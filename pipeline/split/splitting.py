@@ -170,7 +170,8 @@ def accept(suffix: Suffix, model: nn.Module, plan: SplitPlan, runs: Sequence[Ref
 
 def _deviation(suffix: Suffix, run: ReferenceRun) -> str | None:
     """Return how the suffix differs from the full model, or None."""
-    stored = {name: tensor.clone() for name, tensor in run.state.items()} | suffix.constants
+    stored = {name: tensor.clone() for name, tensor in run.state.items()}
+    stored |= {str(source): tensor for source, tensor in suffix.constants.items()}
     before = {name: tensor.clone() for name, tensor in stored.items()}
     with_gradients = run.training and torch.is_grad_enabled()
     suffix.train(run.training)

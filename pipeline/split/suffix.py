@@ -1,14 +1,13 @@
 """The trainable part of a split: takes the state and runs the rest of the model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
-from pipeline.split.cut import Cut, TensorSource
+from pipeline.split.cut import TensorSource
 from pipeline.split.forward import eval_mode
 from pipeline.split.frozen import FrozenParameters, dummy
 from pipeline.split.phantom_run import install_fake_forwards
@@ -35,14 +34,20 @@ class Suffix(nn.Module):
     root: nn.Module
 
     def __init__(
-        self, model: nn.Module, plan: SplitPlan, slots: Sequence[Slot], constants: Mapping[TensorSource, Tensor]
+        self,
+        model: nn.Module,
+        plan: SplitPlan,
+        slots: Sequence[Slot],
+        constants: Mapping[TensorSource, Tensor],
+        *,
+        share: bool = False,
     ) -> None:
-        """Use `split`, which finds the arguments and proves them."""
+        """Use `split`, which finds the arguments and proves them; with `share`, trainable parameters are not copied."""
         super().__init__()
-        self.cut: Cut = plan.cut
+        self.plan, self.cut = plan, plan.cut
         self.spec: Mapping[str, TensorSpec] = {slot.name: slot.spec for slot in slots}
         self.slots = tuple(slots)
-        root, self.frozen = trainable_copy(model, plan)
+        root, self.frozen = trainable_copy(model, plan, share=share)
         self.__dict__["root"] = root  # not a child: its children are adopted, under their own names
         self.replay = Replay(root, self.cut, self.frozen)
         self._modules, self._parameters, self._buffers = root._modules, root._parameters, root._buffers
@@ -88,26 +93,12 @@ class Suffix(nn.Module):
         return values
 
     @property
-    def constants(self) -> dict[str, Tensor]:
+    def constants(self) -> Mapping[TensorSource, Tensor]:
         """The values that cross the cut and belong to no sample, by where the model has them.
 
-        They are results of the weights before the cut; a suffix that was split off a model without these weights is
-        given them. Others than its own raise SplitError.
+        They are results of the weights before the cut.
         """
-        return {str(source): value for source, value in self._constants.items()}
-
-    @constants.setter
-    def constants(self, values: Mapping[str, Tensor]) -> None:
-        own = self.constants
-        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in values.items()}:
-            raise SplitError(f"the suffix at {self.cut} has the constants {sorted(own)}, not {sorted(values)}")
-        self._constants = {source: values[str(source)].to(value) for source, value in self._constants.items()}
-
-    def rename(self, names: Mapping[str, str]) -> None:
-        """Take the tensors of the state under other names: each slot's present name -> the new one."""
-        self.slots = tuple(replace(slot, name=names[slot.name]) for slot in self.slots)
-        self.spec = {slot.name: slot.spec for slot in self.slots}
-        self._dtypes = {names[name]: dtype for name, dtype in self._dtypes.items()}
+        return self._constants
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode; modules that run only before the cut stay in eval mode."""
@@ -135,14 +126,16 @@ def output_in_eval(suffix: Suffix, state: State, args: Args, kwargs: Kwargs) -> 
         return suffix(state, *args, **kwargs)
 
 
-def trainable_copy(model: nn.Module, plan: SplitPlan) -> tuple[nn.Module, FrozenParameters]:
+def trainable_copy(model: nn.Module, plan: SplitPlan, *, share: bool = False) -> tuple[nn.Module, FrozenParameters]:
     """Return a copy of `model` that holds only what trains after the cut, and its frozen parameters, set aside.
 
-    Parameters that train are copied, and so are all buffers; those of modules that only the prefix runs are left out of
-    the state dict.
+    Parameters that train are copied, unless both `share` them, and so are all buffers; those of modules that only the
+    prefix runs are left out of the state dict.
     """
     weights = {name: item for name, item in model.named_parameters() if name in set(plan.frozen.values())}
-    memo: dict[int, Any] = {id(item): dummy(item) for item in weights.values()}
+    memo: dict[int, Any] = {id(item): item for item in model.parameters()} if share else {}
+    for item in weights.values():  # those on the meta device were not loaded; the suffix is on the CPU
+        memo[id(item)] = dummy(item, device="cpu" if item.is_meta else None)
     root = copy_of(model, memo)
     install_fake_forwards(root, plan.fake_forwards)
     frozen = FrozenParameters(root, plan.frozen, {name: weights[name].detach().clone() for name in plan.kept})

@@ -1,7 +1,7 @@
 """Adapters: small trainable layers beside frozen pretrained ones after the cut, merged into plain weights at the end.
 
-`peft` builds them in a copy of the full model, which is then split at the same cut: the suffix contains them like any
-other layer; prefix, recipe and store are unaffected. A run keeps `merged` weights: every adapter added to the weight it
+`peft` builds them in a copy of the model, whose suffix after the same cut contains them like any other layer; prefix,
+recipe and store are unaffected. A run keeps `merged` weights: every adapter added to the weight it
 adapts, under the names of the full model, so that nothing after training depends on adapters.
 """
 
@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pipeline.config import Section
 from pipeline.errors import ConfigError, TrainError
-from pipeline.split import Prefix, State, Suffix, split
+from pipeline.split import State, Suffix, with_model
 from pipeline.split.forward import observed_calls
 from pipeline.split.suffix import output_in_eval
 from pipeline.split.tree import difference, tensors
@@ -70,21 +70,22 @@ AdapterSetting = Annotated[
 
 def adapt(
     model: nn.Module,
-    prefix: Prefix,
     suffix: Suffix,
+    state: State,
     example: dict[str, Tensor],
     config: AdapterConfig,
     *,
     fresh: frozenset[str],
     seed: int,
 ) -> Suffix:
-    """Return a suffix for the states of `prefix` with trainable adapters and new parameters; everything else is frozen.
+    """Return a suffix like `suffix` with trainable adapters and new parameters; everything else is frozen.
 
     Before training, it computes the same as `suffix`.
 
     Args:
-        model: the full model, left unchanged; `prefix` and `suffix` are its split.
-        example: a batch of its inputs, on which the split and the merging are proved.
+        model: the model of `suffix`, left unchanged; its weights before the cut may be on the meta device.
+        state: the state of a batch, on which the merging is proved.
+        example: the inputs of that batch.
         fresh: names of the parameters that were not pretrained.
         seed: seed of the adapters' initial weights.
 
@@ -92,22 +93,18 @@ def adapt(
         ConfigError: `config.targets` names a layer that cannot be adapted.
         TrainError: no layer after the cut can be adapted, or merging would change the outputs.
     """
-    state = prefix(**example)
     targets = _targets(suffix, state, example, config, fresh)
     if not targets:
         log.warning("%s: after this cut there is no pretrained layer to adapt; fresh layers train alone", config.kind)
     # It shares the memory of the weights, which are frozen.
     twin = copy.deepcopy(model, {id(item): nn.Parameter(item.detach(), False) for item in model.parameters()})
-    with warnings.catch_warnings():  # peft's are on settings made here; the split's were given for the plain model
-        warnings.simplefilter("ignore")
-        if targets:
-            _inject(twin, targets, config, seed)
-        _keep_statistics(twin, fresh)
-        for name in fresh & dict(twin.named_parameters()).keys():
-            twin.get_parameter(name).requires_grad_()
-        _, adapted = split(twin, prefix.cut.name, example)
-    _name_state(adapted, suffix)
-    adapted.constants = suffix.constants
+    known = {path for path, _ in twin.named_modules()}
+    if targets:
+        _inject(twin, targets, config, seed)
+    _keep_statistics(twin, fresh)
+    for name in fresh & dict(twin.named_parameters()).keys():
+        twin.get_parameter(name).requires_grad_()
+    adapted = with_model(suffix, twin, {path for path, _ in twin.named_modules()} - known)
     _prove(adapted, suffix, state, example, config)
     sizes = [(item.numel(), item.requires_grad) for item in adapted.parameters()]
     log.info("%s on %d layers: %d parameters train", config.kind, len(targets), sum(size for size, on in sizes if on))
@@ -195,7 +192,8 @@ def _inject(twin: nn.Module, targets: list[str], config: AdapterConfig, seed: in
     else:
         settings = PeanutConfig(r=config.rank, scaling=config.alpha / config.rank, depth=0)
     settings.target_modules, settings.exclude_modules = targets, others
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # they are on settings made here
+        warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(settings, twin, NAME)
@@ -206,17 +204,6 @@ def _inject(twin: nn.Module, targets: list[str], config: AdapterConfig, seed: in
             f"train.adapter: peft adapts other layers of this model than it was told, {min(missed)!r} among them; "
             "name the layers in train.adapter.targets"
         )
-
-
-def _name_state(adapted: Suffix, suffix: Suffix) -> None:
-    """Rename the state of `adapted` as in the store: peft renames the argument of a layer."""
-    ours, theirs = ({(slot.source, slot.spec): slot.name for slot in half.slots} for half in (suffix, adapted))
-    if ours.keys() != theirs.keys():
-        raise TrainError(
-            f"train.adapter: adapted, the suffix reads {sorted(theirs.values())}, the store holds "
-            f"{sorted(ours.values())}; cut elsewhere, or leave the layer at the cut out with train.adapter.targets"
-        )
-    adapted.rename({name: ours[slot] for slot, name in theirs.items()})
 
 
 def _keep_statistics(twin: nn.Module, fresh: frozenset[str]) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -95,10 +94,7 @@ def save(
     if not accelerator.is_main_process:
         return
     (beside / "progress.json").write_text(json.dumps(asdict(progress)))
-    # Plain order: weights may lie channels last, which a file cannot say.
-    kept = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
-    }
+    kept = _plain(weights)
     for name in ["last", "best"] if better else ["last"]:
         save_file(kept, checkpoint / f".{name}.safetensors")
         os.replace(checkpoint / f".{name}.safetensors", checkpoint / f"{name}.safetensors")
@@ -107,6 +103,16 @@ def save(
         os.rename(latest, previous)
     os.rename(beside, latest)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `weights` as a file holds them: in plain order, each with memory of its own; copied only where needed."""
+    kept, known = dict[str, Tensor](), set[int]()
+    for name, tensor in weights.items():
+        plain = tensor.detach().cpu().contiguous()  # it may lie channels last
+        kept[name] = plain.clone() if plain.data_ptr() in known else plain
+        known.add(plain.data_ptr())
+    return kept
 
 
 def _save_plain(accelerator: Accelerator, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:

@@ -90,7 +90,7 @@ def measure(project: Project, name: str, count: int, tower: str | None = None) -
         MissingKeysError: a sample of the table is not in the store.
         DataError: the finished run does not fit the model.
     """
-    opened = open_tower(project.part(tower), project.cut(name), SampleTable.read(project.samples))
+    opened = open_tower(project.part(tower), project.cut(name), SampleTable.read(project.samples), suffix_only=True)
     loaded, store, suffix = opened.loaded, opened.store, opened.suffix
     is_trained = _load_run(project, name, opened)
     suffix.to(pick_device(project.encode.device)).eval()

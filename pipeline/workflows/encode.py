@@ -94,13 +94,14 @@ def _encode_missing(
     if project.encode.executor.is_here:
         loaded.to_device()
     example, samples = _find_example(loaded, source, keyed)
-    prefixes, recipes, suffix_tensors = loaded.split_at_cuts(samples)
+    prefixes, recipes, saved_splits = loaded.split_at_cuts(samples)
     wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
     stores = open_stores(loaded, prefixes, recipes, wanted, replace_stores=replace_stores)
     for view, of_view in zip(project.views, stores, strict=True):
         keep_or_check_probes(of_view, prefixes, loaded.preprocess(view), samples, project.encode)
-    for store, tensors in zip(stores[0], suffix_tensors, strict=True):
-        loaded.keep_pretrained_suffix(store, tensors)
+    for store, saved in zip(stores[0], saved_splits, strict=True):
+        loaded.keep_pretrained_suffix(store, saved)
+    recipe_cache.remember_weights(project, stores[0], loaded.weights_key)
     _warn_of_duplicate_cuts(project.encode.cuts, stores[0])
     if project.encode.executor.is_here:
         executor: Executor = loaded.encoder(source, prefixes, stores, keyed.trimming_rows)

@@ -23,7 +23,7 @@ from pipeline.encode.ragged import Sample, pad_batch, shapes
 from pipeline.errors import DataError, first_few
 from pipeline.models import EXTRA, network_inputs
 from pipeline.project import Project
-from pipeline.runs.finished import FinishedRun, open_run, towers_of
+from pipeline.runs.finished import FinishedRun, has_states, open_run, towers_of
 from pipeline.runs.input_states import InputStates, stored_batches, temporary_states
 from pipeline.runs.record import read_run
 from pipeline.runs.scored_samples import ScoredSamples, input_samples, own_samples
@@ -73,12 +73,14 @@ def evaluate_run(
         StaleStoreError: a store was encoded under another recipe; the message names the first field that differs.
     """
     project = project.overridden(read_run(project, name).overrides)
-    whole = live or inputs is not None
-    towers = [open_run(project, name, tower, whole=whole) for tower in towers_of(project, name)]
     if inputs is None:
         samples = own_samples(project, split or "test", raw=live)
     else:
         samples = input_samples(project, inputs, split)
+    roles = towers_of(project, name)
+    wanted = {role: samples.table.keys[samples.rows[samples.in_role(role)]] for role in roles}
+    whole = live or (samples.is_new and not all(has_states(project, name, *one) for one in wanted.items()))
+    towers = [open_run(project, name, role, whole=whole) for role in roles]
     task, bad = towers[0].loaded.task, dict[int, BadSample]()
     targets = _numbered(task, samples, towers[0].legend, name)
     cached, count = _scores(task, samples, targets, _cached(project, towers, samples, bad))

@@ -21,7 +21,7 @@ from pipeline.encode.keying import KeyedSamples
 from pipeline.encode.quarantine import BadSample
 from pipeline.keys import KEY_BYTES
 from pipeline.project import Project
-from pipeline.runs.finished import FinishedRun, open_run
+from pipeline.runs.finished import FinishedRun, has_states, open_run
 from pipeline.runs.input_states import InputStates, temporary_states
 from pipeline.runs.predictions import DESCRIBED, Predictions, check_format, described, merged_schema, open_output
 from pipeline.store import KeySet
@@ -56,11 +56,13 @@ def predict_project(
     """
     check_format(output)
     source = project.part(tower).source(inputs)
-    by_store: dict[Path, dict[str, FinishedRun]] = {}
-    for name in dict.fromkeys(names):
-        run = open_run(project, name, tower)
-        by_store.setdefault(run.store.path, {})["" if len(set(names)) == 1 else f"{name}/"] = run
     keyed = project.keys_of(source)
+    wanted, runs = keyed.keys[keyed.good], list(dict.fromkeys(names))
+    whole = not all(has_states(project, name, tower, wanted) for name in runs)
+    by_store: dict[Path, dict[str, FinishedRun]] = {}
+    for name in runs:
+        run = open_run(project, name, tower, whole=whole)
+        by_store.setdefault(run.store.path, {})["" if len(runs) == 1 else f"{name}/"] = run
     home = project.work_dir / "predict"
     with ExitStack() as folders:
         # Stores of one path are of one recipe: opening them proved it.
@@ -102,7 +104,7 @@ class SharedStates(InputStates):
             self.predictions.add(numbers, columns)
 
     def _targets(self, rows: np.ndarray) -> list[Mapping[str, Any]]:
-        return [self.encoder.source.row(row).targets for row in rows.tolist()]
+        return [self.source.row(row).targets for row in rows.tolist()]
 
     def _columns(self) -> Mapping[str, Kind]:
         kinds = {beginning: run.loaded.task.columns(run.legend) for beginning, run in self.runs.items()}

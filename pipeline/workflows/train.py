@@ -51,7 +51,7 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
     accelerator = open_accelerator(project.train, project.work_dir / LOGS / name)
     set_seed(project.train.seed, device_specific=True)  # dropout differs between processes
     table = project.training_table()
-    towers = [open_tower(part, cut, table, to_train=True) for part in project.parts]
+    towers = [open_tower(part, cut, table, suffix_only=True) for part in project.parts]
     stores = [store for tower in towers for store in tower.store.stores]
     provenance = record.provenance(project, cut, stores)
     identity = record.identity(provenance)
@@ -67,7 +67,7 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         overrides=project.overrides,
         identity=identity,
         settings=record.settings(project, table),
-        recycled=min(tower.prefix.cut.share for tower in towers),
+        recycled=min(tower.suffix.cut.share for tower in towers),
         metric=summary.metric,
         value=summary.value,
         initial=summary.initial,

@@ -1,8 +1,11 @@
-"""Training from what a store carries, where the weights that params.yaml names are not there."""
+"""A run opens the pretrained suffix of its store, whether or not the weights that params.yaml names are there."""
 
 import json
 import logging
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,13 +19,16 @@ from torchvision.models import squeezenet1_1
 
 from pipeline.errors import AbsentError, CorruptStoreError, StaleStoreError
 from pipeline.project import Project
+from pipeline.project.model import LoadedModel
 from pipeline.project.pretrained_suffix import PretrainedSuffix
 from pipeline.report.summary import Run
 from pipeline.runs.finished import open_run
 from pipeline.store import Store, find_stores, verify
 from pipeline.tasks import Head
 from pipeline.workflows.encode import encode_project
+from pipeline.workflows.evaluate import evaluate_run
 from pipeline.workflows.export import export_run
+from pipeline.workflows.predict import predict_project
 from pipeline.workflows.train import train_project
 
 pytestmark = pytest.mark.slow
@@ -56,22 +62,50 @@ def result(run: Run) -> object:
     return [[{name: row[name] for name in row if "seconds" not in name} for row in run.history], kept, run.identity]
 
 
-def both(made: Project, cut: str, weights: Path) -> tuple[Run, Run]:
-    """A run with the weights at hand, and one where they are missing."""
-    whole = train_project(made, cut, name="whole")
+def age(weights: Path) -> None:
+    """Make the files of weights old enough to be known by their stamps."""
+    for file in [weights, *weights.rglob("*")]:
+        os.utime(file, ns=(0, 10**18))
+
+
+def check_ways(made: Project, cut: str, weights: Path) -> None:
+    """A run of the whole network, one of a suffix whose weights are known, and one where they are missing are equal."""
+    age(weights)
+    for cache in Path(".recycle").glob("*recipes.json"):
+        cache.unlink()
+    with counted() as built:
+        whole = train_project(made, cut, name="whole")
+        assert len(built) == len(made.parts)
+        known = train_project(made, cut, name="known")
+        assert len(built) == len(made.parts), "the whole network is built for one run only"
     hidden = hide(weights)
     try:
-        return whole, train_project(made, cut, name="carried")
+        missing = train_project(made, cut, name="missing")
     finally:
         hidden.rename(weights)
+    assert result(whole) == result(known) == result(missing)
+
+
+@contextmanager
+def counted() -> Iterator[list[Project]]:
+    """Collect the projects whose whole network is built and loaded."""
+    build, built = LoadedModel._build.__func__, list[Project]()
+
+    def counting(cls: type[LoadedModel], project: Project, *more: object) -> LoadedModel:
+        loaded = build(cls, project, *more)
+        built.append(project)
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadedModel, "_build", classmethod(counting))
+        yield built
 
 
 @pytest.mark.parametrize("cut", ["0", "0.5", "1.0"])
 def test_a_network_of_ones_own(images: Path, cut: str, caplog: pytest.LogCaptureFixture) -> None:
     encode_project(project())
-    whole, carried = both(project(), cut, images / "net.safetensors")
-    assert result(whole) == result(carried)
-    assert f"training goes on from the pretrained weights that data/activations/{cut} carries" in caplog.text
+    check_ways(project(), cut, images / "net.safetensors")
+    assert f"the pretrained weights that data/activations/{cut} carries are used" in caplog.text
     kept = load_file(f"data/activations/{cut}/suffix/model.safetensors")
     assert ("blocks.0.0.weight" in kept) is (cut == "0")
     assert "classifier.weight" in kept, "the file had one for three classes"
@@ -89,16 +123,14 @@ def test_a_network_of_torchvision(images: Path, task: str) -> None:
         train={"head_lr": 0.02, "epochs": 1},
     )
     encode_project(made)
-    whole, carried = both(made, "0.5", images / "squeeze.pth")
-    assert result(whole) == result(carried)
+    check_ways(made, "0.5", images / "squeeze.pth")
 
 
 @pytest.mark.parametrize("cut", ["0", "0.5", "1.0"])
 def test_a_directory_of_hugging_face_with_its_tokenizer(texts: Path, cut: str) -> None:
     made = text_project(texts)
     encode_project(made)
-    whole, carried = both(made, cut, texts / "bert")
-    assert result(whole) == result(carried)
+    check_ways(made, cut, texts / "bert")
 
 
 def test_layers_in_place_of_the_pretrained_classifier(texts: Path) -> None:
@@ -106,8 +138,7 @@ def test_layers_in_place_of_the_pretrained_classifier(texts: Path) -> None:
     layered = plain.overridden({"task.layers": [{"dropout": 0.1}, {"mlp": [6]}]})
     for encoded in (plain, layered):
         encode_project(encoded)
-        whole, carried = both(layered, "0.5", texts / "bert")
-        assert result(whole) == result(carried)
+        check_ways(layered, "0.5", texts / "bert")
     hide(texts / "bert")
     with pytest.raises(AbsentError, match=r"head\.classifier_replaced = True"):
         train_project(plain, "0.5")
@@ -118,16 +149,14 @@ def test_pairs_with_and_without_adapters(texts: Path, adapter: str | None) -> No
     made = pairs(texts)
     made = made.overridden({"train.adapter": adapter, "train.epochs": 1})
     encode_project(made)
-    whole, carried = both(made, "0.5", texts / "bert")
-    assert result(whole) == result(carried)
+    check_ways(made, "0.5", texts / "bert")
 
 
 def test_an_encoder_for_each_role(texts: Path) -> None:
     short = {"kind": "text", "max_length": 9}
     made = pairs(texts).overridden({"towers": {"anchor": {"cut": 1.0}, "positive": {"preprocess": short}}})
     encode_project(made)
-    whole, carried = both(made, "0.5", texts / "bert")
-    assert result(whole) == result(carried)
+    check_ways(made, "0.5", texts / "bert")
 
 
 def test_augmented_views(images: Path) -> None:
@@ -137,8 +166,7 @@ def test_augmented_views(images: Path) -> None:
     assert [store.as_posix() for store in find_stores(Path()) if (store / "suffix").exists()] == [
         "data/activations/0.5"
     ]
-    whole, carried = both(made, "0.5", images / "net.safetensors")
-    assert result(whole) == result(carried)
+    check_ways(made, "0.5", images / "net.safetensors")
 
 
 def test_a_store_elsewhere_carries_it_too(images: Path) -> None:
@@ -149,8 +177,7 @@ def test_a_store_elsewhere_carries_it_too(images: Path) -> None:
     encode_project(made, rehash=True)
     assert {path: path.stat().st_mtime_ns for path in written} == written
     shutil.rmtree(".recycle")
-    whole, carried = both(made, "0.5", images / "net.safetensors")
-    assert result(whole) == result(carried)
+    check_ways(made, "0.5", images / "net.safetensors")
     assert verify(made.open_store(0.5)) == []
 
 
@@ -240,3 +267,45 @@ def test_nothing_is_carried_that_cannot_be_missed(images: Path, caplog: pytest.L
         encode_project(project(model={"weights": "pretrained"}))
     assert not list(Path("data/activations").rglob("suffix"))
     assert "carries" not in caplog.text
+
+
+def test_predictions_and_scores_of_known_samples_do_not_read_the_prefix(images: Path) -> None:
+    weights = images / "net.safetensors"
+    age(weights)
+    encode_project(project())
+    train_project(project(), "0.5")
+    scores = evaluate_run(project(), "0.5", split="validation")
+    with counted() as built:
+        hidden = weights
+        for name in ("known", "missing"):
+            assert predict_project(project(), ["0.5"], None, Path(f"{name}.jsonl"))
+            assert evaluate_run(project(), "0.5", split="validation") == scores
+            assert evaluate_run(project(), "0.5", "photos", "train")[0].bad == 0
+            hidden = hide(weights) if weights.exists() else hidden
+        assert not built
+    assert Path("known.jsonl").read_bytes() == Path("missing.jsonl").read_bytes()
+    (images / "photos/square/new.png").write_bytes(tiny.draw(1, 99))
+    with pytest.raises(AbsentError, match="before the cut too"):
+        predict_project(project(), ["0.5"], None, Path("new.jsonl"))
+    hidden.rename(weights)
+    assert predict_project(project(), ["0.5"], None, Path("new.jsonl"))
+
+
+def test_weights_that_changed_are_read(images: Path) -> None:
+    age(images / "net.safetensors")
+    encode_project(project())
+    state = load_file("net.safetensors")
+    name = "blocks.0.0.weight"
+    save_file(state | {name: state[name] + 1}, "net.safetensors")
+    with pytest.raises(StaleStoreError, match="weights"):
+        train_project(project(), "0.5")
+
+
+def test_another_network_is_not_filled_in(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    age(images / "net.safetensors")
+    encode_project(project())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny.ConvNet, "forward", lambda self, x: self.classifier(self.blocks(x).mean((2, 3))) * 1)
+        with caplog.at_level(logging.INFO), pytest.raises(StaleStoreError, match="architecture"):
+            train_project(project(), "0.5")
+    assert "are of another network: module '' has other attributes" in caplog.text

@@ -61,6 +61,7 @@ def use(folder: Path, how: str) -> None:
             tiny.write_images(folder / "photos", range(12, 14))
             encode_project(project(folder))
         case "predict":
+            tiny.write_images(folder / "photos", range(12, 14))  # known samples do not run the prefix
             predict_project(project(folder), ["0.5"], None, folder / "said.jsonl")
         case "export":
             export_run(project(folder), "0.5", folder / "model")

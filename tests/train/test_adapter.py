@@ -90,7 +90,7 @@ def case(request: pytest.FixtureRequest) -> SimpleNamespace:
     torch.manual_seed(0)
     model = make().eval()
     prefix, plain = split(model, at, example)
-    adapted = adapt(model, prefix, plain, example, AdapterConfig(kind=kind, rank=2), fresh=fresh, seed=3)
+    adapted = adapt(model, plain, prefix(**example), example, AdapterConfig(kind=kind, rank=2), fresh=fresh, seed=3)
     return SimpleNamespace(
         model=model, prefix=prefix, plain=plain, adapted=adapted, example=example, fresh=fresh, kind=kind
     )
@@ -199,7 +199,7 @@ def test_it_is_the_full_adapted_model_s_upper_part(case: SimpleNamespace) -> Non
 def adapted(model: nn.Module, example: dict[str, object], at: float | str = 0.5, **settings: object) -> nn.Module:
     prefix, suffix = split(model, at, example)
     config = AdapterConfig.model_validate(settings)
-    return adapt(model, prefix, suffix, example, config, fresh=CLASSIFIER, seed=0)
+    return adapt(model, suffix, prefix(**example), example, config, fresh=CLASSIFIER, seed=0)
 
 
 def test_chosen_layers_alone_are_adapted() -> None:
@@ -233,7 +233,7 @@ def test_fresh_batch_normalisation_goes_on_counting() -> None:
     model = tiny.ConvNet(3)
     prefix, suffix = split(model, 0.5, {"x": PIXELS})
     fresh = frozenset({"blocks.3.1.weight", "blocks.3.1.bias"})
-    both = adapt(model, prefix, suffix, {"x": PIXELS}, AdapterConfig(), fresh=fresh, seed=0)
+    both = adapt(model, suffix, prefix(x=PIXELS), {"x": PIXELS}, AdapterConfig(), fresh=fresh, seed=0)
     before = copy.deepcopy(both.state_dict())
     both.train()(prefix(x=PIXELS), x=PIXELS)
     moved = {name for name, item in both.state_dict().items() if not torch.equal(item, before[name])}

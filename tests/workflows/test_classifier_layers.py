@@ -57,7 +57,7 @@ def test_layers_train_and_are_exported(
     assert encode_project(layered)
     after = tiny.files(tmp_path / "data/activations")
     assert {name for name in after if after[name] != before[name]} <= {
-        f"0.5/suffix/{name}" for name in ("model.safetensors", "suffix.json")
+        f"0.5/suffix/{name}" for name in ("model.safetensors", "new.safetensors", "split.json", "suffix.json")
     }
     assert run.history[-1]["train/loss"] < run.history[0]["train/loss"]
     parity = export_run(layered, "0.5", tmp_path / "model")

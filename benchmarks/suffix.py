@@ -1,0 +1,103 @@
+"""How much memory a run takes: does it hold the layers before the cut, or only the suffix?
+
+    python benchmarks/suffix.py                       # Llamas of 24 and 48 blocks of 1,024, cut so that 6 blocks train
+
+Networks are random and saved in bfloat16. Each is encoded by `recycle encode` and trained by `recycle train`, in
+processes of their own; shown is the largest resident memory of `train`, against the suffix in float32 with its
+gradients and the two averages of AdamW, plus what `import torch` takes alone.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+TRAINED_COPIES = 4
+"""float32 values for each weight that trains: the weight, its gradient, and two averages of AdamW."""
+TARGET_MB = 300
+PARAMS = """
+data: {source: text, path: texts.jsonl, text: text, label: label, validation: 0.25}
+model: {backbone: "hf:llama"}
+preprocess: {kind: text, max_length: 32}
+task: {kind: classification}
+encode: {cuts: [CUT], batch_size: 8}
+train: {epochs: 1, batch_size: 8}
+"""
+
+
+def main() -> None:
+    """Print the largest memory of a run after each network, and what its suffix takes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[24, 48])
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--trained", type=int, default=6, help="blocks that train")
+    parser.add_argument("--dir", type=Path, help="where the networks are made, and removed again")
+    options = parser.parse_args()
+    alone = peak(["-c", "import torch"], Path())
+    print("| blocks | checkpoint | suffix with AdamW | import torch | train, largest | beyond both |")
+    print("|---|---|---|---|---|---|")
+    for blocks in options.blocks:
+        with tempfile.TemporaryDirectory(dir=options.dir) as name:
+            folder, cut = Path(name), str(1 - options.trained / blocks)
+            make(folder, blocks, options.width, cut)
+            peak(["-m", "stages.cli", "encode"], folder)
+            checkpoint = sum(file.stat().st_size for file in (folder / "llama").glob("*.safetensors"))
+            suffix = TRAINED_COPIES * trained_bytes(folder / "data/activations" / cut / "suffix/model.safetensors")
+            largest = peak(["-m", "stages.cli", "train", "--cut", cut], folder)
+        rest = (largest - suffix - alone) / 1e6
+        sizes = [f"{size / 1e6:,.0f} MB" for size in (checkpoint, suffix, alone, largest)]
+        print(f"| {blocks} | {' | '.join(sizes)} | {rest:+.0f} MB |", flush=True)
+    print(f"\ntarget: at most +{TARGET_MB} MB, whatever the number of blocks before the cut")
+
+
+def make(folder: Path, blocks: int, width: int, cut: str) -> None:
+    """Write a project with a random Llama, and 32 texts, to `folder`."""
+    words = [f"word{number}" for number in range(200)]
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512
+    ).save_pretrained(folder / "llama")
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=blocks,
+        num_attention_heads=8,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).bfloat16().save_pretrained(folder / "llama")
+    lines = [{"text": " ".join(words[i : i + 12]), "label": "ab"[i % 2]} for i in range(32)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "params.yaml").write_text(PARAMS.replace("CUT", cut))
+
+
+def peak(arguments: list[str], folder: Path) -> int:
+    """Return the largest resident memory, in bytes, of Python with `arguments`, run in `folder`."""
+    with tempfile.TemporaryFile() as log:
+        running = subprocess.Popen([sys.executable, *arguments], cwd=folder, stdout=log, stderr=log)
+        _, status, usage = os.wait4(running.pid, 0)
+        if running_failed := os.waitstatus_to_exitcode(status):
+            log.seek(0)
+            raise SystemExit(f"{arguments} ended with {running_failed}:\n{log.read().decode()}")
+    return usage.ru_maxrss * 1024
+
+
+def trained_bytes(file: Path) -> int:
+    """Return the bytes of the weights in a file."""
+    with safe_open(file, framework="pt") as opened:
+        return sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
+
+
+if __name__ == "__main__":
+    main()
