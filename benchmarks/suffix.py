@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -64,7 +65,8 @@ def make(folder: Path, blocks: int, width: int, cut: str) -> None:
     vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
+    make_tokenizer: Any = PreTrainedTokenizerFast
+    make_tokenizer(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512
     ).save_pretrained(folder / "llama")
     config = LlamaConfig(
@@ -76,7 +78,8 @@ def make(folder: Path, blocks: int, width: int, cut: str) -> None:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    LlamaForSequenceClassification(config).bfloat16().save_pretrained(folder / "llama")
+    network: Any = LlamaForSequenceClassification
+    network(config).bfloat16().save_pretrained(folder / "llama")
     lines = [{"text": " ".join(words[i : i + 12]), "label": "ab"[i % 2]} for i in range(32)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "params.yaml").write_text(PARAMS.replace("CUT", cut))

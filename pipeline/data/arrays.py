@@ -149,7 +149,7 @@ def open_pixels(config: DataConfig, path: Path) -> Arrays:
         raise ConfigError(f"data.shape is {list(shape)}, {math.prod(shape)} pixels; {path} has {pixels.num_columns}")
     flat = np.empty((table.num_rows, pixels.num_columns), np.uint8)
     for i, values in enumerate(pixels.columns):
-        flat[:, i] = values.to_numpy()
+        flat[:, i] = np.from_dlpack(values.combine_chunks())  # `to_numpy` imports pandas
     images = flat.reshape(-1, *shape)
     if column is None or not config.labelled:
         return Arrays(path, images, None)

@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pipeline.split import State
-from pipeline.split.tree import difference
-
 Sample = dict[str, Tensor]
 """The inputs of one sample by name, without a batch axis."""
 
@@ -31,7 +28,7 @@ class Trimming:
     pads: bool = True
     axes: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
-    def __call__(self, state: State, samples: Sequence[Sample]) -> dict[str, Tensor | list[Tensor]]:
+    def __call__(self, state: Mapping[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor | list[Tensor]]:
         """Return `state` sample by sample where it is ragged; a tensor of one shape for all stays whole."""
         trimmed: dict[str, Tensor | list[Tensor]] = dict(state)
         for name, (axis, source) in self.axes.items():
@@ -58,7 +55,7 @@ def shapes(sample: Sample) -> tuple[tuple[int, ...], ...]:
 
 
 def find_trimming(
-    prefix: Callable[..., State], samples: Sequence[Sample], pad: Mapping[str, float], *, exact: bool = True
+    prefix: Callable[..., dict[str, Tensor]], samples: Sequence[Sample], pad: Mapping[str, float], *, exact: bool = True
 ) -> Trimming:
     """Determine, on the shortest and the longest of `samples`, how the states of a padded batch are trimmed.
 
@@ -66,6 +63,8 @@ def find_trimming(
     both is cut to that length; if the trimmed state of the shorter sample then differs from the reference, padding
     leaks and is not used. `exact=False` allows for the rounding of 16-bit arithmetic.
     """
+    from pipeline.split.tree import difference  # noqa: PLC0415  (slow to import, for a command with nothing to do)
+
     by_size = sorted(samples, key=lambda sample: sum(tensor.numel() for tensor in sample.values()))
     short, long = by_size[0], by_size[-1]
     if shapes(short) == shapes(long):

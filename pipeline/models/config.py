@@ -79,6 +79,11 @@ class ModelConfig(Section):
         return self.backbone.partition(":")[2] if self.library != "function" else self.backbone
 
     @property
+    def has_weights_in_files(self) -> bool:
+        """True if the weights come from files, not from a seed or the user's own code."""
+        return self.weights is not None and (self.library != "function" or self.has_file)
+
+    @property
     def has_file(self) -> bool:
         """Return whether `weights` names a file."""
         return self.weights is not None and self.weights != PRETRAINED

@@ -29,7 +29,7 @@ from pipeline.models import Backbone, ModelConfig, PreprocessConfig, as_describe
 from pipeline.models.fingerprint import Irrelevant, module_fingerprints
 from pipeline.project.recipe import IRRELEVANT
 from pipeline.split import Suffix, load_suffix, save_split
-from pipeline.store import SUFFIX, Store, has_attachment, read_attachment, remove_attachment, write_attachment
+from pipeline.store import SUFFIX, Store, read_attachment, remove_attachment, write_attachment
 from pipeline.tasks import Head
 
 log = logging.getLogger("recycle")
@@ -78,7 +78,7 @@ def write_pretrained_suffix(
     Raises:
         StoreError: it cannot be written.
     """
-    if not _can_be_kept(model) or saved.split is None:
+    if not model.has_weights_in_files or saved.split is None:
         remove_attachment(store, SUFFIX)
         return
     network, names = backbone.pretrained(model.library)
@@ -110,11 +110,6 @@ def write_pretrained_suffix(
     }
     if written := write_attachment(store, SUFFIX, about, write):
         log.info("%s carries the pretrained weights after the cut (%.1f MB)", store.where, written / 1e6)
-
-
-def lacks_pretrained_suffix(store: Store, model: ModelConfig) -> bool:
-    """Return whether `store` could have a pretrained suffix but has none."""
-    return _can_be_kept(model) and not has_attachment(store, SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -198,11 +193,6 @@ def built_modules(backbone: Backbone) -> dict[str, str]:
     Call it before the first forward pass.
     """
     return module_fingerprints(backbone.model, HOW_LOADED)
-
-
-def _can_be_kept(model: ModelConfig) -> bool:
-    """Return whether the weights come from files, not from a seed or the user's own code."""
-    return model.weights is not None and (model.library != "function" or model.has_file)
 
 
 def _has_own_layers(model: ModelConfig, head: Head) -> bool:

@@ -4,14 +4,16 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from pipeline.keys import JSON, Recipe, digest, tensors_digest
 from pipeline.models.fingerprint import Irrelevant, module_fingerprints
-from pipeline.split import Prefix
 from pipeline.store import FORMAT, Store
+
+if TYPE_CHECKING:
+    from pipeline.split import Prefix
 
 log = logging.getLogger("recycle")
 
@@ -30,7 +32,7 @@ IRRELEVANT: Irrelevant = {
 
 
 def recipe_of(
-    prefix: Prefix,
+    prefix: "Prefix",
     preprocessing: Mapping[str, JSON],
     *,
     storage: str,
@@ -56,7 +58,7 @@ def recipe_of(
     )
 
 
-def _involved(prefix: Prefix) -> Iterator[str]:
+def _involved(prefix: "Prefix") -> Iterator[str]:
     """Yield the paths of the modules that decide the state.
 
     These are the modules that are called before the cut, in the order of their first call; then those that hold a
@@ -74,7 +76,7 @@ def _and_outer(path: str) -> Iterator[str]:
     yield from itertools.accumulate(path.split(".") if path else [], "{}.{}".format)
 
 
-def former_recipe(recipe: Recipe, prefix: Prefix, preprocessing: Mapping[str, JSON]) -> Recipe:
+def former_recipe(recipe: Recipe, prefix: "Prefix", preprocessing: Mapping[str, JSON]) -> Recipe:
     """Return `recipe` as version 0.1.0 wrote it; `preprocessing` is what that version's recipe would say.
 
     Of a module it covered the class's name, `extra_repr` and those public attributes that are numbers, texts or

@@ -27,9 +27,8 @@ from pipeline.errors import AbsentError, StoreError
 from pipeline.files import PACKAGE, is_function, locate, write_whole
 from pipeline.keys import JSON, content_key, digest
 from pipeline.models import PRETRAINED, ModelConfig
-from pipeline.project.pretrained_suffix import lacks_pretrained_suffix
 from pipeline.project.settings import SECTIONS, CutName, Project
-from pipeline.store import Store
+from pipeline.store import SUFFIX, Store, has_attachment
 
 FILE = "recipes.json"
 IRRELEVANT: Mapping[str, frozenset[str]] = {
@@ -80,11 +79,7 @@ def complete_stores(project: Project, key: str | None, keys: Sequence[np.ndarray
             of_view = [project.open_store(cut, view) for cut in project.encode.cuts]
             if any(one.recipe.digest != recipes.get(_name(one)) or one.missing(wanted).any() for one in of_view):
                 return None
-            if (
-                view is None
-                and project.encode.suffix
-                and any(lacks_pretrained_suffix(one, project.model) for one in of_view)
-            ):
+            if view is None and project.encode.suffix and _lacks_suffix(project, of_view):
                 return None
         except StoreError:
             return None
@@ -125,6 +120,11 @@ def has_known_weights(project: Project, cut: CutName) -> bool:
         return False
     known: Any = _read(project).get("weights", {}).get(project.store_path(cut).as_posix())
     return key is not None and known == [recipe, key]
+
+
+def _lacks_suffix(project: Project, stores: Sequence[Store]) -> bool:
+    """Return whether one of the plain `stores` could have a pretrained suffix but has none."""
+    return project.model.has_weights_in_files and not all(has_attachment(store, SUFFIX) for store in stores)
 
 
 def _file(project: Project) -> Path:

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,11 +13,13 @@ from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, StaleStoreError, StoreError
 from pipeline.files import write_whole
 from pipeline.keys import Recipe, digest
-from pipeline.project.model import LoadedModel
 from pipeline.project.recipe import warn_of_former_recipe
 from pipeline.project.settings import Project
-from pipeline.split import Prefix
 from pipeline.store import Remote, Store, find_stores, remove_store
+
+if TYPE_CHECKING:
+    from pipeline.project.model import LoadedModel
+    from pipeline.split import Prefix
 
 log = logging.getLogger("recycle")
 
@@ -25,8 +28,8 @@ MARKER = "elsewhere.json"
 
 
 def open_stores(
-    loaded: LoadedModel,
-    prefixes: Sequence[Prefix],
+    loaded: "LoadedModel",
+    prefixes: "Sequence[Prefix]",
     recipes: Sequence[Sequence[Recipe]],
     wanted: Sequence[np.ndarray],
     *,

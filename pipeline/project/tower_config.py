@@ -9,7 +9,7 @@ from pipeline.encode.config import check_cut
 from pipeline.files import is_function
 from pipeline.models import ModelConfig, PreprocessConfig
 from pipeline.tasks import Layers, Pooling
-from pipeline.train.loader import Residency
+from pipeline.train.config import Residency
 
 
 class TowerConfig(Section):

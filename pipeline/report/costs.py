@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +11,23 @@ import numpy as np
 from pipeline.encode.unit import EncodeResult
 from pipeline.files import write_whole
 from pipeline.project import Project
-from pipeline.report.summary import CutCost
 from pipeline.store import Store, first_rows
 
 FILE = "encode.json"
+
+
+@dataclass(frozen=True)
+class CutCost:
+    """Costs of one cut, as `encode` measured them; None is unknown."""
+
+    state_bytes_per_sample: float | None = None
+    encode_seconds: float | None = None
+    """Read, forward and write time of all samples for this cut alone, without overlap."""
+    frozen_seconds_per_sample: float | None = None
+    """Forward time of the layers before the cut: their cost in every epoch without recycling."""
+    flops_before: float | None = None
+    """Operations of one sample's forward pass before the cut."""
+    flops_after: float | None = None
 
 
 class EncoderResult(NamedTuple):

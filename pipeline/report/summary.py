@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.report.costs import CutCost
 from pipeline.runs.record import STORE, Run
 from pipeline.split.candidates import BACKWARD, speed_ups
 from pipeline.tasks.config import LOWER_IS_BETTER
@@ -23,20 +24,6 @@ BOUNDED = (
 )
 MAX_INCHES = 100.0
 """Maximum height of a plot."""
-
-
-@dataclass(frozen=True)
-class CutCost:
-    """Costs of one cut, as `encode` measured them; None is unknown."""
-
-    state_bytes_per_sample: float | None = None
-    encode_seconds: float | None = None
-    """Read, forward and write time of all samples for this cut alone, without overlap."""
-    frozen_seconds_per_sample: float | None = None
-    """Forward time of the layers before the cut: their cost in every epoch without recycling."""
-    flops_before: float | None = None
-    """Operations of one sample's forward pass before the cut."""
-    flops_after: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torchmetrics.text import SQuAD
 
 from pipeline.errors import DataError
 from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
@@ -114,6 +113,8 @@ class AnswerScores(Metrics):
             is_none = self._may_be_none and margin <= 0
             found.append({"id": question, "prediction_text": "" if is_none else text})
             right.append({"id": question, "answers": {"text": list(self.answers[row]) or [""]}})
+        from torchmetrics.text import SQuAD  # noqa: PLC0415  (slow to import)
+
         squad = SQuAD(**ALONE)
         squad.update(found, right)
         return {name: float(score) / 100 for name, score in squad.compute().items()}

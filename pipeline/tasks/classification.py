@@ -9,12 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torchmetrics import classification as library
 
 from pipeline.errors import DataError
 from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column, refuse_unseen
 from pipeline.tasks.config import SCORES, TaskConfig
-from pipeline.tasks.scores import ALONE, ClassScores, Metrics, read_tensor
+from pipeline.tasks.scores import ALONE, Metrics, read_tensor
 
 # N row of the table, B batch, C class
 
@@ -81,7 +80,7 @@ class Classification(OfClasses):
         return F.cross_entropy(logits_BC, targets["label"], weight=weights, label_smoothing=self.label_smoothing)
 
     def metrics(self) -> Metrics:
-        return ClassScores(SCORES[self.name], _class_scores)
+        return SingleLabelScores(SCORES[self.name])
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         each: Kind = {str(label): float for label in legend}
@@ -146,7 +145,7 @@ class MultiLabel(OfClasses):
         return F.binary_cross_entropy_with_logits(logits_BC, smooth_BC, pos_weight=weights)
 
     def metrics(self) -> Metrics:
-        return MultiLabelScores(SCORES[self.name], _label_scores)
+        return MultiLabelScores(SCORES[self.name])
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"labels": [type(legend[0])], "probabilities": {str(label): float for label in legend}}
@@ -157,15 +156,40 @@ class MultiLabel(OfClasses):
         return {"labels": given, "probabilities": probabilities_BC}
 
 
-class MultiLabelScores(ClassScores):
+class SingleLabelScores(Metrics):
+    """`accuracy`, and `macro_f1`: the mean F1 of the classes that some sample has or was given, both in 0..1."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(names)
+        self._counts_3C = torch.zeros(0)
+
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
+        found_B, right_B, classes = output.argmax(1), targets["label"], output.shape[1]
+        counts = [one.bincount(minlength=classes) for one in (found_B[found_B == right_B], found_B, right_B)]
+        self._counts_3C = torch.stack(counts) + (self._counts_3C if len(self._counts_3C) else 0)
+
+    def result(self) -> dict[str, float]:
+        hits_C, found_C, right_C = self._counts_3C.double()
+        seen_C = found_C + right_C > 0
+        f1_C = 2 * hits_C[seen_C] / (found_C + right_C)[seen_C]
+        return {"accuracy": float(hits_C.sum() / right_C.sum()), "macro_f1": float(f1_C.mean())}
+
+
+class MultiLabelScores(Metrics):
     """`average_precision`, `micro_f1` and `macro_f1`, in 0..1; a label is given where its probability exceeds a half.
 
     Average precision is the mean over the labels that some sample has, macro F1 over those that some sample has or was
     given.
     """
 
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(names)
+        self.scores = dict[str, Any]()
+
     def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
-        super().add(output.sigmoid(), {"label": targets["label"].long()})
+        self.scores = self.scores or _label_scores(output.shape[1])
+        for score in self.scores.values():
+            score.update(output.sigmoid(), targets["label"].long())
 
     def result(self) -> dict[str, float]:
         _, false_positives_C, _, _, support_C = self.scores["counts"].compute().T
@@ -182,15 +206,9 @@ class MultiLabelScores(ClassScores):
         }
 
 
-def _class_scores(classes: int) -> dict[str, Any]:
-    """Return `accuracy` and `macro_f1` (the mean of the classes' F1), both in 0..1."""
-    return {
-        "accuracy": library.MulticlassAccuracy(classes, average="micro", **ALONE),
-        "macro_f1": library.MulticlassF1Score(classes, average="macro", **ALONE),
-    }
-
-
 def _label_scores(labels: int) -> dict[str, Any]:
+    from torchmetrics import classification as library  # noqa: PLC0415  (slow to import)
+
     return {
         "precision": library.MultilabelAveragePrecision(labels, average="none", **ALONE),
         "micro": library.MultilabelF1Score(labels, average="micro", **ALONE),

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 
 from pipeline.errors import ConfigError, DataError, TrainError
 from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
@@ -111,14 +110,16 @@ class RegressionScores(Metrics):
         """Score standardised numbers; `scale_K` (K,) is the standard deviation of each in the user's unit."""
         super().__init__(SCORES["regression"])
         self._scale, self._samples = torch.from_numpy(scale_K), 0
+        import torchmetrics as library  # noqa: PLC0415  (slow to import)
+
         count = len(scale_K)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # on memory: two numbers per sample
             self._scores: dict[str, Any] = {
-                "rmse": MeanSquaredError(squared=False, num_outputs=count, **ALONE),
-                "mae": MeanAbsoluteError(num_outputs=count, **ALONE),
-                "r2": R2Score(**ALONE),
-                "pearson": PearsonCorrCoef(num_outputs=count, **ALONE),
-                "spearman": SpearmanCorrCoef(num_outputs=count, **ALONE),
+                "rmse": library.MeanSquaredError(squared=False, num_outputs=count, **ALONE),
+                "mae": library.MeanAbsoluteError(num_outputs=count, **ALONE),
+                "r2": library.R2Score(**ALONE),
+                "pearson": library.PearsonCorrCoef(num_outputs=count, **ALONE),
+                "spearman": library.SpearmanCorrCoef(num_outputs=count, **ALONE),
             }
 
     def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:

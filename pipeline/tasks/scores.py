@@ -1,7 +1,7 @@
 """Running scores over the outputs of a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,22 +38,6 @@ class Metrics(ABC):
     @abstractmethod
     def result(self) -> dict[str, float]:
         """Return the scores over all batches, of which there is one or more."""
-
-
-class ClassScores(Metrics):
-    """Scores of torchmetrics for outputs (B, C) and the target `label`; `make` returns them by name, for C classes."""
-
-    def __init__(self, names: Sequence[str], make: Callable[[int], Mapping[str, Any]]) -> None:
-        super().__init__(names)
-        self._make, self.scores = make, dict[str, Any]()
-
-    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
-        self.scores = self.scores or dict(self._make(output.shape[1]))
-        for score in self.scores.values():
-            score.update(output, targets["label"])
-
-    def result(self) -> dict[str, float]:
-        return {name: float(score.compute()) for name, score in self.scores.items()}
 
 
 def read_tensor(output: Any) -> Tensor:

@@ -1,14 +1,14 @@
 """A tag for every word: cross entropy on the words' first tokens; precision, recall and F1 of whole entities."""
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from nervaluate import Evaluator
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.errors import DataError
 from pipeline.tasks.base import (
@@ -24,7 +24,7 @@ from pipeline.tasks.base import (
     refuse_unseen,
 )
 from pipeline.tasks.config import SCORES, TaskConfig
-from pipeline.tasks.scores import ALONE, Metrics, read_tensor
+from pipeline.tasks.scores import Metrics, read_tensor
 
 # B batch, T token, W word, C tag
 
@@ -105,22 +105,23 @@ class TaggingScores(Metrics):
         self.tags = tags
         self._right: list[list[str]] = []
         self._found: list[list[str]] = []
-        self._accuracy = MulticlassAccuracy(len(tags), average="micro", ignore_index=IGNORED, **ALONE)
 
     def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
         tags_BW = targets["tags"]
         found_BW = at_words(output.argmax(-1), targets["word"], tags_BW.shape[1], self.tags.index(OUTSIDE))
-        self._accuracy.update(found_BW, tags_BW)
         for right_W, found_W in zip(tags_BW, found_BW, strict=True):
             there = right_W != IGNORED
             self._right.append([self.tags[number] for number in right_W[there].tolist()])
             self._found.append([self.tags[number] for number in found_W[there].tolist()])
 
     def result(self) -> dict[str, float]:
+        from nervaluate import Evaluator  # noqa: PLC0415  (slow to import)
+
         strict = Evaluator(self._right, self._found, tags=sorted(_types(self.tags)), loader="list").evaluate()
         entities = strict["overall"]["strict"]
         scores = {name: float(getattr(entities, name)) for name in ("f1", "precision", "recall")}
-        return scores | {"accuracy": float(self._accuracy.compute())}
+        right, found = (list(chain.from_iterable(words)) for words in (self._right, self._found))
+        return scores | {"accuracy": sum(map(operator.eq, right, found)) / len(right) if right else float("nan")}
 
 
 def at_words(values_BT: Tensor, word_BT: Tensor, words: int, absent: int) -> Tensor:

@@ -10,21 +10,19 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from types import MethodType
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pipeline.config import Section
 from pipeline.errors import ConfigError, TrainError
 from pipeline.split import State, Suffix, with_model
 from pipeline.split.forward import observed_calls
 from pipeline.split.suffix import output_in_eval
 from pipeline.split.tree import difference, tensors
+from pipeline.train.config import AdapterConfig
 
 log = logging.getLogger("recycle")
 
@@ -33,39 +31,6 @@ NAME = "default"
 MERGED_TOLERANCE = 1e-3
 """Largest relative difference between adapted and merged outputs on random adapters. Rounding through many layers stays
 far below it; a weight that the model also uses without calling its layer exceeds it."""
-
-
-class AdapterConfig(Section):
-    """Adapters that train in place of the pretrained weights after the cut; new layers train in full beside them.
-
-    Everything else after the cut is frozen: weights, biases, and the running statistics of batch normalisation, which
-    stays in eval mode as it does before the cut.
-    """
-
-    kind: Literal["lora", "peanut"] = "lora"
-    """`lora` (arXiv:2106.09685) adds a low-rank product to the weights of linear layers and convolutions. `peanut`
-    (arXiv:2410.01870) is a bottleneck like Houlsby's adapters (down-projection, ReLU, up-projection that starts at
-    zero) for linear layers: it reads the frozen weight instead of the activations and can therefore be merged. It
-    builds a whole weight at every step, which takes longer than training that weight; `lora` is cheaper."""
-    rank: int = Field(default=8, ge=1)
-    """Width of the low-rank product or of the bottleneck."""
-    alpha: int = Field(default=16, ge=1)
-    """The adapter's output is scaled by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout of the adapter's input; only for lora."""
-    targets: list[str] | None = None
-    """Layers to adapt, by path or by the end of the path ("query" is every layer of that name). null: every layer after
-    the cut that the method can adapt."""
-
-    def _faults(self) -> Iterator[str]:
-        if self.dropout and self.kind != "lora":
-            yield f"{self.kind} has no dropout; set adapter.dropout to 0, or adapter.kind to lora"
-
-
-AdapterSetting = Annotated[
-    AdapterConfig, BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
-]
-"""The section, or just the kind: `adapter: lora`."""
 
 
 def adapt(

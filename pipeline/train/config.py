@@ -5,15 +5,50 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch.optim import Optimizer
 
 from pipeline.config import Section
-from pipeline.train.adapter import AdapterSetting
-from pipeline.train.loader import Residency
 from pipeline.train.order import ViewOrder
 
 Logger: TypeAlias = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio"]
+
+
+DEFAULT_OPTIMIZER = "AdamW"
+Residency: TypeAlias = Literal["auto", "device", "host"]
+
+
+class AdapterConfig(Section):
+    """Adapters that train in place of the pretrained weights after the cut; new layers train in full beside them.
+
+    Everything else after the cut is frozen: weights, biases, and the running statistics of batch normalisation, which
+    stays in eval mode as it does before the cut.
+    """
+
+    kind: Literal["lora", "peanut"] = "lora"
+    """`lora` (arXiv:2106.09685) adds a low-rank product to the weights of linear layers and convolutions. `peanut`
+    (arXiv:2410.01870) is a bottleneck like Houlsby's adapters (down-projection, ReLU, up-projection that starts at
+    zero) for linear layers: it reads the frozen weight instead of the activations and can therefore be merged. It
+    builds a whole weight at every step, which takes longer than training that weight; `lora` is cheaper."""
+    rank: int = Field(default=8, ge=1)
+    """Width of the low-rank product or of the bottleneck."""
+    alpha: int = Field(default=16, ge=1)
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the adapter's input; only for lora."""
+    targets: list[str] | None = None
+    """Layers to adapt, by path or by the end of the path ("query" is every layer of that name). null: every layer after
+    the cut that the method can adapt."""
+
+    def _faults(self) -> Iterator[str]:
+        if self.dropout and self.kind != "lora":
+            yield f"{self.kind} has no dropout; set adapter.dropout to 0, or adapter.kind to lora"
+
+
+AdapterSetting = Annotated[
+    AdapterConfig, BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
+]
+"""The section, or just the kind: `adapter: lora`."""
 
 
 class TrainConfig(Section):
@@ -32,7 +67,7 @@ class TrainConfig(Section):
     """Peak learning rate."""
     head_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the parameters that are not pretrained (the head); null for `lr`."""
-    optimizer: str = "AdamW"
+    optimizer: str = DEFAULT_OPTIMIZER
     """Optimizer: a class of torch.optim by its name, such as SGD."""
     optimizer_options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer, as in {betas: [0.9, 0.95]} or {momentum: 0.9}."""
@@ -100,6 +135,8 @@ def has_weight_decay(optimizer: str) -> bool:
 
 def _fault_of_optimizer(name: str, options: dict[str, Any]) -> str | None:
     """Return why no optimizer can be made so; found by a step of one on two small parameters."""
+    if (name, options) == (DEFAULT_OPTIMIZER, {}):
+        return None  # a step would import the compiler, which takes a second
     if not _is_optimizer(getattr(torch.optim, name, None)):
         known = ", ".join(sorted(other for other, kind in vars(torch.optim).items() if _is_optimizer(kind)))
         return f"optimizer is {name!r}; torch.optim has {known}"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -24,11 +24,11 @@ from pipeline.store import (
     Rows,
 )
 from pipeline.tasks import IGNORED, Prepared, Ragged
+from pipeline.train.config import Residency
 from pipeline.train.order import shares
 
 T = TypeVar("T")
 
-Residency: TypeAlias = Literal["auto", "device", "host"]
 Order: TypeAlias = Sequence[np.ndarray] | Callable[[int], Sequence[np.ndarray]]
 """The batches of every epoch, or a function of the epoch; a batch is rows of the sample table."""
 

@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.cluster import Job, open_executor
 from pipeline.data import SampleTable, Source, remarks, rows_in_role
 from pipeline.encode import quarantine
 from pipeline.encode.decoding import Chunk, decode_rows, decode_samples
@@ -17,12 +17,13 @@ from pipeline.encode.run import Executor, encode
 from pipeline.encode.unit import EncodeResult
 from pipeline.errors import DataError
 from pipeline.project import CutName, Project, recipe_cache
-from pipeline.project.model import LoadedModel
-from pipeline.project.probe import keep_or_check_probes
 from pipeline.project.stores import open_stores, write_dvc_markers
 from pipeline.project.views import rows_by_view, split_numbers
 from pipeline.report.costs import EncoderResult, write_costs
 from pipeline.store import Store, first_rows
+
+if TYPE_CHECKING:
+    from pipeline.project.model import LoadedModel
 
 log = logging.getLogger("recycle")
 
@@ -90,6 +91,10 @@ def _encode_missing(
     project: Project, source: Source, keyed: KeyedSamples, table: SampleTable, *, replace_stores: bool
 ) -> EncoderResult:
     """Build the model, split it at every cut, and encode what the stores of these recipes lack."""
+    from pipeline.cluster import Job, open_executor  # noqa: PLC0415  (slow to import, and often nothing is to do)
+    from pipeline.project.model import LoadedModel  # noqa: PLC0415
+    from pipeline.project.probe import keep_or_check_probes  # noqa: PLC0415
+
     loaded = LoadedModel.open(project, table)
     if project.encode.executor.is_here:
         loaded.to_device()
@@ -111,7 +116,7 @@ def _encode_missing(
     return EncoderResult(project, stores, _encode_views(executor, project, source, keyed, table, stores), flops)
 
 
-def _find_example(loaded: LoadedModel, source: Source, keyed: KeyedSamples) -> tuple[list[int], list[Sample]]:
+def _find_example(loaded: "LoadedModel", source: Source, keyed: KeyedSamples) -> tuple[list[int], list[Sample]]:
     """Return the shortest and the longest sample that can be decoded, and their rows; a split is proved on them."""
     preprocess = loaded.backbone.preprocess
     rows: list[int] = []

@@ -7,8 +7,6 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import zarr
-from zarr.storage import LocalStore
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.store.format import names
@@ -64,6 +62,9 @@ def commit(
 
 def write_group(group: Path, spec: SegmentSpec, arrays: Mapping[str, object]) -> None:
     """Write the metadata of a segment, sealed over that of its `arrays`, which exist already."""
+    import zarr  # noqa: PLC0415 (slow, and only writing needs it)
+    from zarr.storage import LocalStore  # noqa: PLC0415
+
     zarr.create_group(LocalStore(group), zarr_format=3, attributes=spec.sealed(arrays).attributes)
 
 
@@ -112,6 +113,9 @@ def _write_plain(path: Path, data: np.ndarray) -> dict[str, Any]:
 def _write_array(path: Path, spec: ArraySpec, data: np.ndarray) -> dict[str, Any]:
     """Write an array, and return its metadata."""
     metadata = spec.metadata(path.name)
+    import zarr  # noqa: PLC0415 (slow, and only writing needs it)
+    from zarr.storage import LocalStore  # noqa: PLC0415
+
     # Each array is the root of a store of its own: zarr would otherwise write the group's metadata first.
     array = zarr.create_array(
         LocalStore(path),
