@@ -72,7 +72,7 @@ def sweep_project(params: Path, fixed: Settings, settings: Sequence[Settings], *
     with _helpers(min(jobs, len(waiting)) - 1, params, fixed, settings) as shared:
         train_runs(waiting, shared)
         failed = dict(shared)
-    train_runs(waiting, failed)  # those of processes that died
+    train_runs([run for run in waiting if run.finished() is None], failed)  # those of processes that died
     done = {run.name: run.finished() for run in runs}
     finished = [run for run in done.values() if run is not None]
     return SweepResult(finished, failed, [name for name, run in done.items() if run is None and name not in failed])
