@@ -1,7 +1,7 @@
 """Head-only runs by one `recycle sweep` against their training and scoring alone, and against one `recycle train` each.
 
-EfficientNet-Lite0 on digits, cut at 1.0. The sweep runs in this process, which times the rounds and the validations in
-it; a few of the runs are then trained again, each by a command of its own.
+A network with random weights on digits, cut at 1.0. The sweep runs in this process, which times the rounds and the
+validations in it; a few of the runs are then trained again, each by a command of its own.
 
     python benchmarks/sweep.py
 """
@@ -48,7 +48,8 @@ def main() -> None:
         alone = [seconds_alone(run.name, run.overrides) for run in finished[: options.alone]]
     count, own, start = len(finished), rounds.seconds + validations.seconds, imports.seconds + opening.seconds
     sweep = imports.seconds + whole.seconds
-    print(f"{options.threads} torch threads; {count} runs of {options.epochs} epochs of {options.samples} samples")
+    print(f"{options.backbone}, {options.threads} torch threads")
+    print(f"{count} runs of {options.epochs} epochs of {options.samples} samples")
     print(f"{'':26}{'seconds':>10} {'of the sweep':>14}")
     for name, seconds in {
         "sweep": sweep,
@@ -67,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--samples", type=int, default=2000, help="digits")
+    parser.add_argument("--backbone", default="timm:tf_efficientnet_lite0", help="timm:resnet18 has a smaller head")
     parser.add_argument("--pixels", type=int, default=96, help="size of the images")
     parser.add_argument("--alone", type=int, default=3, help="runs that are trained by a command of their own too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
@@ -77,7 +79,7 @@ def write_params(options: argparse.Namespace) -> Path:
     """Write the settings of the project into the current folder."""
     settings: dict[str, dict[str, Any]] = {
         "data": {"source": DIGITS.source, "path": DIGITS.path, "seed": 0},
-        "model": {"backbone": "timm:tf_efficientnet_lite0", "weights": None},
+        "model": {"backbone": options.backbone, "weights": None},
         "preprocess": {"image_size": options.pixels},
         "task": {"kind": "classification"},
         "encode": {"cuts": [1.0], "channels_last": True, "workers": 0},
