@@ -46,7 +46,7 @@ def load_sections(
         ConfigError: the file is missing, is not YAML, or breaks the schema; the message has one line per fault,
             each with its path in the file, the value met, the bound and the remedy.
     """
-    raw = _read(path)
+    raw = read_yaml(path)
     set_values(raw, overrides or {})
     return check_sections(raw, schema, str(path))
 
@@ -78,6 +78,19 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"{setting} is set to {value!r}, which is no YAML: {' '.join(str(error).split())}") from error
 
 
+def parse_choices(text: str) -> tuple[str, list[Any]]:
+    """Return the setting and the values of "train.lr=0.001,0.0001", each read as YAML.
+
+    Raises:
+        ConfigError: it does not have this form.
+    """
+    setting, _, values = text.partition("=")
+    name, choices = parse_override(f"{setting}=[{values}]")
+    if not choices:
+        raise ConfigError(f"{text!r} has no value; write SECTION.SETTING=VALUE,VALUE, as in train.lr=0.001,0.0001")
+    return name, choices
+
+
 def check_sections(raw: Mapping[str, Any], schema: Mapping[str, type[Section]], where: str) -> dict[str, Section]:
     """Return the sections of `raw` named in `schema`, validated; `where` says in messages what holds them.
 
@@ -103,7 +116,12 @@ def _parse(text: str) -> Any:
     return YAML(typ="safe", pure=True).load(text)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: the file is missing, or holds something else.
+    """
     try:
         raw = _parse(_decode(path))
     except OSError as error:
@@ -112,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
         told = str(error).partition("\n\nTo suppress")[0]  # the rest is advice for programs
         raise ConfigError(f"{path}: not valid YAML: {' '.join(told.split())}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds {type(raw).__name__}, expected a mapping of sections")
+        raise ConfigError(f"{path}: holds {type(raw).__name__}, expected a mapping")
     return raw
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "cuts": "stages.cuts:command",
     "encode": "stages.encode:command",
     "train": "stages.train:command",
+    "sweep": "stages.sweep:command",
     "report": "stages.report:command",
     "export": "stages.export:command",
     "predict": "stages.predict:command",
@@ -55,6 +56,7 @@ SUMMARIES = {
     "cuts": "List every place to cut a model, with its costs and the speed-up to expect; mark the sensible ones.",
     "encode": "Run the frozen layers once over the data set and store what they give.",
     "train": "Fine-tune the layers above one cut from its store.",
+    "sweep": "Train many runs in one process: a grid, a list or a file of settings.",
     "report": "Write the result table and plot of all finished runs.",
     "export": "Write a finished run as a plain model, proved to give the same outputs.",
     "predict": "Write what finished runs say of a data set; samples in the store start from there.",
@@ -76,6 +78,7 @@ def recycle() -> None:
 KEPT = {
     "encode": "the segments that were written are kept, and the next run encodes the rest",
     "train": "the epochs that ended are kept, and the same command goes on from the last of them",
+    "sweep": "finished runs and epochs are kept, and the same command goes on from there",
     "predict": "no predictions were written; states that --write stored are kept, and the next run reads them",
 }
 """What an interrupted command keeps, and what the next run does."""

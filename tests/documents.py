@@ -31,12 +31,12 @@ MAKE = re.compile(r"\bmake ([\w-]+)")
 
 PLACEHOLDERS = re.compile(r"\b(NAME|X)\b")
 """Stand-ins for a name: a path or target with one must match some that exists."""
-USERS_DATA = ("data/photos", "data/train-1.jsonl", "data/cloud_faq_dataset.jsonl")
+USERS_DATA = ("data/photos", "data/train-1.jsonl", "data/cloud_faq_dataset.jsonl", "results/sweep.json")
 """Data of the reader's own."""
 OTHERS_DATA = ("data/text_classification", "data/ner")
 """Folders of the repositories that examples take their data from."""
-EXPORTED = "load.py"
-"""In a folder that the reader exports."""
+READERS_FILES = ("load.py", "sweep.yaml")
+"""In a folder that the reader exports; a list of runs."""
 OTHERS_OPTIONS = {"--allow-missing", "--cloud", "--memory-limit", "--name", "--pull", "--resources"}
 """Options of DVC, dask and sbatch."""
 FILES = {"conll", "csv", "json", "jsonl", "npz", "parquet", "py", "safetensors", "yaml"}
@@ -80,7 +80,7 @@ def faults(text: str, folder: Path) -> list[str]:
 
 def exists(path: str, folder: Path) -> bool:
     path = path.rstrip(".:,/")
-    if path == EXPORTED:
+    if path in READERS_FILES:
         return True
     if path.startswith(("data/", "results/")):
         return any(path == known or path.startswith(f"{known}/") for known in DATA) or (folder / path).exists()

@@ -18,6 +18,7 @@ FLOORS = [
         "stages.fetch",
         "stages.init",
         "stages.store",
+        "stages.sweep",
     }
     | {"stages.evaluate", "stages.predict"},
     {"stages.options"},

@@ -35,20 +35,36 @@ ROOM_SHARE = 0.5
 """Share of the page cache for a window of segments: half for those in use, half for those fetched in advance."""
 
 
+def open_feeds(towers: Sequence[Tower], device: torch.device) -> "dict[str, Feed]":
+    """Return what reads the states of each of `towers`, by name; several runs may use it, one after the other.
+
+    Raises:
+        MissingKeysError: some samples of the table were never encoded; the message names up to five.
+        TrainError: `train.residency` is device, and the states do not fit in its memory.
+    """
+    return {str(tower.name): Feed.of(tower, device) for tower in towers}
+
+
 def open_loaders(
-    towers: Sequence[Tower], table: SampleTable, device: torch.device, memory: int | None = None, *, minimum: int = 1
+    towers: Sequence[Tower],
+    table: SampleTable,
+    device: torch.device,
+    memory: int | None = None,
+    *,
+    minimum: int = 1,
+    feeds: "Mapping[str, Feed] | None" = None,
 ) -> list[Loader | TowerLoader]:
     """Return the loaders of the training, the validation and the test samples of `towers`, one or several.
 
     The targets are those that the task of the first one prepares. `memory` in bytes is this machine's if None; a
-    training batch has at least `minimum` units.
+    training batch has at least `minimum` units. `feeds` are opened unless they are given.
 
     Raises:
         MissingKeysError: some samples of the table were never encoded; the message names up to five.
         CorruptStoreError: a store is damaged.
         ConfigError: batches are to be drawn from all segments, which do not fit in the local space.
     """
-    feeds = {str(tower.name): Feed.of(tower, device) for tower in towers}
+    feeds = open_feeds(towers, device) if feeds is None else feeds
     first = towers[0].loaded
     schedule = Schedule.of(first.project.train, first.task, table, list(feeds.values()), memory, minimum)
     targets = first.task.prepare(table)

@@ -27,7 +27,7 @@ def minimum_units(towers: Sequence[Tower], suffix: nn.Module, table: SampleTable
     if not len(units):
         raise TrainError("the training split is empty; lower data.validation, or give samples the split train")
     size, count, apart = config.batch_size, len(units), processes.world() if device.type == "cpu" else 1
-    per_unit = 1 if len(towers) > 1 else min(np.atleast_1d(unit).size for unit in units)
+    per_unit = 1 if len(towers) > 1 else _smallest(units)
     for_norms = -(-2 * apart // per_unit)
     if min(count % size or size, count) >= for_norms or _trains_on_one(towers, suffix):
         return task.minimum_units
@@ -36,6 +36,11 @@ def minimum_units(towers: Sequence[Tower], suffix: nn.Module, table: SampleTable
     if count < for_norms:
         raise TrainError(f"the training split has {count} units; {_why(for_norms, apart)}")
     return max(task.minimum_units, for_norms)
+
+
+def _smallest(units: Sequence[np.ndarray] | np.ndarray) -> int:
+    """Return the number of rows of the smallest unit."""
+    return min(map(len, units)) if isinstance(units, list) else units[0].size
 
 
 def _why(least: int, apart: int) -> str:

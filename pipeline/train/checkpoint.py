@@ -51,13 +51,23 @@ class Progress:
 
 
 @contextmanager
+def claimed_checkpoint(checkpoint: Path) -> Iterator[bool]:
+    """Lock the checkpoint folder of a run; yield False where another process trains it.
+
+    Who removes the folder does so with the lock, once the run is finished. So check that it is not, with the lock.
+    """
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(checkpoint) as is_ours:
+        yield is_ours
+
+
+@contextmanager
 def exclusive_checkpoint(checkpoint: Path) -> Iterator[Path]:
     """Lock the checkpoint folder of a run, or raise TrainError; of several processes, the main one holds the lock."""
     if processes.rank() > 0:
         yield checkpoint
         return
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(checkpoint) as is_ours:
+    with claimed_checkpoint(checkpoint) as is_ours:
         if not is_ours:
             raise TrainError(
                 f"{checkpoint} is in use: another process trains a run with these settings; wait for its end, or "

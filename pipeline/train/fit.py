@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -72,6 +73,7 @@ def open_accelerator(config: TrainConfig, logs: Path) -> Accelerator:
         raise ConfigError("train.precision is fp16, which the CPU does not train in; set bf16 or no")
     warn_of_emulation("train.precision", config.precision, processes.state().device)
     check_loggers(config)
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         log_with=list(config.loggers) or None,
         project_dir=logs,
@@ -104,8 +106,8 @@ def fit(
 ) -> TrainResult:
     """Train `suffix`; write its weights to `out/model.safetensors` and its curves beside them.
 
-    A killed run resumes from `checkpoint`, a folder of this run only, which is removed at the end. `fresh` names the
-    parameters of the suffix that were not pretrained; `weights` returns the tensors of a suffix to keep. `test` returns
+    A killed run resumes from `checkpoint`, a folder of this run only. `fresh` names the parameters of the suffix that
+    were not pretrained; `weights` returns the tensors of a suffix to keep. `test` returns
     the test scores of a file of weights: it is called once, with those that the run keeps, and decides nothing.
     """
     writes = accelerator.is_main_process
@@ -138,8 +140,6 @@ def fit(
         accelerator.wait_for_everyone()
         result.test = test(out / "model.safetensors")
         record.result(result)
-    if writes:
-        shutil.rmtree(checkpoint)
     return result
 
 

@@ -1,6 +1,7 @@
 """The module that is trained: its loss over the samples of all processes, and the metrics of a validation."""
 
 import copy
+import itertools
 import logging
 import sys
 import warnings
@@ -101,12 +102,18 @@ def prepare(objective: Objective, training: Iterable[Batch], accelerator: Accele
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        prepared: nn.Module = accelerator.prepare(objective)
+        prepared: nn.Module = accelerator.prepare(objective, device_placement=[False])
     return prepared
 
 
 def to_device(model: nn.Module, device: torch.device) -> None:
-    """Move `model` in place; shared parameters stay shared on backends that replace parameters when moving."""
+    """Move `model` in place, unless it is there, and a suffix would forget the inputs that it has recorded.
+
+    Shared parameters stay shared on backends that replace parameters when moving.
+    """
+    found = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    if found == {device}:
+        return
     names: dict[int, list[str]] = {}
     for name, item in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(item), []).append(name)

@@ -3,6 +3,7 @@
 init.py          a look at the data -> params.yaml, dvc.yaml
 encode.py        raw data -> stores, sample table
 train.py         stores, sample table -> a finished run
+sweep.py         a list of runs, stores, sample table -> finished runs
 report.py        finished runs -> table, plot
 predict.py       finished runs, inputs -> predictions
 evaluate.py      a finished run, labelled samples -> scores

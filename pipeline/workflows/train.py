@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from pipeline.data import SampleTable
-from pipeline.project import Project
-from pipeline.project.loaders import open_loaders
+from pipeline.project import CutName, Project
+from pipeline.project.loaders import Feed, open_feeds, open_loaders
 from pipeline.project.minimum_batch import minimum_units
 from pipeline.project.towers import (
     Tower,
@@ -26,7 +27,11 @@ from pipeline.project.towers import (
     trainable_model,
 )
 from pipeline.runs import record
+from pipeline.runs.planned import PlannedRun
 from pipeline.runs.record import Run
+from pipeline.store import Store
+from pipeline.tasks import open_task
+from pipeline.train import processes
 from pipeline.train.checkpoint import exclusive_checkpoint
 from pipeline.train.fit import TrainResult, fit, open_accelerator
 from pipeline.train.loader import Loader
@@ -42,30 +47,76 @@ LOGS = "logs"
 def train_project(project: Project, cut_name: str, name: str | None = None) -> Run:
     """Fine-tune the suffix of one cut from its store, without reading the raw data; return the run, called `name`.
 
-    Where the weights that params.yaml names are not on this machine, the pretrained suffix in the store is used. With
-    several processes, each runs this function on its share of the samples, and the main one writes.
+    With several processes, each runs this function on its share of the samples, and the main one writes.
     """
     cut = project.cut(cut_name)
     name = name or record.run_name(project, cut)
-    out = project.run_path(name)
-    accelerator = open_accelerator(project.train, project.work_dir / LOGS / name)
+    accelerator = open_run_accelerator(project, name)
+    opened = OpenCut.of(project, cut)
+    run = PlannedRun(project, cut, name, record.provenance(project, cut, opened.stores))
+    with exclusive_checkpoint(run.checkpoint):
+        return train_opened(run, opened, accelerator)
+
+
+def open_run_accelerator(project: Project, name: str) -> Accelerator:
+    """Return the accelerator of the run `name`; raises ConfigError as `open_accelerator` and `run_path`."""
+    project.run_path(name)
+    return open_accelerator(project.train, project.work_dir / LOGS / name)
+
+
+@dataclass(frozen=True)
+class OpenCut:
+    """A cut opened for training: the samples and stores, and the model split there, as they are before any run."""
+
+    cut: CutName
+    table: SampleTable
+    towers: Sequence[Tower]
+    feeds: Mapping[str, Feed]
+    """What reads the states, by tower."""
+
+    @classmethod
+    def of(cls, project: Project, cut: CutName) -> "OpenCut":
+        """Open `cut`; raises as `open_tower` and `open_feeds`."""
+        table = project.training_table()
+        towers = [open_tower(part, cut, table, suffix_only=True) for part in project.parts]
+        if project.train.channels_last:
+            for tower in towers:
+                tower.suffix.to(memory_format=torch.channels_last)
+        return cls(cut, table, towers, open_feeds(towers, processes.state().device))
+
+    @property
+    def stores(self) -> list[Store]:
+        """The stores of all encoders and views."""
+        return [store for tower in self.towers for store in tower.store.stores]
+
+    def towers_for(self, project: Project) -> list[Tower]:
+        """Return the towers for a run of `project`: the same suffixes, and new tasks, whose losses are untrained."""
+        return [_for_run(tower, part) for tower, part in zip(self.towers, project.parts, strict=True)]
+
+
+def _for_run(tower: Tower, project: Project) -> Tower:
+    task = open_task(project.task)
+    task.head(tower.table)
+    task = task.of_width(tower.loaded.backbone.width)
+    return replace(tower, loaded=replace(tower.loaded, project=project, task=task))
+
+
+def train_opened(planned: PlannedRun, opened: OpenCut, accelerator: Accelerator) -> Run:
+    """Train a run whose cut is open, and whose checkpoint folder this process has locked; return the finished run.
+
+    The suffixes in `opened` are trained in place.
+    """
+    project, table, name = planned.project, opened.table, planned.name
     set_seed(project.train.seed, device_specific=True)  # dropout differs between processes
-    table = project.training_table()
-    towers = [open_tower(part, cut, table, suffix_only=True) for part in project.parts]
-    stores = [store for tower in towers for store in tower.store.stores]
-    provenance = record.provenance(project, cut, stores)
-    identity = record.identity(provenance)
+    towers = opened.towers_for(project)
     owner = project.params.absolute().parent.name
-    with (
-        exclusive_checkpoint(project.work_dir / "checkpoints" / identity) as checkpoint,
-        tracked(accelerator, owner, name, record.sections(project)),
-    ):
-        summary = _train(project, table, towers, accelerator, out, checkpoint)
+    with tracked(accelerator, owner, name, record.sections(project)):
+        summary = _train(planned, opened, towers, accelerator)
     run = Run(
         name=name,
-        cut=cut,
+        cut=planned.cut,
         overrides=project.overrides,
-        identity=identity,
+        identity=planned.identity,
         settings=record.settings(project, table),
         recycled=min(tower.suffix.cut.share for tower in towers),
         metric=summary.metric,
@@ -76,33 +127,28 @@ def train_project(project: Project, cut_name: str, name: str | None = None) -> R
         train_seconds_per_epoch=summary.train_seconds_per_epoch,
         history=summary.history,
         legend=towers[0].loaded.task.legend(table),
-        made_of=provenance,
+        made_of=planned.made_of,
         test=summary.test,
     )
     if accelerator.is_main_process:
         record.write_run(project, run)
+        shutil.rmtree(planned.checkpoint)  # last, with the lock: see claimed_checkpoint
     log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
     if run.test:
         log.info("run %s: test %s", name, ", ".join(f"{score} {value:.3f}" for score, value in run.test.items()))
     return run
 
 
-def _train(
-    project: Project,
-    table: SampleTable,
-    towers: Sequence[Tower],
-    accelerator: Accelerator,
-    out: Path,
-    checkpoint: Path,
-) -> TrainResult:
-    """Train the suffixes of `towers`; write the result to the folder `out`."""
+def _train(run: PlannedRun, opened: OpenCut, towers: Sequence[Tower], accelerator: Accelerator) -> TrainResult:
+    """Train the suffixes of `towers`; write the result to the folder of the run."""
+    train, table = run.project.train, opened.table
     suffix = trainable_model(towers)
-    if project.train.channels_last:
+    if train.channels_last and train.adapter is not None:  # an adapted suffix is a new one
         suffix.to(memory_format=torch.channels_last)
     minimum = minimum_units(towers, suffix, table, accelerator.device)
-    training, validation, test = open_loaders(towers, table, accelerator.device, minimum=minimum)
+    training, validation, test = open_loaders(towers, table, accelerator.device, minimum=minimum, feeds=opened.feeds)
     if accelerator.is_main_process:
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(run.folder, ignore_errors=True)
     else:
         for tower in towers:
             tower.loaded.backbone.model.to("meta")  # the suffix has its own weights, the main process keeps the others
@@ -111,12 +157,12 @@ def _train(
         towers[0].loaded.task,
         training,
         validation,
-        project.train,
-        out=out,
-        checkpoint=checkpoint,
+        train,
+        out=run.folder,
+        checkpoint=run.checkpoint,
         accelerator=accelerator,
         fresh=new_parameters(towers),
-        weights=plain_weights if project.train.adapter else nn.Module.state_dict,
+        weights=plain_weights if train.adapter else nn.Module.state_dict,
         test=partial(_test_scores, towers, test, accelerator),
     )
 

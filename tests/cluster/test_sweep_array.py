@@ -18,21 +18,25 @@ SCRIPT = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.usefixtures("slurm")
-def test_an_array_trains_a_run_in_each_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tasks_of_an_array_share_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.write_images(tmp_path / "photos", range(20))
-    assert encode_project(Project.load(tiny.write_params(tmp_path, train={"epochs": 1, "batch_size": 4})))
+    assert encode_project(Project.load(tiny.write_params(tmp_path, train={"epochs": 20, "batch_size": 4})))
+    (tmp_path / "sweep.yaml").write_text("grid: {cut: [0.5, 1.0], train.seed: [0, 1]}")
     (script,) = SCRIPT.findall(PAGE.read_text(encoding="utf-8"))
     lines = [line for line in script.splitlines() if not line.startswith("#SBATCH --gpus")]
     (tmp_path / "sweep.sbatch").write_text("\n".join(lines) + "\n")
     done = subprocess.run(
-        ["sbatch", "--wait", "--array=1,8%2", "--cpus-per-task=1", "sweep.sbatch"],
+        ["sbatch", "--wait", "--array=0-1", "--cpus-per-task=1", "sweep.sbatch"],
         env=os.environ | {"PYTHONPATH": tiny.IMPORTS, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    said = "".join(file.read_text() for file in tmp_path.glob("slurm-*.out"))
-    assert done.returncode == 0, done.stdout + done.stderr + said
-    assert sorted(file.parent.name for file in tmp_path.glob("results/runs/*/run.json")) == ["0.5-0.1-0", "1.0-0.1-1"]
+    said = [file.read_text() for file in tmp_path.glob("slurm-*.out")]
+    assert done.returncode == 0, done.stdout + done.stderr + "".join(said)
+    names = ["0.5-0", "0.5-1", "1.0-0", "1.0-1"]
+    assert sorted(file.parent.name for file in tmp_path.glob("results/runs/*/run.json")) == names
+    trained = [line for text in said for line in text.splitlines() if " after epoch " in line]
+    assert len(trained) == 4, "no run is trained twice"
