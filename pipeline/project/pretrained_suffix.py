@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ HOW_LOADED: Irrelevant = {
     | {"_weight_conversions", "_use_kernels", "_is_hf_initialized"},
 }
 """`IRRELEVANT`, with what `from_pretrained` leaves on a network beside its weights."""
+LIBRARIES = frozenset({"timm", "torchvision", "transformers"})
+"""Packages that define networks; the digest of a module has the name of its class, not the code."""
 NO_CLASSIFIER = "classifier_replaced"
 """Key of what describes a head: true where `task.layers` replace the pretrained classifier."""
 
@@ -92,6 +95,7 @@ def write_pretrained_suffix(
         "split": saved.split,
         "modules": modules,
         "buffers": _unsaved_buffers(backbone),
+        "libraries": _libraries(backbone),
         "features": backbone.features,
         "new": sorted(new),
     }
@@ -161,8 +165,11 @@ class PretrainedSuffix:
         described = as_described(model, preprocess, self.folder / BACKBONE)
         backbone = load(*described, head, features=self.description["features"])
         network, _ = backbone.pretrained(model.library)
-        fill(network, load_file(self.folder / WEIGHTS))
-        fill(backbone.model, load_file(self.folder / NEW))
+        try:
+            fill(network, load_file(self.folder / WEIGHTS))
+            fill(backbone.model, load_file(self.folder / NEW))
+        except ValueError as error:
+            raise AbsentError(f"the weights that {self.store.where} carries do not fit: {error}") from error
         fresh = backbone.fresh if _has_own_layers(model, head) else frozenset(self.description["new"])
         backbone = replace(backbone, name=model.backbone, fresh=fresh)
         if reason := self._difference(backbone):
@@ -173,12 +180,25 @@ class PretrainedSuffix:
         return backbone
 
     def suffix(self, backbone: Backbone) -> Suffix:
-        """Return the suffix of a backbone that `build` made; the two share their weights."""
+        """Return the suffix of a backbone that `build` made; the two share their weights.
+
+        Raises:
+            CorruptStoreError: another version of this package described the split in another way.
+        """
         added = {path for path, _ in backbone.model.named_modules()} - self.description["modules"].keys()
-        return load_suffix(backbone.model, self.description["split"], load_file(self.folder / CONSTANTS), added)
+        try:
+            return load_suffix(backbone.model, self.description["split"], load_file(self.folder / CONSTANTS), added)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptStoreError(
+                f"{self.folder / SPLIT} does not describe a split ({type(error).__name__}: {error}); remove the "
+                "folder, and encode where the model is: no sample is encoded twice"
+            ) from error
 
     def _difference(self, backbone: Backbone) -> str | None:
         """Return how the network differs from the one that was split, except in the layers of `task.layers`."""
+        if changed := first_difference(self.description["libraries"], _libraries(backbone)):
+            library, before, now = changed
+            return f"it was split with {library} {before}, here is {now}, whose code may differ"
         then, modules, layers = self.description["modules"], built_modules(backbone), backbone.layers_path
         for path in {**then, **modules}:
             in_layers = layers is not None and f"{path}.".startswith(f"{layers}.")
@@ -206,6 +226,12 @@ def _described(model: ModelConfig, head: Head) -> dict[str, JSON]:
     if model.library == "function":
         return described | {"layers": list(head.layers)}
     return described | ({NO_CLASSIFIER: True} if head.layers and head.kind != "embedding" else {})
+
+
+def _libraries(backbone: Backbone) -> dict[str, JSON]:
+    """Return the versions of the packages of networks that the modules are from."""
+    packages = {type(module).__module__.partition(".")[0] for module in backbone.model.modules()}
+    return {name: version(name) for name in sorted(packages & LIBRARIES)}
 
 
 def _unsaved_buffers(backbone: Backbone) -> str:

@@ -309,3 +309,24 @@ def test_another_network_is_not_filled_in(images: Path, caplog: pytest.LogCaptur
         with caplog.at_level(logging.INFO), pytest.raises(StaleStoreError, match="architecture"):
             train_project(project(), "0.5")
     assert "are of another network: module '' has other attributes" in caplog.text
+
+
+def test_a_split_by_another_version_of_the_library_is_proved_again(
+    images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(squeezenet1_1(num_classes=3).state_dict(), "squeeze.pth")
+    age(images / "squeeze.pth")
+    made = project(
+        model={"backbone": "torchvision:squeezenet1_1", "weights": "squeeze.pth"},
+        preprocess={"kind": None, "image_size": 32},
+        encode={"cuts": [0.5]},
+        train={"epochs": 1},
+    )
+    encode_project(made)
+    with counted() as built, pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
+        train_project(made, "0.5", name="same")
+        assert not built
+        patch.setattr("pipeline.project.pretrained_suffix.version", lambda name: "99")
+        train_project(made, "0.5", name="other")
+        assert len(built) == 1
+    assert ", here is 99, whose code may differ" in caplog.text
