@@ -46,7 +46,7 @@ TINY = {
         r"^\| \S.*px \| (N) \| (N) \| (N) \| (N) \| (N) \| (N) \| (N)x \| (N) \| (N) \|$",
     ),
     "suffix": (
-        "--blocks 2 --width 16 --trained 1",
+        "--blocks 2 --width 64 --trained 1",
         1,
         r"^\| (N) \| (N) MB \| (N) MB \| (N) MB \| (N) MB \| [+-](N) MB \|$",
     ),
