@@ -65,7 +65,7 @@ def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[ByWorker]:
     monkeypatch.chdir(tmp_path)
 
     own = type("Own", (ByWorker,), {"jobs": []})
-    monkeypatch.setattr("pipeline.workflows.encode.open_executor", own)
+    monkeypatch.setattr("pipeline.cluster.open_executor", own)
     return own
 
 
