@@ -22,7 +22,7 @@ RECORDS = 20_000
 MANY_CLASSES = 1000
 """Maximum number of distinct labels in classification; whole numbers with more are regressed."""
 FEW_NUMBERS = 20
-"""Whole numbers with at most this number of distinct values are always classes."""
+"""Maximum number of distinct whole numbers that are classes, however few samples each has."""
 LONG = 0.95
 """Quantile of the lengths that decides what a long text is."""
 LONGEST_NAME = 60

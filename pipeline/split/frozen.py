@@ -22,8 +22,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def dummy(like: Tensor, *, dense: bool = False, device: torch.device | str | None = None) -> Tensor:
     """Return a tensor of the shape, dtype and device of `like`: NaN, or zero for other than floating point.
 
-    It has one element of storage; `dense` gives it memory of its own, so that it can be written to. `device` replaces
-    that of `like`.
+    The tensor takes the memory of one element. With `dense` each element has its own memory and can be written to.
+    `device` overrides the device of `like`.
     """
     fill = float("nan") if like.dtype.is_floating_point or like.dtype.is_complex else 0
     shape = like.shape if dense else ()

@@ -92,7 +92,7 @@ class DependencySearch(PhantomRun):
     def on_cut(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         for leaf, item in arguments(args, kwargs).items():
             if isinstance(item, Phantom) and item.value is None and Argument(leaf) not in self.plan.sources:
-                # A parameter that is itself an argument of the cut is kept, whatever its size.
+                # The suffix keeps a parameter that is passed to the cut call itself, small or large.
                 weights = [item.origin] if isinstance(item.origin, Weight) else self.weights_to_recompute(item)
                 if weights:
                     raise MissingValues(weights)

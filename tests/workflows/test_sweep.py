@@ -212,6 +212,6 @@ def test_processes_share_the_runs_and_take_over_those_of_a_dead_one(folder: Path
 
 
 def is_helper(process: psutil.Process, checkpoints: Path) -> bool:
-    """Whether a process has the folder of a run open."""
+    """Return whether a process holds the folder of a run open."""
     links = Path(f"/proc/{process.pid}/fd").iterdir()
     return any(link.readlink().is_relative_to(checkpoints) for link in links if link.is_symlink())
