@@ -107,14 +107,14 @@ class AnswerScores(Metrics):
                 self._best[question] = (margin, self.texts[row][begin:end], row)
 
     def result(self) -> dict[str, float]:
+        from torchmetrics.text import SQuAD  # noqa: PLC0415  (slow to import)
+
         found: list[Any] = []
         right: list[Any] = []
         for question, (margin, text, row) in self._best.items():
             is_none = self._may_be_none and margin <= 0
             found.append({"id": question, "prediction_text": "" if is_none else text})
             right.append({"id": question, "answers": {"text": list(self.answers[row]) or [""]}})
-        from torchmetrics.text import SQuAD  # noqa: PLC0415  (slow to import)
-
         squad = SQuAD(**ALONE)
         squad.update(found, right)
         return {name: float(score) / 100 for name, score in squad.compute().items()}

@@ -161,12 +161,12 @@ class SingleLabelScores(Metrics):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names)
-        self._counts_3C = torch.zeros(0)
+        self._counts_3C = torch.zeros(3, 1, dtype=torch.int64)
 
     def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
         found_B, right_B, classes = output.argmax(1), targets["label"], output.shape[1]
         counts = [one.bincount(minlength=classes) for one in (found_B[found_B == right_B], found_B, right_B)]
-        self._counts_3C = torch.stack(counts) + (self._counts_3C if len(self._counts_3C) else 0)
+        self._counts_3C = self._counts_3C + torch.stack(counts)
 
     def result(self) -> dict[str, float]:
         hits_C, found_C, right_C = self._counts_3C.double()

@@ -112,10 +112,10 @@ def _write_plain(path: Path, data: np.ndarray) -> dict[str, Any]:
 
 def _write_array(path: Path, spec: ArraySpec, data: np.ndarray) -> dict[str, Any]:
     """Write an array, and return its metadata."""
-    metadata = spec.metadata(path.name)
     import zarr  # noqa: PLC0415 (slow, and only writing needs it)
     from zarr.storage import LocalStore  # noqa: PLC0415
 
+    metadata = spec.metadata(path.name)
     # Each array is the root of a store of its own: zarr would otherwise write the group's metadata first.
     array = zarr.create_array(
         LocalStore(path),
