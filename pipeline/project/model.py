@@ -55,10 +55,10 @@ class LoadedModel:
     """What the weights come from where those before the cut are not loaded; None of the whole network."""
 
     @classmethod
-    def open(cls, project: Project, table: SampleTable, *, carrier: CutName | None = None) -> "LoadedModel":
+    def open(cls, project: Project, table: SampleTable, *, suffix_of: CutName | None = None) -> "LoadedModel":
         """Build the model that `project` describes; the head is drawn from `model.seed`.
 
-        If the cut `carrier` is given, only the suffix may have weights, from the store of this cut: where these are
+        If the cut `suffix_of` is given, only the suffix may have weights, from the store of this cut: where these are
         known to be those that params.yaml names, or where it names weights that are not on this machine.
 
         Raises:
@@ -66,21 +66,21 @@ class LoadedModel:
         """
         task = open_task(project.task)
         head = task.head(table)
-        if carrier is None:
+        if suffix_of is None:
             return cls._build(project, task, head)
-        if recipe_cache.has_known_weights(project, carrier):
+        if store := recipe_cache.store_of_known_weights(project, suffix_of):
             try:
-                return cls._of_suffix(project, task, head, carrier)
+                return cls._of_suffix(project, task, head, store)
             except (AbsentError, ModelError) as reason:
                 log.info("%s; the whole network is built", reason)
         try:
             return cls._build(project, task, head)
         except AbsentError as absent:
             try:
-                loaded = cls._of_suffix(project, task, head, carrier)
+                loaded = cls._of_suffix(project, task, head, project.open_store(suffix_of))
             except (AbsentError, StoreError) as reason:
                 raise type(reason)(f"{absent}; {reason}") from absent
-            log.warning("%s; the pretrained weights that %s carries are used", absent, project.store_path(carrier))
+            log.warning("%s; the pretrained weights that %s carries are used", absent, project.store_path(suffix_of))
             return loaded
 
     @classmethod
@@ -96,8 +96,8 @@ class LoadedModel:
         return cls(project, task.of_width(backbone.width), head, backbone, modules, built, _code(backbone), files)
 
     @classmethod
-    def _of_suffix(cls, project: Project, task: Task, head: Head, cut: CutName) -> "LoadedModel":
-        suffix = PretrainedSuffix.of(project.open_store(cut), project.model, head)
+    def _of_suffix(cls, project: Project, task: Task, head: Head, store: Store) -> "LoadedModel":
+        suffix = PretrainedSuffix.of(store, project.model, head)
         backbone = suffix.build(project.model, project.preprocess, head)
         return cls(project, task.of_width(backbone.width), head, backbone, {}, {}, _code(backbone), None, suffix)
 

@@ -86,7 +86,7 @@ def write_pretrained_suffix(
         return
     network, names = backbone.pretrained(model.library)
     parameters = backbone.model.named_parameters(remove_duplicate=False)
-    read = {id(item) for name, item in parameters if name in saved.parameters}  # whatever names they have in `network`
+    read = {id(item) for name, item in parameters if name in saved.parameters}  # `network` may name them differently
     unread = {name for name, item in network.named_parameters(remove_duplicate=False) if id(item) not in read}
     kept = {name: item for name, item in network.state_dict().items() if name in names - unread}
     own = dict(backbone.model.named_parameters())

@@ -111,15 +111,17 @@ def remember_weights(project: Project, stores: Sequence[Store], key: str | None)
             _write(project, known | {"weights": both})
 
 
-def has_known_weights(project: Project, cut: CutName) -> bool:
-    """Return whether the files of weights are unchanged since the store of `cut` had its recipe computed on them."""
+def store_of_known_weights(project: Project, cut: CutName) -> Store | None:
+    """Open the store of `cut`; None unless the files of weights are unchanged since its recipe was computed on them."""
     key = weights_key(project)
+    known = _read(project).get("weights", {}).get(project.store_path(cut).as_posix())
+    if key is None or not isinstance(known, list) or key not in known:
+        return None
     try:
-        recipe = project.open_store(cut).recipe.digest
+        store = project.open_store(cut)
     except StoreError:
-        return False
-    known: Any = _read(project).get("weights", {}).get(project.store_path(cut).as_posix())
-    return key is not None and known == [recipe, key]
+        return None
+    return store if known == [store.recipe.digest, key] else None
 
 
 def _lacks_suffix(project: Project, stores: Sequence[Store]) -> bool:

@@ -75,7 +75,7 @@ def open_tower(project: Project, cut: CutName, table: SampleTable, *, suffix_onl
             raise DataError(f"the samples have {', '.join(table.targets)}; towers need roles: those of pairs")
         rows = np.flatnonzero(table.targets["role"] == project.tower)
         table = table.of(rows)
-    loaded = LoadedModel.open(project, table, carrier=project.at(cut) if suffix_only else None)
+    loaded = LoadedModel.open(project, table, suffix_of=project.at(cut) if suffix_only else None)
     views, prefix, suffix = loaded.open_store(project.at(cut), table)
     if suffix_only and views.plain.is_linked:
         log.warning(

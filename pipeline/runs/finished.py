@@ -51,10 +51,10 @@ def has_states(project: Project, name: str, tower: str | None, keys: np.ndarray)
     return not part.open_store(part.at(project.cut(str(run.cut)))).missing(keys).any()
 
 
-def open_run(project: Project, name: str, tower: str | None = None, *, whole: bool = True) -> FinishedRun:
+def open_run(project: Project, name: str, tower: str | None = None, *, suffix_only: bool = False) -> FinishedRun:
     """Open the finished run `name`, or one tower of it; neither raw data nor another recipe's store is read.
 
-    Unless the `whole` model is needed, only the suffix has weights where the store has them.
+    With `suffix_only`, only the suffix has weights where the store has them, for samples whose states are stored.
 
     Raises:
         AbsentError: the weights that params.yaml names are not on this machine.
@@ -72,7 +72,7 @@ def open_run(project: Project, name: str, tower: str | None = None, *, whole: bo
             "again"
         )
     try:
-        opened = open_tower(project.part(tower), project.cut(str(run.cut)), table, suffix_only=not whole)
+        opened = open_tower(project.part(tower), project.cut(str(run.cut)), table, suffix_only=suffix_only)
     except AbsentError as absent:
         raise AbsentError(
             f"run {name}: {absent}; what a store carries is enough to train, an export and predictions take the layers "
@@ -88,6 +88,6 @@ def open_run(project: Project, name: str, tower: str | None = None, *, whole: bo
         ) from error
     opened.suffix.eval()
     loaded = opened.loaded
-    if whole:
+    if not suffix_only:
         check_probe(opened.store.plain, opened.prefix, loaded.preprocess(None), loaded.project.encode)
     return FinishedRun(**vars(opened), legend=run.legend)

@@ -79,8 +79,8 @@ def evaluate_run(
         samples = input_samples(project, inputs, split)
     roles = towers_of(project, name)
     wanted = {role: samples.table.keys[samples.rows[samples.in_role(role)]] for role in roles}
-    whole = live or (samples.is_new and not all(has_states(project, name, *one) for one in wanted.items()))
-    towers = [open_run(project, name, role, whole=whole) for role in roles]
+    all_stored = not samples.is_new or all(has_states(project, name, *one) for one in wanted.items())
+    towers = [open_run(project, name, role, suffix_only=all_stored and not live) for role in roles]
     task, bad = towers[0].loaded.task, dict[int, BadSample]()
     targets = _numbered(task, samples, towers[0].legend, name)
     cached, count = _scores(task, samples, targets, _cached(project, towers, samples, bad))

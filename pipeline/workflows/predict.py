@@ -58,10 +58,10 @@ def predict_project(
     source = project.part(tower).source(inputs)
     keyed = project.keys_of(source)
     wanted, runs = keyed.keys[keyed.good], list(dict.fromkeys(names))
-    whole = not all(has_states(project, name, tower, wanted) for name in runs)
+    all_stored = all(has_states(project, name, tower, wanted) for name in runs)
     by_store: dict[Path, dict[str, FinishedRun]] = {}
     for name in runs:
-        run = open_run(project, name, tower, whole=whole)
+        run = open_run(project, name, tower, suffix_only=all_stored)
         by_store.setdefault(run.store.path, {})["" if len(runs) == 1 else f"{name}/"] = run
     home = project.work_dir / "predict"
     with ExitStack() as folders:
