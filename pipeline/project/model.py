@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,12 +43,12 @@ class LoadedModel:
     head: Head
     """The head that the task needs for these samples."""
     backbone: Backbone
-    modules: Mapping[str, str]
-    """Digests of the modules of the whole network by path, computed before its first forward pass."""
-    built_modules: Mapping[str, str]
-    """As `built_modules` gives them, computed then too."""
     code: str | None
     """Digest of the code and attributes of the preprocessing, if it is the user's own."""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the modules by path, computed before the first forward pass; empty unless the network is whole."""
+    built_modules: Mapping[str, str] = field(default_factory=dict)
+    """As `built_modules` gives them, computed at the same time; empty unless the network is whole."""
     weights_key: str | None = None
     """As `recipe_cache.weights_key`, before the weights were read; None where they come from a store."""
     pretrained_suffix: PretrainedSuffix | None = None
@@ -93,13 +93,15 @@ class LoadedModel:
         files = recipe_cache.weights_key(project)
         backbone = load(project.model, project.preprocess, head)
         modules, built = module_fingerprints(backbone.model, IRRELEVANT), built_modules(backbone)
-        return cls(project, task.of_width(backbone.width), head, backbone, modules, built, _code(backbone), files)
+        task, code = task.of_width(backbone.width), _code(backbone)
+        return cls(project, task, head, backbone, code, modules=modules, built_modules=built, weights_key=files)
 
     @classmethod
     def _of_suffix(cls, project: Project, task: Task, head: Head, store: Store) -> "LoadedModel":
         suffix = PretrainedSuffix.of(store, project.model, head)
         backbone = suffix.build(project.model, project.preprocess, head)
-        return cls(project, task.of_width(backbone.width), head, backbone, {}, {}, _code(backbone), None, suffix)
+        task = task.of_width(backbone.width)
+        return cls(project, task, head, backbone, _code(backbone), pretrained_suffix=suffix)
 
     def to_device(self) -> torch.device:
         """Move the model to the device that runs prefixes, and return it."""
