@@ -1,5 +1,6 @@
 """The device that computes, and the precision in which it does."""
 
+import functools
 import logging
 from contextlib import AbstractContextManager, nullcontext
 
@@ -27,6 +28,18 @@ def pick_device(name: str) -> torch.device:
             f"encode.device is {name!r}; torch has no such device here; set auto, cpu or cuda:N"
         ) from error
     return device
+
+
+@functools.cache
+def has_streams(device: torch.device) -> bool:
+    """Return whether `device` is an accelerator with streams, timed events and page-locked host memory."""
+    if device.type == "cpu":
+        return False
+    try:
+        torch.Stream(device).record_event(torch.Event(device, enable_timing=True))
+        return bool(torch.empty(1, pin_memory=True).is_pinned())
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

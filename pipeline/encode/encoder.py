@@ -1,6 +1,7 @@
 """Units of samples -> segments: the inner loop of encode, which every executor runs.
 
 Three things overlap: worker processes read and preprocess, this process runs the prefix, and a thread writes segments.
+On an accelerator, so do the copies to it and from it.
 """
 
 import itertools
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -21,6 +23,7 @@ from pipeline.encode.config import EncodeConfig
 from pipeline.encode.decoding import Chunk, Decoded, decode, decode_samples, finish_sample
 from pipeline.encode.quarantine import BadSample, name_of
 from pipeline.encode.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
+from pipeline.encode.transfer import Named, Transfer
 from pipeline.encode.unit import EncodeCosts, Outcome, Unit, UnitBuffer
 from pipeline.errors import InputRefusedError, ModelError
 from pipeline.models import EXTRA, Preprocess, network_inputs
@@ -56,6 +59,7 @@ class Encoder:
         self.preprocess = views[0]  # for what all views share
         self.prefixes, self.stores, self.config = prefixes, stores, config
         self.device = model_device(prefixes)
+        self.transfer = Transfer(self.device)
         self.trimmings: dict[int, Trimming] = {}
 
     def run(self, units: Sequence[Unit], begin: Callable[[int], None] | None = None) -> Generator[Outcome, None, None]:
@@ -66,7 +70,13 @@ class Encoder:
         chunks_of_units = [self._chunks(unit) for unit in units]
         decoded = decode(self.source, list(itertools.chain.from_iterable(chunks_of_units)), workers=self.workers)
         waiting: list[Future[Outcome]] = []
-        with _writer() as pool:
+        with _writer() as pool, self.transfer:
+
+            def commit(outcome: Outcome, buffers: Buffers) -> None:
+                infinite = set().union(*(buffer.infinite for buffer in buffers.values()))
+                outcome.bad += [BadSample(row, name_of(self.source, row), INFINITE) for row in sorted(infinite)]
+                waiting.append(pool.submit(self._write, outcome, buffers))
+
             for place, (unit, chunks) in enumerate(zip(units, chunks_of_units, strict=True)):
                 if begin:
                     begin(place)
@@ -75,9 +85,10 @@ class Encoder:
                 for number, (part, in_views) in enumerate(zip(unit.parts, of_unit, strict=True)):
                     outcome = Outcome(part)
                     buffers = self._encode(outcome, map(operator.itemgetter(number), in_views))
-                    waiting.append(pool.submit(self._write, outcome, buffers))
+                    self.transfer.after(partial(commit, outcome, buffers))
                     while len(waiting) > PARTS_IN_FLIGHT:
                         yield waiting.pop(0).result()
+            self.transfer.finish()
             while waiting:
                 yield waiting.pop(0).result()
 
@@ -102,14 +113,14 @@ class Encoder:
 
     def _encode(self, outcome: Outcome, decoded: Iterator[Decoded]) -> Buffers:
         """Run the prefix over one part; samples of unequal shapes are batched by length at its end."""
-        part, bad, costs = outcome.part, outcome.bad, outcome.costs
+        part, costs = outcome.part, outcome.costs
         buffers = {cut: UnitBuffer(part.rows) for cut in part.cuts}
         ragged: list[tuple[int, Sample]] = []
         for _ in range(0, len(part.rows), self.config.batch_size):
             start = time.perf_counter()
             chunk = next(decoded)
             costs.reading += time.perf_counter() - start
-            bad += chunk.bad
+            outcome.bad += chunk.bad
             outcome.cut_off += chunk.cut_off
             if isinstance(chunk.inputs, dict):
                 self._forward(buffers, chunk.rows, chunk.inputs, None, costs)
@@ -123,8 +134,6 @@ class Encoder:
                 rows, samples = np.asarray([row for row, _ in batch], np.int64), [sample for _, sample in batch]
                 self._forward(alike, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
         costs.samples += len(part.rows)
-        infinite = set().union(*(buffer.infinite for buffer in buffers.values()))
-        bad += [BadSample(row, name_of(self.source, row), INFINITE) for row in sorted(infinite)]
         return buffers
 
     def _forward(
@@ -132,18 +141,21 @@ class Encoder:
     ) -> None:
         """Add the states of a batch, and what is stored beside them; of unequal `samples`, each without padding."""
         run = Capture([self.prefixes[cut] for cut in buffers])
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = self.transfer.to_device(batch)
         if samples is None:
             batch = self.preprocess.finish(batch)
         states = self._run(run, rows, network_inputs(batch))
-        inputs = _beside_state(batch, samples)
-        for (cut, buffer), state, seconds in zip(buffers.items(), states, run.elapsed, strict=True):
-            whole: dict[str, Tensor | list[Tensor]] = dict(state)
-            tensors = whole if samples is None else self._trimming(cut)(state, samples)
-            buffer.put(rows, {f"state.{name}": tensor for name, tensor in tensors.items()})
-            buffer.put(rows, inputs)
-            costs.forward[cut] = costs.forward.get(cut, 0.0) + seconds
-            costs.forward_samples[cut] = costs.forward_samples.get(cut, 0) + len(rows)
+
+        def put(on_host: Sequence[Named]) -> None:
+            *states, inputs = on_host
+            for (cut, buffer), state, seconds in zip(buffers.items(), states, run.elapsed, strict=True):
+                tensors = state if samples is None else self._trimming(cut)(state, samples)
+                buffer.put(rows, {f"state.{name}": tensor for name, tensor in tensors.items()})
+                buffer.put(rows, inputs)
+                costs.forward[cut] = costs.forward.get(cut, 0.0) + seconds
+                costs.forward_samples[cut] = costs.forward_samples.get(cut, 0) + len(rows)
+
+        self.transfer.to_host([*states, _beside_state(batch, samples)], put)
 
     def _run(self, run: Capture, rows: np.ndarray, batch: dict[str, Tensor]) -> list[State]:
         """Return the states of a batch, or raise ModelError, which names the sample that the network refuses."""

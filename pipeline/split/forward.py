@@ -1,8 +1,10 @@
 """Forward passes of a model: its flags, random state and buffers, its errors as refusals, its calls observed."""
 
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.device import has_streams
 from pipeline.errors import InputRefusedError, RecyclingError
 from pipeline.split.cut import argument_name
 from pipeline.split.tree import Args, Kwargs, arguments
@@ -66,6 +69,32 @@ def synchronise(device: torch.device) -> None:
     """Wait until what was asked of `device` is computed."""
     if device.type == ACCELERATOR:
         torch.accelerator.synchronize(device)
+
+
+class Timer:
+    """Measures a run from here on: by events of its device, for which the host need not wait, or else by waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began = self._event() if has_streams(device) else time.perf_counter()
+
+    def lap(self) -> Callable[[], float]:
+        """Return a function that gives the seconds up to here, once the device has computed what it was asked for."""
+        if isinstance(began := self._began, torch.Event):
+            return partial(_seconds, began, self._event())
+        synchronise(self._device)
+        seconds = time.perf_counter() - began
+        return lambda: seconds
+
+    def _event(self) -> torch.Event:
+        event = torch.Event(self._device, enable_timing=True)
+        event.record(torch.accelerator.current_stream(self._device))
+        return event
+
+
+def _seconds(began: torch.Event, ended: torch.Event) -> float:
+    ended.synchronize()
+    return float(began.elapsed_time(ended)) / 1000
 
 
 @contextmanager

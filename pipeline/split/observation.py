@@ -1,7 +1,6 @@
 """Runs of the full model: up to one or several cuts, to take the tensors that cross them, and in training."""
 
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
-from pipeline.split.forward import errors_as_refusals, eval_run, observed_calls, random_state_kept, synchronise
+from pipeline.split.forward import Timer, errors_as_refusals, eval_run, observed_calls, random_state_kept
 from pipeline.split.splittable import copy_of
 from pipeline.split.tree import Args, Kwargs, arguments, map_tensors, tensors
 
@@ -23,13 +22,13 @@ class Observation:
     Attributes:
         wanted: outputs and inputs to take besides the arguments of the cut call.
         values: every tensor argument of the cut call, and what is `wanted`.
-        elapsed: seconds from the start of the run to the cut.
+        elapsed: returns the seconds from the start of the run to the cut; an accelerator may still be under way.
     """
 
     cut: Cut
     wanted: Collection[TensorSource]
     values: dict[TensorSource, Tensor] = field(default_factory=dict)
-    elapsed: float = 0.0
+    elapsed: Callable[[], float] = float
 
 
 class _LastCutReached(BaseException):
@@ -64,16 +63,14 @@ def observe(
             for leaf, tensor in arguments(args, kwargs).items():
                 is_copied = Argument(leaf) in one.wanted and (to_the_end or pending)
                 one.values[Argument(leaf)] = tensor.detach().clone() if is_copied else tensor.detach()
-            for device in {tensor.device for tensor in one.values.values()}:
-                synchronise(device)
-            one.elapsed = time.perf_counter() - start
+            one.elapsed = timer.lap()
             if not pending and not to_the_end:
                 raise _LastCutReached
 
     outputs = {source.path for one in observations for source in one.wanted if isinstance(source, Output)}
     paths = outputs | {one.cut.path for one in observations}
     with suppress(_LastCutReached), observed_calls(model, on_call, on_return, paths), eval_run(model, args, kwargs):
-        start = time.perf_counter()
+        timer = Timer(next((tensor.device for tensor in inputs.values()), torch.device("cpu")))
         output = model(*args, **kwargs)
         if pending:
             raise SplitError(

@@ -1,6 +1,6 @@
 """The frozen part of a split: runs the full model up to the cut and returns the state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -84,10 +84,7 @@ class Prefix:
 
 
 class Capture:
-    """A function that runs the common model of several prefixes once and returns their states.
-
-    `elapsed` has the seconds from the start of the last call to each cut, in the order of the prefixes.
-    """
+    """A function that runs the common model of several prefixes once and returns their states."""
 
     def __init__(self, prefixes: Sequence[Prefix]) -> None:
         """Prepare to run `prefixes`, or raise SplitError: there is none, or they belong to different models."""
@@ -96,12 +93,17 @@ class Capture:
                 "capture takes one or more prefixes of one and the same model object; split that object for each cut"
             )
         self.prefixes = tuple(prefixes)
-        self.elapsed: list[float] = []
+        self._elapsed: list[Callable[[], float]] = []
+
+    @property
+    def elapsed(self) -> list[float]:
+        """Seconds from the start of the last call to each cut, in the order of the prefixes; waits for the device."""
+        return [seconds() for seconds in self._elapsed]
 
     def __call__(self, *args: Any, **inputs: Any) -> list[State]:
         """Return the state of a batch at each cut, in the order of the prefixes; raises as a Prefix does."""
         observations = [Observation(one.cut, [slot.source for slot in one.slots]) for one in self.prefixes]
         observe(self.prefixes[0].model, observations, args, inputs)
-        self.elapsed = [observation.elapsed for observation in observations]
+        self._elapsed = [observation.elapsed for observation in observations]
         batch = batch_size(args, inputs)
         return [prefix.collect(one, batch) for prefix, one in zip(self.prefixes, observations, strict=True)]
