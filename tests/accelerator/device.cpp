@@ -1,5 +1,7 @@
 // An accelerator in ordinary memory, as strict as a real one: its operations run the CPU's kernels on its tensors, and
 // refuse tensors of the CPU. Registered as torch's PrivateUse1; `device.py` builds it and gives it a name.
+// With ACCELERATOR_STREAMS in the environment it has streams, events and page-locked memory: as late as a real one may be,
+// it makes copies between the host and the device on other streams than the default one only when they are waited for.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
@@ -10,6 +12,13 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include <chrono>
+#include <cstdlib>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <set>
+
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Sizes = c10::IntArrayRef;
@@ -17,7 +26,46 @@ using SymSizes = c10::SymIntArrayRef;
 using WithoutAutograd = c10::impl::ExcludeDispatchKeyGuard;
 
 static const at::Device DEVICE(at::kPrivateUse1, 0);
-static int64_t operations = 0, copies = 0;
+static int64_t operations = 0, copies = 0, late_copies = 0;
+
+// Streams. The default one, number 0, runs everything at once.
+
+struct SideStream {
+  std::deque<std::function<void()>> pending;
+  int64_t begun = 0;     // copies run so far
+  int64_t computed = 0;  // operations on the default stream that it has waited for
+};
+struct Mark {
+  c10::StreamId stream;
+  int64_t copies;    // on a side stream, those asked for before
+  int64_t computed;  // on the default stream, the operations before
+  std::chrono::steady_clock::time_point time;
+};
+static const bool has_streams = std::getenv("ACCELERATOR_STREAMS") != nullptr;
+static std::recursive_mutex lock;
+static std::deque<SideStream> streams(1);
+static int64_t computed = 0;
+static thread_local c10::StreamId current = 0;
+
+static int64_t asked(c10::StreamId stream) { return streams[stream].begun + (int64_t)streams[stream].pending.size(); }
+
+static void run_until(c10::StreamId stream, int64_t end) {
+  std::lock_guard<std::recursive_mutex> guard(lock);
+  while (streams[stream].begun < end) {
+    auto copy = std::move(streams[stream].pending.front());
+    streams[stream].pending.pop_front();
+    streams[stream].begun++;
+    copy();
+  }
+}
+
+static void run_all(c10::StreamId stream) { run_until(stream, asked(stream)); }
+
+// In the order of the current stream, the next operation comes now.
+static void take_turn() {
+  if (current == 0) computed++;
+  else run_all(current);
+}
 
 // Memory, and what torch asks of any device.
 
@@ -30,6 +78,25 @@ struct Memory final : at::Allocator {
   void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
 };
 static Memory memory;
+
+struct PageLocked final : at::Allocator {
+  static inline std::set<const void*> known;
+  static void free(void* begin) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    known.erase(begin);
+    c10::free_cpu(begin);
+  }
+  at::DataPtr allocate(size_t bytes) override {
+    TORCH_CHECK(has_streams, "no page-locked memory");
+    void* begin = c10::alloc_cpu(bytes + 1);
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    known.insert(begin);
+    return {begin, begin, &free, at::kCPU};
+  }
+  at::DeleterFnPtr raw_deleter() const override { return &free; }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+static PageLocked page_locked;
 REGISTER_ALLOCATOR(c10::DeviceType::PrivateUse1, &memory);
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -39,14 +106,50 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   at::Device getDevice() const override { return DEVICE; }
   void setDevice(at::Device) const override {}
   void uncheckedSetDevice(at::Device) const noexcept override {}
-  c10::Stream getStream(at::Device device) const noexcept override {
-    return c10::Stream(c10::Stream::DEFAULT, device);
+  c10::Stream getStream(at::Device) const noexcept override {
+    return c10::Stream(c10::Stream::UNSAFE, DEVICE, current);
   }
-  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return getStream(stream.device()); }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override {
+    auto former = getStream(DEVICE);
+    current = stream.id();
+    return former;
+  }
+  c10::Stream getNewStream(at::Device, int) const override {
+    TORCH_CHECK(has_streams, "no streams");
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    streams.emplace_back();
+    return c10::Stream(c10::Stream::UNSAFE, DEVICE, (c10::StreamId)streams.size() - 1);
+  }
   at::DeviceIndex deviceCount() const noexcept override { return 1; }
-  void synchronizeDevice(const at::DeviceIndex) const override {}
-  bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override {}
+  void synchronizeDevice(const at::DeviceIndex) const override {
+    for (size_t stream = 1; stream < streams.size(); stream++) run_all((c10::StreamId)stream);
+  }
+  bool queryStream(const c10::Stream& stream) const override { return streams[stream.id()].pending.empty(); }
+  void synchronizeStream(const c10::Stream& stream) const override { run_all(stream.id()); }
+
+  void record(void** event, const c10::Stream& stream, const at::DeviceIndex, const c10::EventFlag) const override {
+    TORCH_CHECK(has_streams, "no events");
+    if (!*event) *event = new Mark();
+    *static_cast<Mark*>(*event) = {stream.id(), asked(stream.id()), computed, std::chrono::steady_clock::now()};
+  }
+  void block(void* event, const c10::Stream& stream) const override {
+    auto* mark = static_cast<Mark*>(event);
+    if (mark->stream != 0) run_until(mark->stream, mark->copies);
+    else streams[stream.id()].computed = mark->computed;
+  }
+  bool queryEvent(void* event) const override {
+    auto* mark = static_cast<Mark*>(event);
+    return streams[mark->stream].begun >= mark->copies;
+  }
+  void synchronizeEvent(void* event) const override {
+    auto* mark = static_cast<Mark*>(event);
+    run_until(mark->stream, mark->copies);
+  }
+  double elapsedTime(void* first, void* second, const at::DeviceIndex) const override {
+    auto length = static_cast<Mark*>(second)->time - static_cast<Mark*>(first)->time;
+    return std::chrono::duration<double, std::milli>(length).count();
+  }
+  void destroyEvent(void* event, const at::DeviceIndex) const noexcept override { delete static_cast<Mark*>(event); }
 };
 static c10::impl::DeviceGuardImplRegistrar guard_registrar(at::kPrivateUse1, new Guard());
 
@@ -60,6 +163,11 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     return generator;
   }
   at::Generator getNewGenerator(at::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+  at::Allocator* getPinnedMemoryAllocator() const override { return &page_locked; }
+  bool isPinnedPtr(const void* begin) const override {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    return PageLocked::known.count(begin) > 0;
+  }
 };
 static bool hooked = (at::RegisterPrivateUse1HooksInterface(new Hooks()), true);
 
@@ -83,11 +191,35 @@ static Tensor as_cpu(const Tensor& tensor) {
   return seen;
 }
 
-static Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
-  copies++;
+static void copy_now(const Tensor& from, const Tensor& to) {
   WithoutAutograd guard(c10::autograd_dispatch_keyset);
   Tensor written = is_ours(to) ? as_cpu(to) : to;
   written.copy_(is_ours(from) ? as_cpu(from) : from);
+}
+
+// On a side stream, later; until then, whoever asked has to keep the memory of both.
+static void copy_later(const Tensor& from, const Tensor& to) {
+  std::lock_guard<std::recursive_mutex> guard(lock);
+  late_copies++;
+  if (is_ours(from))
+    TORCH_CHECK(streams[current].computed == computed, "a stream copies what it has not waited for");
+  c10::weak_intrusive_ptr<c10::TensorImpl> kept_from(from.getIntrusivePtr()), kept_to(to.getIntrusivePtr());
+  streams[current].pending.push_back([kept_from, kept_to] {
+    auto first = kept_from.lock(), second = kept_to.lock();
+    TORCH_CHECK(first && second, "the memory of a copy was given up before the copy was made");
+    copy_now(Tensor(first), Tensor(second));
+  });
+}
+
+static Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
+  copies++;
+  const Tensor& host = is_ours(from) ? to : from;
+  if (non_blocking && current != 0 && !is_ours(host) && host.is_pinned()) {
+    copy_later(from, to);
+  } else {
+    run_all(current);
+    copy_now(from, to);
+  }
   return to;
 }
 
@@ -187,6 +319,7 @@ static c10::IValue result_on_device(
 
 static void fallback(const c10::OperatorHandle& operation, c10::DispatchKeySet, torch::jit::Stack* stack) {
   operations++;
+  take_turn();
   const auto& arguments = operation.schema().arguments();
   const auto& returns = operation.schema().returns();
   std::vector<c10::IValue> given(stack->end() - arguments.size(), stack->end()), used;
@@ -221,6 +354,7 @@ static Tensor convolution(
     const Tensor& input, const Tensor& weight, const MaybeTensor& bias, SymSizes stride, SymSizes padding,
     SymSizes dilation, bool transposed, SymSizes output_padding, c10::SymInt groups) {
   operations++;
+  take_turn();
   MaybeTensor bias_on_cpu;
   if (bias && bias->defined()) bias_on_cpu = ours_on_cpu(*bias);
   WithoutAutograd guard(c10::autograd_dispatch_keyset);
@@ -233,6 +367,7 @@ static std::tuple<Tensor, Tensor, Tensor> convolution_backward(
     const Tensor& gradient, const Tensor& input, const Tensor& weight, SymSizes stride, SymSizes padding,
     SymSizes dilation, bool transposed, SymSizes output_padding, c10::SymInt groups, std::array<bool, 3> wanted) {
   operations++;
+  take_turn();
   WithoutAutograd guard(c10::autograd_dispatch_keyset);
   std::vector<c10::SymInt> bias{transposed ? weight.sym_size(1) * groups : weight.sym_size(0)};
   auto [of_input, of_weight, of_bias] = at::convolution_backward_symint(
@@ -274,4 +409,5 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {  // the macros expect this na
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("operations", [] { return operations; });
   module.def("copies", [] { return copies; });
+  module.def("late_copies", [] { return late_copies; });
 }

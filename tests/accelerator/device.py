@@ -1,6 +1,7 @@
 """Registers the accelerator of device.cpp with torch, for the whole process: import it before anything else of torch.
 
-It replaces parameters when a module moves, as NPU, MLU and XLA do and CUDA does not.
+It replaces parameters when a module moves, as NPU, MLU and XLA do and CUDA does not. With ACCELERATOR_STREAMS in the
+environment it has streams, which copy as late as they may: what reads a copy too early, or gives its memory up, fails.
 """
 
 import importlib.machinery

@@ -2,7 +2,7 @@
 
     python -m accelerator.drive FOLDER '[["encode"], ["train", "--cut", "0.5"]]' FOLDER ...
 
-Prints, last, how many operations and copies the accelerator ran.
+Prints, last, how many operations and copies the accelerator ran, and how many copies beside its operations.
 """
 
 import json
@@ -49,7 +49,7 @@ def main(given: list[str]) -> None:
         for command in json.loads(commands):
             AcceleratorState._reset_state()  # a process has one precision
             recycle(command, prog_name="recycle", standalone_mode=False)
-    print(json.dumps([0, 0] if device is None else [device.operations(), device.copies()]))
+    print(json.dumps([0] * 3 if device is None else [device.operations(), device.copies(), device.late_copies()]))
 
 
 if __name__ == "__main__":

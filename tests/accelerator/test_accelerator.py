@@ -54,16 +54,20 @@ def build(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(build: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same projects, after the same commands, on either device; on the accelerator one run was killed before."""
-    homes = {name: tmp_path_factory.mktemp(name) for name in ("cpu", "accelerator")}
+    """The same projects, after the same commands, on either device; on the accelerator one run was killed before.
+
+    The accelerator has streams; one without them has encoded the projects and trained nothing.
+    """
+    homes = {name: tmp_path_factory.mktemp(name) for name in ("cpu", "accelerator", "streamless")}
     for home in homes.values():
         write_projects(home)
-    device = {"ACCELERATOR_BUILD": str(build)}
+    device = {"ACCELERATOR_BUILD": str(build), "ACCELERATOR_STREAMS": "1"}
     projects = {"images": [*IMAGES, LONG], "towers": TOWERS, "tied": TIED}
     on_cpu = drive(homes["cpu"], projects)
     kill_after_an_epoch(homes["accelerator"], device)
     on_device = drive(homes["accelerator"], projects, **device)
-    said = [(started, *started.communicate(timeout=300)) for started in (on_cpu, on_device)]
+    streamless = drive(homes["streamless"], dict.fromkeys(projects, [["encode"]]), ACCELERATOR_BUILD=str(build))
+    said = [(started, *started.communicate(timeout=300)) for started in (on_cpu, on_device, streamless)]
     for home, (started, text, _) in zip(homes.values(), said, strict=True):
         assert started.returncode == 0, text
         (home / "said").write_text(text)
@@ -117,13 +121,14 @@ def both(folders: dict[str, Path], project: str, name: str) -> tuple[dict[str, A
     return on_cpu, on_device
 
 
-def test_states_and_recipes_are_the_cpu_s(folders: dict[str, Path]) -> None:
-    for project in ("images", "towers", "tied"):
-        on_cpu, on_device = (tiny.files(home / project / "data/activations") for home in folders.values())
-        assert len(on_cpu) > 3
-        assert on_cpu.keys() == on_device.keys()
-        for name, content in on_cpu.items():  # a probe is not rounded to 16 bits as states are
-            assert on_device[name] == content or "/probe/" in name, name
+@pytest.mark.parametrize("device", ["accelerator", "streamless"])
+@pytest.mark.parametrize("project", ["images", "towers", "tied"])
+def test_states_and_recipes_are_the_cpu_s(folders: dict[str, Path], project: str, device: str) -> None:
+    on_cpu, on_device = (tiny.files(folders[name] / project / "data/activations") for name in ("cpu", device))
+    assert len(on_cpu) > 3
+    assert on_cpu.keys() == on_device.keys()
+    for name, content in on_cpu.items():  # a probe is not rounded to 16 bits as states are
+        assert on_device[name] == content or "/probe/" in name, name
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -132,7 +137,7 @@ def test_losses_scores_and_weights_are_the_cpu_s(folders: dict[str, Path], name:
     assert on_device["history"] == on_cpu["history"]
     assert (on_device["initial"], on_device["value"]) == (on_cpu["initial"], on_cpu["value"])
     file = f"images/results/runs/{name}/model.safetensors"
-    expected, found = (load_file(home / file) for home in folders.values())
+    expected, found = (load_file(folders[device] / file) for device in ("cpu", "accelerator"))
     if name in ("0", "0.5"):
         assert sum("running_mean" in key for key in expected) == (4 if name == "0" else 2)
     for key, tensor in expected.items():
@@ -161,15 +166,19 @@ def test_towers_and_shared_weights_train_as_on_the_cpu(folders: dict[str, Path],
 
 
 def test_predictions_and_exports_are_the_cpu_s(folders: dict[str, Path]) -> None:
-    on_cpu, on_device = (home / "images/said.jsonl" for home in folders.values())
+    homes = [folders[device] for device in ("cpu", "accelerator")]
+    on_cpu, on_device = (home / "images/said.jsonl" for home in homes)
     assert on_device.read_text() == on_cpu.read_text()
-    expected, found = (load_file(home / "images/plain/model.safetensors") for home in folders.values())
+    expected, found = (load_file(home / "images/plain/model.safetensors") for home in homes)
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
 def test_commands_run_on_the_accelerator(folders: dict[str, Path]) -> None:
     counts = {name: json.loads((home / "said").read_text().splitlines()[-1]) for name, home in folders.items()}
-    operations, copies = counts["accelerator"]
-    assert counts["cpu"] == [0, 0]
+    operations, copies, beside = counts["accelerator"]
+    assert counts["cpu"] == [0, 0, 0]
     assert operations > 10_000
     assert copies > 500
+    assert beside > 50
+    assert counts["streamless"][0] > 500
+    assert counts["streamless"][2] == 0
