@@ -1,6 +1,5 @@
 """`recycle`: the stages of dvc.yaml and the other verbs, each imported only when it is called."""
 
-import importlib
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ from typing import Any
 import click
 
 from pipeline.errors import RecyclingError
-from pipeline.memory import keep_freed_memory
+from pipeline.memory import import_for_good, keep_freed_memory
 
 COMMANDS = {
     "init": "stages.init:command",
@@ -42,7 +41,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _, name = COMMANDS[cmd_name].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
+        command: click.Command = getattr(import_for_good(module), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
