@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 Content: TypeAlias = "bool | int | float | str | bytes | np.ndarray | Sequence[Content] | Mapping[str, Content] | None"
@@ -63,7 +65,7 @@ def content_key(content: Content) -> bytes:
     return hasher.digest()
 
 
-def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+def tensors_digest(tensors: "Mapping[str, Tensor]") -> str:
     """Return the digest of named tensors (names, dtypes, shapes, bytes), whatever their order, device or strides.
 
     At most one tensor at a time is copied.
@@ -71,6 +73,8 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     Raises:
         ValueError: a tensor is on the meta device, and so has no bytes.
     """
+    import torch  # noqa: PLC0415  (keys of contents need none, and it is slow to import)
+
     hasher = hashlib.blake2b(digest_size=KEY_BYTES)
     for name in sorted(tensors):
         tensor = tensors[name].detach()

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
+from pipeline import workflows
 from pipeline.project import Project
-from pipeline.project.model_example import from_name, from_project
-from pipeline.workflows.cuts import choose, measure, table
 from stages.options import params_option
 
 LEGEND = """
@@ -49,15 +48,18 @@ def command(
     """
     settings = {"image_size": image_size, "max_length": length}
     preprocess = {name: value for name, value in settings.items() if value is not None}
+    cuts = workflows.cuts
+    from pipeline.project.model_example import from_name, from_project  # noqa: PLC0415  (torch is slow to import)
+
     if model is None:
         example = from_project(Project.load(params), weights, preprocess, classes=classes, batch=batch)
     else:
         example = from_name(model, weights, preprocess, classes=classes, batch=batch)
-    choices = choose(example.model, example.inputs)
+    choices = cuts.choose(example.model, example.inputs)
     if timed:
-        choices = measure(example.model, example.inputs, choices)
+        choices = cuts.measure(example.model, example.inputs, choices)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(choice) for choice in choices], indent=2))
     else:
         sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in example.inputs.items())
-        click.echo(f"example: {sizes}\n\n{table(choices)}\n{LEGEND}")
+        click.echo(f"example: {sizes}\n\n{cuts.table(choices)}\n{LEGEND}")

@@ -5,13 +5,17 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from pipeline import workflows
 from pipeline.data import SPLITS
 from pipeline.project import Project
-from pipeline.workflows.evaluate import Evaluation, evaluate_run
 from stages.options import TOO_MANY_BAD, params_option
+
+if TYPE_CHECKING:
+    from pipeline.workflows.evaluate import Evaluation
 
 
 @click.command("evaluate")
@@ -28,13 +32,13 @@ def command(params: Path, name: str, inputs: str | None, split: str | None, live
     the store. Labels are those that the run was trained on. Exits with 3 when more samples of --input are bad than
     encode.max_bad allows.
     """
-    evaluation, is_within = evaluate_run(Project.load(params), name, inputs, split, live=live)
+    evaluation, is_within = workflows.evaluate.evaluate_run(Project.load(params), name, inputs, split, live=live)
     click.echo(_as_json(evaluation) if as_json else _as_table(evaluation))
     if not is_within:
         sys.exit(TOO_MANY_BAD)
 
 
-def _as_json(evaluation: Evaluation) -> str:
+def _as_json(evaluation: "Evaluation") -> str:
     """Return the evaluation as JSON, with null for what cannot be computed."""
     content = asdict(evaluation) | {"largest_difference": evaluation.largest_difference}
     for kind in ("cached", "live"):
@@ -42,7 +46,7 @@ def _as_json(evaluation: Evaluation) -> str:
     return json.dumps(content, indent=2)
 
 
-def _as_table(evaluation: Evaluation) -> str:
+def _as_table(evaluation: "Evaluation") -> str:
     lines = [f"run {evaluation.run}, {evaluation.data}: {evaluation.samples} samples"]
     width = max(map(len, evaluation.cached), default=0)
     lines += [f"{'':{width}}    cached" + ("      live" if evaluation.live else "")]

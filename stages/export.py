@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
+from pipeline import workflows
 from pipeline.project import Project
-from pipeline.workflows.export import LOADER, export_run
 from stages.options import params_option
 
 
@@ -19,8 +19,8 @@ def command(to: Path, params: Path, name: str) -> None:
     The full model is proved on 32 samples to give what the suffix gives from the store. The lines of Python that load
     it, without this package, are printed, and are in load.py in the folder.
     """
-    proof = export_run(Project.load(params), name, to)
+    proof = workflows.export.export_run(Project.load(params), name, to)
     click.echo(f"{to}: {proof}")
-    for file in sorted(to.rglob(LOADER)):
+    for file in sorted(to.rglob(workflows.export.LOADER)):
         lines = file.read_text(encoding="utf-8").replace("Path(__file__).parent", f"Path({str(file.parent)!r})")
         click.echo(f"\n{file} loads it:\n\n{lines}", nl=False)

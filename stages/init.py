@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from pipeline import workflows
 from pipeline.config import parse_override
-from pipeline.workflows.init import Choices, init_project
 
 
 @click.command("init")
@@ -34,10 +34,11 @@ def command(
     installed are proposed; in a terminal you are asked. Stores and data never enter git: .gitignore and .dvcignore get
     the lines they lack. No file is replaced.
     """
-    asks = Choices(_choose, lambda question: click.confirm(question, default=True)) if sys.stdin.isatty() else None
+    init = workflows.init
+    asks = init.Choices(_choose, lambda question: click.confirm(question, default=True)) if sys.stdin.isatty() else None
     overrides = dict(map(parse_override, settings))
     named = {"task": task, "backbone": backbone, "template": template}
-    click.echo(init_project(data, **named, overrides=overrides, git=git, dvc=dvc, choices=asks))
+    click.echo(init.init_project(data, **named, overrides=overrides, git=git, dvc=dvc, choices=asks))
 
 
 def _choose(question: str, options: Sequence[str]) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from pipeline import workflows
 from pipeline.project import Project
-from pipeline.workflows.predict import predict_project
 from stages.options import TOO_MANY_BAD, params_option
 
 
@@ -29,5 +29,5 @@ def command(params: Path, models: Sequence[str], inputs: str, output: Path, writ
     allows.
     """
     project, path = Project.load(params), None if inputs == "-" else inputs
-    if not predict_project(project, models, path, output, write=write, tower=tower):
+    if not workflows.predict.predict_project(project, models, path, output, write=write, tower=tower):
         sys.exit(TOO_MANY_BAD)

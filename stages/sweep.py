@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
+from pipeline import workflows
 from pipeline.config import parse_choices, parse_override
 from pipeline.errors import TrainError
 from pipeline.files import write_whole
 from pipeline.runs.planned import list_runs
 from pipeline.runs.record import Run
-from pipeline.workflows.sweep import sweep_project
 from stages.options import params_option
 
 
@@ -39,7 +39,7 @@ def command(
     was killed goes on. The same command may be started any number of times at once: no run is trained twice.
     """
     runs = list_runs(cuts, dict(map(parse_choices, grid)), file)
-    result = sweep_project(params, dict(map(parse_override, settings)), runs, jobs=jobs)
+    result = workflows.sweep.sweep_project(params, dict(map(parse_override, settings)), runs, jobs=jobs)
     click.echo(_table(result.best_first))
     if scores is not None:
         content = {run.name: {run.metric: run.value, "test": dict(run.test)} for run in result.finished}

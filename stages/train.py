@@ -5,11 +5,10 @@ from pathlib import Path
 
 import click
 
+from pipeline import workflows
 from pipeline.config import parse_override
 from pipeline.project import Project
 from pipeline.runs.record import STORE
-from pipeline.train.processes import together
-from pipeline.workflows.train import train_project
 from stages.options import params_option
 
 
@@ -29,5 +28,8 @@ def command(params: Path, cut: str, settings: Sequence[str], store: str | None, 
     `torchrun --nproc-per-node 2 -m stages.cli train --cut CUT` trains one run in two processes.
     """
     overrides = dict(map(parse_override, settings)) | ({} if store is None else {STORE: store})
+    train_project = workflows.train.train_project
+    from pipeline.train.processes import together  # noqa: PLC0415  (torch is slow to import)
+
     with together():
         train_project(Project.load(params, overrides), cut, name)

@@ -4,17 +4,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
 
 from pipeline.data.source import Source
 from pipeline.encode.quarantine import BadSample, attempt, set_aside
 from pipeline.encode.ragged import Sample, shapes
 from pipeline.errors import BadSampleError, DataError
-from pipeline.models import Preprocess
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models import Preprocess
 
 _DEAD = "DataLoader worker (pid"
 """Start of torch's message about a worker process that died."""
@@ -26,7 +28,7 @@ class Chunk:
 
     rows: np.ndarray
     """Row numbers, (n,) int64."""
-    views: Sequence[Preprocess]
+    views: "Sequence[Preprocess]"
     """The preprocessing of each view that is needed."""
     keys: np.ndarray | None = None
     """Their keys, (n, 16) uint8; a content that no longer has its key is a bad sample. None skips this check."""
@@ -38,7 +40,7 @@ class Decoded:
 
     rows: np.ndarray
     """Rows of the good samples, (n,) int64."""
-    inputs: dict[str, Tensor] | list[Sample]
+    inputs: "dict[str, Tensor] | list[Sample]"
     """Not finished yet (`Preprocess.finish`): stacked along a new first axis if shapes and types agree, else
     sample by sample."""
     bad: list[BadSample]
@@ -48,6 +50,8 @@ class Decoded:
 
 def decode(source: Source, chunks: Sequence[Chunk], *, workers: int) -> Iterator[list[Decoded]]:
     """Yield the samples of each of `chunks` in each of its views, in order, preprocessed by `workers` processes."""
+    from torch.utils.data import DataLoader  # noqa: PLC0415  (slow to import, and often nothing is to do)
+
     read = partial(decode_rows, source)
     workers = min(workers, len(chunks))
     return iter(DataLoader(chunks, batch_size=None, collate_fn=read, num_workers=workers))  # type: ignore[arg-type]
@@ -84,13 +88,13 @@ def decode_rows(source: Source, chunk: Chunk) -> list[Decoded]:
     return decoded
 
 
-def decode_samples(source: Source, preprocess: Preprocess, rows: np.ndarray) -> list[Sample]:
+def decode_samples(source: Source, preprocess: "Preprocess", rows: np.ndarray) -> list[Sample]:
     """Read and preprocess `rows` in this process, sample by sample, without the bad ones."""
     (decoded,) = decode_rows(source, Chunk(rows, [preprocess]))
     return finished_samples(preprocess, decoded)
 
 
-def finished_samples(preprocess: Preprocess, decoded: Decoded) -> list[Sample]:
+def finished_samples(preprocess: "Preprocess", decoded: Decoded) -> list[Sample]:
     """Return the inputs of decoded samples, finished, one by one."""
     if isinstance(decoded.inputs, list):
         return [finish_sample(preprocess, sample) for sample in decoded.inputs]
@@ -99,7 +103,7 @@ def finished_samples(preprocess: Preprocess, decoded: Decoded) -> list[Sample]:
 
 
 def _in_views(
-    source: Source, views: Sequence[Preprocess], row: int, key: bytes | None
+    source: Source, views: "Sequence[Preprocess]", row: int, key: bytes | None
 ) -> list[tuple[Sample, int] | BadSample]:
     """Return a sample in each view, with the number of tokens that truncation removed."""
 
@@ -109,7 +113,7 @@ def _in_views(
             raise BadSampleError("the content is not the one its key was made of; encode again with --rehash")
         return content, views[0].open(content)
 
-    def begin(view: Preprocess, content: Any, opened: Any) -> tuple[Sample, int]:
+    def begin(view: "Preprocess", content: Any, opened: Any) -> tuple[Sample, int]:
         sample = view.begin(opened)
         return sample, view.excess(content, sample)
 
@@ -120,15 +124,17 @@ def _in_views(
     return [attempt(partial(begin, view, *found), bad) for view in views]
 
 
-def _stacked(samples: list[Sample]) -> dict[str, Tensor] | list[Sample]:
+def _stacked(samples: list[Sample]) -> "dict[str, Tensor] | list[Sample]":
     kinds = {(shapes(sample), tuple(tensor.dtype for tensor in sample.values())) for sample in samples}
     if len(kinds) == 1:
+        from torch.utils.data import default_collate  # noqa: PLC0415
+
         stacked: dict[str, Tensor] = default_collate(samples)
         return stacked
     return samples
 
 
-def finish_sample(preprocess: Preprocess, sample: Sample) -> Sample:
+def finish_sample(preprocess: "Preprocess", sample: Sample) -> Sample:
     """Return the inputs of one sample, finished as a batch of one."""
     batch = preprocess.finish({name: tensor.unsqueeze(0) for name, tensor in sample.items()})
     return {name: tensor.squeeze(0) for name, tensor in batch.items()}

@@ -7,10 +7,12 @@ the network ignores padding; so whether to pad is decided by trying it on real s
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Sample = dict[str, Tensor]
+Sample: TypeAlias = "dict[str, Tensor]"
 """The inputs of one sample by name, without a batch axis."""
 
 TOLERANCE = 1e-4
@@ -29,7 +31,7 @@ class Trimming:
     pads: bool = True
     axes: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
-    def __call__(self, state: Mapping[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor | list[Tensor]]:
+    def __call__(self, state: "Mapping[str, Tensor]", samples: Sequence[Sample]) -> "dict[str, Tensor | list[Tensor]]":
         """Return `state` sample by sample where it is ragged; a tensor of one shape for all stays whole."""
         trimmed: dict[str, Tensor | list[Tensor]] = dict(state)
         for name, (axis, source) in self.axes.items():
@@ -37,7 +39,7 @@ class Trimming:
         return trimmed
 
 
-def pad_batch(samples: Sequence[Sample], pad: Mapping[str, float]) -> dict[str, Tensor]:
+def pad_batch(samples: Sequence[Sample], pad: Mapping[str, float]) -> "dict[str, Tensor]":
     """Stack `samples` along a new first axis, padded on the right to the longest with `pad[name]`, or 0."""
     batch = {}
     for name in samples[0]:
@@ -86,7 +88,7 @@ def batches_by_length(samples: Sequence[Sample], *, size: int, tokens: int | Non
 
 
 def find_trimming(
-    prefix: Callable[..., dict[str, Tensor]], samples: Sequence[Sample], pad: Mapping[str, float], *, exact: bool = True
+    prefix: Callable[..., Sample], samples: Sequence[Sample], pad: Mapping[str, float], *, exact: bool = True
 ) -> Trimming:
     """Determine, on the shortest and the longest of `samples`, how the states of a padded batch are trimmed.
 

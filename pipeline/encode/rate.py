@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pipeline.device import matrix_peak
 from pipeline.encode.ragged import Sample, length
 from pipeline.encode.unit import EncodeCosts
-from pipeline.precision import ComputeFormat
+
+if TYPE_CHECKING:
+    from pipeline.precision import ComputeFormat
 
 SHORT = 5.0
 """Seconds of an encode below which the machine's peak is not measured, which takes up to a second."""
@@ -25,12 +27,18 @@ class EncodeRate:
 
     @classmethod
     def of(
-        cls, costs: EncodeCosts, form: ComputeFormat, flops: Sequence[tuple[int, int]] | None, example: Sequence[Sample]
+        cls,
+        costs: EncodeCosts,
+        form: "ComputeFormat",
+        flops: Sequence[tuple[int, int]] | None,
+        example: Sequence[Sample],
     ) -> "EncodeRate | None":
         """Return the rate of an encode that cost `costs`; None where nothing was encoded.
 
         `flops` are the operations before and after each cut of a sample of `example`, padded to its longest.
         """
+        from pipeline.device import matrix_peak  # noqa: PLC0415  (torch is slow to import, and often nothing is to do)
+
         if not costs.samples:
             return None
         is_text = any(not tensor.is_floating_point() and tensor.dim() == 1 for tensor in example[0].values())

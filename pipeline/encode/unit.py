@@ -5,16 +5,17 @@ import operator
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.data.source import Source
 from pipeline.encode.keying import KeyedSamples
 from pipeline.encode.quarantine import BadSample, name_of
 from pipeline.store import KeySet, Store, first_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 1 << 20
 """Number of keys looked up at a time."""
@@ -111,16 +112,16 @@ class UnitBuffer:
         self.single: dict[str, list[Tensor | None]] = {}
         self.infinite: set[int] = set()
 
-    def put(self, rows: np.ndarray, tensors: dict[str, Tensor | list[Tensor]]) -> None:
+    def put(self, rows: np.ndarray, tensors: "dict[str, Tensor | list[Tensor]]") -> None:
         """Add the tensors of `rows`: (len(rows), ...) if all have one shape, else one tensor per row."""
         places = [self.place[row] for row in rows.tolist()]
         for name, tensor in tensors.items():
             if name.startswith("state."):
                 self.infinite.update(int(rows[i]) for i in _infinite(tensor))
-            if isinstance(tensor, Tensor) and name not in self.whole and name not in self.single:
-                self.whole[name] = torch.empty((len(self.rows), *tensor.shape[1:]), dtype=tensor.dtype)
+            if not isinstance(tensor, list) and name not in self.whole and name not in self.single:
+                self.whole[name] = tensor.new_empty((len(self.rows), *tensor.shape[1:]), device="cpu")
             whole = self.whole.get(name)
-            if whole is not None and isinstance(tensor, Tensor) and whole.shape[1:] == tensor.shape[1:]:
+            if whole is not None and not isinstance(tensor, list) and whole.shape[1:] == tensor.shape[1:]:
                 whole[places] = tensor.to("cpu")
                 continue
             if name not in self.single:  # from here on, shapes differ
@@ -128,7 +129,7 @@ class UnitBuffer:
             for place, one in zip(places, tensor, strict=True):
                 self.single[name][place] = one.to("cpu", copy=True)
 
-    def finish(self, dropped: set[int]) -> tuple[np.ndarray, dict[str, Tensor | list[Tensor]]]:
+    def finish(self, dropped: set[int]) -> "tuple[np.ndarray, dict[str, Tensor | list[Tensor]]]":
         """Return the rows that are not `dropped`, in the unit's order, and their tensors by name."""
         kept = [i for i, row in enumerate(self.rows.tolist()) if row not in dropped]
         everything = len(kept) == len(self.rows)
@@ -140,11 +141,11 @@ class UnitBuffer:
         return self.rows[kept], tensors
 
 
-def _infinite(tensor: Tensor | list[Tensor]) -> list[int]:
+def _infinite(tensor: "Tensor | list[Tensor]") -> list[int]:
     """Return the indices of the samples with a NaN or an infinity."""
-    if isinstance(tensor, Tensor) and (not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum()))):
+    if not isinstance(tensor, list) and (not tensor.is_floating_point() or bool(tensor.sum().isfinite())):
         return []
-    return [i for i, one in enumerate(tensor) if one.is_floating_point() and not bool(torch.isfinite(one).all())]
+    return [i for i, one in enumerate(tensor) if one.is_floating_point() and not bool(one.isfinite().all())]
 
 
 @dataclass

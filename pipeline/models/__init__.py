@@ -2,15 +2,17 @@
 
 import logging
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models.backbone import EXTRA, Backbone, Preprocess, network_inputs
 from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
-from pipeline.models.weights import convert, fill
 from pipeline.tasks.base import Head
+
+if TYPE_CHECKING:
+    from pipeline.models.backbone import EXTRA, Backbone, Preprocess, network_inputs
+    from pipeline.models.weights import fill
 
 __all__ = [
     "EXTRA",
@@ -30,7 +32,14 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None = None) -> Backbone:
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for: settings are read without it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{'weights' if name == 'fill' else 'backbone'}"), name)
+
+
+def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None = None) -> "Backbone":
     """Return the backbone that `model` names, ending in `head`, on the CPU, with its preprocessing.
 
     With `features`, the size of what an embedding head pools (0 for another head), no weights are read: parameters are
@@ -41,6 +50,10 @@ def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, features:
         ConfigError: a setting is wrong, or names nothing that exists.
         ModelError: the network cannot be built, or its weights do not fit.
     """
+    import torch  # noqa: PLC0415
+
+    from pipeline.models.weights import convert  # noqa: PLC0415
+
     if model.weights is None and features is None:
         log.warning("model.weights is null: %s gets random weights (model.seed %d)", model.backbone, model.seed)
     if model.library == "hf":
@@ -61,7 +74,7 @@ def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, features:
     return replace(backbone, dtype=dtype, exact=convert(backbone.model, dtype))
 
 
-def describe(model: ModelConfig, backbone: Backbone, folder: Path) -> None:
+def describe(model: ModelConfig, backbone: "Backbone", folder: Path) -> None:
     """Write the files to the existing `folder` from which `as_described` builds the network."""
     if backbone.preprocess.recipe().get("kind") != "image":
         backbone.preprocess.save(folder)
@@ -71,7 +84,7 @@ def describe(model: ModelConfig, backbone: Backbone, folder: Path) -> None:
         describe_hf(model, backbone, folder)
 
 
-def loading_code(model: ModelConfig, head: Head, backbone: Backbone) -> str:
+def loading_code(model: ModelConfig, head: Head, backbone: "Backbone") -> str:
     """Return lines of Python that load what `backbone.save` wrote, without this package."""
     from pipeline.models.loading import loading_code as code  # noqa: PLC0415
 

@@ -18,7 +18,8 @@ from pipeline.keys import JSON
 from pipeline.models.classifier import find_classifier
 from pipeline.precision import as_inputs, weights_dtype
 from pipeline.tasks.base import Head
-from pipeline.tasks.heads import Layer, build_head, last_width
+from pipeline.tasks.heads import Layer, last_width
+from pipeline.tasks.layers import build_head
 
 # B batch, T token, D channel; images of convolutional networks: H height, W width
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from pipeline.errors import ModelError
 from pipeline.models.weights import CheckpointLayout
-from pipeline.tasks.heads import Layer, Stack, build_head, with_outputs
+from pipeline.tasks.heads import Layer, with_outputs
+from pipeline.tasks.layers import Stack, build_head
 
 
 class Classifier(Stack):

@@ -14,7 +14,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.hf_heads import HEADS
 from pipeline.models.vision import Torchvision
 from pipeline.tasks.base import Head
-from pipeline.tasks.heads import Gate, Residual
+from pipeline.tasks.layers import Gate, Residual
 
 FOLDER = "Path(__file__).parent"
 """Expression in the lines for the folder of the file."""

@@ -6,18 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from pipeline.keys import JSON, Recipe, digest, tensors_digest
-from pipeline.models.fingerprint import Irrelevant, module_fingerprints
 from pipeline.store import FORMAT, Store
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.models.fingerprint import Irrelevant
     from pipeline.split import Prefix
 
 log = logging.getLogger("recycle")
 
-IRRELEVANT: Irrelevant = {
+IRRELEVANT: "Irrelevant" = {
     "transformers.PreTrainedConfig": frozenset(
         {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map"}  # names
         | {"id2label", "label2id", "num_labels", "problem_type"}  # of the head
@@ -44,6 +44,8 @@ def recipe_of(
     Batch size, workers and device are not in it; neither is anything after the cut: heads and tasks share a store.
     `modules` are the digests of the modules, computed before the first forward pass (`module_fingerprints`).
     """
+    from pipeline.models.fingerprint import module_fingerprints  # noqa: PLC0415  (torch is slow to import)
+
     if modules is None:
         modules = module_fingerprints(prefix.model, IRRELEVANT)
     return Recipe(
@@ -85,8 +87,8 @@ def former_recipe(recipe: Recipe, prefix: "Prefix", preprocessing: Mapping[str, 
     return replace(recipe, architecture=_former_architecture(prefix.modules()), preprocessing=preprocessing)
 
 
-def _former_architecture(modules: Iterable[tuple[str, nn.Module]]) -> str:
-    def settings(module: nn.Module) -> dict[str, Any]:
+def _former_architecture(modules: "Iterable[tuple[str, nn.Module]]") -> str:
+    def settings(module: "nn.Module") -> dict[str, Any]:
         return {
             name: repr(value)
             for name, value in vars(module).items()

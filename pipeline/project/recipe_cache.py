@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.config import Section
 from pipeline.data import SampleTable, Stamp
@@ -221,7 +220,11 @@ def _folder(name: str) -> Path | None:
 
 def _downloads(model: ModelConfig) -> Path | None:
     """Where a library keeps the weights it downloaded; timm's lie in the hub's cache and may be fetched anew."""
-    return Path(torch.hub.get_dir()) / "checkpoints" if model.library == "torchvision" else None
+    if model.library != "torchvision":
+        return None
+    from torch.hub import get_dir  # noqa: PLC0415  (slow to import)
+
+    return Path(get_dir()) / "checkpoints"
 
 
 def _walk(folder: Path) -> Iterator[Path]:

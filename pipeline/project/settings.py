@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Section, load_sections
 from pipeline.data import ROLES, DataConfig, SampleTable, Source, build, in_role, open_source, with_keys
@@ -18,11 +18,14 @@ from pipeline.models import ModelConfig, PreprocessConfig
 from pipeline.project.contradictions import contradictions
 from pipeline.project.tower_config import TowersConfig
 from pipeline.project.views import view_name
-from pipeline.store import Bucket, Reader, Remote, SegmentCache, Store
+from pipeline.store import Bucket, Remote, SegmentCache, Store
 from pipeline.tasks import TaskConfig
 from pipeline.tracked import SCHEME as TRACKED
 from pipeline.tracked import open_tracked
 from pipeline.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from pipeline.store import Reader
 
 CutName = float | int | str
 
@@ -211,11 +214,13 @@ class Project:
         good = keyed.good
         return build(source, keyed.keys[good], self.data, rows=good)
 
-    def reader(self, store: Path) -> Reader:
+    def reader(self, store: Path) -> "Reader":
         """Return a reader of the store, or the stores, in the folder `store`.
 
         Segments that are compressed or remote are unpacked or fetched to `work_dir`.
         """
+        from pipeline.store import Reader  # noqa: PLC0415  (torch is slow to import)
+
         cache = _segment_cache((self.work_dir / UNPACKED).absolute(), int(self.train.scratch_gb * 1e9))
         return Reader(store, cache=cache, check=self.train.check, remote=self.remote)
 

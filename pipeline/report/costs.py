@@ -15,6 +15,8 @@ from pipeline.project import Project
 from pipeline.store import Store, first_rows
 
 FILE = "encode.json"
+BACKWARD = 2
+"""Cost of a backward pass in forward passes: one for the gradients of the inputs, one for those of the weights."""
 
 
 @dataclass(frozen=True)
@@ -137,3 +139,16 @@ def _sum(stores: Sequence[Mapping[str, Any]], *, is_bounded: bool) -> CutCost:
         flops_before=mean([one.get("before") for one in flops]),
         flops_after=mean([one.get("after") for one in flops]),
     )
+
+
+def speed_ups(flops: float, flops_after: float, *, backward: int = BACKWARD) -> tuple[float | None, float | None]:
+    """Return the expected speed-up of a training step over full fine-tuning, and over frozen layers run every time.
+
+    A step is taken to be bound by computation, and backward to cost `backward` times forward. With 2 of these, `flops`
+    operations before the cut and `flops_after` after it, recycling costs 3 x after, frozen layers cost
+    before + 3 x after, and full fine-tuning costs 3 x (before + after). None where no operation comes after the cut.
+    """
+    if not flops_after:
+        return None, None
+    step = (1 + backward) * flops_after
+    return (1 + backward) * (flops + flops_after) / step, (flops + step) / step

@@ -9,9 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.report.costs import CutCost
+from pipeline.report.costs import BACKWARD, CutCost, speed_ups
 from pipeline.runs.record import STORE, Run
-from pipeline.split.candidates import BACKWARD, speed_ups
 from pipeline.tasks.config import LOWER_IS_BETTER
 
 SEED = "train.seed"

@@ -16,7 +16,6 @@ from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, DataError, StoreError
 from pipeline.files import is_function, load_function, sha256, write_whole
 from pipeline.keys import JSON, digest, first_difference
-from pipeline.models.fingerprint import fingerprint
 from pipeline.project import CutName, Project
 from pipeline.store import Store
 from pipeline.tasks import open_task
@@ -97,8 +96,15 @@ def provenance(project: Project, cut: CutName, stores: Sequence[Store] | None = 
         "samples": sha256(project.samples),
         "data": {"fraction": project.data.fraction, "seed": project.data.seed},
         **sections(project),
-        **({"code": fingerprint(functions)} if functions else {}),
+        **({"code": _code(functions)} if functions else {}),
     }
+
+
+def _code(functions: Sequence[Any]) -> str:
+    """Return the digest of the user's own functions."""
+    from pipeline.models.fingerprint import fingerprint  # noqa: PLC0415  (torch is slow to import)
+
+    return fingerprint(functions)
 
 
 def sections(project: Project) -> dict[str, dict[str, JSON]]:

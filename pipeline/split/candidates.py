@@ -22,8 +22,6 @@ from pipeline.split.splitting import prove_state, read_example
 from pipeline.split.tree import Args, Kwargs
 
 REPEATS = 5
-BACKWARD = 2
-"""Cost of a backward pass in forward passes: one for the gradients of the inputs, one for those of the weights."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +118,3 @@ def seconds_per_sample(prefix: Callable[..., object], batch: Mapping[str, Tensor
         synchronise(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:]) / count
-
-
-def speed_ups(flops: float, flops_after: float, *, backward: int = BACKWARD) -> tuple[float | None, float | None]:
-    """Return the expected speed-up of a training step over full fine-tuning, and over frozen layers run every time.
-
-    A step is taken to be bound by computation, and backward to cost `backward` times forward. With 2 of these, `flops`
-    operations before the cut and `flops_after` after it, recycling costs 3 x after, frozen layers cost
-    before + 3 x after, and full fine-tuning costs 3 x (before + after). None where no operation comes after the cut.
-    """
-    if not flops_after:
-        return None, None
-    step = (1 + backward) * flops_after
-    return (1 + backward) * (flops + flops_after) / step, (flops + step) / step

@@ -6,11 +6,15 @@ remote/    stores in buckets, mirrored on this disk
 store      a folder of segments that share one recipe
 upkeep/    whole stores: describe, verify, compact, collect garbage, remove samples, attachments
 
-Imports go up this list only. Other packages import from here alone: what is imported here is public.
+Imports go up this list only. Other packages import from here alone: what is imported here is public. What handles
+values, and so needs torch, is imported when it is first asked for.
 """
 
 # ruff: noqa: F401
 # mypy: implicit-reexport
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from pipeline.store.format.codecs import CODECS
 from pipeline.store.format.layout import find_stores, segment_id
@@ -26,11 +30,7 @@ from pipeline.store.format.names import (
 from pipeline.store.format.segment_files import ListedFile, folder_nbytes
 from pipeline.store.local.files import own_entries
 from pipeline.store.local.index import KeySet, Rows, first_rows
-from pipeline.store.local.read_ahead import ReadAhead
-from pipeline.store.local.reader import Reader
-from pipeline.store.local.resident import Resident
 from pipeline.store.local.segment_cache import SegmentCache
-from pipeline.store.local.stored_tensor import round_trip
 from pipeline.store.local.temporary import discard, exclusive_lock, sweep, temporary_folder
 from pipeline.store.remote.bucket import Bucket, check_url
 from pipeline.store.remote.mirror import Remote
@@ -38,5 +38,26 @@ from pipeline.store.store import Store, exclusive_access, remove_store
 from pipeline.store.upkeep.attachments import has_attachment, read_attachment, remove_attachment, write_attachment
 from pipeline.store.upkeep.describe import describe, format_bytes, format_facts
 from pipeline.store.upkeep.plans import UpkeepPlan, plan_compact, plan_gc, plan_removal
-from pipeline.store.upkeep.rewrite import apply_changes
-from pipeline.store.upkeep.verify import verify
+
+if TYPE_CHECKING:
+    from pipeline.store.local.read_ahead import ReadAhead
+    from pipeline.store.local.reader import Reader
+    from pipeline.store.local.resident import Resident
+    from pipeline.store.local.stored_tensor import round_trip
+    from pipeline.store.upkeep.rewrite import apply_changes
+    from pipeline.store.upkeep.verify import verify
+
+_OF_VALUES = {
+    "ReadAhead": "local.read_ahead",
+    "Reader": "local.reader",
+    "Resident": "local.resident",
+    "round_trip": "local.stored_tensor",
+    "apply_changes": "upkeep.rewrite",
+    "verify": "upkeep.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_VALUES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_OF_VALUES[name]}"), name)

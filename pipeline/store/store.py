@@ -4,21 +4,25 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.errors import StaleStoreError, StoreError
 from pipeline.keys import KEY_BYTES, Recipe
+from pipeline.store.format.codecs import parse_storage
 from pipeline.store.format.layout import check_tensor_name, committed_segments, segment_id
 from pipeline.store.format.metadata import SegmentSpec, read_recipe, read_segment_spec
 from pipeline.store.format.names import FORMAT, RECIPE_FILE
 from pipeline.store.format.segment_files import folder_nbytes
-from pipeline.store.format.values import Values, encode, parse_storage
 from pipeline.store.local.files import DISK, StoreFiles, own_entries
 from pipeline.store.local.index import KeyIndex, Rows, check_keys
 from pipeline.store.local.temporary import discard, exclusive_lock, shared_lock, sweep
 from pipeline.store.local.writer import SegmentInfo, commit
 from pipeline.store.remote.mirror import Remote
+
+if TYPE_CHECKING:
+    from pipeline.store.format.values import Values
 
 
 class Store:
@@ -145,7 +149,7 @@ class Store:
         self._index, self._is_fresh = None, False
 
     def write_segment(
-        self, unit_keys: np.ndarray, tensors: Mapping[str, Values], set_aside: np.ndarray | None = None
+        self, unit_keys: np.ndarray, tensors: "Mapping[str, Values]", set_aside: np.ndarray | None = None
     ) -> SegmentInfo:
         """Commit one unit: its keys (n, 16) uint8 and its tensors by name (`state.NAME`, `input.NAME`, ...).
 
@@ -159,6 +163,8 @@ class Store:
         Raises:
             StoreError: keys, names, shapes or dtypes cannot be stored, or the disk refuses; nothing is committed then.
         """
+        from pipeline.store.format.values import encode  # noqa: PLC0415  (torch is slow to import, and keys need none)
+
         check_keys(unit_keys)
         if not len(unit_keys):
             raise StoreError("keys are an empty array; give at least one sample")

@@ -5,15 +5,17 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias
 
 import numpy as np
-from torch import Tensor, nn
 
 from pipeline.errors import DataError, first_few
 from pipeline.tasks.config import LOWER_IS_BETTER, Pooling
 from pipeline.tasks.heads import Layer
 from pipeline.tasks.scores import Metrics, read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Kind: TypeAlias = "type | list[Kind] | dict[str, Kind]"
 """Type of a column of predictions: `str`, `int`, `float` or `bool`; a list of one type, as `[str]`; or a value per
@@ -75,7 +77,7 @@ class Table(Protocol):
 class PredictionContext:
     """Data of B samples, beside the outputs, that predictions may need."""
 
-    extras: Mapping[str, Tensor]
+    extras: "Mapping[str, Tensor]"
     """Extras stored beside the state and the inputs, each (B, ...)."""
     look_up: Callable[[], Sequence[Mapping[str, Any]]]
     """Returns the targets of each sample from its source, which is slow; labels may be missing."""
@@ -127,7 +129,7 @@ class Task(ABC):
         return self.monitor not in LOWER_IS_BETTER
 
     @property
-    def loss_module(self) -> nn.Module | None:
+    def loss_module(self) -> "nn.Module | None":
         """The module with the parameters (class weights of ArcFace) and other state (a memory of earlier batches) of
         the loss, which checkpoints save; None if it has none. It is complete after `prepare`.
         """
@@ -157,7 +159,7 @@ class Task(ABC):
         return np.flatnonzero(table.split == split)
 
     @abstractmethod
-    def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
+    def loss(self, output: Any, targets: "Mapping[str, Tensor]") -> "Tensor":
         """Return the loss of a batch, a scalar; `output` is whatever the model returns."""
 
     @abstractmethod

@@ -4,13 +4,10 @@ A layer is written `name`, `{name: value}` (the value of its first option) or `{
 is a linear layer of that width, with a ReLU between two numbers in a row: `[512, 256]` is a small MLP.
 """
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, ValidationError
-from torch import Tensor, nn
 
 from pipeline.config import Section
 
@@ -19,17 +16,12 @@ Layer = int | str | dict[str, Any]
 
 Width = Annotated[int, Field(ge=1)]
 Activation = Literal["relu", "gelu", "silu", "tanh"]
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 # B batch, D channel
 
 
 class LayerConfig(Section):
     """Options of one kind of layer."""
-
-    @abstractmethod
-    def build(self, width: int) -> nn.Module:
-        """Return the layer for inputs (B, width), with random weights of torch's generator."""
 
     def width_after(self, width: int) -> int:
         """Return the width of what the layer gives for inputs (B, width)."""
@@ -39,18 +31,12 @@ class LayerConfig(Section):
 class Identity(LayerConfig):
     """No layer: the pooled vector is the embedding."""
 
-    def build(self, width: int) -> nn.Module:
-        return nn.Identity()
-
 
 class Linear(LayerConfig):
     """A linear layer with bias."""
 
     width: Width
     """Width of the output."""
-
-    def build(self, width: int) -> nn.Module:
-        return nn.Linear(width, self.width)
 
     def width_after(self, width: int) -> int:
         return self.width
@@ -66,15 +52,6 @@ class Mlp(LayerConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability after each activation."""
 
-    def build(self, width: int) -> nn.Module:
-        layers: list[nn.Module] = [nn.Linear(width, self.widths[0])]
-        for ins, outs in zip(self.widths, self.widths[1:], strict=False):
-            layers.append(_ACTIVATIONS[self.activation]())
-            if self.dropout:
-                layers.append(nn.Dropout(self.dropout))
-            layers.append(nn.Linear(ins, outs))
-        return Stack(*layers)
-
     def width_after(self, width: int) -> int:
         return self.widths[-1]
 
@@ -82,18 +59,12 @@ class Mlp(LayerConfig):
 class Gated(LayerConfig):
     """A learnt gate between 0 and 1 per feature: as few parameters as features, for small data sets."""
 
-    def build(self, width: int) -> nn.Module:
-        return Gate(width)
-
 
 class Skip(LayerConfig):
     """The input plus a linear layer of it that starts at zero: training starts at the pretrained embedding."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before the linear layer; the sum keeps the whole input."""
-
-    def build(self, width: int) -> nn.Module:
-        return Residual(width, self.dropout)
 
 
 class Widening(LayerConfig):
@@ -104,10 +75,6 @@ class Widening(LayerConfig):
     activation: Activation = "relu"
     """Function in the middle."""
 
-    def build(self, width: int) -> nn.Module:
-        middle = max(1, round(width * self.factor))
-        return Stack(nn.Linear(width, middle), _ACTIVATIONS[self.activation](), nn.Linear(middle, width))
-
 
 class Dropout(LayerConfig):
     """Dropout of features in training."""
@@ -115,15 +82,9 @@ class Dropout(LayerConfig):
     share: float = Field(ge=0, lt=1)
     """Dropout probability."""
 
-    def build(self, width: int) -> nn.Module:
-        return nn.Dropout(self.share)
-
 
 class LayerNorm(LayerConfig):
     """Layer normalisation over the features, with a learnt scale and shift."""
-
-    def build(self, width: int) -> nn.Module:
-        return nn.LayerNorm(width)
 
 
 class ActivationLayer(LayerConfig):
@@ -131,38 +92,6 @@ class ActivationLayer(LayerConfig):
 
     function: Activation
     """The function."""
-
-    def build(self, width: int) -> nn.Module:
-        return _ACTIVATIONS[self.function]()
-
-
-class Stack(nn.Sequential):
-    """Layers in sequence. The type distinguishes them from a backbone's blocks, which a cut counts."""
-
-
-class Gate(nn.Module):
-    """Multiplies each feature by the sigmoid of a parameter of its own; all gates start half open, (B, D) -> (B, D)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gates = nn.Parameter(torch.zeros(width))
-
-    def forward(self, inputs_BD: Tensor) -> Tensor:
-        return inputs_BD * torch.sigmoid(self.gates)
-
-
-class Residual(nn.Module):
-    """Adds to its input a linear layer of it, (B, D) -> (B, D)."""
-
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(width, width)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, inputs_BD: Tensor) -> Tensor:
-        added_BD: Tensor = self.linear(self.dropout(inputs_BD))
-        return inputs_BD + added_BD
 
 
 LAYERS: dict[str, type[LayerConfig]] = {
@@ -176,18 +105,6 @@ LAYERS: dict[str, type[LayerConfig]] = {
     "layer_norm": LayerNorm,
     "activation": ActivationLayer,
 }
-
-
-def build_head(layers: Sequence[Layer], width: int) -> nn.Module:
-    """Return the layers for inputs (B, width) in sequence, or the identity; raises ValueError as `parse` does."""
-    modules: list[nn.Module] = []
-    for number, layer in enumerate(layers):
-        if number and isinstance(layer, int) and isinstance(layers[number - 1], int):
-            modules.append(nn.ReLU())
-        config = parse(layer)
-        modules.append(config.build(width))
-        width = config.width_after(width)
-    return Stack(*modules) if modules else nn.Identity()
 
 
 def with_outputs(layers: Sequence[Layer], outputs: int) -> list[Layer]:

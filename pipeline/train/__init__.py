@@ -3,6 +3,7 @@
 fit.py         `fit`: training, validation and checkpoint, round by round
 rounds.py      the steps of a run, and the spans between two validations
 optimizer.py   the optimizer by name, its groups of parameters and its schedule
+optimizer_kinds.py  which optimizers there are, and what they take
 config.py      the section `train:` of params.yaml
 order.py       (seed, epoch, sizes) -> batches
 loader.py      batches -> tensors on the device

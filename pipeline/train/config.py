@@ -1,12 +1,9 @@
 """The section `train:` of params.yaml: how the suffix is trained."""
 
-import inspect
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
-import torch
 from pydantic import BeforeValidator, Field
-from torch.optim import Optimizer
 
 from pipeline.config import Section
 from pipeline.train.order import ViewOrder
@@ -131,39 +128,10 @@ class TrainConfig(Section):
         options = self.optimizer_options
         if own := sorted({"params", "lr", "weight_decay"} & options.keys()):
             yield f"optimizer_options has {', '.join(own)}; remove it: lr and weight_decay are settings of train"
-        elif (fault := _fault_of_optimizer(self.optimizer, options)) is not None:
-            yield fault
-        elif "weight_decay" in self.model_fields_set and not has_weight_decay(self.optimizer):
-            yield f"weight_decay is {self.weight_decay}, which {self.optimizer} does not take; remove it"
+        elif (self.optimizer, options) != (DEFAULT_OPTIMIZER, {}):  # which has no fault, and torch is slow to import
+            from pipeline.train.optimizer_kinds import fault_of, has_weight_decay  # noqa: PLC0415
 
-
-def has_weight_decay(optimizer: str) -> bool:
-    """Return whether a class of torch.optim takes a weight decay."""
-    return "weight_decay" in inspect.signature(getattr(torch.optim, optimizer)).parameters
-
-
-def _fault_of_optimizer(name: str, options: dict[str, Any]) -> str | None:
-    """Return why no optimizer can be made so; found by a step of one on two small parameters."""
-    if (name, options) == (DEFAULT_OPTIMIZER, {}):
-        return None  # a step would import the compiler, which takes a second
-    if not _is_optimizer(getattr(torch.optim, name, None)):
-        known = ", ".join(sorted(other for other, kind in vars(torch.optim).items() if _is_optimizer(kind)))
-        return f"optimizer is {name!r}; torch.optim has {known}"
-    kind = getattr(torch.optim, name)
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((1, 1), (1,))]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    try:
-        kind(parameters, lr=1e-3, **options).step()
-    except (TypeError, ValueError, RuntimeError) as error:
-        takes = ", ".join(name for name in inspect.signature(kind).parameters if name not in ("params", "lr"))
-        return f"optimizer is {name} with optimizer_options {options}: {error}; {name} takes {takes}"
-    return None
-
-
-def _is_optimizer(kind: object) -> bool:
-    """Return whether `kind` is an optimizer that only needs gradients: not LBFGS, whose step takes a function."""
-    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-        return False
-    step = inspect.signature(kind.step).parameters.get("closure")
-    return "lr" in inspect.signature(kind).parameters and (step is None or step.default is None)
+            if (fault := fault_of(self.optimizer, options)) is not None:
+                yield fault
+            elif "weight_decay" in self.model_fields_set and not has_weight_decay(self.optimizer):
+                yield f"weight_decay is {self.weight_decay}, which {self.optimizer} does not take; remove it"

@@ -7,7 +7,8 @@ from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from pipeline.errors import ConfigError, TrainError
-from pipeline.train.config import TrainConfig, has_weight_decay
+from pipeline.train.config import TrainConfig
+from pipeline.train.optimizer_kinds import has_weight_decay
 
 
 def open_optimizer(model: nn.Module, config: TrainConfig, fresh: frozenset[str]) -> torch.optim.Optimizer:

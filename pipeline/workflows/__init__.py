@@ -1,5 +1,7 @@
 """One module per verb, told from top to bottom; `stages/X.py` parses and calls `workflows/X.py`.
 
+A module is imported when it is first used: most need torch, which `--help` and a wrong option do not.
+
 init.py          a look at the data -> params.yaml, dvc.yaml
 encode.py        raw data -> stores, sample table
 train.py         stores, sample table -> a finished run
@@ -12,3 +14,19 @@ cuts.py          a model -> every place to cut it, with costs
 codec_error.py   a store -> what each codec would change
 store_upkeep.py  the stores of a project, and the samples that its tables refer to
 """
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from pipeline.memory import import_for_good
+
+if TYPE_CHECKING:
+    from pipeline.workflows import cuts, encode, evaluate, export, init, predict, report, store_upkeep, sweep, train
+
+__all__ = ["cuts", "encode", "evaluate", "export", "init", "predict", "report", "store_upkeep", "sweep", "train"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_for_good(f"{__name__}.{name}")

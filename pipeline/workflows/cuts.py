@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pipeline.report.costs import speed_ups
 from pipeline.split import Candidate, candidates, split
-from pipeline.split.candidates import seconds_per_sample, speed_ups
+from pipeline.split.candidates import seconds_per_sample
 from pipeline.tasks import read_tensor
 
 LITTLE = 0.1

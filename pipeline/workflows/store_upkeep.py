@@ -21,7 +21,6 @@ from pipeline.store import (
     KeySet,
     Store,
     UpkeepPlan,
-    apply_changes,
     describe,
     exclusive_access,
     find_stores,
@@ -34,7 +33,6 @@ from pipeline.store import (
     plan_removal,
     remove_store,
     sweep,
-    verify,
 )
 
 
@@ -75,6 +73,8 @@ def describe_store(project: Project, store: Store) -> Iterator[str]:
 
 def verify_stores(project: Project, named: Sequence[Path | str], dialog: Dialog) -> list[str]:
     """Compare every byte of the `named` stores, or of all, with its checksum; return the faults, one line each."""
+    from pipeline.store import verify  # noqa: PLC0415  (torch is slow to import, and `info` needs none)
+
     faults = []
     for place in named or stores_of(project):
         try:
@@ -163,6 +163,8 @@ def carry_out(
             return None
         if not (dialog.changes and dialog.confirm()):
             return None
+        from pipeline.store import apply_changes  # noqa: PLC0415  (torch is slow to import)
+
         faults = []
         for store, upkeep in zip(stores, plans, strict=True):
             faults += apply_changes(store, upkeep.changes, dialog.progress(str(store.path), "change"))

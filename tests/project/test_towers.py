@@ -27,7 +27,7 @@ from pipeline.project.stores import stores_of, unnamed_stores
 from pipeline.project.towers import Towers, new_parameters, open_tower, trainable_model
 from pipeline.store import Store
 from pipeline.tasks import Head
-from pipeline.tasks.heads import build_head
+from pipeline.tasks.layers import build_head
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.export import export_run
 from pipeline.workflows.predict import predict_project

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from pipeline.tasks import TaskConfig
-from pipeline.tasks.heads import LAYERS, Layer, build_head, last_width, parse
+from pipeline.tasks.heads import LAYERS, Layer, last_width, parse
+from pipeline.tasks.layers import build_head
 
 WIDTH = 6
 EXAMPLES: dict[str, list[tuple[Layer, int]]] = {

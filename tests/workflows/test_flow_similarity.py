@@ -16,7 +16,7 @@ from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, TrainError
 from pipeline.project import Project
 from pipeline.project.model import LoadedModel
-from pipeline.tasks.heads import build_head
+from pipeline.tasks.layers import build_head
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.export import export_run
 from pipeline.workflows.train import train_project

@@ -14,14 +14,17 @@ To add one, derive a class from `Codec` and register it; name it in `encode.code
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from numcodecs import blosc
-from torch import Tensor
 
+from pipeline.errors import StoreError
 from pipeline.store.format.names import OFFSETS, SCALES, STATE_PREFIX, corrupt
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 LEVELS = 127
 """Largest integer that int8 stores; -128 has no counterpart."""
@@ -37,6 +40,9 @@ STORED_AS: Mapping[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("int32", "int16", "int8", "uint8", "uint32", "bool")},
 }
 """Dtype of values -> zarr types that may hold them as they are; zarr has no bfloat16, and holds its bits."""
+# Dtype -> those tried in turn. bf16 has the range of fp32 but for its last half step, which attention masks made of the
+# lowest fp32 number reach.
+_LADDERS = {name: FLOATS[place:] for place, name in enumerate(FLOATS)}
 
 
 class Codec:
@@ -53,7 +59,7 @@ class Codec:
     """Arrays stored beside the array: suffix of their names -> zarr type. They broadcast against the array."""
     max_chunk_bytes: ClassVar[int] = sys.maxsize
 
-    def covers(self, name: str, dtype: torch.dtype) -> bool:
+    def covers(self, name: str, dtype: "torch.dtype") -> bool:
         """Return whether the tensor `name` is stored by this codec, rather than by `raw`."""
         return True
 
@@ -61,11 +67,11 @@ class Codec:
         """Return the zarr types that may hold values of `dtype`."""
         return STORED_AS.get(dtype, ())
 
-    def encode(self, tensor: Tensor, narrow: Tensor, *, ragged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def encode(self, tensor: "Tensor", narrow: "Tensor", *, ragged: bool) -> "tuple[Tensor, dict[str, Tensor]]":
         """Return the stored numbers of a tensor, and the arrays beside them by suffix; `narrow` has the final dtype."""
-        return narrow.view(torch.uint16) if narrow.dtype == torch.bfloat16 else narrow, {}
+        return narrow, {}
 
-    def decode(self, stored: Tensor, beside: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def decode(self, stored: "Tensor", beside: "Mapping[str, Tensor]", dtype: "torch.dtype") -> "Tensor":
         """Return the values in `dtype` of stored numbers; not called for a lossless codec."""
         raise NotImplementedError
 
@@ -125,20 +131,22 @@ class Int8(Codec):
     is_lossless = False
     beside: ClassVar[Mapping[str, str]] = {SCALES: "float32"}
 
-    def covers(self, name: str, dtype: torch.dtype) -> bool:
+    def covers(self, name: str, dtype: "torch.dtype") -> bool:
         return name.startswith(STATE_PREFIX) and dtype.is_floating_point
 
     def stored_types(self, dtype: str) -> Sequence[str]:
         return ("int8",) if dtype in FLOATS else ()
 
-    def encode(self, tensor: Tensor, narrow: Tensor, *, ragged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def encode(self, tensor: "Tensor", narrow: "Tensor", *, ragged: bool) -> "tuple[Tensor, dict[str, Tensor]]":
         spread, wide = self.reduced_axes(tensor.ndim, ragged=ragged), tensor.float()
         largest = wide.abs().amax(spread, keepdim=True) if spread and wide.numel() else wide.abs()
         scales = largest / LEVELS
-        whole = (wide / torch.where(scales > 0, scales, 1)).round_().clamp_(-LEVELS, LEVELS)
-        return whole.to(torch.int8), {SCALES: scales}
+        whole = (wide / scales.where(scales > 0, 1)).round_().clamp_(-LEVELS, LEVELS)
+        return whole.char(), {SCALES: scales}
 
-    def decode(self, stored: Tensor, beside: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def decode(self, stored: "Tensor", beside: "Mapping[str, Tensor]", dtype: "torch.dtype") -> "Tensor":
+        import torch  # noqa: PLC0415  (it is slow to import, for whoever reads no values)
+
         scales, bounds = beside[SCALES], torch.finfo(dtype)
         values = stored * scales
         if scales.numel() and scales.max() * (LEVELS + 1) >= bounds.max:  # rounding may exceed the range
@@ -167,3 +175,14 @@ so a new codec must differ from all others in these."""
 RAW = CODECS["raw"]
 BESIDE = (OFFSETS, *dict.fromkeys(suffix for codec in CODECS.values() for suffix in codec.beside))
 """Suffixes of the names of arrays that belong to a tensor."""
+
+
+def parse_storage(storage: str) -> tuple[Codec, Sequence[str]]:
+    """Return the codec of a storage such as "int8:float16", and the dtypes to try for floating-point values."""
+    codec, _, dtype = storage.partition(":")
+    if codec not in CODECS or dtype not in _LADDERS:
+        raise StoreError(
+            f"storage is {storage!r}; expected CODEC:DTYPE of {', '.join(CODECS)} and {', '.join(_LADDERS)}; "
+            "choose one of these"
+        )
+    return CODECS[codec], _LADDERS[dtype]

@@ -1,14 +1,13 @@
 """The layout of arrays, and where stores and segments are."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
-import torch
 
 from pipeline.errors import StoreError
 from pipeline.keys import content_key
@@ -52,11 +51,6 @@ class ArraySpec:
     def nbytes(self) -> int:
         """Size of the stored numbers in bytes, without checksums and before compression."""
         return math.prod(self.shape) * self.itemsize
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Type of the values."""
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -110,6 +104,22 @@ class ArraySpec:
             "node_type": "array",
             "storage_transformers": [],
         }
+
+
+@dataclass(frozen=True)
+class EncodedTensor:
+    """A tensor as it is stored.
+
+    Attributes:
+        data: the stored numbers.
+        offsets: (n + 1,) int64 for a ragged tensor.
+        beside: the codec's arrays beside it, by suffix, broadcastable against `data`.
+    """
+
+    spec: ArraySpec
+    data: np.ndarray
+    offsets: np.ndarray | None = None
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def segment_id(keys: np.ndarray) -> str:

@@ -4,8 +4,7 @@ The dtype is chosen per segment and from the segment's values alone, so that wri
 bytes are a pure function of the samples.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -13,47 +12,13 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import StoreError
-from pipeline.store.format.codecs import CODECS, RAW, Codec
-from pipeline.store.format.layout import ArraySpec
+from pipeline.store.format.codecs import RAW, parse_storage
+from pipeline.store.format.layout import ArraySpec, EncodedTensor
 
 Values: TypeAlias = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray]
 
-# Dtype -> those tried in turn. bf16 has the range of fp32 but for its last half step, which attention masks made of the
-# lowest fp32 number reach.
-_LADDERS: dict[str, tuple[torch.dtype, ...]] = {
-    "float16": (torch.float16, torch.bfloat16, torch.float32),
-    "bfloat16": (torch.bfloat16, torch.float32),
-    "float32": (torch.float32,),
-}
 _STORABLE = "floats, signed integers, uint8 and bool"
 _INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-
-
-@dataclass(frozen=True)
-class EncodedTensor:
-    """A tensor as it is stored.
-
-    Attributes:
-        data: the stored numbers.
-        offsets: (n + 1,) int64 for a ragged tensor.
-        beside: the codec's arrays beside it, by suffix, broadcastable against `data`.
-    """
-
-    spec: ArraySpec
-    data: np.ndarray
-    offsets: np.ndarray | None = None
-    beside: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-
-def parse_storage(storage: str) -> tuple[Codec, tuple[torch.dtype, ...]]:
-    """Return the codec of a storage such as "int8:float16", and the dtypes to try for floating-point values."""
-    codec, _, dtype = storage.partition(":")
-    if codec not in CODECS or dtype not in _LADDERS:
-        raise StoreError(
-            f"storage is {storage!r}; expected CODEC:DTYPE of {', '.join(CODECS)} and {', '.join(_LADDERS)}; "
-            "choose one of these"
-        )
-    return CODECS[codec], _LADDERS[dtype]
 
 
 def encode(name: str, values: Values, n_samples: int, storage: str) -> EncodedTensor:
@@ -73,8 +38,9 @@ def encode(name: str, values: Values, n_samples: int, storage: str) -> EncodedTe
     narrow = _narrowed(name, tensor.contiguous(), ladder)
     codec = codec if codec.covers(name, narrow.dtype) else RAW
     stored, beside = codec.encode(tensor, narrow, ragged=offsets is not None)
-    dtype = dtype_name(tensor.dtype if narrow.dtype in (torch.int32, torch.int64) else narrow.dtype)
-    spec = ArraySpec(tuple(stored.shape), dtype, dtype_name(stored.dtype), axis, codec)
+    stored = stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored
+    dtype = _dtype_name(tensor.dtype if narrow.dtype in (torch.int32, torch.int64) else narrow.dtype)
+    spec = ArraySpec(tuple(stored.shape), dtype, _dtype_name(stored.dtype), axis, codec)
     if spec.chunk_nbytes > codec.max_chunk_bytes:
         raise StoreError(
             f"{name} has {spec.chunk_nbytes} bytes a sample; {codec.name} compresses at most {codec.max_chunk_bytes}; "
@@ -83,21 +49,21 @@ def encode(name: str, values: Values, n_samples: int, storage: str) -> EncodedTe
     return EncodedTensor(spec, stored.numpy(), offsets, {suffix: array.numpy() for suffix, array in beside.items()})
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype as metadata has it: `float16`."""
     return str(dtype).removeprefix("torch.")
 
 
-def _narrowed(name: str, tensor: Tensor, ladder: Sequence[torch.dtype]) -> Tensor:
+def _narrowed(name: str, tensor: Tensor, ladder: Sequence[str]) -> Tensor:
     if tensor.dtype in _INTEGERS:
         return tensor
     if tensor.dtype == torch.int64:
         narrow = tensor.to(torch.int32)
         return narrow if torch.equal(narrow.to(torch.int64), tensor) else tensor
     if not tensor.is_floating_point():
-        raise StoreError(f"{name} has dtype {dtype_name(tensor.dtype)}; {_STORABLE} are stored")
+        raise StoreError(f"{name} has dtype {_dtype_name(tensor.dtype)}; {_STORABLE} are stored")
     for dtype in ladder:
-        narrow = tensor.to(dtype)
+        narrow = tensor.to(getattr(torch, dtype))
         if _keeps_range(tensor, narrow):
             return narrow
     raise StoreError(f"{name} has finite values up to {tensor.abs().max():g}, beyond the range of float32")

@@ -34,7 +34,7 @@ class StoredTensor:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the values once read."""
-        return self.spec.torch_dtype
+        return getattr(torch, self.spec.dtype)  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
         return len(self.values) if self.offsets is None else len(self.offsets) - 1

@@ -10,10 +10,10 @@ import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.store.format import names
-from pipeline.store.format.layout import ArraySpec, sample_bounds, sample_sums, segment_id
+from pipeline.store.format.codecs import FLOATS, parse_storage
+from pipeline.store.format.layout import ArraySpec, EncodedTensor, sample_bounds, sample_sums, segment_id
 from pipeline.store.format.metadata import SegmentSpec, read_array_spec, read_segment_spec
 from pipeline.store.format.segment_files import check_chunks, chunk_sizes, folder_nbytes
-from pipeline.store.format.values import EncodedTensor, dtype_name, parse_storage
 from pipeline.store.local.files import DISK, StoreFiles
 from pipeline.store.local.temporary import temporary_folder
 
@@ -144,7 +144,7 @@ def _write_array(path: Path, spec: ArraySpec, data: np.ndarray) -> dict[str, Any
 
 
 def _describe(segment: Path, storage: str) -> SegmentInfo:
-    usual = dtype_name(parse_storage(storage)[1][0])
+    usual = parse_storage(storage)[1][0]
     specs = {name: read_array_spec(segment / name) for name in read_segment_spec(segment).tensors}
-    promoted = [name for name, spec in specs.items() if spec.torch_dtype.is_floating_point and spec.dtype != usual]
+    promoted = [name for name, spec in specs.items() if spec.dtype in FLOATS and spec.dtype != usual]
     return SegmentInfo(segment.name, folder_nbytes(segment), tuple(promoted))

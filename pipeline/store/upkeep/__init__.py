@@ -2,8 +2,8 @@
 
 attachments    folders of a store that hold no states: the pretrained suffix, the probe
 describe       what a store holds, in figures and in words
-rewrite        replacing segments by others
 plans          what gc, compact and rm-samples would replace
+rewrite        replacing segments by others
 verify         proof of every byte of a store
 
 Imports: `format`, `local`, `store`, and each other in this order.

@@ -14,14 +14,32 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.keys import KEY_BYTES, Recipe
+from pipeline.store.format.codecs import parse_storage
 from pipeline.store.format.layout import committed_segments
 from pipeline.store.format.metadata import read_array_spec, read_segment_spec
 from pipeline.store.format.names import METADATA_FILE
 from pipeline.store.format.segment_files import folder_nbytes, read_keys
-from pipeline.store.format.values import parse_storage
 from pipeline.store.local.index import KeySet
 from pipeline.store.local.temporary import sweep
-from pipeline.store.upkeep.rewrite import Change
+
+
+@dataclass(frozen=True)
+class Change:
+    """Segments to replace by one that holds what is kept of them, or by none where nothing is.
+
+    Attributes:
+        kept: by segment id the rows that are kept, (n,) int64, in their order.
+        samples: how many rows go.
+        bytes: about how many bytes of files that frees.
+        forgotten: keys, in hex, that are also taken out of the lists of bad samples.
+        holders: other segments that hold every sample of these; proved before anything goes.
+    """
+
+    kept: dict[str, np.ndarray]
+    samples: int
+    bytes: int
+    forgotten: frozenset[str] = frozenset()
+    holders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ readers tolerate, and the old ones are then redundant: the next upkeep removes t
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,11 +14,10 @@ import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.keys import Recipe
-from pipeline.store.format.layout import segment_id
+from pipeline.store.format.layout import EncodedTensor, segment_id
 from pipeline.store.format.metadata import SegmentSpec, read_arrays, read_metadata, read_segment_spec
 from pipeline.store.format.names import METADATA_FILE
 from pipeline.store.format.segment_files import read_keys
-from pipeline.store.format.values import EncodedTensor
 from pipeline.store.local.index import KeyIndex
 from pipeline.store.local.reader import Reader, runs
 from pipeline.store.local.segment import Segment, open_segment
@@ -26,26 +25,7 @@ from pipeline.store.local.stored_tensor import as_numpy
 from pipeline.store.local.temporary import discard, sweep, sync, temporary_folder
 from pipeline.store.local.writer import commit, write_group
 from pipeline.store.store import Store
-
-
-@dataclass(frozen=True)
-class Change:
-    """Segments to replace by one that holds what is kept of them, or by none where nothing is.
-
-    Attributes:
-        kept: by segment id the rows that are kept, (n,) int64, in their order.
-        samples: how many rows go.
-        bytes: about how many bytes of files that frees.
-        forgotten: keys, in hex, that are also taken out of the lists of bad samples.
-        holders: other segments that hold every sample of these; proved before anything goes.
-    """
-
-    kept: dict[str, np.ndarray]
-    samples: int
-    bytes: int
-    forgotten: frozenset[str] = frozenset()
-    holders: tuple[str, ...] = ()
-
+from pipeline.store.upkeep.plans import Change
 
 Progress: TypeAlias = Callable[[Sequence[Change]], Iterable[Change]]
 
