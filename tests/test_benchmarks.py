@@ -45,6 +45,7 @@ TINY = {
         2,
         r"^\| \S.*px \| (N) \| (N) \| (N) \| (N) \| (N) \| (N) \| (N)x \| (N) \| (N) \|$",
     ),
+    "startup": ("{project} --cut 0.5 --rounds 1", 3, r"^\S.* (N) s +(N) times the import; target 1"),
     "suffix": (
         "--blocks 2 --width 64 --trained 1",
         1,
