@@ -18,29 +18,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import digits
+from common import Encoding, digits
 from PIL import Image
 
 from pipeline.data import Row, Source
 from pipeline.encode.config import EncodeConfig
-from pipeline.encode.decoding import Chunk, Decoded, decode
-from pipeline.encode.encoder import Encoder
-from pipeline.encode.keying import key_contents
-from pipeline.encode.run import encode
-from pipeline.encode.unit import EncodeResult
 from pipeline.models import ModelConfig, PreprocessConfig, load
-from pipeline.project.recipe import recipe_of
-from pipeline.split import split
-from pipeline.store import Store
 from pipeline.tasks import Head
 
 
 class Photos(Source):
-    """Smooth random JPEG files of 320 x 240 pixels, about as large as photos of that size."""
+    """Smooth random JPEG files of 320 x 240 pixels, about as large as photos of that size; from 512 on, they recur."""
 
     def __init__(self, count: int) -> None:
         draw = np.random.default_rng(0)
-        self.files = [self._photo(draw) for _ in range(count)]
+        self.count, self.files = count, [self._photo(draw) for _ in range(min(count, 512))]
 
     @staticmethod
     def _photo(draw: np.random.Generator) -> bytes:
@@ -50,13 +42,13 @@ class Photos(Source):
         return file.getvalue()
 
     def __len__(self) -> int:
-        return len(self.files)
+        return self.count
 
     def row(self, i: int) -> Row:
-        return Row(str(i), None, {"label": i % 10})
+        return Row(str(i), None, {"label": i % 2})
 
     def content(self, i: int) -> bytes:
-        return self.files[i]
+        return self.files[i % len(self.files)] + i.to_bytes(4, "big")  # behind the image, so that all contents differ
 
 
 CASES: dict[str, tuple[Callable[[int], Source], ModelConfig, int]] = {
@@ -69,37 +61,21 @@ CASES: dict[str, tuple[Callable[[int], Source], ModelConfig, int]] = {
 }
 
 
-def stacked(decoded: Decoded) -> dict[str, torch.Tensor]:
-    """Return images as the batch that they are, since all have one size."""
-    if isinstance(decoded.inputs, dict):
-        return decoded.inputs
-    raise SystemExit("the samples have several sizes: there are no batches that the bare prefix could run on")
-
-
 def measure(
     source: Source, model: ModelConfig, size: int, at: float, options: argparse.Namespace
 ) -> tuple[float, float]:
     """Return samples per second of the bare prefix and of encode: medians."""
-    repeats, workers = options.repeats, options.workers
     backbone = load(model, PreprocessConfig(image_size=size), Head("classes", 10))
-    config = EncodeConfig(cuts=[at], workers=workers)
-    chunks = [np.arange(i, min(i + config.batch_size, len(source))) for i in range(0, len(source), config.batch_size)]
-    decoded = decode(source, [Chunk(rows, [backbone.preprocess]) for rows in chunks], workers=0)
-    batches = [backbone.preprocess.finish(stacked(chunk)) for (chunk,) in decoded]
-    prefix, _ = split(backbone.model, at=at, example={n: t[:2] for n, t in batches[0].items()})
-    recipe = recipe_of(prefix, backbone.preprocess.recipe(), storage="raw:float16", compute_dtype="float32")
+    encoding = Encoding(source, backbone, EncodeConfig(cuts=[at], workers=options.workers))
+    batches = list(encoding.batches())
     bare, whole = [], []
-    for repeat in range(repeats + 1):
+    for repeat in range(options.repeats + 1):
         start = time.perf_counter()
         for batch in batches:
-            prefix(**batch)
+            encoding.prefix(**batch)
         middle = time.perf_counter()
         folder = Path(tempfile.mkdtemp())
-        keyed = key_contents(source, workers=workers or 1)
-        stores = [[Store.create(folder / "store", recipe)]]
-        encoder = Encoder(source, [backbone.preprocess], [prefix], stores, config, keyed.trimming_rows)
-        result = EncodeResult.empty(keyed, cuts=1)
-        encode(encoder, source, result, stores, [keyed.good], segment_samples=config.segment_samples)
+        encoding.encode(folder / "store")
         end = time.perf_counter()
         shutil.rmtree(folder)
         if repeat:

@@ -1,9 +1,13 @@
-"""Stores and processes that several benchmarks measure. Importing this changes nothing in the process."""
+"""Stores, processes and times that several benchmarks measure. Importing this changes nothing in the process."""
 
 import multiprocessing
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+
+import torch
 
 from pipeline.keys import Recipe
 from pipeline.store import FORMAT, Store
@@ -31,3 +35,48 @@ def status(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise SystemExit(f"/proc/self/status has no {field}: this benchmark needs Linux")
+
+
+def median_seconds(sides: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Run all sides in turn; return the median seconds of each until `device` is done, after a round to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats + 1):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+
+
+def matrix_peak(device: torch.device, size: int, repeats: int) -> float:
+    """Return the operations per second of a bf16 matrix product of `size`^3."""
+    left, right = (torch.randn(size, size).to(device, torch.bfloat16) for _ in range(2))
+    seconds = median_seconds({"product": lambda: [left @ right for _ in range(10)]}, device, repeats)["product"]
+    return 10 * 2 * size**3 / seconds
+
+
+def busy_seconds(run: Callable[[], object], device: torch.device) -> float | None:
+    """Return for how long kernels run on `device` during `run`, copies aside; None where torch cannot tell."""
+    known = {activity.name.lower(): activity for activity in torch.profiler.supported_activities()}  # type: ignore[no-untyped-call]
+    if device.type == "cpu" or device.type not in known:
+        return None
+    with torch.profiler.profile(activities=[known[device.type]], acc_events=True) as profile:
+        run()
+        torch.accelerator.synchronize(device)
+    kernels = [
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events() or ()
+        if event.device_type.name != "CPU" and not event.name.startswith(("Memcpy", "Memset"))
+    ]
+    return covered(kernels) / 1e6 if kernels else None
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Return the length of the union of spans: kernels of several streams run at once."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

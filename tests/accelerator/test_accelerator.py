@@ -6,10 +6,8 @@ processes of their own.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,18 +38,6 @@ TOWERS = [["encode"], ["train", "--cut", "0.5"]]
 TIED = [["encode"], ["train", "--cut", "0"]]
 
 
-@pytest.fixture(scope="session")
-def build(request: pytest.FixtureRequest) -> Path:
-    """The folder with the built accelerator."""
-    if not (shutil.which("c++") and shutil.which("ninja")):
-        pytest.skip("the accelerator is built by c++ and ninja, which are not both here")
-    folder = request.config.cache.mkdir(f"accelerator-{torch.__version__}-{sys.version_info.minor}")
-    started = tiny.python(folder, "-c", "import accelerator.device", ACCELERATOR_BUILD=str(folder))
-    said, _ = started.communicate(timeout=300)
-    assert started.returncode == 0, said
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(build: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same projects, after the same commands, on either device; on the accelerator one run was killed before.
@@ -66,7 +52,8 @@ def folders(build: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     on_cpu = drive(homes["cpu"], projects)
     kill_after_an_epoch(homes["accelerator"], device)
     on_device = drive(homes["accelerator"], projects, **device)
-    streamless = drive(homes["streamless"], dict.fromkeys(projects, [["encode"]]), ACCELERATOR_BUILD=str(build))
+    only_encode = {name: [["encode"]] for name in projects}
+    streamless = drive(homes["streamless"], only_encode, ACCELERATOR_BUILD=str(build))
     said = [(started, *started.communicate(timeout=300)) for started in (on_cpu, on_device, streamless)]
     for home, (started, text, _) in zip(homes.values(), said, strict=True):
         assert started.returncode == 0, text
