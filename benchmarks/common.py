@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import new_store
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -17,7 +18,6 @@ from pipeline.encode.run import encode
 from pipeline.encode.unit import EncodeResult
 from pipeline.memory import keep_freed_memory
 from pipeline.models import Backbone
-from pipeline.project.recipe import recipe_of
 from pipeline.split import flops_around, split
 from pipeline.store import Store
 
@@ -66,7 +66,6 @@ class Encoding:
         }
         self.prefix, self.suffix = split(model, at=config.cuts[0], example=example)
         self.flops = flops_around(model, [self.prefix.cut], example)
-        self.recipe = recipe_of(self.prefix, preprocess.recipe(), storage="raw:float16", compute_dtype=config.precision)
         self.result: EncodeResult
 
     def batches(self, samples: int | None = None) -> Iterator[dict[str, Tensor]]:
@@ -80,7 +79,7 @@ class Encoding:
     def encode(self, folder: Path) -> Store:
         """Key all samples and encode them to a new store; `result` has the keys, and what it cost."""
         keyed = key_contents(self.source, workers=self.config.workers or 1)
-        stores = [[Store.create(folder, self.recipe)]]
+        stores = [[new_store(folder)]]
         views = [self.backbone.preprocess]
         encoder = Encoder(self.source, views, [self.prefix], stores, self.config, keyed.trimming_rows)
         self.result = encode(
