@@ -54,10 +54,11 @@ bench: $(VENV)/installed
 
 # On a machine with an accelerator: the tests that need one, and benchmarks/gpu.json. Nothing is installed: PYTHON is any that
 # has PyTorch and a few small packages, and what it lacks is named. Arguments: make gpu GPU="--seconds 120"
+gpu: TESTS := tests/accelerator/test_gpu.py tests/split/test_split_training.py tests/train/test_loader.py
 gpu: ON := PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks:$(CURDIR)/tests" HF_HUB_OFFLINE=1 $(PYTHON)
 gpu:
 	$(ON) benchmarks/needed.py
-	$(ON) -m pytest --noconftest -p no:cacheprovider -W default tests/accelerator/test_gpu.py; tests=$$?; \
+	$(ON) -m pytest -p no:cacheprovider -W default -m gpu $(TESTS); tests=$$?; \
 	  $(ON) benchmarks/gpu.py $(GPU) && exit $$tests
 
 data/mnist_5k.csv.gz: | $(VENV)/demo

@@ -11,27 +11,23 @@ measured in the same run.
 """
 
 import argparse
-import json
-import platform
+import functools
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import DIGITS, Encoding
-from measuring import busy_seconds, matrix_peak, median_seconds
+from measuring import Report, busy_seconds, matrix_peak, median_seconds
 from networks import networks
 from torch import nn
 
 from pipeline.data import build
-from pipeline.device import autocast, has_streams, pick_device
+from pipeline.device import autocast, pick_device
 from pipeline.encode.config import EncodeConfig
 from pipeline.encode.encoder import in_format
 from pipeline.split.forward import eval_mode
@@ -46,54 +42,10 @@ from pipeline.train.objective import Objective, prepare
 from pipeline.train.optimizer import open_optimizer, schedule
 from pipeline.train.rounds import Batches, Rounds
 
-LIBRARIES = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "timm",
-    "accelerate",
-    "peft",
-    "numpy",
-    "pyarrow",
-    "zarr",
-    "numcodecs",
-)
 KINDS = ("fp32", "bf16", "compiled", "lora")
 """Ways to train; the last two in bf16."""
 COMPILED = ("cuda", "xpu", "cpu")
 """Devices that torch's own compiler makes code for; on others, compiled modules run as they are."""
-
-
-class Report:
-    """The JSON file, written again after every measurement: a run that is cut short leaves what it has measured."""
-
-    def __init__(self, path: Path, device: torch.device, limit: float) -> None:
-        self.path, self.device, self.limit, self.began = path, device, limit, time.perf_counter()
-        module = torch.get_device_module(device)
-        name = getattr(module, "get_device_name", lambda: device.type)()
-        self.content: dict[str, Any] = {
-            "device": {"type": device.type, "name": name, "memory_bytes": module.mem_get_info()[1]},
-            "streams": has_streams(device),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
-            | {library: metadata.version(library) for library in LIBRARIES},
-        }
-        self.complete = True
-
-    def add(self, section: str, name: str, measure: Callable[[], Any]) -> Any:
-        """Measure, write and print one row; what fails, or comes after the time limit, is a row that says so."""
-        row = {"skipped": f"after {self.limit:.0f} s"}
-        if time.perf_counter() - self.began < self.limit:
-            try:
-                row = measure()
-            except Exception as error:  # the other rows are measured all the same
-                row = {"error": f"{type(error).__name__}: {error}"}
-        self.complete &= not {"error", "skipped"} & row.keys()
-        self.content.setdefault(section, {})[name] = row
-        self.content["seconds"] = round(time.perf_counter() - self.began, 1)
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
-        print(f"{section}: {name}: {json.dumps(row)}", flush=True)
-        return row
 
 
 def compiled(module: nn.Module, device: torch.device) -> Any:
@@ -109,7 +61,7 @@ def busy(sides: Mapping[str, Callable[[], object]], device: torch.device, second
     }
 
 
-def encode_row(encoding: Encoding, folder: Path, peak: float, options: argparse.Namespace) -> dict[str, Any]:
+def encode_row(encoding: Encoding, folder: Path, peak: float | None, options: argparse.Namespace) -> dict[str, Any]:
     """Encode into `folder`, whose last store stays, and run the bare prefix on a quarter of the samples."""
     config, device, count, few = (
         encoding.config,
@@ -138,7 +90,7 @@ def encode_row(encoding: Encoding, folder: Path, peak: float, options: argparse.
         "samples_per_second": rates,
         "ratio": {name: rates["encode"] / rate for name, rate in rates.items() if name != "encode"},
         "busy": busy(sides, device, seconds),
-        "share_of_peak": flops and {name: rate * flops / peak for name, rate in rates.items()},
+        "share_of_peak": {name: rate * flops / peak for name, rate in rates.items()} if flops and peak else None,
         "seconds_per_sample": encoding.result.costs.of(0)["seconds_per_sample"],
     }
 
@@ -150,9 +102,9 @@ class Held(list[Batch]):
         """Every epoch is the same."""
 
 
-def feeds(encoding: Encoding, store: Store, task: Task, options: argparse.Namespace) -> dict[str, Batches]:
+def feeds(encoding: Encoding, folder: Path, task: Task, options: argparse.Namespace) -> dict[str, Batches]:
     """Return what feeds training: the batches in device memory, the states there, and the store through the host."""
-    table = build(encoding.source, encoding.result.keyed.keys, DIGITS)
+    store, table = Store.open(folder), build(encoding.source, encoding.result.keyed.keys, DIGITS)
     task.head(table)
     rows = np.arange(min(len(table), options.steps * options.batch))
     batches = order.batches(rows, options.batch, seed=0, epoch=0, shuffle=True)
@@ -166,12 +118,13 @@ def feeds(encoding: Encoding, store: Store, task: Task, options: argparse.Namesp
 
 def train_row(
     encoding: Encoding,
-    fed: Mapping[str, Batches],
+    get_fed: Callable[[], Mapping[str, Batches]],
     task: Task,
-    peak: float,
+    peak: float | None,
     kind: str,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
+    fed = get_fed()
     device, fresh, suffix = encoding.device, encoding.backbone.fresh, encoding.suffix
     config = TrainConfig(precision="no" if kind == "fp32" else "bf16", lr=1e-5, batch_size=options.batch)
     accelerator = open_accelerator(config, Path(tempfile.gettempdir()))
@@ -196,14 +149,15 @@ def train_row(
         "samples_per_second": rates,
         "ratio": {name: rates[name] / rates["memory"] for name in ("resident", "host")},
         "busy": busy(passes, device, seconds),
-        "share_of_peak": {name: rate * flops / peak for name, rate in rates.items()} if flops else None,
+        "share_of_peak": {name: rate * flops / peak for name, rate in rates.items()} if flops and peak else None,
     }
 
 
 def measure(report: Report, options: argparse.Namespace, folder: Path) -> None:
     """Fill the report: the peak, then for each network its encodes at two cuts, and its training from the first."""
     device = report.device
-    peak = report.add("peak", f"bf16, {options.matrix}^3", lambda: {"flops": matrix_peak(device, options.matrix, 5)})
+    row = report.add("peak", f"bf16, {options.matrix}^3", lambda: {"flops": matrix_peak(device, options.matrix, 5)})
+    peak = row.get("flops")
     for name, network in networks(options).items():
         backbone, task = network.backbone(), open_task(TaskConfig())
         report.content.setdefault("weights", {})[name] = network.weights
@@ -214,12 +168,12 @@ def measure(report: Report, options: argparse.Namespace, folder: Path) -> None:
             encoding = Encoding(network.source(samples), backbone, config, device)
             for precision in ("float32", "bfloat16"):
                 encoding.config = config.model_copy(update={"precision": precision})
-                row = partial(encode_row, encoding, folder / "store", peak["flops"], options)
+                row = partial(encode_row, encoding, folder / "store", peak, options)
                 report.add("encode", f"{name}, cut {cut}, {precision}", row)
             if cut == 0.5:
-                fed = feeds(encoding, Store.open(folder / "store"), task, options)
+                fed = functools.cache(partial(feeds, encoding, folder / "store", task, options))
                 for kind in KINDS:
-                    row = partial(train_row, encoding, fed, task, peak["flops"], kind, options)
+                    row = partial(train_row, encoding, fed, task, peak, kind, options)
                     report.add("train", f"{name}, cut {cut}, {kind}", row)
 
 

@@ -1,19 +1,37 @@
-"""Stores, processes and times that several benchmarks measure. Importing this changes nothing in the process."""
+"""Stores, processes, times and a report for several benchmarks. Importing this changes nothing in the process."""
 
+import json
 import multiprocessing
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from pipeline.device import has_streams
 from pipeline.keys import Recipe
 from pipeline.store import FORMAT, Store
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "timm",
+    "accelerate",
+    "peft",
+    "numpy",
+    "pyarrow",
+    "zarr",
+    "numcodecs",
+)
 
 
 def new_store(path: Path, storage: str = "raw:float16") -> Store:
@@ -80,3 +98,35 @@ def covered(spans: list[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+class Report:
+    """The JSON file, written again after every measurement: a run that is cut short leaves what it has measured."""
+
+    def __init__(self, path: Path, device: torch.device, limit: float) -> None:
+        self.path, self.device, self.limit, self.began = path, device, limit, time.perf_counter()
+        module = torch.get_device_module(device)
+        name = getattr(module, "get_device_name", lambda: device.type)()
+        self.content: dict[str, Any] = {
+            "device": {"type": device.type, "name": name, "memory_bytes": module.mem_get_info()[1]},
+            "streams": has_streams(device),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
+            | {library: metadata.version(library) for library in LIBRARIES},
+        }
+        self.complete = True
+
+    def add(self, section: str, name: str, measure: Callable[[], Any]) -> Any:
+        """Measure, write and print one row; what fails, or comes after the time limit, is a row that says so."""
+        row = {"skipped": f"after {self.limit:.0f} s"}
+        if time.perf_counter() - self.began < self.limit:
+            try:
+                row = measure()
+            except Exception as error:  # the other rows are measured all the same
+                row = {"error": f"{type(error).__name__}: {error}"}
+        self.complete &= not {"error", "skipped"} & row.keys()
+        self.content.setdefault(section, {})[name] = row
+        self.content["seconds"] = round(time.perf_counter() - self.began, 1)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        print(f"{section}: {name}: {json.dumps(row)}", flush=True)
+        return row

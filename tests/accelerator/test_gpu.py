@@ -13,6 +13,7 @@ from pipeline.device import pick_device
 DEVICE = pick_device("auto")
 if DEVICE.type == "cpu":
     pytest.skip("there is no accelerator here", allow_module_level=True)
+pytestmark = pytest.mark.gpu
 
 import numpy as np  # noqa: E402
 from common import Encoding  # noqa: E402

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def report(build: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     device = {"ACCELERATOR_BUILD": str(build), "ACCELERATOR_STREAMS": "1", "WITHOUT": WITHOUT}
     done = make_gpu(f"{TINY} --out {out}", **device)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "10 passed" in done.stdout
+    assert "18 passed" in done.stdout
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
@@ -86,6 +87,23 @@ def test_what_was_measured_on_is_named(report: dict[str, Any]) -> None:
     busy = [share for row in [*report["encode"].values(), *report["train"].values()] for share in row["busy"].values()]
     assert len(busy) > 40
     assert set(busy) == {None}  # torch does not profile this device
+
+
+def test_a_run_out_of_time_says_what_it_left_out(build: Path, tmp_path: Path) -> None:
+    arguments = [*TINY.split(), "--seconds", "0", "--out", str(tmp_path / "gpu.json")]
+    started = tiny.python(
+        tmp_path, "-m", "accelerator.on", str(ROOT / "benchmarks/gpu.py"), *arguments, ACCELERATOR_BUILD=str(build)
+    )
+    said, _ = started.communicate(timeout=300)
+    assert started.returncode == 1, said
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    rows = [row for section in ("peak", "encode", "train") for row in found[section].values()]
+    assert rows == [{"skipped": "after 0 s"}] * 25
+
+
+def test_kernels_that_run_at_once_count_once() -> None:
+    covered = runpy.run_path(str(ROOT / "benchmarks/measuring.py"))["covered"]
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.75)]) == 4.0
 
 
 def test_missing_packages_are_named_with_the_command() -> None:
