@@ -1,30 +1,48 @@
 """Encode against the bare prefix: what reading, keying, writing and committing add to the forward passes alone.
 
-Both sides run the same samples in the same batches, in turn, in one process. Bare: preprocessed batches lie in RAM and
-the prefix runs over them. Encode: contents are keyed, then read and preprocessed by a worker process, states are
-converted to float16 and written to a new store, synced to disk.
+Both sides run the same samples, in turn, in one process. Bare: preprocessed batches lie in RAM, texts sorted by length,
+and the prefix runs over them in the format that is the fastest here: float32 or bfloat16, contiguous or channels-last.
+Encode, in the same format: contents are keyed, then read and preprocessed, states are converted to float16 and written
+to a new store, synced to disk. Both are given as a share of what products of large matrices reach in that type.
 
     python benchmarks/encode.py
+    python benchmarks/encode.py --encoder hf:DIRECTORY --texts FAQ.jsonl --batch-tokens 4096
 """
 
 import argparse
 import io
+import itertools
+import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import Encoding, digits
+from common import digits
 from PIL import Image
 
 from pipeline.data import Row, Source
+from pipeline.device import matrix_peak
 from pipeline.encode.config import EncodeConfig
-from pipeline.models import ModelConfig, PreprocessConfig, load
+from pipeline.encode.decoding import decode_samples
+from pipeline.encode.encoder import Encoder, compute_format
+from pipeline.encode.keying import key_contents
+from pipeline.encode.ragged import Sample, batches_by_length, length, pad_batch, shapes
+from pipeline.encode.run import encode
+from pipeline.encode.unit import EncodeResult
+from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load, network_inputs
+from pipeline.precision import ComputeFormat
+from pipeline.project.recipe import recipe_of
+from pipeline.split import Prefix, flops_around, split
+from pipeline.store import Store
 from pipeline.tasks import Head
+
+CPU = torch.device("cpu")
 
 
 class Photos(Source):
@@ -51,37 +69,123 @@ class Photos(Source):
         return self.files[i % len(self.files)] + i.to_bytes(4, "big")  # behind the image, so that all contents differ
 
 
-CASES: dict[str, tuple[Callable[[int], Source], ModelConfig, int]] = {
-    "EfficientNet-Lite0, digits at 96 px": (
-        digits,
-        ModelConfig(backbone="timm:tf_efficientnet_lite0", weights=None),
-        96,
-    ),
-    "ResNet-34, JPEG photos at 224 px": (Photos, ModelConfig(backbone="torchvision:resnet34", weights=None), 224),
-}
+class Texts(Source):
+    """The questions and answers of a file of JSON lines."""
+
+    def __init__(self, file: Path, count: int) -> None:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        self.texts = list(dict.fromkeys(line[field] for line in lines for field in ("question", "answer")))[:count]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def row(self, i: int) -> Row:
+        return Row(str(i), None, {"label": i % 10})
+
+    def content(self, i: int) -> str:
+        text: str = self.texts[i]
+        return text
 
 
-def measure(
-    source: Source, model: ModelConfig, size: int, at: float, options: argparse.Namespace
-) -> tuple[float, float]:
-    """Return samples per second of the bare prefix and of encode: medians."""
-    backbone = load(model, PreprocessConfig(image_size=size), Head("classes", 10))
-    encoding = Encoding(source, backbone, EncodeConfig(cuts=[at], workers=options.workers))
-    batches = list(encoding.batches())
-    bare, whole = [], []
-    for repeat in range(options.repeats + 1):
+@dataclass(frozen=True)
+class Case:
+    """What is encoded."""
+
+    name: str
+    source: Callable[[], Source]
+    model: ModelConfig
+    preprocess: PreprocessConfig
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Return the cases that the command line asks for."""
+    if options.encoder is not None:
+        name = f"{options.encoder.rpartition('/')[2]}, texts"
+        model = ModelConfig(backbone=options.encoder)
+        return [Case(name, lambda: Texts(options.texts, options.samples), model, PreprocessConfig(max_length=256))]
+    lite0 = ModelConfig(backbone="timm:tf_efficientnet_lite0", weights=None)
+    resnet = ModelConfig(backbone="torchvision:resnet34", weights=None)
+    sizes = [PreprocessConfig(image_size=options.pixels or size) for size in (96, 224)]
+    return [
+        Case("EfficientNet-Lite0, digits at 96 px", lambda: digits(options.samples), lite0, sizes[0]),
+        Case("ResNet-34, JPEG photos at 224 px", lambda: Photos(options.samples // 4), resnet, sizes[1]),
+    ]
+
+
+class Bench:
+    """One case in one format: the prefix, its batches in RAM, and how to encode."""
+
+    def __init__(self, case: Case, at: float, config: EncodeConfig, dtype: str) -> None:
+        self.source, self.config = case.source(), config
+        head = Head("classes", 10) if case.model.library != "hf" else Head("embedding")
+        self.backbone: Backbone = load(case.model.model_copy(update={"dtype": dtype}), case.preprocess, head)
+        self.samples = decode_samples(self.source, self.backbone.preprocess, np.arange(len(self.source)))
+        by_length = sorted(self.samples, key=length)
+        self.example = network_inputs(pad_batch([by_length[0], by_length[-1]], self.backbone.preprocess.pad))
+        cast = ComputeFormat.of(CPU, self.backbone.dtype, None, channels_last=False).inputs
+        self.prefix: Prefix = split(self.backbone.model, at=at, example=cast(self.example))[0]
+        self.form = compute_format([self.prefix], config)
+        if config.channels_last:
+            self.backbone.model.to(memory_format=torch.channels_last)
+        batches = batches_by_length(self.samples, size=config.batch_size, tokens=config.batch_tokens, pads=True)
+        self.batches = [self._batch([self.samples[i] for i in batch]) for batch in batches]
+
+    def _batch(self, samples: Sequence[Sample]) -> Sample:
+        return self.form.inputs(network_inputs(pad_batch(samples, self.backbone.preprocess.pad)))
+
+    @property
+    def operations(self) -> float:
+        """Operations of the prefix on all batches."""
+        flops = flops_around(self.backbone.model, [self.prefix.cut], self.form.inputs(self.example))
+        assert flops is not None
+        padded = sum(next(iter(batch.values())).shape[:2].numel() for batch in self.batches)
+        is_ragged = len({shapes(sample) for sample in self.samples}) > 1
+        longest = max(map(length, self.samples))
+        return flops[0][0] * (padded / longest if is_ragged else len(self.samples))
+
+    def bare(self, batches: Sequence[Sample]) -> float:
+        """Return the seconds of the bare prefix on some batches."""
         start = time.perf_counter()
         for batch in batches:
-            encoding.prefix(**batch)
-        middle = time.perf_counter()
+            self.prefix(**batch)
+        return time.perf_counter() - start
+
+    def encode(self) -> float:
+        """Return the seconds of encoding all samples into a new store."""
+        start = time.perf_counter()
         folder = Path(tempfile.mkdtemp())
-        encoding.encode(folder / "store")
-        end = time.perf_counter()
+        recipe = recipe_of(
+            self.prefix,
+            self.backbone.preprocess.recipe(),
+            storage="raw:float16",
+            compute_dtype=self.form.precision,
+        )
+        keyed = key_contents(self.source, workers=self.config.workers or 1)
+        stores = [[Store.create(folder / "store", recipe)]]
+        encoder = Encoder(
+            self.source, [self.backbone.preprocess], [self.prefix], stores, self.config, keyed.trimming_rows
+        )
+        result = EncodeResult.empty(keyed, cuts=1)
+        encode(encoder, self.source, result, stores, [keyed.good], segment_samples=self.config.segment_samples)
+        seconds = time.perf_counter() - start
         shutil.rmtree(folder)
-        if repeat:
-            bare.append(len(source) / (middle - start))
-            whole.append(len(source) / (end - middle))
-    return statistics.median(bare), statistics.median(whole)
+        return seconds
+
+
+def fastest(case: Case, at: float, options: argparse.Namespace) -> Bench:
+    """Return the case in the format in which the bare prefix is the fastest here."""
+    found: list[tuple[float, Bench]] = []
+    dtypes = ["float32", *(["bfloat16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
+    for dtype, channels_last in itertools.product(dtypes, [False, True] if options.encoder is None else [False]):
+        config = EncodeConfig(
+            cuts=[at], workers=options.workers, channels_last=channels_last, batch_tokens=options.batch_tokens
+        )
+        bench = Bench(case, at, config, dtype)
+        few = bench.batches[:: max(1, len(bench.batches) // 8)]
+        bench.bare(few[:1])
+        found.append((min(bench.bare(few) for _ in range(2)), bench))
+        print(f"  {case.name} at {at}: {dtype}{' channels-last' * channels_last}, {found[-1][0]:.3g} s", flush=True)
+    return min(found, key=lambda item: item[0])[1]
 
 
 def parse() -> argparse.Namespace:
@@ -91,24 +195,35 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=None, help="processes that read and preprocess")
     parser.add_argument("--cuts", type=float, nargs="+", default=[0.5, 1.0])
     parser.add_argument("--pixels", type=int, help="size of the images, where it is not to be the case's own")
+    parser.add_argument("--encoder", help="a network of texts (hf:DIRECTORY), in place of those of images")
+    parser.add_argument("--texts", type=Path, help="JSON lines with question and answer")
+    parser.add_argument("--batch-tokens", type=int, help="as encode.batch_tokens")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Print both rates and their ratio for each case and cut."""
+    """Print both rates, their ratio and their shares of the peak for each case and cut."""
     options = parse()
     torch.set_num_threads(options.threads)
+    print(f"{options.threads} torch threads, workers {options.workers}, medians of {options.repeats}")
+    rows = []
+    for case, at in itertools.product(cases(options), options.cuts):
+        bench = fastest(case, at, options)
+        seconds = [(bench.bare(bench.batches), bench.encode()) for _ in range(options.repeats + 1)][1:]
+        bare, whole = (statistics.median(side) for side in zip(*seconds, strict=True))
+        peak = matrix_peak(CPU, bench.form.compute_dtype)
+        shares = [bench.operations / side / peak for side in (bare, whole)]
+        form = f"{bench.form.precision}{' channels-last' * bench.form.channels_last}"
+        rates = [len(bench.samples) / side for side in (bare, whole)]
+        rows.append(
+            f"{case.name:36} {at:4} {form:24} {rates[0]:10.1f} {rates[1]:10.1f} {bare / whole:6.3f} "
+            f"{shares[0]:6.2f} {shares[1]:6.2f} {peak / 1e9:8.0f}"
+        )
     print(
-        f"{options.samples} samples (a quarter at 224 px), batch 64, {options.threads} torch threads, "
-        f"workers {options.workers}, medians of {options.repeats}"
+        f"{'case':36} {'cut':>4} {'format':24} {'bare /s':>10} {'encode /s':>10} ratio  of peak: bare, encode  GFLOP/s"
     )
-    print(f"{'case':38} {'cut':>5} {'bare prefix /s':>15} {'encode /s':>12} {'ratio':>7}")
-    for name, (make, model, size) in CASES.items():
-        source = make(options.samples if size < 200 else options.samples // 4)
-        for at in options.cuts:
-            bare, whole = measure(source, model, options.pixels or size, at, options)
-            print(f"{name:38} {at:5} {bare:15.1f} {whole:12.1f} {whole / bare:7.3f}", flush=True)
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from common import DIGITS, Encoding
-from measuring import Report, busy_seconds, matrix_peak, median_seconds
+from measuring import Report, busy_seconds, matrix_rate, median_seconds
 from networks import networks
 from torch import nn
 
 from pipeline.data import build
-from pipeline.device import autocast, pick_device
+from pipeline.device import pick_device
 from pipeline.encode.config import EncodeConfig
-from pipeline.encode.encoder import in_format
+from pipeline.encode.encoder import compute_format
 from pipeline.split.forward import eval_mode
 from pipeline.store import Reader, Store
 from pipeline.tasks import Task, TaskConfig, open_task
@@ -69,12 +69,13 @@ def encode_row(encoding: Encoding, folder: Path, peak: float | None, options: ar
         len(encoding.source),
         max(len(encoding.source) // 4, 1),
     )
-    batches = [in_format(batch, config) for batch in encoding.batches(few)]
+    form = compute_format([encoding.prefix], config)
+    batches = [form.inputs(batch) for batch in encoding.batches(few)]
 
     def over_batches(run: Callable[..., object]) -> None:
-        with torch.no_grad(), eval_mode(encoding.backbone.model), autocast(config.precision, device):
+        with torch.no_grad(), eval_mode(encoding.backbone.model):
             for batch in batches:
-                run(**batch)
+                form.run(run, batch)
 
     def whole() -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -156,7 +157,7 @@ def train_row(
 def measure(report: Report, options: argparse.Namespace, folder: Path) -> None:
     """Fill the report: the peak, then for each network its encodes at two cuts, and its training from the first."""
     device = report.device
-    row = report.add("peak", f"bf16, {options.matrix}^3", lambda: {"flops": matrix_peak(device, options.matrix, 5)})
+    row = report.add("peak", f"bf16, {options.matrix}^3", lambda: {"flops": matrix_rate(device, options.matrix, 5)})
     peak = row.get("flops")
     for name, network in networks(options).items():
         backbone, task = network.backbone(), open_task(TaskConfig())

@@ -1,15 +1,19 @@
-"""The device that computes, and the precision in which it does."""
+"""The device that computes."""
 
 import functools
 import logging
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
 from pipeline.errors import ConfigError
 
 log = logging.getLogger("recycle")
+
+SHORT = {"bf16": "bf16", "bfloat16": "bf16", "float16": "fp16"}
+"""Types of 16 bits by their names in settings -> in torch's functions."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,23 +60,48 @@ def on_stream(stream: torch.Stream) -> Iterator[None]:
         torch.accelerator.set_device_index(device)
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which the model computes in `precision` on `device`."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, precision))
+def check_compiler(setting: str, device: torch.device) -> None:
+    """Raise ConfigError where `setting` asks for torch.compile, and this machine cannot compile for `device`."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415  (slow to import)
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # of a kind that is imported with all of the compiler
+        raise ConfigError(f"{setting} is true, and no C++ compiler is here; install g++, or set it to false") from error
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the operations per second of a product of large square matrices in `dtype`, the best of five."""
+    best = 0.0
+    for size in (512, 2048 if device.type == "cpu" else 8192):
+        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+        for _ in range(5):
+            start = time.perf_counter()
+            float((a @ b)[0, 0])  # waits for the device
+            seconds = time.perf_counter() - start
+            best = max(best, 2 * size**3 / seconds)
+        if seconds > 0.1:  # a type that the processor emulates
+            break
+    return best
 
 
 def warn_of_emulation(setting: str, value: str, device: torch.device) -> None:
-    """Warn where `setting` asks for bfloat16, and this processor has no instructions for it.
+    """Warn where `setting` asks for 16 bits on a processor that has no instructions for that type.
 
     Its matrix products are then made value by value: on two cores of such a processor the demo's encode took 21 times
-    as long as in float32.
+    as long in bfloat16 as in float32.
     """
-    if value in ("bf16", "bfloat16") and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and value in SHORT and not _multiplies(SHORT[value]):
         log.warning(
             "%s is %s, which this processor computes many times slower than float32: it lacks the instructions; encode "
             "on another machine, or set it back",
             setting,
             value,
         )
+
+
+def _multiplies(kind: str) -> bool:
+    """Return whether the processor has instructions for matrix products of this type."""
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")())

@@ -31,7 +31,7 @@ FLOORS = [
     {"pipeline.data", "pipeline.tasks"},
     {"pipeline.split"},
     {"pipeline.keys", "pipeline.files"},
-    {"pipeline.config", "pipeline.device", "pipeline.memory"},
+    {"pipeline.config", "pipeline.device", "pipeline.memory", "pipeline.precision"},
     {"pipeline.errors"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -80,10 +80,14 @@ class EncodeConfig(Section):
     """How states are stored. "raw": uncompressed and memory-mapped. "zstd": compressed without loss, unpacked to local
     scratch for training. "int8": one byte per value and one scale per row (token, channel map); "int8-channel": one
     scale per channel. `recycle store error` measures what these two change."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Compute type of the prefix: below float32 under autocast."""
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+    """Compute type of the prefix; null for the type of its weights (`model.dtype`). Below that of weights in float32,
+    it computes under autocast."""
     batch_size: int = Field(default=64, ge=1)
     """Samples per forward pass of the prefix."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens per forward pass of the prefix, padding included, in place of `batch_size` for samples of unequal length:
+    many short texts, or few long ones, at a time. Of sounds it counts frames, or values of the wave."""
     views: int | None = Field(default=None, ge=1)
     """Augmented views stored of each training sample, made by `preprocess.augment`; null for none. Each view is a store
     of its own beside the plain one, which then holds only the held-out samples. A larger number encodes only the new
@@ -98,6 +102,9 @@ class EncodeConfig(Section):
     """The executor of the units: this process, several processes, or a cluster."""
     device: str = "auto"
     """"auto" (the accelerator if there is one), "cpu", "cuda:0", ..."""
+    compile: bool = False
+    """Compile the blocks before the cut by torch.compile: a minute or more at the start of each process, and a faster
+    forward pass. On a CPU it needs a C++ compiler."""
     channels_last: bool = False
     """Run image backbones in channels-last memory format: faster on most accelerators."""
     suffix: bool = True

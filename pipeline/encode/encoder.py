@@ -5,6 +5,7 @@ On an accelerator, so do the copies to it and from it.
 """
 
 import itertools
+import logging
 import operator
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -18,17 +19,28 @@ import torch
 from torch import Tensor
 
 from pipeline.data.source import Source
-from pipeline.device import autocast
 from pipeline.encode.config import EncodeConfig
 from pipeline.encode.decoding import Chunk, Decoded, decode, decode_samples, finish_sample
 from pipeline.encode.quarantine import BadSample, name_of
-from pipeline.encode.ragged import Sample, Trimming, find_trimming, pad_batch, shapes
+from pipeline.encode.ragged import (
+    Sample,
+    Trimming,
+    batches_by_length,
+    find_trimming,
+    length,
+    pad_batch,
+    shapes,
+    token_count,
+)
 from pipeline.encode.transfer import Named, Transfer
 from pipeline.encode.unit import EncodeCosts, Outcome, Unit, UnitBuffer
 from pipeline.errors import InputRefusedError, ModelError
 from pipeline.models import EXTRA, Preprocess, network_inputs
-from pipeline.split import Capture, Prefix, State
+from pipeline.precision import ComputeFormat, weights_dtype
+from pipeline.split import Capture, Prefix, State, compile_blocks
 from pipeline.store import Store
+
+log = logging.getLogger("recycle")
 
 Buffers: TypeAlias = dict[int, UnitBuffer]
 """The tensors of one part at each of its cuts, by the number of the cut."""
@@ -58,9 +70,11 @@ class Encoder:
         self.source, self.views, self.trimming_rows = source, views, trimming_rows
         self.preprocess = views[0]  # for what all views share
         self.prefixes, self.stores, self.config = prefixes, stores, config
-        self.device = model_device(prefixes)
-        self.transfer = Transfer(self.device)
+        self.format = compute_format(prefixes, config)
+        self.transfer = Transfer(self.format.device)
         self.trimmings: dict[int, Trimming] = {}
+        if config.compile:
+            log.info("%d blocks are compiled", compile_blocks(prefixes))
 
     def run(self, units: Sequence[Unit], begin: Callable[[int], None] | None = None) -> Generator[Outcome, None, None]:
         """Encode `units`; yield the outcome of each part, in order, once its segments are committed.
@@ -109,13 +123,13 @@ class Encoder:
         """Processes that read and preprocess."""
         if self.config.workers is not None:
             return self.config.workers
-        return 0 if self.device.type == "cpu" else torch.get_num_threads()
+        return 0 if self.format.device.type == "cpu" else torch.get_num_threads()
 
     def _encode(self, outcome: Outcome, decoded: Iterator[Decoded]) -> Buffers:
         """Run the prefix over one part; samples of unequal shapes are batched by length at its end."""
         part, costs = outcome.part, outcome.costs
         buffers = {cut: UnitBuffer(part.rows) for cut in part.cuts}
-        ragged: list[tuple[int, Sample]] = []
+        ragged, rows_of = list[Sample](), list[int]()
         for _ in range(0, len(part.rows), self.config.batch_size):
             start = time.perf_counter()
             chunk = next(decoded)
@@ -123,17 +137,23 @@ class Encoder:
             outcome.bad += chunk.bad
             outcome.cut_off += chunk.cut_off
             if isinstance(chunk.inputs, dict):
+                count = token_count(chunk.inputs)
+                costs.positions, costs.padded = costs.positions + count, costs.padded + count
                 self._forward(buffers, chunk.rows, chunk.inputs, None, costs)
             else:
-                finished = (finish_sample(self.preprocess, sample) for sample in chunk.inputs)
-                ragged += zip(chunk.rows.tolist(), finished, strict=True)
+                ragged += [finish_sample(self.preprocess, sample) for sample in chunk.inputs]
+                rows_of += chunk.rows.tolist()
         for pads in (True, False) if ragged else ():
             # Whether padding may be used differs by cut, and the bytes of a cut must not depend on the other cuts.
             alike = {cut: buffer for cut, buffer in buffers.items() if self._trimming(cut).pads is pads}
-            for batch in self._by_length(ragged, pads=pads) if alike else ():
-                rows, samples = np.asarray([row for row, _ in batch], np.int64), [sample for _, sample in batch]
+            size, tokens = self.config.batch_size, self.config.batch_tokens
+            for batch in batches_by_length(ragged, size=size, tokens=tokens, pads=pads) if alike else ():
+                rows, samples = np.asarray([rows_of[i] for i in batch], np.int64), [ragged[i] for i in batch]
                 self._forward(alike, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
+                if part.cuts[-1] in alike:
+                    costs.padded += len(batch) * max(map(length, samples))
         costs.samples += len(part.rows)
+        costs.positions += sum(map(length, ragged))
         return buffers
 
     def _forward(
@@ -159,25 +179,15 @@ class Encoder:
 
     def _run(self, run: Capture, rows: np.ndarray, batch: dict[str, Tensor]) -> list[State]:
         """Return the states of a batch, or raise ModelError, which names the sample that the network refuses."""
-        with autocast(self.config.precision, self.device):
-            try:
-                return run(**in_format(batch, self.config))
-            except InputRefusedError as error:
-                for number, row in enumerate(rows.tolist()):
-                    one = {name: tensor[number : number + 1] for name, tensor in batch.items()}
-                    try:
-                        run(**in_format(one, self.config))
-                    except InputRefusedError as own:
-                        raise ModelError(f"{name_of(self.source, row)}: {own}; {self.preprocess.advice()}") from own
-                raise ModelError(f"{error}; {self.preprocess.advice()}") from error
-
-    def _by_length(self, ragged: list[tuple[int, Sample]], *, pads: bool) -> Iterator[list[tuple[int, Sample]]]:
-        """Group samples into batches of similar length, or of equal shapes where padding may not be used."""
-        ragged = sorted(ragged, key=lambda item: (shapes(item[1]), item[0]))
-        for _, group in itertools.groupby(ragged, lambda item: None if pads else shapes(item[1])):
-            alike = list(group)
-            for begin in range(0, len(alike), self.config.batch_size):
-                yield alike[begin : begin + self.config.batch_size]
+        try:
+            return self.format.run(run, batch)
+        except InputRefusedError as error:
+            for number, row in enumerate(rows.tolist()):
+                try:
+                    self.format.run(run, {name: tensor[number : number + 1] for name, tensor in batch.items()})
+                except InputRefusedError as own:
+                    raise ModelError(f"{name_of(self.source, row)}: {own}; {self.preprocess.advice()}") from own
+            raise ModelError(f"{error}; {self.preprocess.advice()}") from error
 
     def _trimming(self, cut: int) -> Trimming:
         """Return how the states of a cut are trimmed, determined on some samples."""
@@ -190,11 +200,9 @@ class Encoder:
                     break
 
             def run(**batch: Tensor) -> dict[str, Tensor]:
-                with autocast(self.config.precision, self.device):
-                    on_device = {name: tensor.to(self.device) for name, tensor in network_inputs(batch).items()}
-                    return self.prefixes[cut](**in_format(on_device, self.config))
+                return self.format.run(self.prefixes[cut], network_inputs(batch))
 
-            is_exact = self.config.precision == "float32"
+            is_exact = self.format.precision == "float32"
             self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, exact=is_exact)
         return self.trimmings[cut]
 
@@ -211,15 +219,14 @@ class Encoder:
         return outcome
 
 
-def model_device(prefixes: Sequence[Prefix]) -> torch.device:
-    """Return the device of the prefixes' weights; a prefix without any (cut 0) runs wherever its inputs are."""
-    return next((tensor.device for prefix in prefixes for tensor in prefix.weights().values()), torch.device("cpu"))
+def compute_format(prefixes: Sequence[Prefix], config: EncodeConfig) -> ComputeFormat:
+    """Return the format in which `prefixes` of one model compute, on the device of their weights.
 
-
-def in_format(batch: dict[str, Tensor], config: EncodeConfig) -> dict[str, Tensor]:
-    """Return `batch` in the configured memory format, which decides the order of additions in a convolution."""
-    images = torch.channels_last if config.channels_last else torch.contiguous_format
-    return {name: t.contiguous(memory_format=images) if t.dim() == 4 else t.contiguous() for name, t in batch.items()}
+    A prefix without any (cut 0) computes on the CPU, where its inputs are.
+    """
+    device = next((item.device for prefix in prefixes for item in prefix.weights().values()), torch.device("cpu"))
+    weights = weights_dtype(prefixes[0].model.parameters())
+    return ComputeFormat.of(device, weights, config.precision, channels_last=config.channels_last)
 
 
 @contextmanager

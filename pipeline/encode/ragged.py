@@ -4,7 +4,8 @@ A state is stored without padding. Padded batches are the fast way to compute it
 the network ignores padding; so whether to pad is decided by trying it on real samples of this data set, never assumed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -52,6 +53,36 @@ def pad_batch(samples: Sequence[Sample], pad: Mapping[str, float]) -> dict[str, 
 def shapes(sample: Sample) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of a sample's inputs: samples with equal shapes share a batch without padding."""
     return tuple(tuple(tensor.shape) for tensor in sample.values())
+
+
+def length(sample: Sample) -> int:
+    """Return the number of positions of a sample: the tokens of a text, the frames or values of a sound."""
+    return max((len(tensor) for tensor in sample.values() if tensor.dim()), default=1)
+
+
+def token_count(batch: Sample) -> int:
+    """Return the number of tokens of a batch of texts of one length; 0 of anything else."""
+    return max((t.numel() for t in batch.values() if t.dim() == 2 and not t.is_floating_point()), default=0)
+
+
+def batches_by_length(samples: Sequence[Sample], *, size: int, tokens: int | None, pads: bool) -> Iterator[list[int]]:
+    """Divide samples into batches of similar length, or of equal shapes unless `pads`; yield their indices.
+
+    A batch has up to `size` samples or, if `tokens` is given, up to so many positions with padding, one sample at
+    least.
+    """
+    order = sorted(range(len(samples)), key=lambda i: (shapes(samples[i]), i))
+    for _, alike in itertools.groupby(order, lambda i: None if pads else shapes(samples[i])):
+        batch: list[int] = []
+        longest = 0
+        for i in alike:
+            longest = max(longest, length(samples[i]))
+            full = len(batch) == size if tokens is None else (len(batch) + 1) * longest > tokens
+            if batch and full:
+                yield batch
+                batch, longest = [], length(samples[i])
+            batch.append(i)
+        yield batch
 
 
 def find_trimming(

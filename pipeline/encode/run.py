@@ -71,6 +71,7 @@ def encode_units(executor: Executor, source: Source, units: Sequence[Unit], befo
     """Run `units`, planned from the keys of `before.keyed`; return what was done, added to `before`."""
     result = before.copy()
     total = sum(len(part.rows) for unit in units for part in unit.parts)
+    start = time.perf_counter()
     with (
         explain_dead_workers(executor.workers),
         closing(executor.run(units)) as running,  # however this ends, what was computed is written first
@@ -79,6 +80,7 @@ def encode_units(executor: Executor, source: Source, units: Sequence[Unit], befo
         for outcome in running:
             result.add(outcome, source)
             progress.update(len(outcome.part.rows))
+    result.costs.elapsed += time.perf_counter() - start
     return result
 
 

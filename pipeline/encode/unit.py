@@ -152,6 +152,12 @@ class EncodeCosts:
     """Seconds spent, added up over the samples of a run."""
 
     samples: int = 0
+    positions: int = 0
+    """Tokens, or what `ragged.length` counts, of the samples of unequal length."""
+    padded: int = 0
+    """The same with the padding of their batches, for the last cut."""
+    elapsed: float = 0.0
+    """Time of the whole run, in which the steps overlap."""
     reading: float = 0.0
     """Time that the prefix waited for samples."""
     forward: dict[int, float] = field(default_factory=dict)
@@ -161,8 +167,8 @@ class EncodeCosts:
 
     def add(self, other: "EncodeCosts") -> None:
         """Add the costs of `other` to these."""
-        self.samples += other.samples
-        self.reading += other.reading
+        for name in ("samples", "positions", "padded", "elapsed", "reading"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("forward", "forward_samples", "writing"):
             mine = getattr(self, name)
             for cut, value in getattr(other, name).items():

@@ -1,12 +1,15 @@
 """Backbones: pretrained networks by name, with the head of a task and preprocessing; libraries load on demand."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.backbone import EXTRA, Backbone, Preprocess, network_inputs
 from pipeline.models.config import PRETRAINED, ModelConfig, PreprocessConfig
-from pipeline.models.weights import fill
+from pipeline.models.weights import convert, fill
 from pipeline.tasks.base import Head
 
 __all__ = [
@@ -28,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None = None) -> Backbone:
-    """Return the backbone that `model` names, ending in `head`, in fp32 on the CPU, with its preprocessing.
+    """Return the backbone that `model` names, ending in `head`, on the CPU, with its preprocessing.
 
     With `features`, the size of what an embedding head pools (0 for another head), no weights are read: parameters are
     on the meta device, but for the layers that `task.layers` name.
@@ -52,7 +55,10 @@ def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, features:
         raise ConfigError(f"preprocess.{unused[0]} is for audio; {model.backbone} takes {kind}; remove it")
     if preprocess.augment is not None:
         backbone.preprocess.view(0)
-    return backbone
+    if model.dtype == "auto":  # the network may be of several types; only new layers follow it
+        return replace(backbone, exact=convert(backbone.model, backbone.dtype, backbone.fresh))
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    return replace(backbone, dtype=dtype, exact=convert(backbone.model, dtype))
 
 
 def describe(model: ModelConfig, backbone: Backbone, folder: Path) -> None:

@@ -4,7 +4,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import BadSampleError, ConfigError, ModelError
 from pipeline.keys import JSON
 from pipeline.models.classifier import find_classifier
+from pipeline.precision import as_inputs, weights_dtype
 from pipeline.tasks.base import Head
 from pipeline.tasks.heads import Layer, build_head, last_width
 
@@ -119,7 +120,7 @@ class ArrayPreprocess(Preprocess):
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network with its head, in fp32 on the CPU, and its preprocessing."""
+    """A network with its head, on the CPU, and its preprocessing."""
 
     model: nn.Module
     """`model(**inputs)` returns logits or embeddings, depending on the head."""
@@ -127,6 +128,10 @@ class Backbone:
     name: str
     fresh: frozenset[str] = frozenset()
     """Names in `model` of the head's parameters that were not pretrained."""
+    dtype: torch.dtype = torch.float32
+    """Type of the weights before a cut."""
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of `model` that lost precision to `dtype`, as they came, by name: training starts from these."""
 
     @property
     def width(self) -> int | None:
@@ -243,6 +248,7 @@ def embed(
 
 def _pooled_width(embedder: Embedder, preprocess: Preprocess) -> int:
     batch = {name: tensor.unsqueeze(0) for name, tensor in preprocess(preprocess.probe_contents()[0]).items()}
+    batch = as_inputs(batch, weights_dtype(embedder.parameters()))
     training = embedder.training
     try:
         with torch.no_grad():

@@ -36,6 +36,10 @@ class ModelConfig(Section):
     """"pretrained" for the library's own weights of that name (hf: those of the directory or repository), a file
     (.safetensors, .pth, .pt, .bin; "package:PKG/inner/path" for one in an installed package), or null for random
     weights drawn from `seed`. A "module:function" loads its own weights unless this names a file."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights before the cut, in memory and in computation: "auto" is the type that the weights have where
+    they come from. Those after the cut train in float32 all the same, from the values they came with (`train.dtype`).
+    """
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
     """SHA-256 digest of the weights file, in hex; checked before the file is read."""
     revision: str | None = None

@@ -25,6 +25,7 @@ from pipeline.models.hf_images import image_defaults, load_image_processor
 from pipeline.models.images import ImagePreprocess
 from pipeline.models.texts import first_line, load_tokenizer, make_text_preprocess
 from pipeline.models.weights import parameters_on_meta, read_weights, seeded
+from pipeline.precision import weights_dtype
 from pipeline.tasks.base import Head
 
 log = logging.getLogger("recycle")
@@ -60,7 +61,7 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head, featu
         settings = _read_config(origin, config, head)
         auto = auto_class(settings, config, head)
         with torch.device("meta"):
-            blueprint = _build(auto, settings, config, {})
+            blueprint = _build(auto, copy.deepcopy(settings), config, {})  # sets the type of the weights in it
         pooling, extra = _pooling(head, blueprint)
         preprocessor = _make_preprocess(origin, preprocess, settings, blueprint, head)
         build = partial(_build, auto, config=config, extra=extra)
@@ -68,17 +69,20 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head, featu
             if config.weights is None or features is not None:
                 model, fresh = build(settings), frozenset[str]()
             elif config.has_file:
-                given = {"config": settings, "state_dict": read_weights(config), **extra}
+                state = read_weights(config)
+                settings.dtype = weights_dtype(state.values())
+                given = {"config": settings, "state_dict": state, **extra}
                 model, fresh = _fill(type(blueprint), None, config, given)
             else:
                 model, fresh = _fill_from_checkpoint(auto, origin, settings, config, head, build, extra)
+        dtype = weights_dtype(model.parameters())
         with seeded(config.seed):
             if head.kind == "embedding":
                 model = embed(model, head, pooling, preprocessor, features)
                 fresh = model.fresh
             elif head.layers:
                 fresh = insert_layers(model, head.layers, classifier_layout(model, build), config.backbone)
-        return Backbone(model, preprocessor, config.backbone, fresh)
+        return Backbone(model, preprocessor, config.backbone, fresh, dtype)
 
 
 def describe_hf(config: ModelConfig, backbone: Backbone, folder: Path) -> None:
@@ -149,7 +153,7 @@ def _fill(
     auto: Any, origin: Origin | None, config: ModelConfig, arguments: Mapping[str, Any]
 ) -> tuple[nn.Module, frozenset[str]]:
     """Return the network with its weights, and the names of those that are not in the checkpoint."""
-    options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options = {"dtype": "auto", "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         model, info = auto.from_pretrained(origin and origin.source, **options, **arguments)
     except (OSError, ValueError, RuntimeError) as error:

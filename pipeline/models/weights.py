@@ -2,7 +2,7 @@
 
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from pipeline.errors import ConfigError, ModelError, first_few
 from pipeline.files import check_sha256, locate
 from pipeline.models.config import ModelConfig
+from pipeline.precision import HALF, weights_dtype
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,20 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             module._parameters[name] = item if item is None else parameters.get(id(item), item)
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer if buffer is None else given.get(id(buffer), buffer)
+
+
+def convert(network: nn.Module, dtype: torch.dtype, names: Container[str] | None = None) -> dict[str, Tensor]:
+    """Convert the floating-point tensors of the state dict of `network`, all or those of `names`, to `dtype` in place.
+
+    Returns those that lost precision, as they were, by name. Buffers that are not saved keep their type, as in
+    transformers.
+    """
+    saved = {name: item for name, item in network.state_dict(keep_vars=True).items() if item.is_floating_point()}
+    chosen = {name: item for name, item in saved.items() if names is None or name in names}
+    wider = {name: item.detach() for name, item in chosen.items() if item.dtype.itemsize > dtype.itemsize}
+    for item in chosen.values():
+        item.data = item.data.to(dtype)
+    return {name: item for name, item in wider.items() if not item.is_meta}
 
 
 @dataclass(frozen=True)
@@ -177,6 +192,8 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], layout: Checkpoin
     if fresh:
         log.info("%s: the classifier is new (%s)", where, ", ".join(fresh))
     model.load_state_dict(own | fitting)
+    if (dtype := weights_dtype(fitting.values())) in HALF:
+        convert(model, dtype, fitting)
     return frozenset(fresh)
 
 

@@ -7,22 +7,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data import SampleTable, Source
-from pipeline.device import pick_device, warn_of_emulation
+from pipeline.device import check_compiler, pick_device, warn_of_emulation
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, InputRefusedError, ModelError, StoreError
 from pipeline.keys import JSON, Recipe
 from pipeline.models import Backbone, Preprocess, load, network_inputs
 from pipeline.models.fingerprint import fingerprint, is_installed, module_fingerprints
+from pipeline.precision import HALF, ComputeFormat, as_inputs, widen
 from pipeline.project import recipe_cache
 from pipeline.project.pretrained_suffix import PretrainedSuffix, SavedSplit, built_modules, write_pretrained_suffix
 from pipeline.project.recipe import IRRELEVANT, former_recipe, recipe_of, warn_of_former_recipe
 from pipeline.project.settings import CutName, Project
 from pipeline.project.views import Views, view_name
-from pipeline.split import Prefix, Suffix, flops_around, split
+from pipeline.split import Prefix, Suffix, flops_around, recompute_blocks, split
 from pipeline.store import SHAPE_PREFIX, SUFFIX, Store, remove_attachment
 from pipeline.tasks import Head, Task, open_task
 from pipeline.train.adapter import adapt
@@ -103,10 +104,20 @@ class LoadedModel:
         task = task.of_width(backbone.width)
         return cls(project, task, head, backbone, _code(backbone), pretrained_suffix=suffix)
 
+    @property
+    def compute_dtype(self) -> str:
+        """Name of the type that prefixes compute in; raises ConfigError as `ComputeFormat.of`."""
+        return ComputeFormat.of(
+            torch.device("cpu"), self.backbone.dtype, self.project.encode.precision, channels_last=False
+        ).precision
+
     def to_device(self) -> torch.device:
         """Move the model to the device that runs prefixes, and return it."""
         config, device = self.project.encode, pick_device(self.project.encode.device)
-        warn_of_emulation("encode.precision", config.precision, device)
+        setting = "encode.precision" if config.precision else "model.dtype"
+        warn_of_emulation(setting, self.compute_dtype, device)
+        if config.compile:
+            check_compiler("encode.compile", device)
         self.backbone.model.to(device)
         if config.channels_last:
             self.backbone.model.to(memory_format=torch.channels_last)
@@ -174,7 +185,9 @@ class LoadedModel:
         if self.pretrained_suffix is not None:
             for store, view in zip(stores, views, strict=True):
                 store.check_recipe(self._of_view(plain.recipe, view))
-            return opened, None, self.pretrained_suffix.suffix(self.backbone)
+            suffix = self.pretrained_suffix.suffix(self.backbone)
+            self._widen(suffix, suffix)
+            return opened, None, suffix
         prefix, suffix = self.split(cut, self._example(opened))
         for store, view, recipe in zip(stores, views, self.recipes(prefix), strict=True):
             if self.is_former(store, prefix, recipe, view):
@@ -182,6 +195,7 @@ class LoadedModel:
             else:
                 store.check_recipe(recipe)
         recipe_cache.remember_weights(self.project, [plain], self.weights_key)
+        self._widen(suffix, suffix)
         return opened, prefix, suffix
 
     def is_former(self, store: Store, prefix: Prefix, recipe: Recipe, view: int | None) -> bool:
@@ -190,20 +204,26 @@ class LoadedModel:
             return False
         return store.recipe == former_recipe(recipe, prefix, self.preprocess(view).former_recipe())
 
-    def adapt(self, store: Views, suffix: Suffix) -> Suffix:
+    def trainable(self, store: Views, suffix: Suffix) -> Suffix:
         """Return the suffix to train, with adapters if `train.adapter` is set.
 
         Raises:
-            ConfigError: `train.adapter` names a layer that cannot be adapted.
+            ConfigError: `train.adapter` names a layer that cannot be adapted, or no block can be recomputed.
             TrainError: no layer after the cut can be adapted.
         """
         train, backbone = self.project.train, self.backbone
-        if train.adapter is None:
-            return suffix
-        batch = self.stored_batch(store, _first_and_last(store))
-        return adapt(
-            backbone.model, suffix, batch.state, batch.inputs, train.adapter, fresh=backbone.fresh, seed=train.seed
-        )
+        if train.adapter is not None:
+            batch = self.stored_batch(store, _first_and_last(store))
+            self._widen(backbone.model, suffix)
+            suffix = adapt(
+                backbone.model, suffix, batch.state, batch.inputs, train.adapter, fresh=backbone.fresh, seed=train.seed
+            )
+        if train.gradient_checkpointing and not recompute_blocks(suffix):
+            raise ConfigError(
+                f"train.gradient_checkpointing is true, and after the cut {suffix.cut} there is no block that can be "
+                "computed again; set it to false"
+            )
+        return suffix
 
     def stored_batch(self, store: Views, rows: np.ndarray) -> Batch:
         """Return the states and inputs of `rows` (n,) int64 of the table as one batch on the CPU, without targets."""
@@ -235,7 +255,7 @@ class LoadedModel:
             prefix,
             self._preprocessing(None),
             storage=project.storage,
-            compute_dtype=project.encode.precision,
+            compute_dtype=self.compute_dtype,
             modules=self.modules,
         )
         return [self._of_view(plain, view) for view in project.views]
@@ -243,11 +263,20 @@ class LoadedModel:
     def _on_device(self, samples: list[Sample]) -> dict[str, Tensor]:
         """Return `samples` as inputs of the network, on its device."""
         device = next(self.backbone.model.parameters()).device
-        batch = network_inputs(pad_batch(samples, self.backbone.preprocess.pad))
+        batch = as_inputs(network_inputs(pad_batch(samples, self.backbone.preprocess.pad)), self.backbone.dtype)
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def _example(self, store: Views) -> dict[str, Tensor]:
-        return self.stored_inputs(store, _first_and_last(store))
+        return as_inputs(self.stored_inputs(store, _first_and_last(store)), self.backbone.dtype)
+
+    def _widen(self, module: nn.Module, suffix: Suffix) -> None:
+        """Convert what `module` has of weights of 16 bits to float32, in place; those of `suffix` become exact."""
+        if self.backbone.dtype not in HALF:
+            return
+        own, trained = widen(module).state_dict(keep_vars=True), suffix.state_dict().keys()
+        with torch.no_grad():
+            for name in self.backbone.exact.keys() & own.keys() & trained:
+                own[name].copy_(self.backbone.exact[name])
 
     def _open(self, cut: CutName, view: int | None) -> Store:
         """Open a store; refuse one whose settings differ before the model is run on inputs of their shape."""
@@ -256,9 +285,7 @@ class LoadedModel:
             raise ConfigError(f"cut {cut}: there is no store at {path}; encode it (dvc repro encode)")
         known = self.pretrained_suffix
         store = self.project.open_store(cut, view) if known is None or view is not None else known.store
-        settings = dataclasses.replace(
-            store.recipe, storage=self.project.storage, compute_dtype=self.project.encode.precision
-        )
+        settings = dataclasses.replace(store.recipe, storage=self.project.storage, compute_dtype=self.compute_dtype)
         former = dataclasses.replace(settings, preprocessing=self.preprocess(view).former_recipe())
         if store.recipe != former:  # `open_store` tells whether it is one of version 0.1.0
             store.check_recipe(self._of_view(settings, view))

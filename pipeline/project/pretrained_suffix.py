@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import AbsentError, CorruptStoreError
 from pipeline.keys import JSON, first_difference, parse_json, tensors_digest
@@ -58,8 +58,10 @@ NO_CLASSIFIER = "classifier_replaced"
 class SavedSplit:
     """A suffix without its trainable weights, which the model has too."""
 
-    parameters: frozenset[str]
-    """Names of the parameters of the model that the suffix reads, trained or not."""
+    trained: frozenset[str]
+    """Names of the parameters and buffers of the model that the suffix trains."""
+    frozen: frozenset[str]
+    """Names of the parameters that it reads, and leaves as they are."""
     constants: Mapping[str, Tensor]
     """`Suffix.constants`, by their sources as text."""
     split: Mapping[str, JSON] | None
@@ -68,9 +70,10 @@ class SavedSplit:
     @classmethod
     def of(cls, suffix: Suffix) -> "SavedSplit":
         """Return what to keep of `suffix`."""
-        trained = (name for name, _ in suffix.named_parameters(remove_duplicate=False))
+        parameters = suffix.named_parameters(remove_duplicate=False)
+        trained = frozenset(name for name, _ in [*parameters, *suffix.named_buffers(remove_duplicate=False)])
         constants = {str(source): tensor for source, tensor in suffix.constants.items()}
-        return cls(frozenset(trained) | suffix.frozen.kept.keys(), constants, save_split(suffix))
+        return cls(trained, frozenset(suffix.frozen.kept), constants, save_split(suffix))
 
 
 def write_pretrained_suffix(
@@ -85,18 +88,24 @@ def write_pretrained_suffix(
         remove_attachment(store, SUFFIX)
         return
     network, names = backbone.pretrained(model.library)
-    parameters = backbone.model.named_parameters(remove_duplicate=False)
-    read = {id(item) for name, item in parameters if name in saved.parameters}  # `network` may name them differently
-    unread = {name for name, item in network.named_parameters(remove_duplicate=False) if id(item) not in read}
-    kept = {name: item for name, item in network.state_dict().items() if name in names - unread}
-    own = dict(backbone.model.named_parameters())
-    new = {} if _has_own_layers(model, head) else {name: own[name] for name in backbone.fresh if name in own}
+    own = backbone.model.state_dict(keep_vars=True)
+    # By identity: `network` may name them differently.
+    exact = {id(own[name]): item for name, item in backbone.exact.items() if name in saved.trained}
+    read = {id(item) for name, item in own.items() if name in saved.trained | saved.frozen}
+    kept = {
+        name: exact.get(id(item), item)
+        for name, item in network.state_dict(keep_vars=True).items()
+        if name in names and (id(item) in read or not isinstance(item, nn.Parameter))
+    }
+    new = {name: exact.get(id(own[name]), own[name]) for name in backbone.fresh if name in own}
+    new = {} if _has_own_layers(model, head) else new
     description = {
         "split": saved.split,
         "modules": modules,
         "buffers": _unsaved_buffers(backbone),
         "libraries": _libraries(backbone),
         "features": backbone.features,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
         "new": sorted(new),
     }
 
@@ -162,7 +171,8 @@ class PretrainedSuffix:
             AbsentError: it is another network than the one that was split; the message names a module.
             ConfigError, ModelError: as `models.load`.
         """
-        described = as_described(model, preprocess, self.folder / BACKBONE)
+        typed = model.model_copy(update={"dtype": self.description["dtype"]})
+        described = as_described(typed, preprocess, self.folder / BACKBONE)
         backbone = load(*described, head, features=self.description["features"])
         network, _ = backbone.pretrained(model.library)
         try:

@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.device import autocast
 from pipeline.encode.config import EncodeConfig
-from pipeline.encode.encoder import in_format, model_device
+from pipeline.encode.encoder import compute_format
 from pipeline.encode.ragged import Sample
 from pipeline.errors import BadSampleError, StaleStoreError
 from pipeline.keys import JSON
@@ -83,13 +82,11 @@ def run_probe(prefixes: Sequence[Prefix], probe: Probe, config: EncodeConfig) ->
 
     A network may refuse inputs that were drawn: then there are no states.
     """
-    run, device = Capture(prefixes), model_device(prefixes)
+    run, form = Capture(prefixes), compute_format(prefixes, config)
     found: list[list[Tensors]] = [[] for _ in prefixes]
     for sample in probe.inputs[:RUN_ON]:
-        batch = {name: tensor.unsqueeze(0).to(device) for name, tensor in network_inputs(sample).items()}
         try:
-            with autocast(config.precision, device):
-                states = run(**in_format(batch, config))
+            states = form.run(run, {name: tensor.unsqueeze(0) for name, tensor in network_inputs(sample).items()})
         except Exception:  # the network's own code: it refuses in as many ways as there are networks
             if probe.is_drawn:
                 return [[] for _ in prefixes]
@@ -149,7 +146,7 @@ def check_probe(
             _compare(store, "the preprocessing", sample, again, INPUT_TOLERANCE)
     (found,) = run_probe([prefix], probe, config)
     for state, again in zip(states, found, strict=False):
-        _compare(store, "the network before the cut", state, again, STATE_TOLERANCE[config.precision])
+        _compare(store, "the network before the cut", state, again, STATE_TOLERANCE[store.recipe.compute_dtype])
 
 
 def _compare(store: Store, what: str, then: Mapping[str, Tensor], now: Mapping[str, Tensor], tolerance: float) -> None:

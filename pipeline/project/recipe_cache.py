@@ -33,7 +33,18 @@ from pipeline.store import SUFFIX, Store, has_attachment
 FILE = "recipes.json"
 IRRELEVANT: Mapping[str, frozenset[str]] = {
     "encode": frozenset(
-        {"store", "store_options", "batch_size", "segment_samples", "workers", "executor", "device", "channels_last"}
+        {
+            "store",
+            "store_options",
+            "batch_size",
+            "batch_tokens",
+            "segment_samples",
+            "workers",
+            "executor",
+            "device",
+            "channels_last",
+            "compile",
+        }
         | {"replace", "max_bad"}
     ),
     "train": frozenset(SECTIONS["train"].model_fields),

@@ -93,7 +93,7 @@ def trainable_suffix(tower: Tower) -> Suffix:
         ConfigError: it does not train, and its head has no weights of the pretrained network.
     """
     if tower.loaded.project.towers.of(tower.name).trains:
-        return tower.loaded.adapt(tower.store, tower.suffix)
+        return tower.loaded.trainable(tower.store, tower.suffix)
     if untrained := sorted(tower.loaded.backbone.fresh & dict(tower.suffix.named_parameters()).keys()):
         raise ConfigError(
             f"towers.{tower.name}.trains is false, but {untrained[0]} was not pretrained and would stay as it was "

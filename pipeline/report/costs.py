@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.encode.rate import EncodeRate
 from pipeline.encode.unit import EncodeResult
 from pipeline.files import write_whole
 from pipeline.project import Project
@@ -41,6 +42,8 @@ class EncoderResult(NamedTuple):
     """What encoding did."""
     flops: Sequence[tuple[int, int]] | None = None
     """Operations per sample before and after each of its cuts; None where they were not counted."""
+    rate: EncodeRate | None = None
+    """None where nothing was encoded."""
 
 
 def write_costs(project: Project, results: Sequence[EncoderResult]) -> None:
@@ -82,7 +85,7 @@ def _of_encoder(encoded: EncoderResult, before: Mapping[str, Any]) -> dict[str, 
 
     All states of a sample count, one for each augmented view.
     """
-    project, stores, result, flops = encoded
+    project, stores, result, flops, rate = encoded
     cuts = {}
     for number, (cut, *by_view) in enumerate(zip(project.encode.cuts, *stores, strict=True)):
         name = project.store_name(cut)
@@ -90,6 +93,8 @@ def _of_encoder(encoded: EncoderResult, before: Mapping[str, Any]) -> dict[str, 
         samples = len(first_rows(keys))
         training = (by_view[1:] or by_view)[0]
         measured = {"recipe": training.recipe.digest, **result.costs.of(number)}
+        if rate is not None:
+            measured["rate"] = asdict(rate)
         known = before.get(name, {}).get("measured", measured)
         if known["recipe"] == measured["recipe"] and known["samples"] > measured["samples"]:
             measured = known

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from pipeline.device import autocast
 from pipeline.errors import AbsentError, DataError
 from pipeline.keys import first_difference
+from pipeline.precision import autocast
 from pipeline.project import Project
 from pipeline.project.probe import check_probe
 from pipeline.project.towers import Tower, load_weights, open_tower

@@ -14,13 +14,14 @@ The modules in the order in which a split happens:
 7.  `suffix`: runs the rest of the model from a state, with its `frozen` parameters set aside. `replay`: gets to the cut
     without the recycled layers, by a `recording` made once per kind of input.
 
-`saved` writes a proved split down and builds its suffix again. `candidates` lists the places to cut, with their costs.
-`tree` (tensors inside nested values) serves all of them.
+`saved` writes a proved split down and builds its suffix again. `regions` recomputes or compiles blocks. `candidates`
+lists the places to cut, with their costs. `tree` (tensors inside nested values) serves all of them.
 """
 
 from pipeline.split.candidates import Candidate, candidates, flops_around
 from pipeline.split.cut import Cut
 from pipeline.split.prefix import Capture, Prefix, State, TensorSpec
+from pipeline.split.regions import compile_blocks, recompute_blocks
 from pipeline.split.saved import load_suffix, save_split, with_model
 from pipeline.split.splitting import merge, split
 from pipeline.split.suffix import Suffix
@@ -34,9 +35,11 @@ __all__ = [
     "Suffix",
     "TensorSpec",
     "candidates",
+    "compile_blocks",
     "flops_around",
     "load_suffix",
     "merge",
+    "recompute_blocks",
     "save_split",
     "split",
     "with_model",

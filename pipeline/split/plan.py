@@ -39,6 +39,7 @@ class SplitPlan:
         before: modules called before the cut, in order of their first call.
         after: modules that run after the cut, its callers included.
         again: modules that are called before the cut and once more after it.
+        blocks: the blocks of the model, in order of their first call.
         sources: what the state holds.
         kept: canonical names of the frozen parameters that the suffix reads.
         written: sources whose values the suffix writes into.
@@ -51,6 +52,7 @@ class SplitPlan:
     before: list[str]
     after: set[str]
     again: set[str]
+    blocks: list[str] = field(default_factory=list)
     sources: list[TensorSource] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     written: set[TensorSource] = field(default_factory=set)

@@ -68,6 +68,11 @@ class Prefix:
         held |= dict(self.model.named_buffers(remove_duplicate=False))
         return {name: held[name].detach() for name in self._plan.read}
 
+    @property
+    def blocks(self) -> list[str]:
+        """The paths of the model's blocks, before and after the cut, in the order of their first call."""
+        return self._plan.blocks
+
     def modules(self) -> list[tuple[str, nn.Module]]:
         """Return the modules that are called before the cut, in the order of their first call, with their paths."""
         modules = dict(self.model.named_modules())

@@ -45,6 +45,7 @@ def save_split(suffix: Suffix) -> dict[str, JSON] | None:
         "read": [*plan.read],
         "before": [*plan.before],
         "after": sorted(plan.after),
+        "blocks": [*plan.blocks],
         "replay": [suffix.replay.fills, suffix.replay.dense],
     }
 
@@ -73,6 +74,7 @@ def load_suffix(model: nn.Module, saved: Mapping[str, Any], constants: Mapping[s
         before=saved["before"],
         after={*saved["after"], *added},
         again=set(),
+        blocks=saved["blocks"],
         kept=saved["kept"],
         written=set(map(_source_from_json, saved["written"])),
     )
@@ -86,6 +88,7 @@ def with_model(suffix: Suffix, model: nn.Module, added: set[str]) -> Suffix:
     """Return a suffix like `suffix` for `model`, a copy of its model in which modules `added` run after the cut."""
     plan = replace(suffix.plan, after=suffix.plan.after | added)
     changed = Suffix(model, plan, suffix.slots, suffix.constants)
+    changed._dtypes = dict(suffix._dtypes)  # it may have been converted
     changed.replay.fills, changed.replay.dense = suffix.replay.fills, suffix.replay.dense
     return changed
 

@@ -84,6 +84,15 @@ class TrainConfig(Section):
     """Batches per optimizer step; the last step of an epoch takes the remaining ones."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of accelerate."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights that train, of their gradients and of the optimizer's states. "bfloat16" takes half the
+    memory, and updates below 1/256 of a weight are lost in rounding."""
+    gradient_checkpointing: bool = False
+    """Compute what is inside the blocks after the cut again in the backward pass in place of keeping it: less memory,
+    and about a third more time. Blocks with batch normalisation keep it."""
+    compile: bool = False
+    """Compile the layers after the cut by torch.compile: a minute at the start, and faster steps on accelerators. On a
+    CPU it needs a C++ compiler."""
     channels_last: bool = False
     """Train image backbones in channels-last memory format: faster on most accelerators and CPUs."""
     adapter: AdapterSetting | None = None

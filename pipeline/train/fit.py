@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from pipeline.device import warn_of_emulation
+from pipeline.device import check_compiler, warn_of_emulation
 from pipeline.errors import ConfigError, TrainError
 from pipeline.tasks import Task
 from pipeline.train import processes
@@ -75,6 +75,8 @@ def open_accelerator(config: TrainConfig, logs: Path) -> Accelerator:
     if config.precision == "fp16" and processes.state().device.type == "cpu":
         raise ConfigError("train.precision is fp16, which the CPU does not train in; set bf16 or no")
     warn_of_emulation("train.precision", config.precision, processes.state().device)
+    if config.compile:
+        check_compiler("train.compile", processes.state().device)
     check_loggers(config)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(

@@ -13,6 +13,7 @@ from pipeline.encode.decoding import Chunk, decode_rows, decode_samples
 from pipeline.encode.keying import KeyedSamples
 from pipeline.encode.quarantine import BadSample
 from pipeline.encode.ragged import Sample
+from pipeline.encode.rate import EncodeRate
 from pipeline.encode.run import Executor, encode
 from pipeline.encode.unit import EncodeResult
 from pipeline.errors import DataError
@@ -92,6 +93,7 @@ def _encode_missing(
 ) -> EncoderResult:
     """Build the model, split it at every cut, and encode what the stores of these recipes lack."""
     from pipeline.cluster import Job, open_executor  # noqa: PLC0415  (slow to import, and often nothing is to do)
+    from pipeline.encode.encoder import compute_format  # noqa: PLC0415
     from pipeline.project.model import LoadedModel  # noqa: PLC0415
     from pipeline.project.probe import keep_or_check_probes  # noqa: PLC0415
 
@@ -108,12 +110,15 @@ def _encode_missing(
         loaded.keep_pretrained_suffix(store, saved)
     recipe_cache.remember_weights(project, stores[0], loaded.weights_key)
     _warn_of_duplicate_cuts(project.encode.cuts, stores[0])
+    flops = loaded.count_flops(prefixes, samples)
     if project.encode.executor.is_here:
         executor: Executor = loaded.encoder(source, prefixes, stores, keyed.trimming_rows)
     else:
         executor = open_executor(Job.of(loaded, source, example, keyed.trimming_rows, recipes), project.encode.executor)
-    flops = loaded.count_flops(prefixes, samples)
-    return EncoderResult(project, stores, _encode_views(executor, project, source, keyed, table, stores), flops)
+    result = _encode_views(executor, project, source, keyed, table, stores)
+    known = flops if project.encode.executor.is_here else None  # another machine may have another peak
+    rate = EncodeRate.of(result.costs, compute_format(prefixes, project.encode), known, samples)
+    return EncoderResult(project, stores, result, flops, rate)
 
 
 def _find_example(loaded: "LoadedModel", source: Source, keyed: KeyedSamples) -> tuple[list[int], list[Sample]]:
@@ -186,7 +191,7 @@ def _warn_of_duplicate_cuts(names: Sequence[CutName], stores: Sequence[Store]) -
 
 def log_summary(encoded: EncoderResult) -> None:
     """Log what was encoded for each cut, and how many texts were truncated."""
-    project, stores, result, _ = encoded
+    project, stores, result, _, rate = encoded
     keys = result.keyed.keys[result.keyed.good]
     keys = keys[first_rows(keys)]
     for cut, new, promoted, *by_view in zip(project.encode.cuts, result.new, result.promoted, *stores, strict=True):
@@ -195,6 +200,8 @@ def log_summary(encoded: EncoderResult) -> None:
         log.info("cut %s: %d samples encoded, %d were there", name, new, there)
         if promoted:
             log.info("cut %s: beyond float16, stored in a wider type: %s", name, ", ".join(sorted(promoted)))
+    if rate is not None:
+        log.info("encoded at %s", rate)
     if result.cut_off:
         longest = stores[0][0].recipe.preprocessing.get("max_length")
         log.warning(

@@ -22,6 +22,7 @@ from pipeline.encode.quarantine import BadSample
 from pipeline.encode.ragged import Sample, pad_batch, shapes
 from pipeline.errors import DataError, first_few
 from pipeline.models import EXTRA, network_inputs
+from pipeline.precision import widen
 from pipeline.project import Project
 from pipeline.runs.finished import FinishedRun, has_states, open_run, towers_of
 from pipeline.runs.input_states import InputStates, stored_batches, temporary_states
@@ -144,7 +145,7 @@ def _live(towers: Sequence[FinishedRun], samples: ScoredSamples, bad: dict[int, 
         loaded, chosen = tower.loaded, samples.in_role(tower.name)
         source, keyed, rows = samples.raw(chosen)
         device = loaded.to_device()
-        network = merge(loaded.backbone.model, tower.suffix).eval()
+        network = merge(widen(loaded.backbone.model), tower.suffix).eval()
         preprocess = loaded.preprocess(0 if samples.is_augmented and loaded.project.encode.views else None)
         order, size = np.argsort(keyed.sizes[rows], kind="stable"), loaded.project.encode.batch_size
         for begin in range(0, len(order), size):

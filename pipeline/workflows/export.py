@@ -15,6 +15,7 @@ from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import DataError, RecyclingError
 from pipeline.files import open_to_others
 from pipeline.models import loading_code, network_inputs
+from pipeline.precision import widen
 from pipeline.project import Project
 from pipeline.project.model import LoadedModel
 from pipeline.project.views import Views
@@ -28,7 +29,7 @@ PROVED_ON = 32
 MERGED_TOLERANCE = 1e-5
 """Largest difference of the merged model from prefix + suffix in fp32, relative to the largest output."""
 STORED_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""The same from the suffix on stored states, by the type of the stored states."""
+"""The same from the suffix on stored states, by the types that states are computed and stored in."""
 
 
 class ParityError(RecyclingError):
@@ -89,10 +90,11 @@ def _export(project: Project, name: str, tower: str | None, to: Path) -> Parity:
     """Write one encoder of a run to the new folder `to`."""
     run = open_run(project, name, tower)
     loaded, store, table = run.loaded, run.store, run.table
+    widen(loaded.backbone.model)  # what was trained is in float32
     contents, rows = _samples(loaded, store, table)
     outputs = _outputs(loaded, store, run.prefix, run.suffix, contents, rows)
     parity = _compare(*outputs)
-    bound = STORED_TOLERANCE[loaded.project.encode.dtype]
+    bound = max(STORED_TOLERANCE[name] for name in (loaded.project.encode.dtype, store.plain.recipe.compute_dtype))
     if parity.merged > MERGED_TOLERANCE or parity.stored > bound:
         raise ParityError(
             f"run {name}: the full model's outputs are {parity.merged:.1e} from prefix + suffix (bound "

@@ -30,7 +30,7 @@ from pipeline.workflows.train import OpenCut, open_run_accelerator, train_opened
 
 log = logging.getLogger("recycle")
 
-OPENED = ("channels_last", "check", "residency", "scratch_gb")
+OPENED = ("channels_last", "check", "compile", "dtype", "gradient_checkpointing", "residency", "scratch_gb")
 """Settings of `train` that what is opened depends on, as it does on all other sections."""
 Failures = MutableMapping[str, str]
 """Name of a run that failed -> the message."""
@@ -126,7 +126,8 @@ def _key(run: PlannedRun) -> str:
     project = run.project
     names = ("data", "model", "preprocess", "task", "encode", "towers")
     sections = [getattr(project, name).model_dump(mode="json") for name in names]
-    return digest([str(run.cut), *sections, project.train.model_dump(mode="json", include=set(OPENED))])
+    opened = project.train.model_dump(mode="json", include=set(OPENED))
+    return digest([str(run.cut), *sections, opened, project.train.adapter is None])
 
 
 class _SharedCut:

@@ -33,6 +33,7 @@ from pipeline.store import Store
 from pipeline.tasks import open_task
 from pipeline.train import processes
 from pipeline.train.checkpoint import exclusive_checkpoint
+from pipeline.train.config import TrainConfig
 from pipeline.train.fit import TrainResult, fit, open_accelerator
 from pipeline.train.loader import Loader
 from pipeline.train.objective import evaluate, to_device
@@ -79,9 +80,9 @@ class OpenCut:
         """Open `cut`; raises as `open_tower` and `open_feeds`."""
         table = project.training_table()
         towers = [open_tower(part, cut, table, suffix_only=True) for part in project.parts]
-        if project.train.channels_last:
+        if project.train.adapter is None:
             for tower in towers:
-                tower.suffix.to(memory_format=torch.channels_last)
+                _convert(tower.suffix, project.train)
         return cls(cut, table, towers, open_feeds(towers, processes.state().device))
 
     @property
@@ -92,6 +93,13 @@ class OpenCut:
     def towers_for(self, project: Project) -> list[Tower]:
         """Return the towers for a run of `project`: the same suffixes, and new tasks, whose losses are untrained."""
         return [_for_run(tower, part) for tower, part in zip(self.towers, project.parts, strict=True)]
+
+
+def _convert(suffix: nn.Module, train: TrainConfig) -> None:
+    if train.channels_last:
+        suffix.to(memory_format=torch.channels_last)
+    if train.dtype != "float32":
+        suffix.to(getattr(torch, train.dtype))
 
 
 def _for_run(tower: Tower, project: Project) -> Tower:
@@ -143,9 +151,11 @@ def _train(run: PlannedRun, opened: OpenCut, towers: Sequence[Tower], accelerato
     """Train the suffixes of `towers`; write the result to the folder of the run."""
     train, table = run.project.train, opened.table
     suffix = trainable_model(towers)
-    if train.channels_last and train.adapter is not None:  # an adapted suffix is a new one
-        suffix.to(memory_format=torch.channels_last)
+    if train.adapter is not None:  # an adapted suffix is a new one
+        _convert(suffix, train)
     minimum = minimum_units(towers, suffix, table, accelerator.device)
+    if train.compile:
+        suffix.compile()
     training, validation, test = open_loaders(towers, table, accelerator.device, minimum=minimum, feeds=opened.feeds)
     if accelerator.is_main_process:
         shutil.rmtree(run.folder, ignore_errors=True)

@@ -52,8 +52,7 @@ def folders(build: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     on_cpu = drive(homes["cpu"], projects)
     kill_after_an_epoch(homes["accelerator"], device)
     on_device = drive(homes["accelerator"], projects, **device)
-    only_encode = {name: [["encode"]] for name in projects}
-    streamless = drive(homes["streamless"], only_encode, ACCELERATOR_BUILD=str(build))
+    streamless = drive(homes["streamless"], {name: [["encode"]] for name in projects}, ACCELERATOR_BUILD=str(build))
     said = [(started, *started.communicate(timeout=300)) for started in (on_cpu, on_device, streamless)]
     for home, (started, text, _) in zip(homes.values(), said, strict=True):
         assert started.returncode == 0, text

@@ -1,9 +1,10 @@
 """Padding and trimming: what is stored is what a sample gives alone."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.encode.ragged import Trimming, find_trimming, pad_batch
+from pipeline.encode.ragged import Trimming, batches_by_length, find_trimming, pad_batch
 
 PAD = {"ids": 7, "mask": 0}
 
@@ -22,6 +23,21 @@ def test_pad_batch_fills_up_on_the_right() -> None:
 def test_pad_batch_pads_every_axis() -> None:
     batch = pad_batch([{"x": torch.ones(1, 3)}, {"x": torch.ones(2, 2)}], {})
     assert batch["x"].tolist() == [[[1, 1, 1], [0, 0, 0]], [[1, 1, 0], [1, 1, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pads", "expected"),
+    [
+        (None, True, [[1, 3, 0], [2, 4]]),  # three samples at most
+        (None, False, [[1, 3], [0], [2, 4]]),
+        (8, True, [[1, 3], [0], [2], [4]]),  # 2 * 2, then 3 * 5 positions would be too many
+        (12, True, [[1, 3, 0], [2, 4]]),
+        (1, True, [[1], [3], [0], [2], [4]]),
+    ],
+)
+def test_batches_have_samples_of_similar_length(tokens: int | None, pads: bool, expected: list[list[int]]) -> None:
+    samples = [sample(length) for length in (4, 2, 6, 2, 6)]
+    assert list(batches_by_length(samples, size=3, tokens=tokens, pads=pads)) == expected
 
 
 def test_samples_of_one_shape_need_no_trimming() -> None:

@@ -1,6 +1,7 @@
 """Batches hold what was written, padded on the right; bytes that were not written are never mapped."""
 
 import json
+import os
 import resource
 
 import numpy as np
