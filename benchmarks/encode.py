@@ -46,11 +46,11 @@ CPU = torch.device("cpu")
 
 
 class Photos(Source):
-    """Smooth random JPEG files of 320 x 240 pixels, about as large as photos of that size."""
+    """Smooth random JPEG files of 320 x 240 pixels, about as large as photos of that size; from 512 on, they recur."""
 
     def __init__(self, count: int) -> None:
         draw = np.random.default_rng(0)
-        self.files = [self._photo(draw) for _ in range(count)]
+        self.count, self.files = count, [self._photo(draw) for _ in range(min(count, 512))]
 
     @staticmethod
     def _photo(draw: np.random.Generator) -> bytes:
@@ -60,13 +60,13 @@ class Photos(Source):
         return file.getvalue()
 
     def __len__(self) -> int:
-        return len(self.files)
+        return self.count
 
     def row(self, i: int) -> Row:
-        return Row(str(i), None, {"label": i % 10})
+        return Row(str(i), None, {"label": i % 2})
 
     def content(self, i: int) -> bytes:
-        return self.files[i]
+        return self.files[i % len(self.files)] + i.to_bytes(4, "big")  # behind the image, so that all contents differ
 
 
 class Texts(Source):

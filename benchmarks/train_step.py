@@ -15,21 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import DIGITS, digits
-from torch.utils.data import default_collate
+from common import DIGITS, Encoding, digits
 
 from pipeline.data import build
 from pipeline.encode.config import EncodeConfig
-from pipeline.encode.decoding import decode_samples
-from pipeline.encode.encoder import Encoder
-from pipeline.encode.keying import key_contents
-from pipeline.encode.run import encode
-from pipeline.encode.unit import EncodeResult
 from pipeline.models import ModelConfig, PreprocessConfig, load
-from pipeline.project.recipe import recipe_of
-from pipeline.split import split
-from pipeline.store import Reader, Store
-from pipeline.tasks import TaskConfig, open_task
+from pipeline.store import Reader
+from pipeline.tasks import Head, TaskConfig, open_task
 from pipeline.train import order
 from pipeline.train.loader import Batch, Loader, StoredRows
 from pipeline.train.objective import Objective
@@ -62,26 +54,16 @@ def parse() -> argparse.Namespace:
 def measure(cut: float, options: argparse.Namespace) -> tuple[float, float]:
     """Return steps per second fed from RAM and fed from the store: medians."""
     source = digits(options.steps * options.batch)
-    keyed = key_contents(source, workers=1)
-    table, task = build(source, keyed.keys, DIGITS), open_task(TaskConfig())
-    backbone = load(
-        ModelConfig(backbone="timm:tf_efficientnet_lite0", weights=None),
-        PreprocessConfig(image_size=options.pixels),
-        task.head(table),
-    )
-    example = default_collate(decode_samples(source, backbone.preprocess, np.arange(2)))
-    prefix, suffix = split(backbone.model, at=cut, example=example)
-    recipe = recipe_of(prefix, backbone.preprocess.recipe(), storage="raw:float16", compute_dtype="float32")
+    model = ModelConfig(backbone="timm:tf_efficientnet_lite0", weights=None)
+    backbone = load(model, PreprocessConfig(image_size=options.pixels), Head("classes", 10))
+    encoding = Encoding(source, backbone, EncodeConfig(cuts=[cut]))
     with tempfile.TemporaryDirectory() as folder:
-        store = Store.create(Path(folder, "store"), recipe)
-        config = EncodeConfig(cuts=[cut])
-        encoder = Encoder(source, [backbone.preprocess], [prefix], [[store]], config, keyed.trimming_rows)
-        result = EncodeResult.empty(keyed, cuts=1)
-        encode(encoder, source, result, [[store]], [keyed.good], segment_samples=config.segment_samples)
+        store = encoding.encode(Path(folder, "store"))
+        table, task = build(source, encoding.result.keyed.keys, DIGITS), open_task(TaskConfig())
         batches = order.batches(np.arange(len(table)), options.batch, seed=0, epoch=0, shuffle=True)
         loader = Loader(StoredRows(store.rows(table.keys), Reader(store.path)), task.prepare(table), batches)
         in_ram = list(loader)
-        objective = Objective(suffix, task).train()
+        objective = Objective(encoding.suffix, task).train()
         optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
         rates: dict[str, list[float]] = {"ram": [], "store": []}
         for round_ in range(options.rounds + 1):

@@ -3,6 +3,8 @@
 import functools
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -39,10 +41,23 @@ def has_streams(device: torch.device) -> bool:
     if device.type == "cpu":
         return False
     try:
-        torch.Stream(device).record_event(torch.Event(device, enable_timing=True))
+        torch.empty(1, device=device).record_stream(stream := torch.Stream(device))
+        stream.record_event(torch.Event(device, enable_timing=True))
         return bool(torch.empty(1, pin_memory=True).is_pinned())
     except (RuntimeError, NotImplementedError):
         return False
+
+
+@contextmanager
+def on_stream(stream: torch.Stream) -> Iterator[None]:
+    """Make `stream` the current one of its device, in this thread; the current device stays what it is."""
+    device, former = torch.accelerator.current_device_index(), torch.accelerator.current_stream(stream.device)
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(former)
+        torch.accelerator.set_device_index(device)
 
 
 def check_compiler(setting: str, device: torch.device) -> None:

@@ -16,8 +16,7 @@ Why no copy meets memory that is not ready, or that something else already uses:
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self, TypeAlias
@@ -25,7 +24,7 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from pipeline.device import has_streams
+from pipeline.device import has_streams, on_stream
 
 Named: TypeAlias = dict[str, Any]
 """Tensors by name, or lists of them, one for each sample."""
@@ -69,7 +68,7 @@ class Transfer:
             return {name: tensor.to(self._device) for name, tensor in batch.items()}
         inward, _ = self._streams
         pinned = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        with _on(inward):
+        with on_stream(inward):
             copies = {name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}
         torch.accelerator.current_stream(self._device).wait_event(inward.record_event())
         self._held += [pinned, copies]
@@ -85,7 +84,7 @@ class Transfer:
             return
         _, outward = self._streams
         outward.wait_event(torch.accelerator.current_stream(self._device).record_event())
-        with _on(outward):
+        with on_stream(outward):
             copies = [{name: _to_pinned(item) for name, item in named.items()} for named in results]
         held, self._held = [*self._held, results], []
         self._flights.append(_Flight(outward.record_event(), held, [partial(then, copies)]))
@@ -118,15 +117,3 @@ def _to_pinned(item: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     if isinstance(item, list) or item.device.type == "cpu":
         return item
     return torch.empty(item.shape, dtype=item.dtype, pin_memory=True).copy_(item, non_blocking=True)
-
-
-@contextmanager
-def _on(stream: torch.Stream) -> Iterator[None]:
-    """Make `stream` the current one of its device; the current device stays what it is."""
-    device, former = torch.accelerator.current_device_index(), torch.accelerator.current_stream(stream.device)
-    torch.accelerator.set_stream(stream)
-    try:
-        yield
-    finally:
-        torch.accelerator.set_stream(former)
-        torch.accelerator.set_device_index(device)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -32,8 +33,10 @@ from pipeline.train.config import TrainConfig
 from pipeline.train.objective import Objective, evaluate, prepare
 from pipeline.train.optimizer import open_optimizer, schedule
 from pipeline.train.rounds import Batches, Clock, Rounds
-from pipeline.train.run_log import RunLog
 from pipeline.train.trackers import check_loggers
+
+if TYPE_CHECKING:
+    from pipeline.train.run_log import RunLog
 
 log = logging.getLogger("recycle")
 
@@ -112,6 +115,8 @@ def fit(
     were not pretrained; `weights` returns the tensors of a suffix to keep. `test` returns
     the test scores of a file of weights: it is called once, with those that the run keeps, and decides nothing.
     """
+    from pipeline.train.run_log import RunLog  # noqa: PLC0415  (by DVCLive, which the loop itself does not need)
+
     writes = accelerator.is_main_process
     objective = Objective(suffix, task)
     model = prepare(objective, training, accelerator)
@@ -149,7 +154,7 @@ class _Recorder:
     """Logs the figures of a run, for DVC and for the trackers; only the main process writes."""
 
     def __init__(
-        self, live: RunLog | None, accelerator: Accelerator, rounds: Rounds, history: Sequence[dict[str, float]]
+        self, live: "RunLog | None", accelerator: Accelerator, rounds: Rounds, history: Sequence[dict[str, float]]
     ) -> None:
         """Log the rounds before a run was resumed."""
         self._live, self._accelerator, self._rounds = live, accelerator, rounds

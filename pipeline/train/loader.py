@@ -1,8 +1,10 @@
 """Rows of the sample table -> batches on the training device."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeAlias, TypeVar
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.device import has_streams, on_stream
 from pipeline.errors import TrainError
 from pipeline.split import State
 from pipeline.store import (
@@ -164,7 +167,7 @@ class Loader:
         self._fill |= _with_prefix(self._pad, EXTRA_PREFIX)
         self._rank, self._world = share
         on_host = not isinstance(self.source, Resident)
-        self._pin = on_host and can_pin(self.device)
+        self._pin = on_host and has_streams(self.device)
         self._prefetch = PREFETCHED if on_host and self.device.type != "cpu" else 0
         self._read_ahead = read_ahead if isinstance(self.source, Reader) else 0
         self.set_epoch(0)
@@ -180,9 +183,29 @@ class Loader:
         return len(self._epoch)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches of the epoch on the device."""
-        for batch in _ahead(partial(self._read, self._place_of_row), self._arrived(), self._prefetch):
-            yield batch.to(self.device) if self.device.type != "cpu" else batch
+        """Yield the batches of the epoch on the device.
+
+        Where there are streams, the thread that reads also copies, on a stream of its own, while others are computed.
+        """
+        stream = torch.Stream(self.device) if self._pin else None
+        send = partial(self._send, stream, self._place_of_row)
+        for _source, batch, arrived in _ahead(send, self._arrived(), self._prefetch):  # the copy reads `_source`
+            if arrived is not None:
+                current = torch.accelerator.current_stream(self.device)
+                current.wait_event(arrived)
+                for tensor in itertools.chain(batch.state.values(), batch.inputs.values(), batch.targets.values()):
+                    tensor.record_stream(current)  # it belongs to `stream`, which must not reuse it before
+            yield batch
+
+    def _send(
+        self, stream: torch.Stream | None, place_of_row: np.ndarray, rows: np.ndarray
+    ) -> tuple[Batch, Batch, torch.Event | None]:
+        """Return a batch as read and on the device, and what its use there has to wait for."""
+        batch = self._read(place_of_row, rows)
+        if self.device.type == "cpu":
+            return batch, batch, None
+        with on_stream(stream) if stream is not None else nullcontext():
+            return batch, batch.to(self.device), None if stream is None else stream.record_event()
 
     def _arrived(self) -> Iterator[np.ndarray]:
         """Yield the rows of each batch, once its segments are local if they are fetched in advance."""
@@ -230,12 +253,12 @@ def _checked_target(name: str, values: Prepared, n_rows: int) -> Prepared:
     return values
 
 
-def _ahead(read: Callable[[np.ndarray], Batch], batches: Iterable[np.ndarray], depth: int) -> Iterator[Batch]:
+def _ahead(read: Callable[[np.ndarray], T], batches: Iterable[np.ndarray], depth: int) -> Iterator[T]:
     """Yield `read(rows)` of each batch, in order; a thread reads up to `depth` batches in advance."""
     if depth == 0:
         yield from map(read, batches)
         return
-    pending: deque[Future[Batch]] = deque()
+    pending: deque[Future[T]] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
         try:
             for rows in batches:
@@ -247,16 +270,6 @@ def _ahead(read: Callable[[np.ndarray], Batch], batches: Iterable[np.ndarray], d
         finally:
             for future in pending:
                 future.cancel()
-
-
-def can_pin(device: torch.device) -> bool:
-    """Return whether `device` is an accelerator whose backend supports page-locked memory."""
-    if device.type == "cpu":
-        return False
-    try:
-        return bool(torch.empty(1, pin_memory=True).is_pinned())
-    except (RuntimeError, NotImplementedError):
-        return False
 
 
 def _free_memory(device: torch.device) -> int:

@@ -276,6 +276,8 @@ static const Tensor& resize(const Tensor& tensor, Sizes sizes, std::optional<at:
   return tensor;
 }
 
+static void record_stream(Tensor&, at::Stream) {}  // memory freed is given back at once: no stream can still use it
+
 // Everything else: the CPU's kernel, on arguments that must be ours.
 
 static c10::IValue argument_on_cpu(const c10::IValue& given, const std::string& operation) {
@@ -389,6 +391,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("set_.source_Storage_storage_offset", set_storage);
   library.impl("resize_", resize);
   library.impl("as_strided", at::native::as_strided_tensorimpl);
+  library.impl("record_stream", record_stream);
   library.impl("view", at::native::view);
   library.impl("_reshape_alias", at::native::_reshape_alias);
   library.impl("convolution_overrideable", convolution);

@@ -6,10 +6,8 @@ processes of their own.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -38,18 +36,6 @@ IMAGES = [
 RUNS = ("0", "0.5", "1.0", "host", "lora", "killed")
 TOWERS = [["encode"], ["train", "--cut", "0.5"]]
 TIED = [["encode"], ["train", "--cut", "0"]]
-
-
-@pytest.fixture(scope="session")
-def build(request: pytest.FixtureRequest) -> Path:
-    """The folder with the built accelerator."""
-    if not (shutil.which("c++") and shutil.which("ninja")):
-        pytest.skip("the accelerator is built by c++ and ninja, which are not both here")
-    folder = request.config.cache.mkdir(f"accelerator-{torch.__version__}-{sys.version_info.minor}")
-    started = tiny.python(folder, "-c", "import accelerator.device", ACCELERATOR_BUILD=str(folder))
-    said, _ = started.communicate(timeout=300)
-    assert started.returncode == 0, said
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -62,12 +62,15 @@ class TestDtypeAndDevice:
             assert_same("outputs", call(net.model, net.batch(3)), found, EXACT)
         prove_step(net, full_model(net), net.suffix.train())
 
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
-    def test_cuda(self, net):
-        full, batch = full_model(net).cuda(), map_tensors(lambda _, item: item.cuda(), net.batch(3))
-        net.suffix.cuda()
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator here")
+    def test_accelerator(self, net):
+        device = torch.accelerator.current_accelerator()
+        full, batch = full_model(net).to(device), map_tensors(lambda _, item: item.to(device), net.batch(3))
+        net.suffix.to(device)
         expected = learn(full.eval(), lambda: call(full, batch))
-        found = learn(net.suffix, lambda: run(net.suffix, encode(net.prefix, net.batch(3)), batch))
+        state = map_tensors(lambda _, item: item.to(device), encode(net.prefix, net.batch(3)))
+        found = learn(net.suffix, lambda: run(net.suffix, state, batch))
         assert expected["gradients"].keys() == found["gradients"].keys()
 
 

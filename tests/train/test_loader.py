@@ -203,17 +203,19 @@ def test_a_device_that_is_too_small_is_named_with_both_sizes(store, monkeypatch)
         choose_source(store.rows(keys), Reader(store.path), torch.device("meta"), "device")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator here")
 @pytest.mark.parametrize("residency", ["device", "host"])
-def test_the_same_batches_on_a_gpu(store, residency):
+def test_the_same_batches_on_an_accelerator(store, residency):
+    device = torch.accelerator.current_accelerator()
     on_host = list(make(store, pad={"ids": -1}))
     places = store.rows(table()[1])
-    source = choose_source(places, Reader(store.path), torch.device("cuda"), residency)
-    on_device = list(make(store, pad={"ids": -1}, device="cuda", source=source))
+    source = choose_source(places, Reader(store.path), device, residency)
+    on_device = list(make(store, pad={"ids": -1}, device=device, source=source))
     for expected, got in zip(on_host, on_device, strict=True):
         assert torch.equal(got.rows, expected.rows)
         for name in ("state", "inputs", "targets"):
             for key, tensor in getattr(expected, name).items():
                 moved = getattr(got, name)[key]
-                assert moved.device.type == "cuda"
+                assert moved.device.type == device.type
                 assert torch.equal(moved.cpu(), tensor)
