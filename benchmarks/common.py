@@ -7,17 +7,18 @@ import numpy as np
 import torch
 from measuring import new_store
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from pipeline.data import Content, DataConfig, Row, Source, open_source
 from pipeline.encode.config import EncodeConfig
 from pipeline.encode.decoding import Chunk, Decoded, decode, decode_samples
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.keying import key_contents
+from pipeline.encode.ragged import pad_batch
 from pipeline.encode.run import encode
 from pipeline.encode.unit import EncodeResult
 from pipeline.memory import keep_freed_memory
-from pipeline.models import Backbone
+from pipeline.models import Backbone, network_inputs
+from pipeline.precision import ComputeFormat
 from pipeline.split import flops_around, split
 from pipeline.store import Store
 
@@ -60,10 +61,9 @@ class Encoding:
         model.to(self.device)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
-        example = {
-            name: tensor.to(self.device)
-            for name, tensor in default_collate(decode_samples(source, preprocess, np.arange(2))).items()
-        }
+        form = ComputeFormat.of(self.device, backbone.dtype, config.precision, channels_last=config.channels_last)
+        two = decode_samples(source, preprocess, np.arange(2))
+        example = form.inputs(network_inputs(pad_batch(two, preprocess.pad)))
         self.prefix, self.suffix = split(model, at=config.cuts[0], example=example)
         self.flops = flops_around(model, [self.prefix.cut], example)
         self.result: EncodeResult

@@ -13,7 +13,6 @@ import argparse
 import io
 import itertools
 import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -23,23 +22,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import digits
+from common import Encoding, digits
 from PIL import Image
 
 from pipeline.data import Row, Source
 from pipeline.device import matrix_peak
 from pipeline.encode.config import EncodeConfig
 from pipeline.encode.decoding import decode_samples
-from pipeline.encode.encoder import Encoder, compute_format
-from pipeline.encode.keying import key_contents
+from pipeline.encode.encoder import compute_format
 from pipeline.encode.ragged import Sample, batches_by_length, length, pad_batch, shapes
-from pipeline.encode.run import encode
-from pipeline.encode.unit import EncodeResult
-from pipeline.models import Backbone, ModelConfig, PreprocessConfig, load, network_inputs
-from pipeline.precision import ComputeFormat
-from pipeline.project.recipe import recipe_of
-from pipeline.split import Prefix, flops_around, split
-from pipeline.store import Store
+from pipeline.models import ModelConfig, PreprocessConfig, load, network_inputs
 from pipeline.tasks import Head
 
 CPU = torch.device("cpu")
@@ -112,36 +104,30 @@ def cases(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-class Bench:
-    """One case in one format: the prefix, its batches in RAM, and how to encode."""
+class Bench(Encoding):
+    """One case in one format, with its batches in RAM."""
 
     def __init__(self, case: Case, at: float, config: EncodeConfig, dtype: str) -> None:
-        self.source, self.config = case.source(), config
         head = Head("classes", 10) if case.model.library != "hf" else Head("embedding")
-        self.backbone: Backbone = load(case.model.model_copy(update={"dtype": dtype}), case.preprocess, head)
-        self.samples = decode_samples(self.source, self.backbone.preprocess, np.arange(len(self.source)))
-        by_length = sorted(self.samples, key=length)
-        self.example = network_inputs(pad_batch([by_length[0], by_length[-1]], self.backbone.preprocess.pad))
-        cast = ComputeFormat.of(CPU, self.backbone.dtype, None, channels_last=False).inputs
-        self.prefix: Prefix = split(self.backbone.model, at=at, example=cast(self.example))[0]
+        backbone = load(case.model.model_copy(update={"dtype": dtype}), case.preprocess, head)
+        super().__init__(case.source(), backbone, config)
         self.form = compute_format([self.prefix], config)
-        if config.channels_last:
-            self.backbone.model.to(memory_format=torch.channels_last)
+        self.samples = decode_samples(self.source, backbone.preprocess, np.arange(len(self.source)))
         batches = batches_by_length(self.samples, size=config.batch_size, tokens=config.batch_tokens, pads=True)
-        self.batches = [self._batch([self.samples[i] for i in batch]) for batch in batches]
-
-    def _batch(self, samples: Sequence[Sample]) -> Sample:
-        return self.form.inputs(network_inputs(pad_batch(samples, self.backbone.preprocess.pad)))
+        pad = backbone.preprocess.pad
+        self.in_memory = [
+            self.form.inputs(network_inputs(pad_batch([self.samples[i] for i in batch], pad))) for batch in batches
+        ]
 
     @property
     def operations(self) -> float:
-        """Operations of the prefix on all batches."""
-        flops = flops_around(self.backbone.model, [self.prefix.cut], self.form.inputs(self.example))
-        assert flops is not None
-        padded = sum(next(iter(batch.values())).shape[:2].numel() for batch in self.batches)
-        is_ragged = len({shapes(sample) for sample in self.samples}) > 1
-        longest = max(map(length, self.samples))
-        return flops[0][0] * (padded / longest if is_ragged else len(self.samples))
+        """Operations of the prefix on all samples, with the padding of their batches."""
+        if self.flops is None:
+            raise SystemExit("the operations of this network cannot be counted")
+        if len({shapes(sample) for sample in self.samples}) == 1:
+            return self.flops[0][0] * len(self.samples)
+        padded = sum(next(iter(batch.values())).shape[:2].numel() for batch in self.in_memory)
+        return self.flops[0][0] * padded / max(map(length, self.samples[:2]))
 
     def bare(self, batches: Sequence[Sample]) -> float:
         """Return the seconds of the bare prefix on some batches."""
@@ -150,26 +136,12 @@ class Bench:
             self.prefix(**batch)
         return time.perf_counter() - start
 
-    def encode(self) -> float:
+    def whole(self) -> float:
         """Return the seconds of encoding all samples into a new store."""
-        start = time.perf_counter()
-        folder = Path(tempfile.mkdtemp())
-        recipe = recipe_of(
-            self.prefix,
-            self.backbone.preprocess.recipe(),
-            storage="raw:float16",
-            compute_dtype=self.form.precision,
-        )
-        keyed = key_contents(self.source, workers=self.config.workers or 1)
-        stores = [[Store.create(folder / "store", recipe)]]
-        encoder = Encoder(
-            self.source, [self.backbone.preprocess], [self.prefix], stores, self.config, keyed.trimming_rows
-        )
-        result = EncodeResult.empty(keyed, cuts=1)
-        encode(encoder, self.source, result, stores, [keyed.good], segment_samples=self.config.segment_samples)
-        seconds = time.perf_counter() - start
-        shutil.rmtree(folder)
-        return seconds
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            self.encode(Path(folder) / "store")
+            return time.perf_counter() - start
 
 
 def fastest(case: Case, at: float, options: argparse.Namespace) -> Bench:
@@ -181,7 +153,7 @@ def fastest(case: Case, at: float, options: argparse.Namespace) -> Bench:
             cuts=[at], workers=options.workers, channels_last=channels_last, batch_tokens=options.batch_tokens
         )
         bench = Bench(case, at, config, dtype)
-        few = bench.batches[:: max(1, len(bench.batches) // 8)]
+        few = bench.in_memory[:: max(1, len(bench.in_memory) // 8)]
         bench.bare(few[:1])
         found.append((min(bench.bare(few) for _ in range(2)), bench))
         print(f"  {case.name} at {at}: {dtype}{' channels-last' * channels_last}, {found[-1][0]:.3g} s", flush=True)
@@ -210,7 +182,7 @@ def main() -> None:
     rows = []
     for case, at in itertools.product(cases(options), options.cuts):
         bench = fastest(case, at, options)
-        seconds = [(bench.bare(bench.batches), bench.encode()) for _ in range(options.repeats + 1)][1:]
+        seconds = [(bench.bare(bench.in_memory), bench.whole()) for _ in range(options.repeats + 1)][1:]
         bare, whole = (statistics.median(side) for side in zip(*seconds, strict=True))
         peak = matrix_peak(CPU, bench.form.compute_dtype)
         shares = [bench.operations / side / peak for side in (bare, whole)]

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from common import DIGITS, Encoding
-from measuring import Report, busy_seconds, matrix_rate, median_seconds
+from measuring import Report, busy_seconds, median_seconds
 from networks import networks
 from torch import nn
 
 from pipeline.data import build
-from pipeline.device import pick_device
+from pipeline.device import matrix_peak, pick_device
 from pipeline.encode.config import EncodeConfig
 from pipeline.encode.encoder import compute_format
 from pipeline.split.forward import eval_mode
@@ -157,7 +157,9 @@ def train_row(
 def measure(report: Report, options: argparse.Namespace, folder: Path) -> None:
     """Fill the report: the peak, then for each network its encodes at two cuts, and its training from the first."""
     device = report.device
-    row = report.add("peak", f"bf16, {options.matrix}^3", lambda: {"flops": matrix_rate(device, options.matrix, 5)})
+    row = report.add(
+        "peak", f"bf16, {options.matrix}^3", lambda: {"flops": matrix_peak(device, torch.bfloat16, options.matrix)}
+    )
     peak = row.get("flops")
     for name, network in networks(options).items():
         backbone, task = network.backbone(), open_task(TaskConfig())

@@ -68,13 +68,6 @@ def median_seconds(sides: Mapping[str, Callable[[], object]], device: torch.devi
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
-def matrix_rate(device: torch.device, size: int, repeats: int) -> float:
-    """Return the operations per second of a bf16 matrix product of `size`^3."""
-    left, right = (torch.randn(size, size).to(device, torch.bfloat16) for _ in range(2))
-    seconds = median_seconds({"product": lambda: [left @ right for _ in range(10)]}, device, repeats)["product"]
-    return 10 * 2 * size**3 / seconds
-
-
 def busy_seconds(run: Callable[[], object], device: torch.device) -> float | None:
     """Return for how long kernels run on `device` during `run`, copies aside; None where torch cannot tell."""
     known = {activity.name.lower(): activity for activity in torch.profiler.supported_activities()}  # type: ignore[no-untyped-call]

@@ -98,9 +98,9 @@ def peak(arguments: list[str], folder: Path) -> int:
 
 
 def trained_bytes(file: Path) -> int:
-    """Return the bytes of the weights in a file."""
+    """Return the bytes of the weights in a file once they are in float32."""
     with safe_open(file, framework="pt") as opened:
-        return sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
+        return sum(4 * opened.get_tensor(name).numel() for name in opened.keys())  # noqa: SIM118
 
 
 if __name__ == "__main__":

@@ -72,16 +72,19 @@ def check_compiler(setting: str, device: torch.device) -> None:
         raise ConfigError(f"{setting} is true, and no C++ compiler is here; install g++, or set it to false") from error
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations per second of a product of large square matrices in `dtype`, the best of five."""
+def matrix_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Return the operations per second of a product of large square matrices in `dtype`, the best of five.
+
+    Their values are random: of constant ones, some accelerators make products faster.
+    """
     best = 0.0
-    for size in (512, 2048 if device.type == "cpu" else 8192):
-        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    for n in (512, size or (2048 if device.type == "cpu" else 8192)):
+        a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
         for _ in range(5):
             start = time.perf_counter()
             float((a @ b)[0, 0])  # waits for the device
             seconds = time.perf_counter() - start
-            best = max(best, 2 * size**3 / seconds)
+            best = max(best, 2 * n**3 / seconds)
         if seconds > 0.1:  # a type that the processor emulates
             break
     return best

@@ -25,7 +25,11 @@ SHARED = {"common", "measuring", "needed", "networks", "peers"}  # what benchmar
 NUMBER = r"[\d,]+(?:\.\d+)?"
 
 TINY = {
-    "encode": ("--samples 16 --repeats 1 --workers 0 --cuts 1.0 --pixels 32", 2, r"\S +1\.0 +(N) +(N) +(N)$"),
+    "encode": (
+        "--samples 16 --repeats 1 --workers 0 --cuts 1.0 --pixels 32",
+        2,
+        r"px +1\.0 \S+(?: channels-last)? +(N) +(N) +(N) +(N) +(N) +(N)$",
+    ),
     "epoch": ("{project} --steps 1 --rounds 1", 1, r"^ +0\.5 +(N) +(N) +(N) +(N) +(N)$"),
     "executors": (
         "--samples 128 --executor {{}} --executor {{}}",

@@ -201,7 +201,7 @@ def log_summary(encoded: EncoderResult) -> None:
         if promoted:
             log.info("cut %s: beyond float16, stored in a wider type: %s", name, ", ".join(sorted(promoted)))
     if rate is not None:
-        log.info("encoded at %s", rate)
+        log.info("rate: %s", rate)
     if result.cut_off:
         longest = stores[0][0].recipe.preprocessing.get("max_length")
         log.warning(
