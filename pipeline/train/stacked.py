@@ -35,7 +35,7 @@ log = logging.getLogger("recycle")
 LARGEST = 2**20
 """Parameters of the largest suffix that is stacked: the arithmetic of a larger one outweighs its overhead."""
 TOLERANCE = 1e-3
-"""Largest difference of a tensor from that of a single run after the first step, relative to its largest element."""
+"""Largest difference of loss, gradient and buffers from those of a single run, relative to the largest element."""
 
 
 @dataclass(frozen=True)
@@ -201,12 +201,16 @@ class Stack:
             self._suffix.record(first.state, **first.inputs)
             self._recorded = shapes
         state = {name: torch.stack([batch.state[name] for batch in batches]) for name in first.state}
-        shared = {name: item for name, item in first.inputs.items() if item.is_floating_point()}  # without values
-        inputs = {n: torch.stack([batch.inputs[n] for batch in batches]) for n in first.inputs.keys() - shared.keys()}
+        inputs = {
+            name: torch.stack([batch.inputs[name] for batch in batches])
+            for name, item in first.inputs.items()
+            if not item.is_floating_point()  # those have no values
+        }
 
         def output(own: Mapping[str, Tensor], state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
             values = {place: own[name] for place, name in self._names.items()}  # tied ones are tied again
-            return read_tensor(functional_call(self._suffix, values, (state,), {**shared, **inputs}, tie_weights=False))
+            given = {**first.inputs, **inputs}
+            return read_tensor(functional_call(self._suffix, values, (state,), given, tie_weights=False))
 
         with OneProduct():
             outputs: Tensor = vmap(vmap(output, in_dims=(0, None, None)))(tensors, state, inputs)
@@ -225,27 +229,30 @@ class Stack:
             gradients = torch.autograd.grad(alone, list(named.values()), allow_unused=True)
             if not torch.equal(random, _random_state(self._device)):
                 raise TrainError("the layers or the loss draw random numbers, as dropout does")
-            expected = [alone, *gradients, *(self._suffix.get_buffer(name).clone() for name in self._buffers)]
-        tensors = {
-            name: item.detach()[:1].clone().requires_grad_(name in named)
-            for name, item in self._parts[0].tensors.items()
-        }
+            buffers = [self._suffix.get_buffer(name).clone() for name in self._buffers]
+        used = [name for name, item in zip(named, gradients, strict=True) if item is not None]
+        one = {name: item.detach()[:1].clone() for name, item in self._parts[0].tensors.items()}
         try:
-            losses = self._losses(tensors, [batch])
-            found = torch.autograd.grad(losses.sum(), [tensors[name] for name in named], allow_unused=True)
+            leaves = [one[name].requires_grad_() for name in used]
+            losses = self._losses(one, [batch])
+            found = torch.autograd.grad(losses.sum(), leaves)
         except (RuntimeError, TypeError, ValueError, RecyclingError) as error:
             raise TrainError(f"torch.func.vmap does not run these layers ({str(error).splitlines()[0]})") from error
-        found_values = [losses[None], *found, *(tensors[name] for name in self._buffers)]
-        for one, all_runs in zip(expected, found_values, strict=True):
-            if one is not None and (all_runs is None or _differ(one, all_runs[0, 0])):
-                raise TrainError("under torch.func.vmap, these layers return other values")
-        self._optimizer.leave_out([name for name, item in zip(named, gradients, strict=True) if item is None])
+        expected = [alone, _joined([item for item in gradients if item is not None]), *buffers]
+        of_first = [losses[0], _joined([item[0, 0] for item in found]), *(one[name][0, 0] for name in self._buffers)]
+        if any(map(_differ, expected, of_first)):
+            raise TrainError("under torch.func.vmap, these layers return other values")
+        self._optimizer.leave_out(named.keys() - set(used))
 
 
 def _random_state(device: torch.device) -> Tensor:
     """Return the state of the random numbers of the CPU and of `device`."""
     of_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
     return torch.cat([torch.get_rng_state(), *of_device])
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
