@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.utils import parameters_to_vector
 
 from pipeline.errors import RecyclingError, TrainError
 from pipeline.split import Suffix
@@ -25,7 +26,7 @@ from pipeline.tasks import Task, read_tensor
 from pipeline.train.checkpoint import Progress, save_trained
 from pipeline.train.config import TrainConfig
 from pipeline.train.fit import training_row
-from pipeline.train.loader import Batch
+from pipeline.train.loader import Batch, Loader
 from pipeline.train.objective import Objective, to_device
 from pipeline.train.rounds import Batches, Rounds
 from pipeline.train.stacked_steps import OPTIMIZERS, OneProduct, StackedOptimizer, by_seed
@@ -93,6 +94,7 @@ def fit_stacked(
 def checked(suffix: nn.Module, task: Task, runs: Sequence[StackedRun]) -> Suffix:
     """Return `suffix`; raise TrainError where it, the settings or the task rule out that `runs` are trained at once."""
     config, size = runs[0].config, sum(item.numel() for item in suffix.parameters())
+    several = len({run.config.seed for run in runs}) > 1
     reasons = {
         f"train.optimizer is {config.optimizer}, not {' or '.join(OPTIMIZERS)}": config.optimizer not in OPTIMIZERS,
         f"train.precision is {config.precision}": config.precision != "no",
@@ -100,6 +102,8 @@ def checked(suffix: nn.Module, task: Task, runs: Sequence[StackedRun]) -> Suffix
         "the loss learns or remembers": task.loss_module is not None,
         f"the suffix has {size:,} parameters; the limit is {LARGEST:,}": size > LARGEST,
         "epochs of the seeds differ in length": len({len(run.training) for run in runs}) > 1,
+        "each seed would hold its own segments, which are read ahead": several
+        and any(isinstance(run.training, Loader) and run.training.reads_ahead for run in runs),
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), None):
         raise TrainError(reason)
@@ -124,9 +128,8 @@ class Stack:
         self, suffix: nn.Module, task: Task, runs: Sequence[StackedRun], device: torch.device, fresh: frozenset[str]
     ) -> None:
         """Give all runs the values of `suffix`; raises TrainError as `fit_stacked`."""
-        self._suffix, self._task = checked(suffix, task, runs), task
-        self._config, self._device = runs[0].config, device
-        self._count, self._recorded = len(runs), dict[str, torch.Size]()
+        self._suffix, self._task, self._config = checked(suffix, task, runs), task, runs[0].config
+        self._device, self._count, self._recorded = device, len(runs), list[torch.Size]()
         self.rounds = Rounds.of(self._config, len(runs[0].training))
         objective = Objective(suffix, task)
         to_device(objective, device)
@@ -137,9 +140,8 @@ class Stack:
         everything = [*suffix.named_parameters(remove_duplicate=False), *suffix.named_buffers(remove_duplicate=False)]
         self._names = {name: known[id(item)] for name, item in everything if id(item) in known}
         self._tensors = {name: item.detach().expand(len(runs), *item.shape).clone() for name, item in own.items()}
-        self._optimizer = StackedOptimizer(
-            self._tensors, objective, [run.config for run in runs], fresh, self.rounds.steps
-        )
+        configs = [run.config for run in runs]
+        self._optimizer = StackedOptimizer(self._tensors, objective, configs, fresh, self.rounds.steps)
         self._parts, seeds, begin = list[_Part](), groupby(runs, key=lambda run: run.config.seed), 0
         for size, group in groupby([list(own_runs) for _, own_runs in seeds], key=len):
             feeds = [own_runs[0].training for own_runs in group]
@@ -191,15 +193,14 @@ class Stack:
 
     def _outputs(self, tensors: Mapping[str, Tensor], batches: Sequence[Batch]) -> Sequence[Tensor]:
         """Return the outputs of the runs with `tensors` (S, R, ...) for a batch of each seed, S times (R, B, ...)."""
-        given = [{**batch.state, **batch.inputs} for batch in batches]
-        shapes = {name: tensor.shape for name, tensor in given[0].items()}
-        if any(own[name].shape != shape for own in given[1:] for name, shape in shapes.items()):
+        shapes = [[item.shape for item in (*batch.state.values(), *batch.inputs.values())] for batch in batches]
+        if any(own != shapes[0] for own in shapes):
             each = ({name: tensor[s : s + 1] for name, tensor in tensors.items()} for s in range(len(batches)))
             return [self._outputs(own, [batch])[0] for own, batch in zip(each, batches, strict=True)]
         first = batches[0]
-        if shapes != self._recorded:
+        if shapes[0] != self._recorded:
             self._suffix.record(first.state, **first.inputs)
-            self._recorded = shapes
+            self._recorded = shapes[0]
         state = {name: torch.stack([batch.state[name] for batch in batches]) for name in first.state}
         inputs = {
             name: torch.stack([batch.inputs[name] for batch in batches])
@@ -238,8 +239,9 @@ class Stack:
             found = torch.autograd.grad(losses.sum(), leaves)
         except (RuntimeError, TypeError, ValueError, RecyclingError) as error:
             raise TrainError(f"torch.func.vmap does not run these layers ({str(error).splitlines()[0]})") from error
-        expected = [alone, _joined([item for item in gradients if item is not None]), *buffers]
-        of_first = [losses[0], _joined([item[0, 0] for item in found]), *(one[name][0, 0] for name in self._buffers)]
+        expected = [alone, parameters_to_vector(item for item in gradients if item is not None), *buffers]
+        of_first = [losses[0], parameters_to_vector(item[0, 0] for item in found)]
+        of_first += [one[name][0, 0] for name in self._buffers]
         if any(map(_differ, expected, of_first)):
             raise TrainError("under torch.func.vmap, these layers return other values")
         self._optimizer.leave_out(named.keys() - set(used))
@@ -249,10 +251,6 @@ def _random_state(device: torch.device) -> Tensor:
     """Return the state of the random numbers of the CPU and of `device`."""
     of_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
     return torch.cat([torch.get_rng_state(), *of_device])
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

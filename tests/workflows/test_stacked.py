@@ -185,6 +185,7 @@ def test_seeds_with_other_numbers_of_runs_and_texts_of_other_lengths(
         ("test_stacked:plain", {"optimizer": "Adagrad"}, r"train\.optimizer is Adagrad, not AdamW or SGD"),
         ("test_stacked:plain", {"precision": "bf16"}, r"train\.precision is bf16"),
         ("test_stacked:plain", {"adapter": "lora"}, r"train\.adapter is set"),
+        ("test_stacked:plain", {"shuffle": "window"}, "each seed would hold its own segments, which are read ahead"),
     ],
 )
 def test_runs_that_cannot_be_trained_at_once_are_trained_one_after_the_other(
