@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.utils import parameters_to_vector
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import RecyclingError, TrainError
 from pipeline.split import Suffix
@@ -34,7 +35,9 @@ from pipeline.train.stacked_steps import OPTIMIZERS, OneProduct, StackedOptimize
 log = logging.getLogger("recycle")
 
 LARGEST = 2**20
-"""Parameters of the largest suffix that is stacked: the arithmetic of a larger one outweighs its overhead."""
+"""Parameters of the largest suffix that is stacked: with gradients and moments, 32 times so many are 0.5 GB."""
+MOST_FLOPS = 10**8
+"""Of a step, that is a few milliseconds of a core: in longer ones there is little overhead to save."""
 TOLERANCE = 1e-3
 """Largest difference of loss, gradient and buffers from those of a single run, relative to the largest element."""
 
@@ -226,8 +229,11 @@ class Stack:
         named = {name: item for name, item in self._suffix.named_parameters() if item.requires_grad}
         with state_kept(self._suffix):
             random = _random_state(self._device)
-            alone = objective(batch)
-            gradients = torch.autograd.grad(alone, list(named.values()), allow_unused=True)
+            with FlopCounterMode(display=False) as counter:
+                alone = objective(batch)
+                gradients = torch.autograd.grad(alone, list(named.values()), allow_unused=True)
+            if (flops := counter.get_total_flops()) > MOST_FLOPS:
+                raise TrainError(f"a step has {flops:.1e} floating-point operations; the limit is {MOST_FLOPS:.0e}")
             if not torch.equal(random, _random_state(self._device)):
                 raise TrainError("the layers or the loss draw random numbers, as dropout does")
             buffers = [self._suffix.get_buffer(name).clone() for name in self._buffers]

@@ -197,12 +197,19 @@ def test_runs_that_cannot_be_trained_at_once_are_trained_one_after_the_other(
     test_sweep.compare_with_single_runs(result, 2)
 
 
-def test_a_suffix_with_many_parameters_is_not_stacked(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        ("LARGEST", r"the suffix has [\d,]+ parameters; the limit is 1,000"),
+        ("MOST_FLOPS", r"a step has [\d.e+]+ floating-point operations; the limit is 1e\+03"),
+    ],
+)
+def test_a_suffix_with_much_arithmetic_is_not_stacked(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, limit: str, reason: str
 ) -> None:
-    monkeypatch.setattr(pipeline.train.stacked, "LARGEST", 1000)
+    monkeypatch.setattr(pipeline.train.stacked, limit, 1000)
     sweep({"train.seed": [0, 1]})
-    assert re.search(r"one after the other: the suffix has [\d,]+ parameters; the limit is 1,000", caplog.text)
+    assert re.search(f"one after the other: {reason}", caplog.text)
 
 
 def test_a_wrong_result_of_vmap_is_found(
