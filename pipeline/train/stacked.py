@@ -227,6 +227,7 @@ class Stack:
         """
         objective.train()
         named = {name: item for name, item in self._suffix.named_parameters() if item.requires_grad}
+        self._suffix.record(batch.state, **batch.inputs)  # else its operations are counted too
         with state_kept(self._suffix):
             random = _random_state(self._device)
             with FlopCounterMode(display=False) as counter:

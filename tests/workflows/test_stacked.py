@@ -50,7 +50,7 @@ class Plain(tiny.ConvNet):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(x).mean((2, 3))
-        return self.classifier(self.second(self.first(x).tanh()) + x)
+        return self.classifier(self.second(self.first(x).tanh()))
 
 
 def plain(head: Head) -> nn.Module:
@@ -210,6 +210,15 @@ def test_a_suffix_with_much_arithmetic_is_not_stacked(
     monkeypatch.setattr(pipeline.train.stacked, limit, 1000)
     sweep({"train.seed": [0, 1]})
     assert re.search(f"one after the other: {reason}", caplog.text)
+
+
+def test_only_operations_after_the_cut_are_counted(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.train.stacked, "MOST_FLOPS", 100_000)
+    result = sweep({"train.seed": [0, 1]}, ("1.0",))
+    assert AT_ONCE.format(2) in caplog.text
+    compare_with_single_runs(result, 2)
 
 
 def test_a_wrong_result_of_vmap_is_found(
