@@ -21,6 +21,11 @@ from stages.options import params_option
 @click.option("--set", "settings", multiple=True, metavar="SETTING=VALUE", help="Replaces one of params.yaml.")
 @click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="A YAML file with runs or a grid.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the runs.")
+@click.option(
+    "--stacked",
+    is_flag=True,
+    help="Train at once what differs only in train.lr, head_lr, weight_decay or seed: same scores within rounding.",
+)
 @click.option("--scores", type=click.Path(path_type=Path, dir_okay=False), help="Write all scores there, as JSON.")
 @params_option
 def command(
@@ -30,6 +35,7 @@ def command(
     settings: Sequence[str],
     file: Path | None,
     jobs: int,
+    stacked: bool,
     scores: Path | None,
 ) -> None:
     """Train many runs in one process, each as `recycle train` does.
@@ -39,7 +45,9 @@ def command(
     was killed goes on. The same command may be started any number of times at once: no run is trained twice.
     """
     runs = list_runs(cuts, dict(map(parse_choices, grid)), file)
-    result = workflows.sweep.sweep_project(params, dict(map(parse_override, settings)), runs, jobs=jobs)
+    result = workflows.sweep.sweep_project(
+        params, dict(map(parse_override, settings)), runs, jobs=jobs, stacked=stacked
+    )
     click.echo(_table(result.best_first))
     if scores is not None:
         content = {run.name: {run.metric: run.value, "test": dict(run.test)} for run in result.finished}

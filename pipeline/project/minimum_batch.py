@@ -1,6 +1,7 @@
 """The minimum size of a training batch, which batch norms and losses determine."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from pipeline.errors import TrainError
 from pipeline.project.towers import Tower
 from pipeline.train import processes
 from pipeline.train.objective import trains_on_one
+
+_ON_ONE: MutableMapping[nn.Module, bool] = WeakKeyDictionary()
+"""Whether suffixes train on one sample: the runs of a sweep share a suffix."""
 
 
 def minimum_units(towers: Sequence[Tower], suffix: nn.Module, table: SampleTable, device: torch.device) -> int:
@@ -52,7 +56,10 @@ def _why(least: int, apart: int) -> str:
 
 
 def _trains_on_one(towers: Sequence[Tower], suffix: nn.Module) -> bool:
+    if suffix in _ON_ONE:
+        return _ON_ONE[suffix]
     suffix.train()
     parts = [suffix] if len(towers) == 1 else [suffix.get_submodule(str(tower.name)) for tower in towers]
     firsts = [tower.loaded.stored_batch(tower.store, np.array([0])) for tower in towers]
-    return all(trains_on_one(part, first) for part, first in zip(parts, firsts, strict=True))
+    _ON_ONE[suffix] = all(trains_on_one(part, first) for part, first in zip(parts, firsts, strict=True))
+    return _ON_ONE[suffix]

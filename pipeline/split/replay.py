@@ -57,6 +57,10 @@ class Replay:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Start a step with stored `values`, and return the inputs to `run` it with; raises as `Suffix.forward`."""
+        return self._start(self.record(values, args, kwargs), values, args, kwargs)
+
+    def record(self, values: Mapping[TensorSource, Tensor], args: Args, kwargs: Kwargs) -> Recording:
+        """Return the recording for inputs of this kind, made unless it is known; raises as `Suffix.forward`."""
         key = signature(args, kwargs)
         recording = self._recordings.get(key)
         if recording is None or any(values[source].shape != shape for source, shape in recording.shapes.items()):
@@ -64,7 +68,7 @@ class Replay:
                 recording = self._recordings[key] = self._record(values, args, kwargs)
             if len(self._recordings) > SIGNATURES:
                 del self._recordings[next(iter(self._recordings))]
-        return self._start(recording, values, args, kwargs)
+        return recording
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def run(self, args: Args, kwargs: Kwargs) -> Any:

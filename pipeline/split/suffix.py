@@ -78,6 +78,10 @@ class Suffix(nn.Module):
         args, inputs = self.replay.begin(self._values(state), args, inputs)
         return self.replay.run(args, inputs)
 
+    def record(self, state: State, *args: Any, **inputs: Any) -> None:
+        """Prepare for batches of this kind, so that `forward` takes them under `torch.func.vmap`; raises as it does."""
+        self.replay.record(self._values(state), args, inputs)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _values(self, state: State) -> dict[TensorSource, Tensor]:
         """Return the tensors that the model meets at the cut, as it has them; copies where it writes into them."""
@@ -86,10 +90,11 @@ class Suffix(nn.Module):
         values: dict[TensorSource, Tensor] = dict(self._constants)
         for slot in self.slots:
             values[slot.source] = slot.layout.from_state(state[slot.name].to(self._dtypes[slot.name]))
-        stored = {tensor.untyped_storage().data_ptr() for tensor in [*state.values(), *self._constants.values()]}
-        for source in self._written & values.keys():
-            if values[source].untyped_storage().data_ptr() in stored:
-                values[source] = values[source].clone()
+        if written := self._written & values.keys():  # only then: tensors under vmap have no address
+            stored = {tensor.untyped_storage().data_ptr() for tensor in [*state.values(), *self._constants.values()]}
+            for source in written:
+                if values[source].untyped_storage().data_ptr() in stored:
+                    values[source] = values[source].clone()
         return values
 
     @property

@@ -1,6 +1,8 @@
 """Store + sample table -> order -> loader -> suffix -> loss -> metrics.
 
 fit.py         `fit`: training, validation and checkpoint, round by round
+stacked.py     `fit_stacked`: several runs of a small suffix at once
+stacked_steps.py  their optimizer and their products
 rounds.py      the steps of a run, and the spans between two validations
 optimizer.py   the optimizer by name, its groups of parameters and its schedule
 optimizer_kinds.py  which optimizers there are, and what they take

@@ -16,8 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import TrainError
+from pipeline.files import write_whole
 from pipeline.store import exclusive_lock
 from pipeline.train import processes
+
+PROGRESS = "progress.json"
 
 
 @dataclass
@@ -80,11 +83,12 @@ def resume(accelerator: Accelerator, checkpoint: Path) -> Progress:
     """Load the latest checkpoint, if there is one; the number of processes may have changed."""
     accelerator.register_save_state_pre_hook(partial(_save_plain, accelerator))
     accelerator.register_load_state_pre_hook(partial(_load_plain, accelerator))
-    latest = next((folder for name in ("latest", "previous") if (folder := checkpoint / name).exists()), None)
-    if latest is None:
+    folders = [folder for name in (".", "latest", "previous") if ((folder := checkpoint / name) / PROGRESS).exists()]
+    if not folders:
         return Progress()
-    accelerator.load_state(str(latest))
-    return Progress(**json.loads((latest / "progress.json").read_text()))
+    if folders[0] != checkpoint:  # else `save_trained` has left it
+        accelerator.load_state(str(folders[0]))
+    return Progress(**json.loads((folders[0] / PROGRESS).read_text()))
 
 
 def save(
@@ -103,7 +107,7 @@ def save(
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    (beside / "progress.json").write_text(json.dumps(asdict(progress)))
+    (beside / PROGRESS).write_text(json.dumps(asdict(progress)))
     kept = _plain(weights)
     for name in ["last", "best"] if better else ["last"]:
         save_file(kept, checkpoint / f".{name}.safetensors")
@@ -113,6 +117,12 @@ def save(
         os.rename(latest, previous)
     os.rename(beside, latest)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def save_trained(checkpoint: Path, progress: Progress, weights: Mapping[str, Tensor], keep: str) -> None:
+    """Save a run that needs no more training, with the `weights` that it keeps, the "best" or the "last"."""
+    save_file(_plain(weights), checkpoint / f"{keep}.safetensors")
+    write_whole(checkpoint / PROGRESS, json.dumps(asdict(progress)))
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

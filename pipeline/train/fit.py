@@ -125,7 +125,7 @@ def fit(
     optimizer = open_optimizer(objective, config, fresh)
     optimizer, scheduler = accelerator.prepare(optimizer, schedule(optimizer, config, rounds.steps))
     progress = resume(accelerator, checkpoint)
-    if progress.rounds:
+    if 0 < progress.rounds < len(rounds):
         log.info("goes on from %s, checkpoint %s", rounds.name(progress.rounds), checkpoint)
     if progress.initial is None:
         progress.initial = evaluate(suffix, task, validation, accelerator)[task.monitor]
@@ -212,11 +212,7 @@ def train_round(
     rounds: Rounds,
     number: int,
 ) -> dict[str, float]:
-    """Train on the batches of one round; return their mean loss, the seconds, and the epochs if rounds are no epochs.
-
-    Raises:
-        TrainError: the loss is not finite.
-    """
+    """Train on the batches of one round; return its figures, and raise TrainError, as `training_row`."""
     objective.train()
     began = time.perf_counter()
     total, count = torch.zeros((), device=accelerator.device), 0
@@ -237,11 +233,19 @@ def train_round(
                 optimizer.zero_grad()
                 bar.update()
             total += loss.detach()
-    mean = float(total) / count
-    if not math.isfinite(mean):
+    return training_row(float(total) / count, time.perf_counter() - began, config, rounds, number)
+
+
+def training_row(loss: float, seconds: float, config: TrainConfig, rounds: Rounds, number: int) -> dict[str, float]:
+    """Return the figures of a round: its mean loss, its seconds, and the epochs until then if rounds are no epochs.
+
+    Raises:
+        TrainError: the loss is not finite.
+    """
+    if not math.isfinite(loss):
         raise TrainError(
-            f"the training loss is {mean} in {rounds.name(number)}; lower train.lr (now {config.lr}) "
+            f"the training loss is {loss} in {rounds.name(number)}; lower train.lr (now {config.lr}) "
             "or set train.max_grad_norm"
         )
-    row = {"train/loss": mean, "train/seconds": time.perf_counter() - began}
+    row = {"train/loss": loss, "train/seconds": seconds}
     return row if rounds.are_epochs else row | {"train/epoch": rounds.epochs_after(number)}

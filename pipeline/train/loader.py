@@ -172,6 +172,11 @@ class Loader:
         self._read_ahead = read_ahead if isinstance(self.source, Reader) else 0
         self.set_epoch(0)
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether segments are held that are fetched before they are needed."""
+        return self._read_ahead > 0
+
     def set_epoch(self, epoch: int, start: int = 0, end: int | None = None) -> None:
         """Choose the epoch of the next iteration, and its batches from `start` to before `end`."""
         self._epoch = (self._batches(epoch) if callable(self._batches) else self._batches)[start:end]

@@ -8,8 +8,8 @@ folder, so that any number of processes may have the same list.
 import gc
 import logging
 import multiprocessing
-from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,15 @@ from pipeline.tasks.config import LOWER_IS_BETTER
 from pipeline.train import processes
 from pipeline.train.checkpoint import claimed_checkpoint
 from pipeline.train.objective import to_device
-from pipeline.workflows.train import OpenCut, open_run_accelerator, train_opened
+from pipeline.train.stacked_steps import FREE
+from pipeline.workflows.train import OpenCut, open_run_accelerator, train_opened, train_stack
 
 log = logging.getLogger("recycle")
 
 OPENED = ("channels_last", "check", "compile", "dtype", "gradient_checkpointing", "residency", "scratch_gb")
 """Settings of `train` that what is opened depends on, as it does on all other sections."""
+LARGEST_STACK = 32
+"""Runs that are trained at once at most; it bounds the memory for their outputs."""
 Failures = MutableMapping[str, str]
 """Name of a run that failed -> the message."""
 
@@ -52,10 +55,12 @@ class SweepResult:
         return sorted(self.finished, key=lambda run: (run.metric, signs[run.metric] * run.value))
 
 
-def sweep_project(params: Path, fixed: Settings, settings: Sequence[Settings], *, jobs: int = 1) -> SweepResult:
+def sweep_project(
+    params: Path, fixed: Settings, settings: Sequence[Settings], *, jobs: int = 1, stacked: bool = False
+) -> SweepResult:
     """Train the runs of `settings` that are not finished, with `jobs` processes; see `plan_runs`.
 
-    A run that fails does not end the sweep.
+    Those that can be trained at once are, if `stacked`. A run that fails does not end the sweep.
 
     Raises:
         ConfigError: a run has a wrong setting; no run is started then.
@@ -69,10 +74,11 @@ def sweep_project(params: Path, fixed: Settings, settings: Sequence[Settings], *
     waiting = [run for run in runs if run.finished() is None]
     log.info("%d runs, %d of them finished already", len(runs), len(runs) - len(waiting))
     failed: Failures = {}
-    with _helpers(min(jobs, len(waiting)) - 1, params, fixed, settings) as shared:
-        train_runs(waiting, shared)
+    at_once = min(LARGEST_STACK, -(-len(waiting) // jobs)) if stacked else 1
+    with _helpers(min(jobs, len(waiting)) - 1, params, fixed, settings, at_once) as shared:
+        train_runs(waiting, shared, at_once)
         failed = dict(shared)
-    train_runs([run for run in waiting if run.finished() is None], failed)  # those of processes that died
+    train_runs([run for run in waiting if run.finished() is None], failed, at_once)  # those of processes that died
     done = {run.name: run.finished() for run in runs}
     finished = [run for run in done.values() if run is not None]
     return SweepResult(finished, failed, [name for name, run in done.items() if run is None and name not in failed])
@@ -90,18 +96,44 @@ def _check_accelerators(runs: Sequence[PlannedRun]) -> None:
         raise ConfigError("\n".join(faults))
 
 
-def train_runs(runs: Sequence[PlannedRun], failed: Failures) -> None:
-    """Train those of `runs` that are neither finished, nor trained by another process, nor among `failed`."""
-    by_key: dict[str, list[PlannedRun]] = {}
-    for run in runs:
-        by_key.setdefault(_key(run), []).append(run)
-    for group in by_key.values():
+def train_runs(runs: Sequence[PlannedRun], failed: Failures, at_once: int = 1) -> None:
+    """Train those of `runs` that are neither finished, nor trained by another process, nor among `failed`.
+
+    Up to `at_once` runs are trained at once where they differ in `stacked.FREE` only.
+    """
+    for number, group in enumerate(_grouped(runs, _key)):
+        if number:
+            gc.collect()  # what belongs to the cut before this one
         shared = _SharedCut()
+        for alike in _grouped(group, _stack_key):
+            for begin in range(0, len(alike), at_once):
+                _train_at_once(alike[begin : begin + at_once], shared, failed)
         for run in group:
             if run.name not in failed:
                 _train_unless_taken(run, shared, failed)
         del shared
-        gc.collect()  # before the next cut is opened
+
+
+def _grouped(runs: Sequence[PlannedRun], key: Callable[[PlannedRun], str]) -> list[list[PlannedRun]]:
+    by_key: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        by_key.setdefault(key(run), []).append(run)
+    return list(by_key.values())
+
+
+def _train_at_once(runs: Sequence[PlannedRun], shared: "_SharedCut", failed: Failures) -> None:
+    """Train those of `runs` that no process has started, at once, up to their record; leave all where it cannot be."""
+    if len(runs) < 2:
+        return
+    with ExitStack() as claims:
+        ours = [run for run in runs if claims.enter_context(claimed_checkpoint(run.checkpoint))]
+        new = [run for run in ours if run.finished() is None and not any(run.checkpoint.iterdir())]
+        if len(new) < 2:
+            return
+        try:
+            failed.update(train_stack(new, shared.open(new[0])))
+        except RecyclingError as error:
+            log.info("%d runs are trained one after the other: %s", len(new), error)
 
 
 def _train_unless_taken(run: PlannedRun, shared: "_SharedCut", failed: Failures) -> None:
@@ -128,6 +160,11 @@ def _key(run: PlannedRun) -> str:
     sections = [getattr(project, name).model_dump(mode="json") for name in names]
     opened = project.train.model_dump(mode="json", include=set(OPENED))
     return digest([str(run.cut), *sections, opened, project.train.adapter is None])
+
+
+def _stack_key(run: PlannedRun) -> str:
+    """Return a digest that runs of one opened cut share if they may be trained at once."""
+    return digest([run.project.train.model_dump(mode="json", exclude=set(FREE))])
 
 
 class _SharedCut:
@@ -166,7 +203,9 @@ def _restore(module: nn.Module, initial: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def _helpers(count: int, params: Path, fixed: Settings, settings: Sequence[Settings]) -> Iterator[Failures]:
+def _helpers(
+    count: int, params: Path, fixed: Settings, settings: Sequence[Settings], at_once: int
+) -> Iterator[Failures]:
     """Start `count` processes that train runs of the same list, and wait for them at the end; give the shared failures.
 
     Torch's threads are divided among all processes.
@@ -179,7 +218,7 @@ def _helpers(count: int, params: Path, fixed: Settings, settings: Sequence[Setti
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         failed = manager.dict()
-        given: tuple[Any, ...] = (params, fixed, settings, failed, threads)
+        given: tuple[Any, ...] = (params, fixed, settings, failed, threads, at_once)
         helpers = [context.Process(target=_help, args=given, daemon=True) for _ in range(count)]
         for helper in helpers:
             helper.start()
@@ -194,10 +233,12 @@ def _helpers(count: int, params: Path, fixed: Settings, settings: Sequence[Setti
             log.warning("%d of %d processes ended early, with %s", len(died), count, ", ".join(map(str, died)))
 
 
-def _help(params: Path, fixed: Settings, settings: Sequence[Settings], failed: Failures, threads: int) -> None:
+def _help(
+    params: Path, fixed: Settings, settings: Sequence[Settings], failed: Failures, threads: int, at_once: int
+) -> None:
     """Train runs in a process that has been started for it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     keep_freed_memory()
     torch.set_num_threads(threads)
-    train_runs(plan_runs(params, fixed, settings), failed)
+    train_runs(plan_runs(params, fixed, settings), failed, at_once)

@@ -37,6 +37,7 @@ from pipeline.train.config import TrainConfig
 from pipeline.train.fit import TrainResult, fit, open_accelerator
 from pipeline.train.loader import Loader
 from pipeline.train.objective import evaluate, to_device
+from pipeline.train.stacked import StackedRun, fit_stacked
 from pipeline.train.trackers import tracked
 
 log = logging.getLogger("recycle")
@@ -149,14 +150,13 @@ def train_opened(planned: PlannedRun, opened: OpenCut, accelerator: Accelerator)
 
 def _train(run: PlannedRun, opened: OpenCut, towers: Sequence[Tower], accelerator: Accelerator) -> TrainResult:
     """Train the suffixes of `towers`; write the result to the folder of the run."""
-    train, table = run.project.train, opened.table
+    train = run.project.train
     suffix = trainable_model(towers)
     if train.adapter is not None:  # an adapted suffix is a new one
         _convert(suffix, train)
-    minimum = minimum_units(towers, suffix, table, accelerator.device)
+    training, validation, test = _open_batches(opened, towers, suffix, accelerator.device)
     if train.compile:
         suffix.compile()
-    training, validation, test = open_loaders(towers, table, accelerator.device, minimum=minimum, feeds=opened.feeds)
     if accelerator.is_main_process:
         shutil.rmtree(run.folder, ignore_errors=True)
     else:
@@ -175,6 +175,38 @@ def _train(run: PlannedRun, opened: OpenCut, towers: Sequence[Tower], accelerato
         weights=plain_weights if train.adapter else nn.Module.state_dict,
         test=partial(_test_scores, towers, test, accelerator),
     )
+
+
+def _open_batches(
+    opened: OpenCut, towers: Sequence[Tower], suffix: nn.Module, device: torch.device
+) -> list[Loader | TowerLoader]:
+    minimum = minimum_units(towers, suffix, opened.table, device)
+    return open_loaders(towers, opened.table, device, minimum=minimum, feeds=opened.feeds)
+
+
+def train_stack(runs: Sequence[PlannedRun], opened: OpenCut) -> dict[str, str]:
+    """Train `runs` at once, so that `train_opened` has only to record them; return messages of those that failed.
+
+    They differ in `stacked.FREE` only; this process has locked their checkpoint folders.
+
+    Raises:
+        TrainError: they cannot be trained at once; the message is the reason.
+    """
+    runs = sorted(runs, key=lambda run: run.project.train.seed)
+    device, by_seed = processes.state().device, {run.project.train.seed: run for run in runs}
+    towers = {seed: opened.towers_for(run.project) for seed, run in by_seed.items()}
+    first = towers[runs[0].project.train.seed]
+    suffix = trainable_model(first)
+    loaders = {seed: _open_batches(opened, own, suffix, device) for seed, own in towers.items()}
+    failed = fit_stacked(
+        suffix,
+        first[0].loaded.task,
+        [StackedRun(run.project.train, loaders[run.project.train.seed][0], run.checkpoint) for run in runs],
+        loaders[runs[0].project.train.seed][1],
+        device=device,
+        fresh=new_parameters(first),
+    )
+    return {run.name: message for run, message in zip(runs, failed, strict=True) if message is not None}
 
 
 def _test_scores(
