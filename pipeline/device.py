@@ -98,8 +98,8 @@ def warn_of_emulation(setting: str, value: str, device: torch.device) -> None:
     """
     if device.type == "cpu" and value in SHORT and not _multiplies(SHORT[value]):
         log.warning(
-            "%s is %s, which this processor computes many times slower than float32: it lacks the instructions; encode "
-            "on another machine, or set it back",
+            "%s is %s, which this processor computes many times slower than float32: it lacks the instructions; use "
+            "another machine, or set a type of 32 bits",
             setting,
             value,
         )

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from pipeline.errors import SplitError
@@ -81,6 +80,8 @@ def flops_around(model: nn.Module, cuts: Sequence[Cut], example: Any) -> list[tu
 
 def _count_flops(model: nn.Module, cuts: Sequence[Cut], args: Args, kwargs: Kwargs) -> list[tuple[int, int]]:
     """Return the operations per sample of one forward pass before and after each of the cuts."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # noqa: PLC0415  (imports triton)
+
     counted: dict[tuple[str, int], int] = {}
 
     def on_call(path: str, index: int, args: Args, kwargs: Kwargs) -> None:

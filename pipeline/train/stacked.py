@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.utils import parameters_to_vector
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import RecyclingError, TrainError
 from pipeline.split import Suffix
@@ -225,6 +224,8 @@ class Stack:
 
         Parameters without a gradient are left as they are, as by an optimizer.
         """
+        from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415  (imports triton)
+
         objective.train()
         named = {name: item for name, item in self._suffix.named_parameters() if item.requires_grad}
         self._suffix.record(batch.state, **batch.inputs)  # else its operations are counted too
