@@ -32,6 +32,7 @@ from pipeline.encode.decoding import decode_samples
 from pipeline.encode.encoder import compute_format
 from pipeline.encode.ragged import Sample, batches_by_length, length, pad_batch, shapes
 from pipeline.models import ModelConfig, PreprocessConfig, load, network_inputs
+from pipeline.split import compile_blocks
 from pipeline.tasks import Head
 
 CPU = torch.device("cpu")
@@ -120,6 +121,12 @@ class Bench(Encoding):
         ]
 
     @property
+    def name(self) -> str:
+        """The format."""
+        parts = [self.form.precision, *(["channels-last"] if self.form.channels_last else [])]
+        return ", ".join([*parts, *(["compiled"] if self.config.compile else [])])
+
+    @property
     def operations(self) -> float:
         """Operations of the prefix on all samples, with the padding of their batches."""
         if self.flops is None:
@@ -148,15 +155,22 @@ def fastest(case: Case, at: float, options: argparse.Namespace) -> Bench:
     """Return the case in the format in which the bare prefix is the fastest here."""
     found: list[tuple[float, Bench]] = []
     dtypes = ["float32", *(["bfloat16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
-    for dtype, channels_last in itertools.product(dtypes, [False, True] if options.encoder is None else [False]):
+    layouts = [False, True] if options.encoder is None else [False]
+    for dtype, channels_last, compiled in itertools.product(dtypes, layouts, {False, options.compile}):
         config = EncodeConfig(
-            cuts=[at], workers=options.workers, channels_last=channels_last, batch_tokens=options.batch_tokens
+            cuts=[at],
+            workers=options.workers,
+            channels_last=channels_last,
+            batch_tokens=options.batch_tokens,
+            compile=compiled,
         )
         bench = Bench(case, at, config, dtype)
         few = bench.in_memory[:: max(1, len(bench.in_memory) // 8)]
-        bench.bare(few[:1])
+        if compiled:
+            compile_blocks([bench.prefix])
+        bench.bare(few if compiled else few[:1])
         found.append((min(bench.bare(few) for _ in range(2)), bench))
-        print(f"  {case.name} at {at}: {dtype}{' channels-last' * channels_last}, {found[-1][0]:.3g} s", flush=True)
+        print(f"  {case.name} at {at}: {bench.name}, {found[-1][0]:.3g} s", flush=True)
     return min(found, key=lambda item: item[0])[1]
 
 
@@ -170,6 +184,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--encoder", help="a network of texts (hf:DIRECTORY), in place of those of images")
     parser.add_argument("--texts", type=Path, help="JSON lines with question and answer")
     parser.add_argument("--batch-tokens", type=int, help="as encode.batch_tokens")
+    parser.add_argument("--compile", action="store_true", help="try compiled blocks, too: encode.compile")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     return parser.parse_args()
 
@@ -186,10 +201,9 @@ def main() -> None:
         bare, whole = (statistics.median(side) for side in zip(*seconds, strict=True))
         peak = matrix_peak(CPU, bench.form.compute_dtype)
         shares = [bench.operations / side / peak for side in (bare, whole)]
-        form = f"{bench.form.precision}{' channels-last' * bench.form.channels_last}"
         rates = [len(bench.samples) / side for side in (bare, whole)]
         rows.append(
-            f"{case.name:36} {at:4} {form:24} {rates[0]:10.1f} {rates[1]:10.1f} {bare / whole:6.3f} "
+            f"{case.name:36} {at:4} {bench.name:24} {rates[0]:10.1f} {rates[1]:10.1f} {bare / whole:6.3f} "
             f"{shares[0]:6.2f} {shares[1]:6.2f} {peak / 1e9:8.0f}"
         )
     print(

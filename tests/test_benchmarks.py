@@ -28,7 +28,7 @@ TINY = {
     "encode": (
         "--samples 16 --repeats 1 --workers 0 --cuts 1.0 --pixels 32",
         2,
-        r"px +1\.0 \S+(?: channels-last)? +(N) +(N) +(N) +(N) +(N) +(N)$",
+        r"px +1\.0 \w+(?:, [\w-]+)* +(N) +(N) +(N) +(N) +(N) +(N)$",
     ),
     "epoch": ("{project} --steps 1 --rounds 1", 1, r"^ +0\.5 +(N) +(N) +(N) +(N) +(N)$"),
     "executors": (
