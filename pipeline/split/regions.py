@@ -70,5 +70,6 @@ def compile_blocks(prefixes: Sequence[Prefix]) -> int:
     ]
     for path in chosen:
         block: Any = model.get_submodule(path)
-        block.forward = torch.compile(block.forward)
+        if not hasattr(block.forward, "_torchdynamo_orig_callable"):  # else it is compiled already
+            block.forward = torch.compile(block.forward)
     return len(chosen)

@@ -69,6 +69,9 @@ def test_compiled_blocks_give_the_states_of_plain_ones(bert: nn.Module) -> None:
     prefixes = [split(bert, at=at, example={"input_ids": IDS})[0] for at in places]
     plain = [prefix(input_ids=IDS) for prefix in prefixes]
     assert compile_blocks(prefixes) == 4, "a cut lies in the fifth"
+    compiled = [module.forward for module in bert.bert.encoder.layer]
+    assert compile_blocks(prefixes) == 4
+    assert [module.forward for module in bert.bert.encoder.layer] == compiled, "a second time, nothing changes"
     for length in (6, 3, 5):
         for prefix, state in zip(prefixes, plain, strict=True):
             found = prefix(input_ids=IDS[:, :length])
