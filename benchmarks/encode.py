@@ -162,6 +162,7 @@ def fastest(case: Case, at: float, options: argparse.Namespace) -> Bench:
             workers=options.workers,
             channels_last=channels_last,
             batch_tokens=options.batch_tokens,
+            segment_samples=options.segment_samples,
             compile=compiled,
         )
         bench = Bench(case, at, config, dtype)
@@ -184,6 +185,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--encoder", help="a network of texts (hf:DIRECTORY), in place of those of images")
     parser.add_argument("--texts", type=Path, help="JSON lines with question and answer")
     parser.add_argument("--batch-tokens", type=int, help="as encode.batch_tokens")
+    parser.add_argument("--segment-samples", type=int, default=512, help="as encode.segment_samples")
     parser.add_argument("--compile", action="store_true", help="try compiled blocks, too: encode.compile")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     return parser.parse_args()
