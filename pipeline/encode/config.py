@@ -103,8 +103,8 @@ class EncodeConfig(Section):
     device: str = "auto"
     """"auto" (the accelerator if there is one), "cpu", "cuda:0", ..."""
     compile: bool = False
-    """Compile the blocks before the cut by torch.compile: a minute or more at the start of each process, and a faster
-    forward pass. On a CPU it needs a C++ compiler."""
+    """Compile the blocks before the cut by torch.compile, which takes a minute or more at the start of each process. On
+    a CPU it needs a C++ compiler, and seldom pays (benchmarks/README.md)."""
     channels_last: bool = False
     """Run image backbones in channels-last memory format: faster on most accelerators."""
     suffix: bool = True

@@ -13,6 +13,9 @@ from pipeline.split.prefix import Prefix
 from pipeline.split.replay import Stub
 from pipeline.split.suffix import Suffix
 
+SHAPES = 4
+"""Kinds of inputs for which a block is compiled at most, on average."""
+
 
 class Recomputed:
     """A module's `forward` whose intermediate values are computed again in the backward pass, not kept (checkpointing).
@@ -68,6 +71,11 @@ def compile_blocks(prefixes: Sequence[Prefix]) -> int:
         for path in prefixes[0].blocks
         if path in before and not any(inner.startswith(f"{path}.") for inner in observed)
     ]
+    from torch._dynamo import config  # noqa: PLC0415  (imports the compiler)
+
+    compiler: Any = config
+    # Blocks of one class share a limit, beyond which the others would run as they are.
+    compiler.recompile_limit = max(compiler.recompile_limit, SHAPES * len(chosen))
     for path in chosen:
         block: Any = model.get_submodule(path)
         if not hasattr(block.forward, "_torchdynamo_orig_callable"):  # else it is compiled already

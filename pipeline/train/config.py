@@ -88,8 +88,8 @@ class TrainConfig(Section):
     """Compute what is inside the blocks after the cut again in the backward pass in place of keeping it: less memory,
     and about a third more time. Blocks with batch normalisation keep it."""
     compile: bool = False
-    """Compile the layers after the cut by torch.compile: a minute at the start, and faster steps on accelerators. On a
-    CPU it needs a C++ compiler."""
+    """Compile the layers after the cut by torch.compile, which takes a minute or more at the start. On a CPU it needs a
+    C++ compiler."""
     channels_last: bool = False
     """Train image backbones in channels-last memory format: faster on most accelerators and CPUs."""
     adapter: AdapterSetting | None = None
