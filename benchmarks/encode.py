@@ -82,7 +82,7 @@ class Texts(Source):
 
 @dataclass(frozen=True)
 class Case:
-    """What is encoded."""
+    """A data set and the network that encodes it."""
 
     name: str
     source: Callable[[], Source]

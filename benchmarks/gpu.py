@@ -183,7 +183,7 @@ def measure(report: Report, options: argparse.Namespace, folder: Path) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("gpu.json"))
-    parser.add_argument("--seconds", type=float, default=480, help="after these, what is left is not measured")
+    parser.add_argument("--seconds", type=float, default=480, help="time limit: no row starts after it")
     parser.add_argument("--samples", type=int, default=8192, help="at the cut 1.0, half as many at 0.5")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=16, help="batches of a pass of training")

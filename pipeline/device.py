@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 
 log = logging.getLogger("recycle")
 
-SHORT = {"bf16": "bf16", "bfloat16": "bf16", "float16": "fp16"}
+MKLDNN_NAMES = {"bf16": "bf16", "bfloat16": "bf16", "float16": "fp16"}
 """Types of 16 bits by their names in settings -> in torch's functions."""
 
 
@@ -96,7 +96,7 @@ def warn_of_emulation(setting: str, value: str, device: torch.device) -> None:
     Its matrix products are then made value by value: on two cores of such a processor the demo's encode took 21 times
     as long in bfloat16 as in float32.
     """
-    if device.type == "cpu" and value in SHORT and not _multiplies(SHORT[value]):
+    if device.type == "cpu" and value in MKLDNN_NAMES and not _multiplies(MKLDNN_NAMES[value]):
         log.warning(
             "%s is %s, which this processor computes many times slower than float32: it lacks the instructions; use "
             "another machine, or set a type of 32 bits",

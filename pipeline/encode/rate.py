@@ -10,7 +10,7 @@ from pipeline.encode.unit import EncodeCosts
 if TYPE_CHECKING:
     from pipeline.precision import ComputeFormat
 
-SHORT = 5.0
+MEASURED_FROM = 5.0
 """Seconds of an encode below which the machine's peak is not measured, which takes up to a second."""
 
 
@@ -44,7 +44,7 @@ class EncodeRate:
         is_text = any(not tensor.is_floating_point() and tensor.dim() == 1 for tensor in example[0].values())
         tokens = costs.positions / costs.elapsed if is_text else None
         share = None
-        if flops and costs.elapsed > SHORT:
+        if flops and costs.elapsed > MEASURED_FROM:
             cut, (operations, _) = max(enumerate(flops), key=lambda item: item[1][0])
             if costs.forward_samples.get(cut) == costs.samples:  # else some samples went to a lower cut only
                 alike = costs.padded / max(map(length, example)) if costs.padded else costs.samples

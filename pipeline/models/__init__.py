@@ -53,6 +53,7 @@ def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, features:
     import torch  # noqa: PLC0415
 
     from pipeline.models.weights import convert  # noqa: PLC0415
+    from pipeline.precision import weights_dtype  # noqa: PLC0415
 
     if model.weights is None and features is None:
         log.warning("model.weights is null: %s gets random weights (model.seed %d)", model.backbone, model.seed)
@@ -68,10 +69,13 @@ def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, features:
         raise ConfigError(f"preprocess.{unused[0]} is for audio; {model.backbone} takes {kind}; remove it")
     if preprocess.augment is not None:
         backbone.preprocess.view(0)
-    if model.dtype == "auto":  # the network may be of several types; only new layers follow it
-        return replace(backbone, exact=convert(backbone.model, backbone.dtype, backbone.fresh))
-    dtype: torch.dtype = getattr(torch, model.dtype)
-    return replace(backbone, dtype=dtype, exact=convert(backbone.model, dtype))
+    if model.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, model.dtype)
+        return replace(backbone, dtype=dtype, exact=convert(backbone.model, dtype))
+    given = [item for name, item in backbone.model.named_parameters() if name not in backbone.fresh]
+    dtype = weights_dtype(given or backbone.model.parameters())
+    # The network may be of several types; only new layers follow it.
+    return replace(backbone, dtype=dtype, exact=convert(backbone.model, dtype, backbone.fresh))
 
 
 def describe(model: ModelConfig, backbone: "Backbone", folder: Path) -> None:

@@ -130,7 +130,7 @@ class Backbone:
     fresh: frozenset[str] = frozenset()
     """Names in `model` of the head's parameters that were not pretrained."""
     dtype: torch.dtype = torch.float32
-    """Type of the weights before a cut."""
+    """Type of the weights before a cut; `load` sets it, and `exact`."""
     exact: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of `model` that lost precision to `dtype`, as they came, by name: training starts from these."""
 

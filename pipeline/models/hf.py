@@ -75,14 +75,13 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head, featu
                 model, fresh = _fill(type(blueprint), None, config, given)
             else:
                 model, fresh = _fill_from_checkpoint(auto, origin, settings, config, head, build, extra)
-        dtype = weights_dtype(model.parameters())
         with seeded(config.seed):
             if head.kind == "embedding":
                 model = embed(model, head, pooling, preprocessor, features)
                 fresh = model.fresh
             elif head.layers:
                 fresh = insert_layers(model, head.layers, classifier_layout(model, build), config.backbone)
-        return Backbone(model, preprocessor, config.backbone, fresh, dtype)
+        return Backbone(model, preprocessor, config.backbone, fresh)
 
 
 def describe_hf(config: ModelConfig, backbone: Backbone, folder: Path) -> None:

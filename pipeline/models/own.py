@@ -12,7 +12,6 @@ from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
 from pipeline.models.texts import make_text_preprocess
 from pipeline.models.weights import CheckpointLayout, fit_weights, parameters_on_meta, read_weights, seeded
-from pipeline.precision import weights_dtype
 from pipeline.tasks.base import Head
 
 
@@ -36,10 +35,9 @@ def load_own(config: ModelConfig, preprocess: PreprocessConfig, head: Head, feat
         if head.size is not None:
             layout = CheckpointLayout.of(lambda classes: _network(function(replace(head, size=classes))))
         fresh = fit_weights(model, state, layout, f"model.weights {config.weights}")
-    dtype = weights_dtype(model.parameters())
     if isinstance(built, Backbone):
-        return replace(built, fresh=built.fresh | fresh, dtype=dtype)
-    return Backbone(model, _make_preprocess(model, preprocess, config, head), config.backbone, fresh, dtype)
+        return replace(built, fresh=built.fresh | fresh)
+    return Backbone(model, _make_preprocess(model, preprocess, config, head), config.backbone, fresh)
 
 
 def _network(built: nn.Module | Backbone) -> nn.Module:

@@ -13,7 +13,6 @@ from pipeline.models.classifier import insert_layers
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
 from pipeline.models.weights import CheckpointLayout, fit_weights, parameters_on_meta, read_weights, seeded
-from pipeline.precision import weights_dtype
 from pipeline.tasks.base import Head
 
 
@@ -110,10 +109,10 @@ def load_vision(config: ModelConfig, preprocess: PreprocessConfig, head: Head, f
         if head.layers:
             with seeded(config.seed):
                 fresh = insert_layers(model, head.layers, CheckpointLayout.of(library.build), config.backbone)
-        return Backbone(model, preprocessor, config.backbone, fresh, weights_dtype(model.parameters()))
+        return Backbone(model, preprocessor, config.backbone, fresh)
     with seeded(config.seed):
         embedder = embed(model, head, head.pooling or "pooled", preprocessor, features)
-    return Backbone(embedder, preprocessor, config.backbone, embedder.fresh, weights_dtype(model.parameters()))
+    return Backbone(embedder, preprocessor, config.backbone, embedder.fresh)
 
 
 def _pretrained(library: Torchvision | Timm, config: ModelConfig) -> Mapping[str, Tensor]:

@@ -14,7 +14,7 @@ from pipeline.train import processes
 from pipeline.train.objective import trains_on_one
 
 _ON_ONE: MutableMapping[nn.Module, bool] = WeakKeyDictionary()
-"""Whether suffixes train on one sample: the runs of a sweep share a suffix."""
+"""Suffix -> whether it trains on a single sample; the runs of a sweep share a suffix, and so the answer."""
 
 
 def minimum_units(towers: Sequence[Tower], suffix: nn.Module, table: SampleTable, device: torch.device) -> int:

@@ -89,7 +89,7 @@ def write_pretrained_suffix(
         return
     network, names = backbone.pretrained(model.library)
     own = backbone.model.state_dict(keep_vars=True)
-    # By identity: `network` may name them differently.
+    # `network` may name its tensors differently from `backbone.model`: they are found by identity.
     exact = {id(own[name]): item for name, item in backbone.exact.items() if name in saved.trained}
     read = {id(item) for name, item in own.items() if name in saved.trained | saved.frozen}
     kept = {
@@ -97,8 +97,8 @@ def write_pretrained_suffix(
         for name, item in network.state_dict(keep_vars=True).items()
         if name in names and (id(item) in read or not isinstance(item, nn.Parameter))
     }
-    new = {name: exact.get(id(own[name]), own[name]) for name in backbone.fresh if name in own}
-    new = {} if _has_own_layers(model, head) else new
+    fresh = frozenset[str]() if _has_own_layers(model, head) else backbone.fresh & own.keys()
+    new = {name: exact.get(id(own[name]), own[name]) for name in fresh}
     description = {
         "split": saved.split,
         "modules": modules,

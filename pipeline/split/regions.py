@@ -43,7 +43,7 @@ def recompute_blocks(suffix: Suffix) -> int:
         block: Any = suffix.get_submodule(path)
         is_whole = path in suffix.plan.after and not suffix.frozen.lacks(block)
         is_layer = next(block.children(), None) is None
-        if not is_whole or is_layer or any(_keeps_statistics(module) for module in block.modules()):
+        if not is_whole or is_layer or any(keeps_statistics(module) for module in block.modules()):
             continue
         count += 1
         # At the cut, what `forward` is given is incomplete: the stub there stays outside.
@@ -53,14 +53,15 @@ def recompute_blocks(suffix: Suffix) -> int:
     return count
 
 
-def _keeps_statistics(module: nn.Module) -> bool:
+def keeps_statistics(module: nn.Module) -> bool:
+    """Return whether `module` normalises by statistics of batches, and keeps their running mean."""
     return isinstance(module, _NormBase) and module.running_mean is not None
 
 
 def compile_blocks(prefixes: Sequence[Prefix]) -> int:
     """Compile the blocks of the common model of `prefixes` that run before a cut, in place; return their number.
 
-    A block stays as it is if a cut, or a tensor that crosses one, lies in it.
+    A block that holds a cut, or a tensor that crosses one, is not compiled.
     """
     model = prefixes[0].model
     observed = {prefix.cut.path for prefix in prefixes}

@@ -6,8 +6,8 @@ remote/    stores in buckets, mirrored on this disk
 store      a folder of segments that share one recipe
 upkeep/    whole stores: describe, verify, compact, collect garbage, remove samples, attachments
 
-Imports go up this list only. Other packages import from here alone: what is imported here is public. What handles
-values, and so needs torch, is imported when it is first asked for.
+A module imports only from those above it. Other packages import only the names that are given here. Modules that handle
+values need torch, and are imported when a name of theirs is first used.
 """
 
 # ruff: noqa: F401

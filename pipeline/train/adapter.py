@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from pipeline.errors import ConfigError, TrainError
 from pipeline.split import State, Suffix, with_model
 from pipeline.split.forward import observed_calls
+from pipeline.split.regions import keeps_statistics
 from pipeline.split.suffix import output_in_eval
 from pipeline.split.tree import difference, tensors
 from pipeline.train.config import AdapterConfig
@@ -175,9 +175,9 @@ def _keep_statistics(twin: nn.Module, fresh: frozenset[str]) -> None:
     """Keep pretrained batch normalisation in eval mode in every mode of the model."""
     for path, module in twin.named_modules():
         own = {f"{path}.{name}" for name in module._parameters}
-        if isinstance(module, _NormBase) and module.running_mean is not None and not own & fresh:
+        if keeps_statistics(module) and not own & fresh:
             module.eval()
-            module.train = MethodType(_train_children, module)  # type: ignore[method-assign]
+            module.train = MethodType(_train_children, module)
 
 
 def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:

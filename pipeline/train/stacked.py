@@ -33,7 +33,7 @@ from pipeline.train.stacked_steps import OPTIMIZERS, OneProduct, StackedOptimize
 
 log = logging.getLogger("recycle")
 
-LARGEST = 2**20
+MOST_PARAMETERS = 2**20
 """Parameters of the largest suffix that is stacked: with gradients and moments, 32 times so many are 0.5 GB."""
 MOST_FLOPS = 10**8
 """Of a step, that is a few milliseconds of a core: in longer ones there is little overhead to save."""
@@ -102,7 +102,7 @@ def checked(suffix: nn.Module, task: Task, runs: Sequence[StackedRun]) -> Suffix
         f"train.precision is {config.precision}": config.precision != "no",
         "train.adapter is set": config.adapter is not None,
         "the loss learns or remembers": task.loss_module is not None,
-        f"the suffix has {size:,} parameters; the limit is {LARGEST:,}": size > LARGEST,
+        f"the suffix has {size:,} parameters; the limit is {MOST_PARAMETERS:,}": size > MOST_PARAMETERS,
         "epochs of the seeds differ in length": len({len(run.training) for run in runs}) > 1,
         "each seed would hold its own segments, which are read ahead": several
         and any(isinstance(run.training, Loader) and run.training.reads_ahead for run in runs),

@@ -145,7 +145,7 @@ class Int8(Codec):
         return whole.char(), {SCALES: scales}
 
     def decode(self, stored: "Tensor", beside: "Mapping[str, Tensor]", dtype: "torch.dtype") -> "Tensor":
-        import torch  # noqa: PLC0415  (it is slow to import, for whoever reads no values)
+        import torch  # noqa: PLC0415  (slow to import; a command that reads no values needs none)
 
         scales, bounds = beside[SCALES], torch.finfo(dtype)
         values = stored * scales
