@@ -1,7 +1,6 @@
 """The minimum size of a training batch, which batch norms and losses determine."""
 
 from collections.abc import MutableMapping, Sequence
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,15 +12,18 @@ from pipeline.project.towers import Tower
 from pipeline.train import processes
 from pipeline.train.objective import trains_on_one
 
-_ON_ONE: MutableMapping[nn.Module, bool] = WeakKeyDictionary()
-"""Suffix -> whether it trains on a single sample; the runs of a sweep share a suffix, and so the answer."""
 
-
-def minimum_units(towers: Sequence[Tower], suffix: nn.Module, table: SampleTable, device: torch.device) -> int:
+def minimum_units(
+    towers: Sequence[Tower],
+    suffix: nn.Module,
+    table: SampleTable,
+    device: torch.device,
+    known: MutableMapping[nn.Module, bool],
+) -> int:
     """Return the minimum number of units in every training batch of `suffix`, the trained model; 1 if any number works.
 
     A batch norm needs two values of each channel in every process that computes its own statistics; a loss that
-    compares units needs two of them.
+    compares units needs two of them. `known` has the suffixes that were tried on a single sample, and gets this one.
 
     Raises:
         TrainError: a batch, or the training split, has fewer units.
@@ -33,7 +35,7 @@ def minimum_units(towers: Sequence[Tower], suffix: nn.Module, table: SampleTable
     size, count, apart = config.batch_size, len(units), processes.world() if device.type == "cpu" else 1
     per_unit = 1 if len(towers) > 1 else _smallest(units)
     for_norms = -(-2 * apart // per_unit)
-    if min(count % size or size, count) >= for_norms or _trains_on_one(towers, suffix):
+    if min(count % size or size, count) >= for_norms or _trains_on_one(towers, suffix, known):
         return task.minimum_units
     if size < for_norms:
         raise TrainError(f"train.batch_size is {size}; {_why(for_norms, apart)}")
@@ -55,11 +57,11 @@ def _why(least: int, apart: int) -> str:
     )
 
 
-def _trains_on_one(towers: Sequence[Tower], suffix: nn.Module) -> bool:
-    if suffix in _ON_ONE:
-        return _ON_ONE[suffix]
+def _trains_on_one(towers: Sequence[Tower], suffix: nn.Module, known: MutableMapping[nn.Module, bool]) -> bool:
+    if suffix in known:
+        return known[suffix]
     suffix.train()
     parts = [suffix] if len(towers) == 1 else [suffix.get_submodule(str(tower.name)) for tower in towers]
     firsts = [tower.loaded.stored_batch(tower.store, np.array([0])) for tower in towers]
-    _ON_ONE[suffix] = all(trains_on_one(part, first) for part, first in zip(parts, firsts, strict=True))
-    return _ON_ONE[suffix]
+    known[suffix] = all(trains_on_one(part, first) for part, first in zip(parts, firsts, strict=True))
+    return known[suffix]

@@ -2,10 +2,11 @@
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
@@ -75,6 +76,8 @@ class OpenCut:
     towers: Sequence[Tower]
     feeds: Mapping[str, Feed]
     """What reads the states, by tower."""
+    trains_on_one: MutableMapping[nn.Module, bool] = field(default_factory=WeakKeyDictionary)
+    """Suffix -> whether it trains on a single sample; runs of the cut share a suffix, and so the answer."""
 
     @classmethod
     def of(cls, project: Project, cut: CutName) -> "OpenCut":
@@ -180,7 +183,7 @@ def _train(run: PlannedRun, opened: OpenCut, towers: Sequence[Tower], accelerato
 def _open_batches(
     opened: OpenCut, towers: Sequence[Tower], suffix: nn.Module, device: torch.device
 ) -> list[Loader | TowerLoader]:
-    minimum = minimum_units(towers, suffix, opened.table, device)
+    minimum = minimum_units(towers, suffix, opened.table, device, opened.trains_on_one)
     return open_loaders(towers, opened.table, device, minimum=minimum, feeds=opened.feeds)
 
 
