@@ -15,18 +15,25 @@ cut: for encode.cuts; the number of blocks before it (from 2 on) and their share
 of parameters: frozen. of FLOPs: of a forward pass, before the cut; matrix products, convolutions, attention count.
 state bytes: of one sample in fp16. x full, x frozen: expected speed-up of a training step over full fine-tuning, and
 over the same layers frozen but run every time, if computation is the bound and backward costs twice forward.
+linear head: with --probe, the validation score of a linear head on the states, fitted to 1,000 samples; from here on:
+the best of these at the cut or after it. Where it falls, deeper cuts have lost something that the task needs.
 * sensible: it saves 10 % or stores less than the inputs, and no other one that stores as little does nearly as well."""
 
 
 @click.command("cuts")
 @click.argument("model", required=False)
 @params_option
-@click.option("--weights", help="As model.weights. Costs do not depend on values: the default is random weights.")
+@click.option(
+    "--weights",
+    help="As model.weights. Costs do not depend on values: the default is random weights, but with --probe.",
+)
 @click.option("--image-size", type=click.IntRange(min=1), help="As preprocess.image_size.")
 @click.option("--length", type=click.IntRange(min=2), help="As preprocess.max_length, in tokens.")
 @click.option("--classes", type=click.IntRange(min=2), default=10, show_default=True, help="Of the head, without data.")
 @click.option("--batch", type=click.IntRange(min=2), default=2, show_default=True, help="Samples of the example.")
 @click.option("--measure", "timed", is_flag=True, help="Also time steps of the sensible cuts on this machine's CPU.")
+@click.option("--probe", is_flag=True, help="Also score linear heads on the states of every cut (linear probes).")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw scores and costs into a PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 def command(
     model: str | None,
@@ -37,6 +44,8 @@ def command(
     classes: int,
     batch: int,
     timed: bool,
+    probe: bool,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """List every place to cut a model, with its costs and the speed-up to expect; mark the sensible ones.
@@ -52,12 +61,18 @@ def command(
     from pipeline.project.model_example import from_name, from_project  # noqa: PLC0415  (torch is slow to import)
 
     if model is None:
-        example = from_project(Project.load(params), weights, preprocess, classes=classes, batch=batch)
+        project = Project.load(params)
+        weights = weights or (project.model.weights if probe else None)
+        example = from_project(project, weights, preprocess, classes=classes, batch=batch)
     else:
         example = from_name(model, weights, preprocess, classes=classes, batch=batch)
     choices = cuts.choose(example.model, example.inputs)
     if timed:
         choices = cuts.measure(example.model, example.inputs, choices)
+    if probe:
+        choices = cuts.add_linear_scores(example, choices)
+    if plot is not None:
+        cuts.draw(choices, plot)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(choice) for choice in choices], indent=2))
     else:

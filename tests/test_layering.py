@@ -51,7 +51,7 @@ DOORS = {
         "pipeline.train.processes",
         "pipeline.train.trackers",
     },
-    "matplotlib": {"pipeline.report.summary"},
+    "matplotlib": {"pipeline.report.cut_plot", "pipeline.report.summary"},
     "nervaluate": {"pipeline.tasks"},
     "numcodecs": {"pipeline.store"},
     "soundfile": {"pipeline.models"},

@@ -9,12 +9,14 @@ recipe_cache.py       recipes known from an earlier encode, so that no model is 
 probe.py              a fixed input kept with its states: the proof that today's code still gives them
 stores.py             stores opened for writing
 views.py              the plain store of a cut and those of its augmented views, read as one
+stored_inputs.py      inputs to split a network on, from its store
 pretrained_suffix.py  pretrained weights after a cut, kept beside its store
 towers.py             encoders as training and prediction open them, and several of them as one model
 minimum_batch.py      how small a training batch may be
 loaders.py            the batches of a run, and where they are read from
 new_params.py         the params.yaml of a new project
 model_example.py      a model and inputs to try it on, without stores
+linear_heads.py       linear heads on the states of many cuts, scored without stores
 """
 
 from pipeline.project.settings import SECTIONS, UNPACKED, CutName, Project

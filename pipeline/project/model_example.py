@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from pipeline.config import check_sections
-from pipeline.data import build, open_source
+from pipeline.data import SampleTable, Source, build, open_source
 from pipeline.encode.decoding import decode_samples
 from pipeline.encode.ragged import pad_batch
 from pipeline.errors import ConfigError, DataError
@@ -30,11 +30,25 @@ SIDE = 256
 
 
 @dataclass(frozen=True)
+class ProjectData:
+    """The model of a project, with its samples and their targets."""
+
+    loaded: LoadedModel
+    source: Source
+    table: SampleTable
+    """Its keys say nothing of contents: reading all of them would take long."""
+    rows: np.ndarray
+    """Row of the source of each row of the table, (N,) int64."""
+
+
+@dataclass(frozen=True)
 class ModelExample:
     """A network and a batch of its inputs, on the CPU."""
 
     model: nn.Module
     inputs: dict[str, Tensor]
+    data: ProjectData | None = None
+    """Where the inputs come from; None if they were drawn."""
 
 
 def from_name(
@@ -72,15 +86,16 @@ def from_project(
         ConfigError, ModelError: as `from_name`.
         DataError: the samples cannot be decoded.
     """
+    sha256 = project.model.sha256 if weights == project.model.weights else None
     project = dataclasses.replace(
         project,
-        model=project.model.model_copy(update={"weights": weights, "sha256": None}),
+        model=project.model.model_copy(update={"weights": weights, "sha256": sha256}),
         preprocess=project.preprocess.model_copy(update=dict(preprocess)),
     )
     try:
         source = open_source(project.data)
-        # Any keys will do: it is for the labels alone, of which contents say nothing.
-        keys = np.arange(len(source) * KEY_BYTES // 8, dtype=np.uint64).view(np.uint8).reshape(-1, KEY_BYTES)
+        # Any keys will do: the table is for the labels alone, of which contents say nothing. They hold the row, twice.
+        keys = np.repeat(np.arange(len(source)), KEY_BYTES // 8).view(np.uint8).reshape(-1, KEY_BYTES)
         table = build(source, keys, project.data)
     except (ConfigError, DataError) as error:
         log.warning("%s; so the example is drawn, and %d classes are assumed", error, classes)
@@ -90,7 +105,8 @@ def from_project(
     samples = decode_samples(source, preprocessing, np.linspace(0, len(source) - 1, batch).astype(np.int64))
     if len(samples) < 2:
         raise DataError(f"fewer than 2 of {batch} samples of {project.data.path} can be decoded; see recycle encode")
-    return ModelExample(loaded.backbone.model, network_inputs(pad_batch(samples, preprocessing.pad)))
+    data = ProjectData(loaded, source, table, table.keys.view(np.int64)[:, 0])
+    return ModelExample(loaded.backbone.model, network_inputs(pad_batch(samples, preprocessing.pad)), data)
 
 
 def _drawn(model: ModelConfig, preprocess: PreprocessConfig, *, classes: int, batch: int) -> ModelExample:

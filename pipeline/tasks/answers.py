@@ -57,6 +57,12 @@ class Answers(Task):
         places_B2 = at_tokens(targets["start"], targets["end"], targets["chars"])
         return F.cross_entropy(logits_B2T.transpose(1, 2), places_B2)
 
+    def linear_target(self, targets: Mapping[str, Tensor]) -> Tensor:
+        chars_BT2, places_B2 = targets["chars"], at_tokens(targets["start"], targets["end"], targets["chars"])
+        hot_BT2 = F.one_hot(places_B2, chars_BT2.shape[1]).transpose(1, 2).float()
+        hot_BT2[:, 1:][chars_BT2[:, 1:, 0] < 0] = torch.nan  # the first token stands for "no answer here"
+        return hot_BT2
+
     def metrics(self) -> Metrics:
         return AnswerScores(*self._windows, self.max_answer, may_be_none=self._may_be_none)
 

@@ -162,6 +162,15 @@ class Task(ABC):
     def loss(self, output: Any, targets: "Mapping[str, Tensor]") -> "Tensor":
         """Return the loss of a batch, a scalar; `output` is whatever the model returns."""
 
+    def linear_target(self, targets: "Mapping[str, Tensor]") -> "Tensor | None":
+        """Return what a linear head should tell of a batch: labels (B,), for heads on tokens (B, T), or numbers (B, K),
+        (B, T, K).
+
+        Labels are int64, `IGNORED` for rows to leave out; of embeddings they are groups that belong together. Numbers
+        are floating point, NaN for rows to leave out. None, the default: the task has no such head.
+        """
+        return None
+
     @abstractmethod
     def metrics(self) -> Metrics:
         """Return fresh scores."""

@@ -79,6 +79,9 @@ class Classification(OfClasses):
         weights = None if self._weights is None else self._weights.to(logits_BC.device)
         return F.cross_entropy(logits_BC, targets["label"], weight=weights, label_smoothing=self.label_smoothing)
 
+    def linear_target(self, targets: Mapping[str, Tensor]) -> Tensor:
+        return targets["label"]
+
     def metrics(self) -> Metrics:
         return SingleLabelScores(SCORES[self.name])
 
@@ -143,6 +146,9 @@ class MultiLabel(OfClasses):
         smooth_BC = hot_BC * (1 - self.label_smoothing) + self.label_smoothing / 2
         weights = None if self._weights is None else self._weights.to(logits_BC.device)
         return F.binary_cross_entropy_with_logits(logits_BC, smooth_BC, pos_weight=weights)
+
+    def linear_target(self, targets: Mapping[str, Tensor]) -> Tensor:
+        return 2.0 * targets["label"] - 1
 
     def metrics(self) -> Metrics:
         return MultiLabelScores(SCORES[self.name])

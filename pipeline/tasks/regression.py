@@ -83,6 +83,9 @@ class Regression(Task):
         loss: Tensor = self._loss(read_numbers(output, targets["label"]), targets["label"])
         return loss
 
+    def linear_target(self, targets: Mapping[str, Tensor]) -> Tensor:
+        return targets["label"]
+
     def legend(self, table: Table) -> list[Any]:
         """Return mean and standard deviation of each number."""
         mean, std = self.units_of(table)

@@ -133,6 +133,9 @@ class Similarity(Task):
             loss = loss + self._memories[side](embeddings_BD, groups_B, enqueue_mask=others_B)
         return loss
 
+    def linear_target(self, targets: Mapping[str, Tensor]) -> Tensor:
+        return targets["group"]
+
     def metrics(self) -> Metrics:
         return RetrievalScores(self.config.distance, self.config.precision_at)
 

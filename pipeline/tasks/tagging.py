@@ -70,10 +70,11 @@ class Tagging(Task):
         return {"tags": Ragged.of([[numbers[tag] for tag in tags] for tags in table.targets["tags"].tolist()])}
 
     def loss(self, output: Any, targets: Mapping[str, Tensor]) -> Tensor:
-        word_BT, tags_BW = targets["word"], targets["tags"]
-        tags_BT = tags_BW.gather(1, word_BT.clamp(min=0)).masked_fill(word_BT < 0, IGNORED)
-        logits_BTC = read_tensor(output).float()
+        logits_BTC, tags_BT = read_tensor(output).float(), at_tokens(targets)
         return F.cross_entropy(logits_BTC.transpose(1, 2), tags_BT, label_smoothing=self.label_smoothing)
+
+    def linear_target(self, targets: Mapping[str, Tensor]) -> Tensor:
+        return at_tokens(targets)
 
     def metrics(self) -> Metrics:
         return TaggingScores(self._tags)
@@ -92,6 +93,12 @@ class Tagging(Task):
         best_BW = at_words(best_BT, word_BT, int(words_B.max()), list(legend).index(OUTSIDE))
         found = zip(best_BW.tolist(), words_B.tolist(), strict=True)
         return {"tags": [[legend[number] for number in numbers[:words]] for numbers, words in found]}
+
+
+def at_tokens(targets: Mapping[str, Tensor]) -> Tensor:
+    """Return the tag of each token, (B, T) int64: `IGNORED` but for the first token of each word."""
+    word_BT, tags_BW = targets["word"], targets["tags"]
+    return tags_BW.gather(1, word_BT.clamp(min=0)).masked_fill(word_BT < 0, IGNORED)
 
 
 class TaggingScores(Metrics):

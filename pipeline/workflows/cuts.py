@@ -1,15 +1,21 @@
 """The table of `recycle cuts`: costs and speed-ups of every cut, and which cuts are sensible."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import ConfigError
+from pipeline.project.linear_heads import score_linear_heads
+from pipeline.project.model_example import ModelExample
 from pipeline.report.costs import speed_ups
+from pipeline.report.cut_plot import draw_cuts
 from pipeline.split import Candidate, candidates, split
 from pipeline.split.candidates import seconds_per_sample
 from pipeline.tasks import read_tensor
@@ -18,6 +24,10 @@ LITTLE = 0.1
 """Share of the operations that a cut must save, unless its state is smaller than the inputs."""
 ALIKE = 0.75
 """A cut replaces another if it saves and trains at least this share of the operations that the other does."""
+MEANINGFUL = 100
+"""Largest speed-up that is shown."""
+LINEAR_SAMPLES = 1000
+"""Training samples that linear heads are fitted to; half as many validation samples score them."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,10 @@ class CutOption:
     measured_over_full: float | None = None
     """Speed-ups as `measure` timed them."""
     measured_over_frozen: float | None = None
+    linear_score: float | None = None
+    """Validation score of a linear head on the states, as `score_linear_heads` gives it."""
+    linear_from_here: float | None = None
+    """The best linear head at this cut or a deeper one: the layers after this cut start from what that head reads."""
 
 
 def choose(model: nn.Module, example: Mapping[str, Tensor]) -> list[CutOption]:
@@ -113,6 +127,27 @@ def _measured(model: nn.Module, example: Mapping[str, Tensor], choice: CutOption
     return dataclasses.replace(choice, measured_over_full=full / recycled, measured_over_frozen=frozen / recycled)
 
 
+def add_linear_scores(example: ModelExample, choices: Sequence[CutOption]) -> list[CutOption]:
+    """Score a linear head on the states of every cut that is not refused, in one pass over some of the samples.
+
+    Raises:
+        ConfigError: the model comes without data, or the task has no linear head.
+        DataError: as `score_linear_heads`.
+    """
+    if example.data is None:
+        raise ConfigError("--probe fits heads to the targets of params.yaml, and no data are there; see data.path")
+    task, usable = example.data.loaded.task, [choice for choice in choices if not choice.refused]
+    prefixes = [split(example.model, choice.at, example.inputs)[0] for choice in usable]
+    scores = score_linear_heads(example.data, prefixes, samples=LINEAR_SAMPLES)
+    of_cut = {choice.at: score for choice, score in zip(usable, scores, strict=True) if not math.isnan(score)}
+    best, scored = max if task.higher_is_better else min, list[CutOption]()
+    for number, choice in enumerate(choices):
+        later = [of_cut[one.at] for one in choices[number:] if one.at in of_cut]
+        from_here = None if choice.refused else best(later, default=None)
+        scored.append(dataclasses.replace(choice, linear_score=of_cut.get(choice.at), linear_from_here=from_here))
+    return scored
+
+
 def _step(module: nn.Module, run: Callable[..., Any]) -> Callable[..., None]:
     """Return a training step of `module`, whose output `run` gives, without the optimiser."""
 
@@ -121,6 +156,26 @@ def _step(module: nn.Module, run: Callable[..., Any]) -> Callable[..., None]:
         torch.autograd.backward(read_tensor(run(**inputs)).float().square().mean())
 
     return step
+
+
+def draw(choices: Sequence[CutOption], path: Path) -> None:
+    """Draw linear scores, expected speed-ups and sizes of states of the cuts that are not refused, as a PNG."""
+    usable = [choice for choice in choices if not choice.refused]
+    draw_cuts(
+        [choice.blocks_share for choice in usable],
+        {
+            "validation score": {
+                "linear head": [choice.linear_score for choice in usable],
+                "best from here on": [choice.linear_from_here for choice in usable],
+            },
+            "expected speed-up": {
+                "over full fine-tuning": [_drawn(choice.over_full) for choice in usable],
+                "over frozen layers": [_drawn(choice.over_frozen) for choice in usable],
+            },
+            "state, KB/sample": {"": [(choice.state_bytes or 0) / 1e3 for choice in usable]},
+        },
+        path,
+    )
 
 
 def table(choices: Sequence[CutOption]) -> str:
@@ -139,6 +194,9 @@ def table(choices: Sequence[CutOption]) -> str:
     if any(choice.measured_over_full for choice in choices):
         columns["measured x full"] = [_times(choice.measured_over_full) for choice in choices]
         columns["measured x frozen"] = [_times(choice.measured_over_frozen) for choice in choices]
+    if any(choice.linear_score is not None for choice in choices):
+        columns["linear head"] = [_shown(choice.linear_score, "{:.3f}") for choice in choices]
+        columns["from here on"] = [_shown(choice.linear_from_here, "{:.3f}") for choice in choices]
     refusals = [f"{choice.at} is refused: {choice.refused}" for choice in choices if choice.refused]
     return "\n".join([pd.DataFrame(columns).to_string(index=False), *refusals])
 
@@ -148,5 +206,9 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def _times(value: float | None) -> str:
-    """Format a factor; above 100, computation is no longer the bound, and the value means nothing."""
-    return ">100" if value is not None and value > 100 else _shown(value, "{:.1f}")
+    """Format a factor; above `MEANINGFUL`, computation is no longer the bound, and the value means nothing."""
+    return f">{MEANINGFUL}" if value is not None and value > MEANINGFUL else _shown(value, "{:.1f}")
+
+
+def _drawn(factor: float | None) -> float | None:
+    return factor if factor is not None and factor <= MEANINGFUL else None
