@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from pipeline.data import SampleTable
 from pipeline.project import CutName, Project
 from pipeline.project.loaders import open_loaders
+from pipeline.project.stored_inputs import inputs_of
 from pipeline.project.towers import open_tower, trainable_suffix
 from pipeline.train.fit import train_round
 from pipeline.train.loader import Batch
@@ -93,7 +94,7 @@ class Side:
         optimizer = open_optimizer(self.objective, self.config, loaded.backbone.fresh)
         self.scheduler = schedule(optimizer, self.config, steps=10**6)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.inputs = [loaded.stored_inputs(views, batch.rows.numpy()) for batch in self.in_ram]
+        self.inputs = [inputs_of(loaded.stored_batch(views, batch.rows.numpy()), views.path) for batch in self.in_ram]
 
     def measured(self) -> None:
         """Train as `recycle` does."""

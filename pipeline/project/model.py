@@ -13,7 +13,7 @@ from pipeline.data import SampleTable, Source
 from pipeline.device import check_compiler, pick_device, warn_of_emulation
 from pipeline.encode.encoder import Encoder
 from pipeline.encode.ragged import Sample, pad_batch
-from pipeline.errors import AbsentError, ConfigError, CorruptStoreError, InputRefusedError, ModelError, StoreError
+from pipeline.errors import AbsentError, ConfigError, InputRefusedError, ModelError, StoreError
 from pipeline.keys import JSON, Recipe
 from pipeline.models import Backbone, Preprocess, load, network_inputs
 from pipeline.models.fingerprint import fingerprint, is_installed, module_fingerprints
@@ -22,17 +22,15 @@ from pipeline.project import recipe_cache
 from pipeline.project.pretrained_suffix import PretrainedSuffix, SavedSplit, built_modules, write_pretrained_suffix
 from pipeline.project.recipe import IRRELEVANT, former_recipe, recipe_of, warn_of_former_recipe
 from pipeline.project.settings import CutName, Project
+from pipeline.project.stored_inputs import inputs_of
 from pipeline.project.views import Views, view_name
 from pipeline.split import Prefix, Suffix, flops_around, recompute_blocks, split
-from pipeline.store import SHAPE_PREFIX, SUFFIX, Store, remove_attachment
+from pipeline.store import SUFFIX, Store, remove_attachment
 from pipeline.tasks import Head, Task, open_task
 from pipeline.train.adapter import adapt
 from pipeline.train.loader import Batch, Loader, StoredRows
 
 log = logging.getLogger("recycle")
-
-MAX_VALUES = 1 << 28
-"""Maximum number of values drawn for one input of a sample whose shape a store gives."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,8 @@ class LoadedModel:
             suffix = self.pretrained_suffix.suffix(self.backbone)
             self._widen(suffix, suffix)
             return opened, None, suffix
-        prefix, suffix = self.split(cut, self._example(opened))
+        example = inputs_of(self.stored_batch(opened, _first_and_last(opened)), plain.path)
+        prefix, suffix = self.split(cut, as_inputs(example, self.backbone.dtype))
         for store, view, recipe in zip(stores, views, self.recipes(prefix), strict=True):
             if self.is_former(store, prefix, recipe, view):
                 warn_of_former_recipe(store)
@@ -230,24 +229,6 @@ class LoadedModel:
         samples = StoredRows(store.first_places(rows), self.project.reader(store.path))
         return next(iter(Loader(samples, {}, [np.arange(len(rows))], pad=self.backbone.preprocess.pad)))
 
-    def stored_inputs(self, store: Views, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return the inputs of the network for some rows of the table, on the CPU: ids and masks as stored.
-
-        Values of floating-point inputs are drawn: the store keeps only their shapes.
-
-        Raises:
-            CorruptStoreError: a shape is larger than that of any sample can be.
-        """
-        inputs = self.stored_batch(store, rows).inputs
-        for name, tensor in inputs.items():
-            if tensor.numel() > MAX_VALUES * len(rows):
-                raise CorruptStoreError(
-                    f"{store.path}: {SHAPE_PREFIX}{name} says {list(tensor.shape[1:])}, at most {MAX_VALUES} values "
-                    "are made; encode again"
-                )
-        draw = torch.Generator().manual_seed(0)
-        return {n: torch.randn(t.shape, generator=draw) if t.is_floating_point() else t for n, t in inputs.items()}
-
     def recipes(self, prefix: Prefix) -> list[Recipe]:
         """Return the recipes of the states of `prefix` under the settings of this project, one for each view."""
         project = self.project
@@ -265,9 +246,6 @@ class LoadedModel:
         device = next(self.backbone.model.parameters()).device
         batch = as_inputs(network_inputs(pad_batch(samples, self.backbone.preprocess.pad)), self.backbone.dtype)
         return {name: tensor.to(device) for name, tensor in batch.items()}
-
-    def _example(self, store: Views) -> dict[str, Tensor]:
-        return as_inputs(self.stored_inputs(store, _first_and_last(store)), self.backbone.dtype)
 
     def _widen(self, module: nn.Module, suffix: Suffix) -> None:
         """Convert what `module` has of weights of 16 bits to float32, in place; those of `suffix` become exact."""
