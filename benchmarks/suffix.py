@@ -9,7 +9,6 @@ gradients and the two averages of AdamW, plus what `import torch` takes alone.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,19 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 TRAINED_COPIES = 4
 """float32 values for each weight that trains: the weight, its gradient, and two averages of AdamW."""
 TARGET_MB = 300
+LIBRARIES = """
+import torch, accelerate, dvclive
+from transformers import LlamaForSequenceClassification
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+"""
+"""What any training of a Llama imports; torch's optimizers import its compiler."""
+STARTER = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+"""Runs a command from a small process: what a process inherits from the one that starts it counts as its largest."""
 PARAMS = """
 data: {source: text, path: texts.jsonl, text: text, label: label, validation: 0.25}
 model: {backbone: "hf:llama"}
@@ -43,13 +55,13 @@ def main() -> None:
     parser.add_argument("--trained", type=int, default=6, help="blocks that train")
     parser.add_argument("--dir", type=Path, help="where the networks are made, and removed again")
     options = parser.parse_args()
-    alone = peak(["-c", "import torch"], Path())
+    alone, libraries = (peak(["-c", code], Path()) for code in ("import torch", LIBRARIES))
     print("| blocks | checkpoint | suffix with AdamW | import torch | train, largest | beyond both |")
     print("|---|---|---|---|---|---|")
     for blocks in options.blocks:
         with tempfile.TemporaryDirectory(dir=options.dir) as name:
             folder, cut = Path(name), str(1 - options.trained / blocks)
-            apart(make, folder, blocks, options.width, cut)  # a process that is started counts the memory of this one
+            apart(make, folder, blocks, options.width, cut)
             peak(["-m", "stages.cli", "encode"], folder)
             checkpoint = sum(file.stat().st_size for file in (folder / "llama").glob("*.safetensors"))
             suffix = TRAINED_COPIES * trained_bytes(folder / "data/activations" / cut / "suffix/model.safetensors")
@@ -57,7 +69,8 @@ def main() -> None:
         rest = (largest - suffix - alone) / 1e6
         sizes = [f"{size / 1e6:,.0f} MB" for size in (checkpoint, suffix, alone, largest)]
         print(f"| {blocks} | {' | '.join(sizes)} | {rest:+.0f} MB |", flush=True)
-    print(f"\ntarget: at most +{TARGET_MB} MB for any number of blocks before the cut")
+    print(f"\ntarget: at most +{TARGET_MB} MB for any number of blocks before the cut, of which the imports of")
+    print(f"transformers, accelerate, DVCLive and torch's AdamW alone take {(libraries - alone) / 1e6:+.0f} MB")
 
 
 def make(folder: Path, blocks: int, width: int, cut: str) -> None:
@@ -88,13 +101,11 @@ def make(folder: Path, blocks: int, width: int, cut: str) -> None:
 
 def peak(arguments: list[str], folder: Path) -> int:
     """Return the largest resident memory, in bytes, of Python with `arguments`, run in `folder`."""
-    with tempfile.TemporaryFile() as log:
-        running = subprocess.Popen([sys.executable, *arguments], cwd=folder, stdout=log, stderr=log)
-        _, status, usage = os.wait4(running.pid, 0)
-        if running_failed := os.waitstatus_to_exitcode(status):
-            log.seek(0)
-            raise SystemExit(f"{arguments} ended with {running_failed}:\n{log.read().decode()}")
-    return usage.ru_maxrss * 1024
+    command = [sys.executable, "-c", STARTER, sys.executable, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{arguments} ended with {done.returncode}:\n{done.stderr}")
+    return int(done.stdout) * 1024
 
 
 def trained_bytes(file: Path) -> int:

@@ -1,10 +1,11 @@
 """Samples read and preprocessed in worker processes; a bad sample is returned as a value, not raised."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -73,13 +74,24 @@ def explain_dead_workers(workers: int) -> Iterator[None]:
 
 
 def decode_rows(source: Source, chunk: Chunk) -> list[Decoded]:
-    """Read and preprocess samples in this process; each is read and decoded once for all views."""
+    """Read and preprocess samples in this process; each is read and decoded once for all views.
+
+    Of those that follow each other, alike ones are preprocessed at once; others one by one, so that none waits decoded.
+    """
     rows = chunk.rows.tolist()
     keys = [None] * len(rows) if chunk.keys is None else [key.tobytes() for key in chunk.keys]
-    by_row = [_in_views(source, chunk.views, row, key) for row, key in zip(rows, keys, strict=True)]
+    in_views: list[list[Begun]] = [[] for _ in chunk.views]
+
+    def alike(one: _Read | BadSample) -> Hashable:
+        return None if isinstance(one, BadSample) else chunk.views[0].alike(one.opened)
+
+    reading = (_read(source, chunk.views[0], row, key) for row, key in zip(rows, keys, strict=True))
+    for kind, group in itertools.groupby(reading, alike):
+        for some in ([one] for one in group) if kind is None else [list(group)]:
+            for view, of_view in zip(chunk.views, in_views, strict=True):
+                of_view.extend(_begin(source, view, some))
     decoded = []
-    for number in range(len(chunk.views)):
-        of_view = [in_views[number] for in_views in by_row]
+    for of_view in in_views:
         good = [(row, one) for row, one in zip(rows, of_view, strict=True) if not isinstance(one, BadSample)]
         bad = [one for one in of_view if isinstance(one, BadSample)]
         inputs = _stacked([sample for _, (sample, _) in good])
@@ -102,26 +114,42 @@ def finished_samples(preprocess: "Preprocess", decoded: Decoded) -> list[Sample]
     return [dict(zip(batch, tensors, strict=True)) for tensors in zip(*batch.values(), strict=True)]
 
 
-def _in_views(
-    source: Source, views: "Sequence[Preprocess]", row: int, key: bytes | None
-) -> list[tuple[Sample, int] | BadSample]:
-    """Return a sample in each view, with the number of tokens that truncation removed."""
+@dataclass(frozen=True)
+class _Read:
+    """A sample that was read; `opened` is what all views share."""
 
-    def read() -> tuple[Any, Any]:
+    row: int
+    content: Any
+    opened: Any
+
+
+Begun: TypeAlias = "tuple[Sample, int] | BadSample"
+"""A sample in a view, with the number of tokens that truncation removed."""
+
+
+def _read(source: Source, preprocess: "Preprocess", row: int, key: bytes | None) -> _Read | BadSample:
+    def read() -> _Read:
         content = source.content(row)
         if key is not None and source.key(row, content) != key:
             raise BadSampleError("the content is not the one its key was made of; encode again with --rehash")
-        return content, views[0].open(content)
+        return _Read(row, content, preprocess.open(content))
 
-    def begin(view: "Preprocess", content: Any, opened: Any) -> tuple[Sample, int]:
-        sample = view.begin(opened)
-        return sample, view.excess(content, sample)
+    return attempt(read, partial(set_aside, source, row))
 
-    bad = partial(set_aside, source, row)
-    found = attempt(read, bad)
-    if isinstance(found, BadSample):
-        return [found] * len(views)
-    return [attempt(partial(begin, view, *found), bad) for view in views]
+
+def _begin(source: Source, view: "Preprocess", some: Sequence[_Read | BadSample]) -> list[Begun]:
+    """Return samples that are alike, or a single one, in a view; if one of them is bad, the others still are good."""
+    opened = [one.opened for one in some if isinstance(one, _Read)]
+    together = attempt(lambda: view.begin_alike(opened), lambda _: None) if len(some) > 1 else None
+
+    def begin(number: int, one: _Read) -> tuple[Sample, int]:
+        sample = view.begin(one.opened) if together is None else together[number]
+        return sample, view.excess(one.content, sample)
+
+    return [
+        attempt(partial(begin, number, one), partial(set_aside, source, one.row)) if isinstance(one, _Read) else one
+        for number, one in enumerate(some)
+    ]
 
 
 def _stacked(samples: list[Sample]) -> "dict[str, Tensor] | list[Sample]":

@@ -23,6 +23,7 @@ from pipeline.encode.config import EncodeConfig
 from pipeline.encode.decoding import Chunk, Decoded, decode, decode_samples, finish_sample
 from pipeline.encode.quarantine import BadSample, name_of
 from pipeline.encode.ragged import (
+    TOLERANCE,
     Sample,
     Trimming,
     batches_by_length,
@@ -38,6 +39,7 @@ from pipeline.errors import InputRefusedError, ModelError
 from pipeline.models import EXTRA, Preprocess, network_inputs
 from pipeline.precision import ComputeFormat, weights_dtype
 from pipeline.split import Capture, Prefix, State, compile_blocks
+from pipeline.split.layout import sample_tolerance
 from pipeline.store import Store
 
 log = logging.getLogger("recycle")
@@ -202,8 +204,9 @@ class Encoder:
             def run(**batch: Tensor) -> dict[str, Tensor]:
                 return self.format.run(self.prefixes[cut], network_inputs(batch))
 
-            is_exact = self.format.precision == "float32"
-            self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, exact=is_exact)
+            is_float32 = self.format.precision == "float32"
+            tolerance = TOLERANCE if is_float32 else sample_tolerance(self.format.compute_dtype)
+            self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, tolerance=tolerance)
         return self.trimmings[cut]
 
     def _write(self, outcome: Outcome, buffers: Buffers) -> Outcome:

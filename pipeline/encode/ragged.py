@@ -88,13 +88,13 @@ def batches_by_length(samples: Sequence[Sample], *, size: int, tokens: int | Non
 
 
 def find_trimming(
-    prefix: Callable[..., Sample], samples: Sequence[Sample], pad: Mapping[str, float], *, exact: bool = True
+    prefix: Callable[..., Sample], samples: Sequence[Sample], pad: Mapping[str, float], *, tolerance: float = TOLERANCE
 ) -> Trimming:
     """Determine, on the shortest and the longest of `samples`, how the states of a padded batch are trimmed.
 
     The reference is the state of each sample in a batch of one. A state axis that has the length of a ragged input in
     both is cut to that length; if the trimmed state of the shorter sample then differs from the reference, padding
-    leaks and is not used. `exact=False` allows for the rounding of 16-bit arithmetic.
+    leaks and is not used. `tolerance` is relative to the state's largest value.
     """
     from pipeline.split.tree import difference  # noqa: PLC0415  (slow to import, for a command with nothing to do)
 
@@ -115,6 +115,5 @@ def find_trimming(
         axes[name] = (differing[0] - 1, of_lengths[0])
     trimming = Trimming(axes=axes)
     padded = trimming(prefix(**pad_batch([short, long], pad)), [short, long])
-    tolerance = TOLERANCE if exact else 100 * TOLERANCE
     same = all(difference(tensor[0], padded[name][0]) <= tolerance for name, tensor in alone_short.items())
     return trimming if same else Trimming(pads=False)

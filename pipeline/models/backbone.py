@@ -3,7 +3,7 @@
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,14 @@ class Preprocess(ABC):
     def begin(self, opened: Any) -> dict[str, Tensor]:
         """Do what must be done sample by sample, `finish` the rest; `opened` stays as it is. Raises as `__call__`."""
         return self(opened)
+
+    def alike(self, opened: Any) -> Hashable:
+        """Return what `begin_alike` needs samples to have in common; None for one that is begun alone."""
+        return None
+
+    def begin_alike(self, opened: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """Return what `begin` returns for each of some samples that are alike."""
+        return [self.begin(one) for one in opened]
 
     def excess(self, content: object, sample: dict[str, Tensor]) -> int:
         """Return how many tokens of a text its inputs, `sample`, leave out; 0 where they hold all of the content."""

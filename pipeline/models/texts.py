@@ -5,7 +5,7 @@ import inspect
 import itertools
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,6 +43,8 @@ class TextPreprocess(Preprocess):
 
     extra: ClassVar[str | None] = None
     """Name of the extra of each token; batches are padded with -1."""
+    truncation: ClassVar[bool | str] = True
+    """As the tokenizer takes it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, inputs: tuple[str, ...]) -> None:
         self.tokenizer, self.max_length, self.inputs = tokenizer, max_length, inputs
@@ -50,7 +52,26 @@ class TextPreprocess(Preprocess):
         self._digest = fingerprint([type(tokenizer), own, _backend(tokenizer) if tokenizer.is_fast else None])
 
     def __call__(self, content: object) -> dict[str, Tensor]:
-        return self._inputs(self._tokenize(self.texts(content)))
+        return self.begin_alike([content])[0]
+
+    def alike(self, opened: object) -> Hashable:
+        """Return the number of texts."""
+        return len(opened) if isinstance(opened, tuple) else 1
+
+    def begin_alike(self, opened: Sequence[object]) -> list[dict[str, Tensor]]:
+        encoded = self._tokenize(*map(list, zip(*map(self.texts, opened), strict=True)))
+        samples = []
+        for number, content in enumerate(opened):
+            values = {name: encoded[name][number] for name in self.inputs}
+            if self.extra is not None:
+                spans = zip(encoded.sequence_ids(number), encoded["offset_mapping"][number], strict=True)
+                values[f"{EXTRA}{self.extra}"] = self._extras(content, spans)
+            samples.append({name: torch.tensor(value, dtype=torch.int64) for name, value in values.items()})
+        return samples
+
+    def _extras(self, content: object, spans: Iterable[tuple[int | None, tuple[int, int]]]) -> list[Any]:
+        """Return the extra of each token, given the number of its text, and where its characters begin and end."""
+        raise NotImplementedError
 
     def texts(self, content: object) -> tuple[str, ...]:
         """Return the one or two texts of a content; raises BadSampleError if it is something else, or empty."""
@@ -61,12 +82,12 @@ class TextPreprocess(Preprocess):
             raise BadSampleError("the text is empty")
         return texts
 
-    def _tokenize(self, texts: tuple[str, ...], **settings: Any) -> BatchEncoding:
-        encoding: BatchEncoding = self.tokenizer(*texts, max_length=self.max_length, **{"truncation": True} | settings)
+    def _tokenize(self, *texts: list[str]) -> BatchEncoding:
+        options: dict[str, Any] = {} if self.extra is None else {"return_offsets_mapping": True}
+        encoding: BatchEncoding = self.tokenizer(
+            *texts, max_length=self.max_length, truncation=self.truncation, **options
+        )
         return encoding
-
-    def _inputs(self, encoded: BatchEncoding) -> dict[str, Tensor]:
-        return {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.inputs}
 
     def excess(self, content: object, sample: dict[str, Tensor]) -> int:
         """Return by how many tokens a text is longer than `max_length`."""
@@ -120,18 +141,15 @@ class WordPreprocess(TextPreprocess):
 
     extra = "word"
 
-    def __call__(self, content: object) -> dict[str, Tensor]:
-        (text,) = self.texts(content)
-        encoded = self._tokenize((text,), return_offsets_mapping=True)
+    def _extras(self, content: object, spans: Iterable[tuple[int | None, tuple[int, int]]]) -> list[Any]:
         lengths = [len(word) for word in _words(content)]
         begins = [0, *itertools.accumulate(length + 1 for length in lengths[:-1])]
         words = []  # the word that each token ends in, -1 for none
-        for sequence, (begin, end) in zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True):
+        for sequence, (begin, end) in spans:
             word = bisect_right(begins, end - 1) - 1
             inside = sequence == 0 and begin < end <= begins[word] + lengths[word]
             words.append(word if inside else -1)
-        first = [word if word != before else -1 for before, word in itertools.pairwise([-1, *words])]
-        return self._inputs(encoded) | {f"{EXTRA}word": torch.tensor(first, dtype=torch.int64)}
+        return [word if word != before else -1 for before, word in itertools.pairwise([-1, *words])]
 
     def texts(self, content: object) -> tuple[str, ...]:
         """Return the words as one text."""
@@ -150,18 +168,24 @@ class SpanPreprocess(TextPreprocess):
 
     extra = "chars"
 
-    def __call__(self, content: object) -> dict[str, Tensor]:
-        texts = self.texts(content)
+    truncation = "only_second"
+
+    def texts(self, content: object) -> tuple[str, ...]:
+        """Return question and text."""
+        texts = super().texts(content)
         if len(texts) != 2:
             raise BadSampleError("content is one text; answers expects a question and a text")
+        return texts
+
+    def _tokenize(self, *texts: list[str]) -> BatchEncoding:
         try:
-            encoded = self._tokenize(texts, truncation="only_second", return_offsets_mapping=True)
+            return super()._tokenize(*texts)
         except Exception as error:  # tokenizers raises nothing more special
             room = f"within preprocess.max_length {self.max_length}"
             raise BadSampleError(f"the question leaves no room for the text {room}: {error}") from error
-        of_text = zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True)
-        chars = [span if sequence == 1 else (-1, -1) for sequence, span in of_text]
-        return self._inputs(encoded) | {f"{EXTRA}chars": torch.tensor(chars, dtype=torch.int64)}
+
+    def _extras(self, content: object, spans: Iterable[tuple[int | None, tuple[int, int]]]) -> list[Any]:
+        return [span if sequence == 1 else (-1, -1) for sequence, span in spans]
 
     def probe_contents(self) -> Sequence[object]:
         """Return each text with a question."""

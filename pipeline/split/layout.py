@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import SplitError
-from pipeline.split.tree import Args, Kwargs, arguments, difference, map_arguments
-
-SAMPLE_TOLERANCE = 1e-3  # kernels round differently for batches of another size
+from pipeline.split.tree import Args, Kwargs, arguments, difference, map_arguments, tolerance
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,11 @@ def regroup(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, Tensor]:
     return *_rows(args, kwargs, rows), rows
 
 
+def sample_tolerance(dtype: torch.dtype) -> float:
+    """Return the bound on relative differences of a sample between batches of two sizes: kernels round differently."""
+    return max(1e-3, 2 * tolerance(dtype))
+
+
 def _rows(args: Args, kwargs: Kwargs, rows: Tensor) -> tuple[Args, Kwargs]:
     batch = batch_size(args, kwargs)
 
@@ -95,7 +98,7 @@ def prove_layout(name: str, first: Tensor, second: Tensor, rows: Tensor) -> Batc
         )
     layout = BatchLayout(axes[0], folded=sizes[0] != before)
     ours, theirs = layout.to_state(first, before)[rows.to(first.device)], layout.to_state(second, after)
-    if difference(ours, theirs) > SAMPLE_TOLERANCE:
+    if difference(ours, theirs) > sample_tolerance(ours.dtype):
         raise SplitError(
             f"state {name!r} of a sample depends on the other samples of its batch; cut before they are mixed"
         )

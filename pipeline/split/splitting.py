@@ -13,7 +13,7 @@ from pipeline.errors import SplitError
 from pipeline.split.blocks import find_blocks, resolve
 from pipeline.split.cut import TensorSource, state_names
 from pipeline.split.forward import OUT_OF_MEMORY, state_kept, trace
-from pipeline.split.layout import SAMPLE_TOLERANCE, batch_size, prove_layout, regroup, two_samples
+from pipeline.split.layout import batch_size, prove_layout, regroup, sample_tolerance, two_samples
 from pipeline.split.observation import Observation, observe, run_in_training, seeded_calls
 from pipeline.split.plan import Planned, SplitPlan, make_plan
 from pipeline.split.prefix import Prefix, Slot, State, TensorSpec
@@ -238,7 +238,7 @@ def warn_about_padding(model: nn.Module, planned: Planned, slots: Sequence[Slot]
         theirs = slot.layout.to_state(trimmed_run.values[slot.source], batch)[0]
         if ours.dim() == 0 or ours.shape[0] != padded:
             continue
-        if difference(ours[start : start + length], theirs) > SAMPLE_TOLERANCE:
+        if difference(ours[start : start + length], theirs) > sample_tolerance(ours.dtype):
             warnings.warn(
                 f"split at {plan.cut}: state {slot.name!r} of a sample depends on how far it is padded"
                 f"{LEFT if start else ALWAYS}, or what is recycled differs from what the full model computes",

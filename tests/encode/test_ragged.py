@@ -76,6 +76,16 @@ def test_padding_that_leaks_is_not_used() -> None:
     assert not spread.pads
 
 
+def test_rounding_within_the_tolerance_is_no_leak() -> None:
+    table = nn.Embedding(8, 4)
+
+    def prefix(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return {"h": (table(ids) * (1 + 0.01 * (len(ids) - 1))).detach()}
+
+    assert find_trimming(prefix, [sample(2), sample(5)], PAD, tolerance=0.02).pads
+    assert not find_trimming(prefix, [sample(2), sample(5)], PAD).pads
+
+
 def test_a_state_of_some_other_length_is_not_padded() -> None:
     table = nn.Embedding(8, 4)
     halved = find_trimming(lambda ids, mask: {"h": table(ids)[:, ::2].detach()}, [sample(2), sample(6)], PAD)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pipeline.errors import BadSampleError
 from pipeline.keys import digest
@@ -48,6 +49,12 @@ class PreprocessContract:
             first, second = preprocess(content), copy(content)
             assert all(torch.equal(first[name], second[name]) for name in first)
 
+    def test_alike_samples_begun_at_once_have_the_bytes_of_single_ones(self, preprocess: Preprocess) -> None:
+        opened = [preprocess.open(content) for content in self.good]
+        for kind in {preprocess.alike(one) for one in opened} - {None}:
+            alike = [one for one in opened if preprocess.alike(one) == kind]
+            assert_same_bytes(preprocess.begin_alike(alike), [preprocess.begin(one) for one in alike])
+
     def test_ships_cheaply(self, preprocess: Preprocess) -> None:
         assert len(pickle.dumps(preprocess)) < 2_000_000
 
@@ -63,6 +70,12 @@ class PreprocessContract:
         for content in self.bad:
             with pytest.raises(BadSampleError, match=r".+"):
                 preprocess(content)
+
+
+def assert_same_bytes(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in other)
 
 
 def encoded(kind: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:

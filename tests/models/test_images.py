@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from preprocess_contract import GREY, PreprocessContract, bomb, encoded
+from preprocess_contract import GREY, PreprocessContract, assert_same_bytes, bomb, encoded
 
 from pipeline.data.media import ImageFolder
 from pipeline.errors import BadSampleError
@@ -204,3 +204,20 @@ def test_a_bomb_is_told_by_its_size_without_a_warning() -> None:
         warnings.simplefilter("error")
         with pytest.raises(BadSampleError, match=r"too large|pixels"):
             image(bomb(MAX_PIXELS // 1000, 1001), image_size=4)
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("shape", [(32, 32), (40, 61), (3, 70), (70, 3), (1, 200)])
+def test_images_of_one_size_are_resized_at_once_to_the_same_bytes(resize, interpolation, shape):
+    config = PreprocessConfig(image_size=32, resize=resize, interpolation=interpolation)
+    preprocess = ImagePreprocess(config, ImageDefaults(), "pixels")
+    drawn = np.random.default_rng(0).integers(0, 256, (5, *shape, 3), np.uint8)
+    opened = [preprocess.open(image) for image in drawn]
+    assert {preprocess.alike(one) for one in opened} == {(3, *shape)}
+    assert_same_bytes(preprocess.begin_alike(opened), [preprocess.begin(one) for one in opened])
+
+
+def test_large_images_wait_for_no_others():
+    preprocess = ImagePreprocess(PreprocessConfig(image_size=32), ImageDefaults(), "pixels")
+    assert preprocess.alike(preprocess.open(np.zeros((64, 65), np.uint8))) is None

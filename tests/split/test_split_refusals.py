@@ -69,13 +69,24 @@ def test_a_suffix_that_is_random_in_eval():
         split(Noisy(), 0.25, batch())
 
 
-def test_a_prefix_that_mixes_the_samples():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prefix_that_mixes_the_samples(dtype):
     class Mixing(Chain):
         def between(self, x):
             return x - x.mean(0)
 
     with pytest.raises(SplitError, match="depends on the other samples"):
-        split(Mixing(), 0.5, batch())
+        split(Mixing().to(dtype), 0.5, batch().to(dtype))
+
+
+def test_a_batch_of_another_size_may_round_differently_within_its_type():
+    class Rounding(Chain):
+        def between(self, x):
+            return x * (1 + torch.finfo(torch.bfloat16).eps * (len(x) % 2))
+
+    split(Rounding().bfloat16(), 0.5, batch().bfloat16())
+    with pytest.raises(SplitError, match="depends on the other samples"):
+        split(Rounding(), 0.5, batch())
 
 
 def test_a_prefix_whose_path_depends_on_values():
