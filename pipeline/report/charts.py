@@ -1,7 +1,7 @@
 """Charts: Vega-Lite specifications -> SVG for the page, PNG for DVC.
 
-A specification is a dict that has its data; its fields have fixed names (`x`, `y`, `of`), so that nothing in the data is
-read as an expression. Lines and texts take the colour of the text around them (`currentColor`).
+A specification is a dict with its data. Fields have fixed names (`x`, `y`, `of`), so that nothing in the data is read
+as an expression. Lines and texts take the colour of the text around them (`currentColor`).
 """
 
 import re
@@ -71,7 +71,7 @@ def lines(values: Sequence[Mapping[str, Any]], cuts: Sequence[str], x: str, y: s
     """Return a line for each `run` of `values`, which have `x`, `y`, `cut` and `run`; a colour for each of `cuts`."""
     mark = {"type": "line", "point": {"size": 22} if len(values) <= MOST_MARKS else False, "strokeWidth": 1.6}
     encoding = {
-        "x": _numbers("x", x, log=log) | ({} if log else {"axis": {"tickMinStep": 1, "title": x}}),
+        "x": _numbers("x", x, log=log) if log else _epochs("x", x, max(one["x"] for one in values)),
         "y": _numbers("y", y),
         "detail": {"field": "run", "type": "nominal"},
         "color": _cut_colours(cuts),
@@ -108,8 +108,10 @@ def panels(values: Sequence[Mapping[str, Any]], cuts: Sequence[str], score: str,
     return {"hconcat": columns, "resolve": {"scale": {"color": "shared"}}}
 
 
-def swept(values: Sequence[Mapping[str, Any]], cuts: Sequence[str], setting: str, y: str) -> Spec:
-    """Return a point for each run, `x` its value of a setting, and a line for each cut through the means."""
+def swept(
+    values: Sequence[Mapping[str, Any]], cuts: Sequence[str], setting: str, y: str, *, by_cut: bool = True
+) -> Spec:
+    """Return a point for each run, `x` its value of a setting, and a line through the means: of each cut, or of all."""
     numbers = [one["x"] for one in values]
     is_number = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
     if not is_number:
@@ -117,9 +119,10 @@ def swept(values: Sequence[Mapping[str, Any]], cuts: Sequence[str], setting: str
     log = is_number and min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_RATIO
     horizontal = _numbers("x", setting, log=log) if is_number else _names("x", setting, None)
     vertical, colour = _numbers("y", y), _cut_colours(cuts)
-    mean = {"x": horizontal, "y": vertical | {"aggregate": "mean"}, "color": colour}
+    mean = {"x": horizontal, "y": vertical | {"aggregate": "mean"}} | ({"color": colour} if by_cut else {})
+    line = {"type": "line", "opacity": 0.6} | ({} if by_cut else {"color": "currentColor", "strokeWidth": 1})
     layers = [
-        {"mark": {"type": "line", "opacity": 0.6}, "encoding": mean},
+        {"mark": line, "encoding": mean},
         {"mark": {"type": "point", "filled": True}, "encoding": {"x": horizontal, "y": vertical, "color": colour}},
     ]
     return _sized({"data": {"values": list(values)}, "layer": layers})
@@ -197,7 +200,7 @@ def bars(values: Sequence[Mapping[str, Any]], order: Sequence[str], x: str, colo
 def costs(values: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> Spec:
     """Return a line of seconds `y` against epochs `x` for each way `of` in `ways`."""
     encoding = {
-        "x": _numbers("x", "epochs"),
+        "x": _epochs("x", "epochs", max(one["x"] for one in values)),
         "y": _numbers("y", "seconds, encode included"),
         "color": _colours("of", "", ways),
     }
@@ -207,16 +210,30 @@ def costs(values: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> Spec:
 
 
 def _numbers(field: str, title: str, *, log: bool = False) -> Spec:
-    scale = {"type": "log"} if log else {"zero": False}
+    scale = {"type": "log", "nice": False, "padding": 8} if log else {"zero": False}
     axis = {"title": title, "labelOverlap": "greedy", "tickCount": 5}
     return {"field": field, "type": "quantitative", "title": title, "scale": scale, "axis": axis}
+
+
+def _epochs(field: str, title: str, last: float) -> Spec:
+    axis = {"title": title, "labelOverlap": "greedy", "format": "~g"} | (
+        {"values": list(range(int(last) + 2))} if last <= 12 else {}
+    )
+    return {
+        "field": field,
+        "type": "quantitative",
+        "title": title,
+        "scale": {"zero": False, "nice": False},
+        "axis": axis,
+    }
 
 
 def _names(field: str, title: str, order: Sequence[str] | None) -> Spec:
     axis: Spec = {"title": title, "labelLimit": 110, "labelOverlap": False}
     if field == "x":
         axis |= {"labelAngle": -45}
-    return {"field": field, "type": "nominal", "sort": None if order is None else list(order), "axis": axis}
+    scale = {} if order is None else {"scale": {"domain": list(order)}}
+    return {"field": field, "type": "nominal", "sort": None, "axis": axis} | scale
 
 
 def _cut_colours(cuts: Sequence[str]) -> Spec:
@@ -226,7 +243,7 @@ def _cut_colours(cuts: Sequence[str]) -> Spec:
 def _colours(field: str, title: str, names: Sequence[str]) -> Spec:
     """Return colours of `names` in their order: of the palette, or a scale from dark to light where it has too few."""
     colours: Spec = {"range": list(PALETTE[: len(names)])} if len(names) <= len(PALETTE) else {"scheme": "turbo"}
-    legend = {"orient": "top", "columns": 4, "symbolLimit": 0, "title": title or None}
+    legend = {"orient": "top", "columns": 4, "symbolLimit": 0, "symbolOpacity": 1, "title": title or None}
     return {
         "field": field,
         "type": "nominal",

@@ -5,6 +5,7 @@ The template has autoescape on; only the charts are markup, and these escape the
 
 import csv
 import json
+import math
 import platform
 import shlex
 from collections import Counter
@@ -94,9 +95,9 @@ def write_page(
 
 
 def best_row(rows: Sequence[ResultRow]) -> ResultRow:
-    """Return the row with the best mean score."""
+    """Return the row with the best mean score; of equal ones, that which recycles most."""
     sign = -1 if rows[0].metric in LOWER_IS_BETTER else 1
-    return max(rows, key=lambda row: sign * float(np.nan_to_num(row.value, nan=-np.inf * sign)))
+    return max(rows, key=lambda row: (not math.isnan(row.value), sign * row.value, row.recycled))
 
 
 def _cuts(runs: Sequence[Run]) -> list[str]:
@@ -146,7 +147,9 @@ def _sweeps(runs: Sequence[Run]) -> list[Figure]:
     return [
         _figure(
             name if name in names else "Score and cut",
-            "A point for each run; a line through the means of a cut." if name in names else "A point for each run.",
+            "A point for each run; a line through the means of a cut."
+            if name in names
+            else "A point for each run; the line joins the means.",
             charts.swept(
                 [
                     {"x": x, "y": run.value, "cut": str(run.cut), "run": run.name}
@@ -156,6 +159,7 @@ def _sweeps(runs: Sequence[Run]) -> list[Figure]:
                 cuts,
                 name,
                 score,
+                by_cut=name in names,
             ),
         )
         for name, of_runs in values.items()
