@@ -72,7 +72,7 @@ def lines(values: Sequence[Mapping[str, Any]], cuts: Sequence[str], x: str, y: s
     mark = {"type": "line", "point": {"size": 22} if len(values) <= MOST_MARKS else False, "strokeWidth": 1.6}
     encoding = {
         "x": _numbers("x", x, log=log) if log else _epochs("x", x, max(one["x"] for one in values)),
-        "y": _numbers("y", y),
+        "y": _numbers("y", y) | _not_flat([one["y"] for one in values]),
         "detail": {"field": "run", "type": "nominal"},
         "color": _cut_colours(cuts),
     }
@@ -118,7 +118,8 @@ def swept(
         values = [dict(one) | {"x": str(one["x"])} for one in values]
     log = is_number and min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_RATIO
     horizontal = _numbers("x", setting, log=log) if is_number else _names("x", setting, None)
-    vertical, colour = _numbers("y", y), _cut_colours(cuts)
+    vertical = _numbers("y", y) | _not_flat([one["y"] for one in values])
+    colour = _cut_colours(cuts)
     mean = {"x": horizontal, "y": vertical | {"aggregate": "mean"}} | ({"color": colour} if by_cut else {})
     line = {"type": "line", "opacity": 0.6} | ({} if by_cut else {"color": "currentColor", "strokeWidth": 1})
     layers = [
@@ -153,7 +154,7 @@ def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> tuple[S
     layers: list[Spec] = [cells]
     if len(order) <= NUMBERED:
         layers.append({"mark": "text", "encoding": position | {"text": {"field": "count", "type": "quantitative"}}})
-    step = 34 if len(order) <= NUMBERED else 20
+    step = 28 if len(order) <= NUMBERED else 20
     size = {"width": {"step": step}, "height": {"step": step}}
     return {"data": {"values": values}, "layer": layers, **size}, len(order)
 
@@ -213,6 +214,12 @@ def _numbers(field: str, title: str, *, log: bool = False) -> Spec:
     scale = {"type": "log", "nice": False, "padding": 8} if log else {"zero": False}
     axis = {"title": title, "labelOverlap": "greedy", "tickCount": 5}
     return {"field": field, "type": "quantitative", "title": title, "scale": scale, "axis": axis}
+
+
+def _not_flat(numbers: Sequence[float]) -> Spec:
+    """Return the scale of numbers that are all equal, which has no extent of its own; nothing for others."""
+    low, high = min(numbers), max(numbers)
+    return {} if low < high else {"scale": {"domain": [low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10]}}
 
 
 def _epochs(field: str, title: str, last: float) -> Spec:

@@ -66,7 +66,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
+    environment.filters |= {"number": _number, "cost": _figure_of}
     samples, best = Samples(project), best_row(rows)
     reviewed = _reviewed(project, runs, samples)
     more = [samples.problem] if samples.problem else []
@@ -396,8 +396,13 @@ def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _number(value: float | None, form: str = ".3f", unknown: str = "-") -> str:
-    return unknown if value is None else format(value, form)
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _figure_of(value: float | None) -> str:
+    """Return a cost with four digits, or all of those before the point."""
+    return _number(value, ",.0f" if value is not None and abs(value) >= 1000 else ".4g")
 
 
 def _plain(text: str) -> str:

@@ -182,13 +182,13 @@ def test_many_runs_with_large_pictures_stay_small(tmp_path: Path, monkeypatch: p
     encode_project(project)
     run = train_project(project, "1.0")
     rows = project.training_table().rows("validation").tolist()
-    mistake = {"expected": "a", "predicted": "b", "severity": 1.0, "marks": [], "neighbours": []}
+    near = [{"row": row, "similarity": 0.5, "is_right": False} for row in rows[:4]]
+    mistake = {"expected": "a", "predicted": "b", "severity": 1.0, "marks": [], "neighbours": near}
     review = dict(run.review) | {"mistakes": [mistake | {"row": row} for row in [*rows, *rows][:20]]}
     runs = [
-        dataclasses.replace(run, name=f"run-{number}", cut=f"block{number}", overrides={"train.lr": number / 100})
-        for number in range(20)
+        dataclasses.replace(run, name=f"run-{n}", cut=f"block{n}", review=review, history=run.history * 15)
+        for n in range(20)
     ]
-    runs = [dataclasses.replace(one, overrides={}, review=review, history=run.history * 15) for one in runs]
     costs = read_costs(project)
     path = write_page(project, summarise(runs, costs), runs, costs, [])
     text = path.read_text(encoding="utf-8")
