@@ -212,7 +212,7 @@ def costs(values: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> Spec:
 
 def _numbers(field: str, title: str, *, log: bool = False) -> Spec:
     scale = {"type": "log", "nice": False, "padding": 8} if log else {"zero": False}
-    axis = {"title": title, "labelOverlap": "greedy", "tickCount": 5}
+    axis = {"title": title, "labelOverlap": "greedy", "tickCount": 5, "format": ",.4~g"}
     return {"field": field, "type": "quantitative", "title": title, "scale": scale, "axis": axis}
 
 

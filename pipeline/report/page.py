@@ -66,10 +66,10 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "cost": _figure_of}
+    environment.filters |= {"number": _number, "cost": _figure_of, "short": _short}
     samples, best = Samples(project), best_row(rows)
-    reviewed = _reviewed(project, runs, samples)
-    more = [samples.problem] if samples.problem else []
+    reviewed, unread = _reviewed(project, runs, samples)
+    more = [*unread, *([samples.problem] if samples.problem else [])]
     write_whole(
         path,
         environment.get_template("report.html").render(
@@ -174,14 +174,22 @@ def _value_of(run: Run, setting: str) -> Any:
     return found if isinstance(found, int | float | str | None) else json.dumps(found)
 
 
-def _reviewed(project: Project, runs: Sequence[Run], samples: Samples) -> list[dict[str, Any]]:
-    """Return the reviews of the best run of each cut, best first, with the samples that they name."""
+def _reviewed(project: Project, runs: Sequence[Run], samples: Samples) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the reviews of the best run of each cut, best first, with the samples that they name; and notes of those
+    that another version wrote in a way that cannot be read.
+    """
     sign = -1 if runs[0].metric in LOWER_IS_BETTER else 1
     best: dict[str, Run] = {}
     for run in sorted(runs, key=lambda run: (-sign * run.value, run.name)):
         if run.review:
             best.setdefault(str(run.cut), run)
-    return [_review(project, run, samples) for run in list(best.values())[:MOST_REVIEWED]]
+    found, unread = list[dict[str, Any]](), list[str]()
+    for run in list(best.values())[:MOST_REVIEWED]:
+        try:
+            found.append(_review(project, run, samples))
+        except (KeyError, TypeError, ValueError) as error:
+            unread.append(f"The mistakes of run {run.name} cannot be read ({error!r}); train it again to see them.")
+    return found, unread
 
 
 def _review(project: Project, run: Run, samples: Samples) -> dict[str, Any]:
@@ -398,6 +406,10 @@ def _yaml(value: Any) -> str:
 
 def _number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
+
+
+def _short(value: float) -> str:
+    return format(value, ".0f" if float(value).is_integer() else ".3f")
 
 
 def _figure_of(value: float | None) -> str:

@@ -144,7 +144,7 @@ class AnswerReview(AnswerScores):
     def result(self) -> dict[str, Any]:
         scored = {question: self.scores([question])["f1"] for question in self._best}
         mistakes = [self._mistake(question, score) for question, score in scored.items() if score < 1]
-        return review(len(scored), unit="questions", severity="1 - F1 of the answer's words", mistakes=mistakes)
+        return review(len(scored), len(mistakes), mistakes, "1 - F1 of the answer's words", unit="questions")
 
     def _mistake(self, question: str, score: float) -> Mistake:
         _, row, *found = self._best[question]

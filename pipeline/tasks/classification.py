@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column, refuse_unseen
 from pipeline.tasks.config import SCORES, TaskConfig
-from pipeline.tasks.review import Mistake, class_scores, confusion, reliability, review
+from pipeline.tasks.review import Mistake, class_scores, confusion, reliability, review, worst
 from pipeline.tasks.scores import ALONE, Metrics, read_tensor
 
 # N row of the table, B batch, C class
@@ -199,12 +199,13 @@ class SingleLabelReview(Metrics):
         counts = [np.bincount(one, minlength=len(classes)) for one in (right[hit], right, found)]
         mistakes = [
             Mistake(int(rows[i]), classes[right[i]], classes[found[i]], float(probability[i]))
-            for i in np.flatnonzero(~hit)
+            for i in worst(probability, ~hit)
         ]
         return review(
             len(rows),
-            severity="probability of the wrong label",
-            mistakes=mistakes,
+            int((~hit).sum()),
+            mistakes,
+            "probability of the wrong label",
             confusion=confusion(right, found, classes),
             classes=class_scores(classes, *counts),
             reliability=reliability(probability, hit),
@@ -256,6 +257,7 @@ class MultiLabelReview(Metrics):
     def result(self) -> dict[str, Any]:
         rows, label_NC, probability_NC = (torch.cat(part).numpy() for part in zip(*self._seen, strict=True))
         right_NC, found_NC = label_NC > 0, probability_NC > GIVEN
+        is_wrong_N = (right_NC != found_NC).any(axis=1)
         furthest_N = np.abs(probability_NC - right_NC).max(axis=1)
 
         def named(chosen_C: np.ndarray) -> str:
@@ -263,12 +265,13 @@ class MultiLabelReview(Metrics):
 
         mistakes = [
             Mistake(int(rows[i]), named(right_NC[i]), named(found_NC[i]), float(furthest_N[i]))
-            for i in np.flatnonzero((right_NC != found_NC).any(axis=1))
+            for i in worst(furthest_N, is_wrong_N)
         ]
         return review(
             len(rows),
-            severity="largest error of a label's probability",
-            mistakes=mistakes,
+            int(is_wrong_N.sum()),
+            mistakes,
+            "largest error of a label's probability",
             classes=class_scores(
                 self._classes.tolist(), *(one.sum(axis=0) for one in (right_NC & found_NC, right_NC, found_NC))
             ),

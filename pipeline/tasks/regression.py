@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError, DataError, TrainError
 from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
 from pipeline.tasks.config import LOWER_IS_BETTER, REGRESSION_LOSSES, SCORES, TaskConfig
-from pipeline.tasks.review import Mistake, points, review
+from pipeline.tasks.review import Mistake, points, review, worst
 from pipeline.tasks.scores import ALONE, Metrics, read_tensor
 
 # N row of the table, B batch, K number to regress
@@ -162,15 +162,16 @@ class RegressionReview(Metrics):
             return ", ".join(f"{number:.4g}" for number in numbers_K)
 
         mistakes = [
-            Mistake(int(row), shown(right_K), shown(found_K), float(off))
-            for row, right_K, found_K, off in zip(rows, right_NK, found_NK, off_N, strict=True)
+            Mistake(int(rows[i]), shown(right_NK[i]), shown(found_NK[i]), float(off_N[i]))
+            for i in worst(off_N, off_N > 0)
         ]
         return review(
             len(rows),
-            severity="error in standard deviations of the training labels",
-            mistakes=mistakes,
+            None,
+            mistakes,
+            "error in standard deviations of the training labels",
             points=points(("expected", "predicted"), right_NK.ravel(), found_NK.ravel()),
-        ) | {"wrong": None}
+        )
 
 
 def _is_numbers(label: object) -> bool:

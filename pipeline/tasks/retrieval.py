@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.tasks.config import retrieval_scores
 from pipeline.tasks.losses import DISTANCES
-from pipeline.tasks.review import Mistake, Neighbour, points, review
+from pipeline.tasks.review import Mistake, Neighbour, points, review, worst
 from pipeline.tasks.scores import Metrics
 
 # Q query, R reference, D channel, M member (reference of the query's group), K nearest
@@ -108,25 +108,27 @@ class RetrievalReview(Metrics):
         output_ND = _comparable(output_ND, self._measure)
         query_N, reference_N = role_N < 1, role_N != 0  # of pairs, anchors among positives; else each among all
         references = output_ND[reference_N], group_N[reference_N], row_N[reference_N]
-        best, mistakes = list[Tensor](), list[Mistake]()
+        best, mistakes, wrong = list[Tensor](), list[Mistake](), 0
         for chosen in torch.split(torch.nonzero(query_N)[:, 0], max(1, MAX_SIMILARITIES // len(references[0]))):
             found = self._block(output_ND[chosen], group_N[chosen], row_N[chosen], references)
             best.append(found[0])
+            wrong += int((found[0][:, 1] >= found[0][:, 0]).sum())
             mistakes += found[1]
         best_Q2 = torch.cat(best).numpy()
         titles = ("similarity of the nearest that belongs", "similarity of the nearest that does not")
         return review(
             len(best_Q2),
+            wrong,
+            mistakes,
+            "similarity of the nearest wrong sample, less that of the nearest right one",
             unit="queries",
-            severity="similarity of the nearest wrong sample, less that of the nearest right one",
-            mistakes=mistakes,
             **({"points": points(titles, *best_Q2.T)} if len(best_Q2) else {}),
         )
 
     def _block(
         self, query_QD: Tensor, group_Q: Tensor, row_Q: Tensor, references: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, list[Mistake]]:
-        """Return the similarities of the nearest that belongs and of the nearest that does not, (q, 2), and mistakes.
+        """Return the similarities of the nearest that belongs and that does not, (q, 2), and the worst mistakes.
 
         Queries that nothing belongs to, or everything, do not count.
         """
@@ -141,7 +143,7 @@ class RetrievalReview(Metrics):
         counted = right_Q.isfinite() & wrong_Q.isfinite()
         nearest_QK = near_QR.topk(min(SHOWN, near_QR.shape[1])).indices
         mistakes = []
-        for q in torch.nonzero(counted & (wrong_Q >= right_Q))[:, 0].tolist():
+        for q in worst((wrong_Q - right_Q).numpy(), (counted & (wrong_Q >= right_Q)).numpy()):
             shown = list(dict.fromkeys([*nearest_QK[q].tolist(), int(place_Q[q])]))
             shown = [place for place in shown if near_QR[q, place].isfinite()]
             neighbours = [Neighbour(int(row_R[r]), float(near_QR[q, r]), bool(belongs_QR[q, r])) for r in shown]

@@ -53,20 +53,35 @@ class Mistake:
 
 
 def review(
-    samples: int, *, severity: str, mistakes: Sequence[Mistake], unit: str = "samples", **parts: Any
+    samples: int,
+    wrong: int | None,
+    mistakes: Sequence[Mistake],
+    severity: str,
+    *,
+    unit: str = "samples",
+    **parts: Any,
 ) -> dict[str, Any]:
     """Return a review as JSON: `mistakes`, worst first, of which `WORST` are kept, and further parts.
 
     Args:
         samples: number of `unit` that are scored.
+        wrong: number of them that are mistakes; None where nothing is quite right.
+        mistakes: the worst of them, as `worst` chooses them.
         severity: what the severity of a mistake measures.
-        mistakes: all of them, in any order.
         unit: what is scored, in the plural.
         parts: `confusion`, `classes`, `reliability` and `points`, as the functions below return them.
     """
-    worst = sorted(mistakes, key=lambda one: (-np.nan_to_num(one.severity), one.row))[:WORST]
-    named = {"samples": samples, "unit": unit, "wrong": len(mistakes), "severity": severity}
-    return {**named, "mistakes": [asdict(one) for one in worst], **parts}
+    kept = sorted(mistakes, key=lambda one: (-np.nan_to_num(one.severity), one.row))[:WORST]
+    named = {"samples": samples, "unit": unit, "wrong": wrong, "severity": severity}
+    return {**named, "mistakes": [asdict(one) for one in kept], **parts}
+
+
+def worst(severity_N: np.ndarray, is_wrong_N: np.ndarray) -> list[int]:
+    """Return the indices of the at most `WORST` most severe of those that are wrong."""
+    wrong = np.flatnonzero(is_wrong_N)
+    order = np.argsort(-np.nan_to_num(severity_N[wrong]), kind="stable")
+    chosen: list[int] = wrong[order[:WORST]].tolist()
+    return chosen
 
 
 def confusion(expected_N: np.ndarray, found_N: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:

@@ -161,9 +161,10 @@ class TaggingReview(TaggingScores):
         )
         return review(
             len(self._rows),
+            len(mistakes),
+            mistakes,
+            "entities missed or wrong",
             unit="sentences",
-            severity="entities missed or wrong",
-            mistakes=mistakes,
             confusion=confusion(right_W, found_W, [OUTSIDE, *types]) | {"unit": "words"},
             classes=class_scores(types, *counts.values()),
             reliability=reliability(torch.cat(self._probability).numpy(), is_right_W),

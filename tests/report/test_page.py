@@ -212,6 +212,14 @@ def test_where_the_data_is_not_there_the_page_says_so(page: Path) -> None:
         samples.replace(texts)
 
 
+def test_a_review_of_another_version_is_named(folder: Path) -> None:
+    project = Project.load(Path("params.yaml"))
+    costs, (runs, _) = read_costs(project), current_runs(project)
+    runs = [dataclasses.replace(run, review={"samples": 3, "mistakes": [{"place": 1}]}) for run in runs]
+    text = write_page(project, summarise(runs, costs), runs, costs, []).read_text(encoding="utf-8")
+    assert "The mistakes of run 1.0 cannot be read" in text
+
+
 def test_a_plan_is_shown_beside_what_was_measured(folder: Path) -> None:
     project = Project.load(Path("params.yaml"))
     plan = Path("results/plan.json")
