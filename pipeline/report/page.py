@@ -34,8 +34,8 @@ from pipeline.tasks.config import LOWER_IS_BETTER
 FILE = "report.html"
 PLAN = "plan.json"
 TEMPLATES = Path(__file__).parents[1] / "templates"
-MEASURED = ("state_bytes_per_sample", "encode_seconds", "train_seconds_per_epoch")
-"""Costs that a plan predicts, too, under the same names."""
+MEASURED = ("state_bytes_per_sample", "encode_seconds", "train_seconds_per_epoch", "break_even_epoch")
+"""Costs that a plan predicts, too."""
 MOST_REVIEWED = 6
 """Cuts of which the page shows mistakes: those with the best scores."""
 MOST_BARS = 30
@@ -314,24 +314,29 @@ def _labels(table: SampleTable) -> Figure | None:
 
 def _cost_table(project: Project, rows: Sequence[ResultRow]) -> dict[str, Any]:
     """Return what each cut costs, as a plan predicted it, if one did, and as it was measured; None is unknown."""
-    planned, found = _planned(project), list[dict[str, Any]]()
+    planned, found = _planned(project.results / PLAN), list[dict[str, Any]]()
     for row in {str(row.cut): row for row in reversed(rows)}.values():  # the first of each cut
         measured = {name: getattr(row, name) for name in MEASURED}
         figures = [(planned.get(str(row.cut), {}).get(name), value) for name, value in measured.items()]
-        found.append({"cut": str(row.cut), "figures": figures, "break_even": row.break_even_epoch})
+        found.append({"cut": str(row.cut), "figures": figures})
     return {"planned": bool(planned), "rows": found[::-1]}
 
 
-def _planned(project: Project) -> dict[str, dict[str, float]]:
-    """Return the figures that results/plan.json predicts, by cut; empty where there are none that can be read."""
+def _planned(path: Path) -> dict[str, dict[str, float | None]]:
+    """Return what a plan predicts for each cut, by the names of `MEASURED`; empty where none can be read."""
     try:
-        cuts = json.loads((project.results / PLAN).read_text(encoding="utf-8"))["cuts"]
-        named = cuts if isinstance(cuts, dict) else {str(one["cut"]): one for one in cuts}
+        cuts = json.loads(path.read_text(encoding="utf-8"))["forecast"]["cuts"]
         return {
-            str(cut): {name: value for name, value in of.items() if isinstance(value, int | float)}
-            for cut, of in named.items()
+            str(cut["cut"]): {
+                "state_bytes_per_sample": cut["state_bytes"] / max(1, cut["samples"]),
+                "encode_seconds": cut["encode_seconds"],
+                "train_seconds_per_epoch": cut["epoch_seconds"],
+                "break_even_epoch": cut["frozen_seconds"]
+                and math.floor(cut["encode_seconds"] / cut["frozen_seconds"]) + 1,
+            }
+            for cut in cuts
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 

@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -197,8 +197,12 @@ def _mistake(
         *(Mark(begin, end, "missed", kind) for begin, end, kind in expected - predicted),
         *(Mark(begin, end, "wrong", kind) for begin, end, kind in predicted - expected),
     ]
-    counts = [f"{len(those)} {'entity' if len(those) == 1 else 'entities'}" for those in (expected, predicted)]
-    return Mistake(row, *counts, float(wrong), sorted(marks, key=lambda mark: (mark.begin, mark.end, mark.kind)))
+    marks.sort(key=lambda mark: (mark.begin, mark.end, mark.kind))
+    return Mistake(row, _counted(expected), _counted(predicted), float(wrong), marks)
+
+
+def _counted(those: Collection[object]) -> str:
+    return f"{len(those)} {'entity' if len(those) == 1 else 'entities'}"
 
 
 def at_words(values_BT: Tensor, word_BT: Tensor, words: int, absent: int) -> Tensor:

@@ -225,7 +225,12 @@ def test_a_plan_is_shown_beside_what_was_measured(folder: Path) -> None:
     plan = Path("results/plan.json")
     costs, (runs, _) = read_costs(project), current_runs(project)
     shown = {}
-    for content in ('{"cuts": {"1.0": {"encode_seconds": 12.25}}}', "{", '{"cuts": [1]}'):
+    known = {"cut": 1.0, "state_bytes": 10, "samples": 4, "encode_seconds": 12.25, "epoch_seconds": None}
+    for content in (
+        json.dumps({"forecast": {"cuts": [known | {"frozen_seconds": 5.0}]}}),
+        "{",
+        '{"forecast": {"cuts": [1]}}',
+    ):
         plan.write_text(content)
         shown[content] = write_page(project, summarise(runs, costs), runs, costs, []).read_text(encoding="utf-8")
     plan.unlink()
