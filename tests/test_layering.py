@@ -51,7 +51,7 @@ DOORS = {
         "pipeline.train.processes",
         "pipeline.train.trackers",
     },
-    "matplotlib": {"pipeline.report.cut_plot", "pipeline.report.summary"},
+    "jinja2": {"pipeline.report.page"},
     "nervaluate": {"pipeline.tasks"},
     "numcodecs": {"pipeline.store"},
     "soundfile": {"pipeline.models"},
@@ -66,6 +66,7 @@ DOORS = {
     "transformers": {"pipeline.models", "pipeline.train.adapter"},
     "dvc": {"pipeline.tracked"},
     "dvc_objects": {"pipeline.tracked"},
+    "vl_convert": {"pipeline.report.charts"},
     "obstore": {"pipeline.store"},
     "zarr": {"pipeline.store"},
 }

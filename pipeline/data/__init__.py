@@ -9,7 +9,7 @@ from pipeline.data.labelled import ROLES, Pairs, Texts
 from pipeline.data.media import open_media
 from pipeline.data.proposal import DataProposal
 from pipeline.data.propose import propose
-from pipeline.data.source import SPLITS, Content, Row, Source, Stamp, in_role, rows_in_role, with_keys
+from pipeline.data.source import SPLITS, Content, Row, Source, Stamp, in_role, role_of, rows_in_role, with_keys
 from pipeline.data.squad import open_squad
 from pipeline.data.table import SampleTable, build, remarks
 from pipeline.data.tagged import open_conll, open_tagged
@@ -32,6 +32,7 @@ __all__ = [
     "open_source",
     "propose",
     "remarks",
+    "role_of",
     "rows_in_role",
     "with_keys",
 ]

@@ -1,6 +1,8 @@
-"""Finished runs -> tables, curves and plots.
+"""Finished runs -> tables, curves, plots and the page.
 
-costs.py     results/encode.json: what stores hold and cost
-summary.py   runs + costs -> table, curves, plot
-cut_plot.py  the picture of `recycle cuts`
+costs.py    results/encode.json: what stores hold and cost
+charts.py   Vega-Lite specifications -> SVG and PNG
+summary.py  runs + costs -> table, curves, plot
+samples.py  the samples that a page shows: pictures and marked texts
+page.py     results/report.html
 """

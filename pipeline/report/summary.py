@@ -1,4 +1,4 @@
-"""Finished runs -> the result table, the curves and the plot."""
+"""Finished runs -> the result table, the curves and the plot for DVC."""
 
 import math
 import statistics
@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.report import charts
 from pipeline.report.costs import BACKWARD, CutCost, speed_ups
 from pipeline.runs.record import STORE, Run
 from pipeline.tasks.config import LOWER_IS_BETTER
@@ -21,8 +22,8 @@ BOUNDED = (
     "<=: more was timed than the operations before and after the cut allow; shown is what they allow. Short epochs, or "
     "encoding on another device, say little."
 )
-MAX_INCHES = 100.0
-"""Maximum height of a plot."""
+TALLEST = 7000
+"""Maximum height of a plot in its own pixels."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,13 @@ def _allowed(run: Run, cost: CutCost) -> tuple[float | None, float | None]:
 
 def table(rows: Sequence[ResultRow], *, markdown: bool = False) -> str:
     """Return the rows as text, aligned for a terminal, or as a table of Markdown."""
+    shown = table_cells(rows)
+    text = shown.to_markdown(index=False, disable_numparse=True) if markdown else shown.to_string(index=False)
+    return f"{text}\n\n{BOUNDED}" if any(row.bounded for row in rows) else text
+
+
+def table_cells(rows: Sequence[ResultRow]) -> pd.DataFrame:
+    """Return the table as texts, without columns that no row fills."""
     shown = pd.DataFrame(
         [
             {
@@ -160,8 +168,7 @@ def table(rows: Sequence[ResultRow], *, markdown: bool = False) -> str:
         shown = shown.drop(columns="settings")
     if all(row.test is None for row in rows):
         shown = shown.drop(columns=f"test {rows[0].metric}")
-    text = shown.to_markdown(index=False, disable_numparse=True) if markdown else shown.to_string(index=False)
-    return f"{text}\n\n{BOUNDED}" if any(row.bounded for row in rows) else text
+    return shown
 
 
 def _factor(row: ResultRow, name: str) -> str:
@@ -194,42 +201,9 @@ def plot(runs: Sequence[Run], costs: Mapping[str, CutCost], path: Path) -> None:
 
     Cuts have colours; runs of other settings have a row of their own.
     """
-    import matplotlib  # noqa: PLC0415  (slow to import, and no other stage draws)
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
-    rows = sorted({settings(run) for run in runs})
-    recycled = {str(run.cut): run.recycled for run in sorted(runs, key=lambda run: run.recycled)}
-    figure, panels = plt.subplots(
-        len(rows),
-        2,
-        figsize=(11, min(0.8 + 3.4 * len(rows), MAX_INCHES)),
-        dpi=150,
-        sharex="col",
-        sharey="col",
-        squeeze=False,
-        layout="constrained",
-    )
-    drawn = {}
-    for run in runs:
-        scores, losses = panels[rows.index(settings(run))]
-        line, colour = curves([run], costs), f"C{list(recycled).index(str(run.cut))}"
-        (drawn[str(run.cut)],) = scores.plot(line["seconds"], line["value"], marker=".", color=colour)
-        losses.plot(line["epoch"], line["loss"], marker=".", color=colour)
-    for title, (scores, losses) in zip(rows, panels, strict=True):
-        scores.set_title(title, loc="left", fontsize="medium")
-        scores.set_ylabel(f"validation {runs[0].metric.replace('_', ' ')}")
-        losses.set_ylabel("training loss")
-        scores.grid(alpha=0.3)
-        losses.grid(alpha=0.3)
-    scores, losses = panels[-1]
-    scores.set_xscale("log")
-    scores.set_xlabel("seconds: encode, then training")
-    losses.set_xlabel("epoch")
-    losses.xaxis.get_major_locator().set_params(integer=True)
-    labels = [f"{cut} ({share:.0%})" for cut, share in recycled.items()]
-    lines = [drawn[cut] for cut in recycled]
-    figure.legend(lines, labels, title="cut (recycled)", loc="outside upper center", ncols=6, fontsize="small")
-    figure.savefig(path)
-    plt.close(figure)
+    ordered = sorted(runs, key=lambda run: run.recycled)
+    frame = curves(ordered, costs)
+    frame["settings"] = frame["run"].map({run.name: settings(run) for run in runs})
+    cuts = list(dict.fromkeys(str(run.cut) for run in ordered))
+    score = f"validation {runs[0].metric.replace('_', ' ')}"
+    charts.write_png(charts.panels(frame.to_dict("records"), cuts, score, TALLEST), path)

@@ -6,7 +6,6 @@ settings that replaced those of params.yaml.
 
 import dataclasses
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,6 @@ from pipeline.keys import JSON, digest, first_difference
 from pipeline.project import CutName, Project
 from pipeline.store import Store
 from pipeline.tasks import open_task
-
-log = logging.getLogger("recycle")
 
 STORE = "encode.store"
 """The setting of the store's location, which does not affect a run."""
@@ -56,6 +53,9 @@ class Run:
     """The settings, samples and stores that `identity` digests; empty in runs of earlier versions."""
     test: Mapping[str, float] = field(default_factory=dict)
     """All scores on the test samples; empty without any, and in runs of earlier versions."""
+    review: Mapping[str, Any] = field(default_factory=dict)
+    """Confusions and mistakes on the validation samples, as `pipeline.tasks.review`; empty in runs of earlier versions,
+    and of tasks that have none."""
 
 
 def run_name(project: Project, cut: CutName) -> str:
@@ -155,8 +155,9 @@ def read_run(project: Project, name: str) -> Run:
         raise DataError(f"{file} cannot be read ({error}); train the run again") from error
 
 
-def current_runs(project: Project) -> list[Run]:
-    """Return the finished runs whose settings, samples and stores are current; log why others are left out.
+def current_runs(project: Project) -> tuple[list[Run], list[str]]:
+    """Return the finished runs whose settings, samples and stores are current, and a line about each that is missing:
+    why it is left out, or that a cut has none.
 
     Raises:
         DataError: no run is current; the message has the reasons.
@@ -179,11 +180,9 @@ def current_runs(project: Project) -> list[Run]:
         raise DataError(
             "\n".join([*left_out, f"{project.results / 'runs'} has no run to report; train one (dvc repro train)"])
         )
-    for line in left_out:
-        log.warning(line)
     if missing:
-        log.warning("cuts without a run: %s; train them (dvc repro train)", ", ".join(missing))
-    return kept
+        left_out.append(f"cuts without a run: {', '.join(missing)}; train them (dvc repro train)")
+    return kept, left_out
 
 
 def _files(project: Project) -> list[Path]:

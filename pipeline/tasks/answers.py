@@ -1,6 +1,6 @@
 """Answers that are spans of a text: cross entropy on start and end; exact match and F1 as in SQuAD."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
 from pipeline.tasks.config import SCORES, TaskConfig
+from pipeline.tasks.review import Mark, Mistake, review
 from pipeline.tasks.scores import ALONE, Metrics, read_tensor
 
 # B batch, T token, A tokens of an answer
@@ -66,6 +67,10 @@ class Answers(Task):
     def metrics(self) -> Metrics:
         return AnswerScores(*self._windows, self.max_answer, may_be_none=self._may_be_none)
 
+    def review(self, table: Table) -> Metrics:
+        spans = np.stack([table.targets["start"], table.targets["end"]], axis=1)
+        return AnswerReview(spans, *self._windows, self.max_answer, may_be_none=self._may_be_none)
+
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"question": str, "answer": str, "start": int, "end": int, "margin": float}
 
@@ -103,27 +108,57 @@ class AnswerScores(Metrics):
         super().__init__(SCORES["answers"])
         self.texts, self.questions, self.answers, self.max_answer = texts, questions, answers, max_answer
         self._may_be_none = may_be_none
-        self._best: dict[str, tuple[float, str, int]] = {}
+        self._best: dict[str, tuple[float, int, int, int]] = {}
 
     def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
         found = best_answers(output, targets["chars"], self.max_answer)
         for row, begin, end, margin in zip(targets["row"].tolist(), *found, strict=True):
             question = self.questions[row]
             if question not in self._best or margin > self._best[question][0]:
-                self._best[question] = (margin, self.texts[row][begin:end], row)
+                self._best[question] = (margin, row, begin, end)
 
-    def result(self) -> dict[str, float]:
+    def text(self, question: str) -> str:
+        """Return the answer to a question, empty if there is none."""
+        margin, row, begin, end = self._best[question]
+        return "" if self._may_be_none and margin <= 0 else self.texts[row][begin:end]
+
+    def scores(self, questions: Iterable[str]) -> dict[str, float]:
+        """Return the mean scores over some questions."""
         from torchmetrics.text import SQuAD  # noqa: PLC0415  (slow to import)
 
         found: list[Any] = []
         right: list[Any] = []
-        for question, (margin, text, row) in self._best.items():
-            is_none = self._may_be_none and margin <= 0
-            found.append({"id": question, "prediction_text": "" if is_none else text})
-            right.append({"id": question, "answers": {"text": list(self.answers[row]) or [""]}})
+        for question in questions:
+            found.append({"id": question, "prediction_text": self.text(question)})
+            right.append({"id": question, "answers": {"text": list(self.answers[self._best[question][1]]) or [""]}})
         squad = SQuAD(**ALONE)
         squad.update(found, right)
         return {name: float(score) / 100 for name, score in squad.compute().items()}
+
+    def result(self) -> dict[str, float]:
+        return self.scores(self._best)
+
+
+class AnswerReview(AnswerScores):
+    """The questions whose answer shares fewest words with a right one, with both marked in the window."""
+
+    def __init__(self, spans_N2: np.ndarray, *windows: Any, may_be_none: bool) -> None:
+        """Take in what `AnswerScores` does, and the right spans of the windows, (N, 2), -1 where there is none."""
+        super().__init__(*windows, may_be_none=may_be_none)
+        self._spans = spans_N2
+
+    def result(self) -> dict[str, Any]:
+        scored = {question: self.scores([question])["f1"] for question in self._best}
+        mistakes = [self._mistake(question, score) for question, score in scored.items() if score < 1]
+        return review(len(scored), len(mistakes), mistakes, "1 - F1 of the answer's words", unit="questions")
+
+    def _mistake(self, question: str, score: float) -> Mistake:
+        _, row, *found = self._best[question]
+        text, (start, end) = self.text(question), self._spans[row].tolist()
+        marks = [Mark(start, end, "missed")] if start >= 0 else []
+        marks += [Mark(*found, "wrong")] if text else []
+        expected = " / ".join(dict.fromkeys(self.answers[row])) or "no answer"
+        return Mistake(row, expected, text or "no answer", 1 - score, marks)
 
 
 def at_tokens(start_B: Tensor, end_B: Tensor, chars_BT2: Tensor) -> Tensor:

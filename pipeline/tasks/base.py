@@ -175,6 +175,13 @@ class Task(ABC):
     def metrics(self) -> Metrics:
         """Return fresh scores."""
 
+    def review(self, table: Table) -> Metrics | None:
+        """Return a collector of outputs, whose result is the `pipeline.tasks.review` of a run on `table`.
+
+        Its targets have the `row` of each sample too, (B,) int64. Default: None, a report shows the scores alone.
+        """
+        return None
+
     def legend(self, table: Table) -> list[Any]:
         """Return the meaning of the outputs after training on `table`, as JSON: class names, say. Default: empty."""
         return []

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column, refuse_unseen
 from pipeline.tasks.config import SCORES, TaskConfig
+from pipeline.tasks.review import Mistake, class_scores, confusion, reliability, review, worst
 from pipeline.tasks.scores import ALONE, Metrics, read_tensor
 
 # N row of the table, B batch, C class
@@ -85,6 +86,9 @@ class Classification(OfClasses):
     def metrics(self) -> Metrics:
         return SingleLabelScores(SCORES[self.name])
 
+    def review(self, table: Table) -> Metrics:
+        return SingleLabelReview(list(map(str, self.classes(table))))
+
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         each: Kind = {str(label): float for label in legend}
         return {"label": type(legend[0]), "probability": float, "probabilities": each}
@@ -153,6 +157,9 @@ class MultiLabel(OfClasses):
     def metrics(self) -> Metrics:
         return MultiLabelScores(SCORES[self.name])
 
+    def review(self, table: Table) -> Metrics:
+        return MultiLabelReview(list(map(str, self.classes(table))))
+
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"labels": [type(legend[0])], "probabilities": {str(label): float for label in legend}}
 
@@ -179,6 +186,36 @@ class SingleLabelScores(Metrics):
         seen_C = found_C + right_C > 0
         f1_C = 2 * hits_C[seen_C] / (found_C + right_C)[seen_C]
         return {"accuracy": float(hits_C.sum() / right_C.sum()), "macro_f1": float(f1_C.mean())}
+
+
+class SingleLabelReview(Metrics):
+    """Confusions, and the wrong labels that were given with the highest probability."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        super().__init__(())
+        self._classes = classes
+        self._seen: list[tuple[Tensor, ...]] = []
+
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
+        self._seen.append((targets["row"], targets["label"], *reversed(output.softmax(-1).max(-1))))
+
+    def result(self) -> dict[str, Any]:
+        rows, right, found, probability = (torch.cat(part).numpy() for part in zip(*self._seen, strict=True))
+        hit, classes = found == right, self._classes
+        counts = [np.bincount(one, minlength=len(classes)) for one in (right[hit], right, found)]
+        mistakes = [
+            Mistake(int(rows[i]), classes[right[i]], classes[found[i]], float(probability[i]))
+            for i in worst(probability, ~hit)
+        ]
+        return review(
+            len(rows),
+            int((~hit).sum()),
+            mistakes,
+            "probability of the wrong label",
+            confusion=confusion(right, found, classes),
+            classes=class_scores(classes, *counts),
+            reliability=reliability(probability, hit),
+        )
 
 
 class MultiLabelScores(Metrics):
@@ -210,6 +247,42 @@ class MultiLabelScores(Metrics):
             "micro_f1": float(self.scores["micro"].compute()) if said_C.any() else float("nan"),
             "macro_f1": float(self.scores["each"].compute()[said_C].mean()),
         }
+
+
+class MultiLabelReview(Metrics):
+    """Scores by label, and the samples with the label that is furthest from right."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        super().__init__(())
+        self._classes = np.array(classes)
+        self._seen: list[tuple[Tensor, ...]] = []
+
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
+        self._seen.append((targets["row"], targets["label"], output.sigmoid()))
+
+    def result(self) -> dict[str, Any]:
+        rows, label_NC, probability_NC = (torch.cat(part).numpy() for part in zip(*self._seen, strict=True))
+        right_NC, found_NC = label_NC > 0, probability_NC > GIVEN
+        is_wrong_N = (right_NC != found_NC).any(axis=1)
+        furthest_N = np.abs(probability_NC - right_NC).max(axis=1)
+
+        def named(chosen_C: np.ndarray) -> str:
+            return ", ".join(self._classes[chosen_C]) or "no label"
+
+        mistakes = [
+            Mistake(int(rows[i]), named(right_NC[i]), named(found_NC[i]), float(furthest_N[i]))
+            for i in worst(furthest_N, is_wrong_N)
+        ]
+        return review(
+            len(rows),
+            int(is_wrong_N.sum()),
+            mistakes,
+            "largest error of a label's probability",
+            classes=class_scores(
+                self._classes.tolist(), *(one.sum(axis=0) for one in (right_NC & found_NC, right_NC, found_NC))
+            ),
+            reliability=reliability(probability_NC.ravel(), right_NC.ravel()),
+        )
 
 
 def _label_scores(labels: int) -> dict[str, Any]:

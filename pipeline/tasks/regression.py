@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError, DataError, TrainError
 from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
 from pipeline.tasks.config import LOWER_IS_BETTER, REGRESSION_LOSSES, SCORES, TaskConfig
+from pipeline.tasks.review import Mistake, points, review, worst
 from pipeline.tasks.scores import ALONE, Metrics, read_tensor
 
 # N row of the table, B batch, K number to regress
@@ -105,6 +106,9 @@ class Regression(Task):
             raise TrainError("the unit of the numbers is not known; call prepare(table) before metrics()")
         return RegressionScores(self._scale)
 
+    def review(self, table: Table) -> Metrics:
+        return RegressionReview(*self.units_of(table))
+
 
 class RegressionScores(Metrics):
     """`rmse`, `mae` in the user's unit, `r2`, `pearson`, `spearman` (NaN for constants); means over the numbers."""
@@ -138,6 +142,39 @@ class RegressionScores(Metrics):
             alike = {name: score.compute() for name, score in self._scores.items() if self._samples > 1}
         found = {name: float(value.mean()) for name, value in (alike | errors).items()}
         return {name: found.get(name, float("nan")) for name in self._scores}  # one sample has no correlation
+
+
+class RegressionReview(Metrics):
+    """Predicted numbers against the expected ones, in the user's unit, and the samples furthest from theirs."""
+
+    def __init__(self, mean_K: np.ndarray, scale_K: np.ndarray) -> None:
+        """Read standardised numbers: less `mean_K` (K,), over `scale_K` (K,)."""
+        super().__init__(())
+        self._mean_K, self._scale_K = mean_K, scale_K
+        self._seen: list[tuple[Tensor, ...]] = []
+
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
+        self._seen.append((targets["row"], targets["label"], read_numbers(output, targets["label"])))
+
+    def result(self) -> dict[str, Any]:
+        rows, *both = (torch.cat(part).numpy() for part in zip(*self._seen, strict=True))
+        off_N = np.abs(both[1] - both[0]).mean(axis=1)
+        right_NK, found_NK = (one * self._scale_K + self._mean_K for one in both)
+
+        def shown(numbers_K: np.ndarray) -> str:
+            return ", ".join(f"{number:.4g}" for number in numbers_K)
+
+        mistakes = [
+            Mistake(int(rows[i]), shown(right_NK[i]), shown(found_NK[i]), float(off_N[i]))
+            for i in worst(off_N, off_N > 0)
+        ]
+        return review(
+            len(rows),
+            None,
+            mistakes,
+            "error in standard deviations of the training labels",
+            points=points(("expected", "predicted"), right_NK.ravel(), found_NK.ravel()),
+        )
 
 
 def _is_numbers(label: object) -> bool:

@@ -8,17 +8,21 @@ one scores nothing.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.tasks.config import retrieval_scores
 from pipeline.tasks.losses import DISTANCES
+from pipeline.tasks.review import Mistake, Neighbour, points, review, worst
 from pipeline.tasks.scores import Metrics
 
 # Q query, R reference, D channel, M member (reference of the query's group), K nearest
 
 MAX_SIMILARITIES = 1 << 24
 """Similarities held at a time, 64 MB; peak memory is 2 times that, 8 times if half of the samples are one group."""
+SHOWN = 4
+"""Nearest samples that a review shows of a query."""
 NEVER = torch.iinfo(torch.int64).max
 EQUAL = 1e-6
 """Similarities that are no further apart count as equal, relative to their size where that is above 1."""
@@ -85,6 +89,68 @@ def rank(
             counts_QM &= member_QM != chosen.unsqueeze(1)
         sums += _sums(near_QR, member_QM, counts_QM, relevant_Q[chosen], precision_at)
     return dict(zip(names, (sums / len(counted)).tolist(), strict=True))
+
+
+class RetrievalReview(Metrics):
+    """Queries whose nearest sample does not belong to them, with their nearest samples and the nearest that does."""
+
+    def __init__(self, distance: str, names: np.ndarray) -> None:
+        """Compare by `distance`; `names` (N,) str are the labels or groups of the rows of the table."""
+        super().__init__(())
+        self._measure, self._labels = DISTANCES[distance](), names
+        self._seen: list[tuple[Tensor, ...]] = []
+
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
+        self._seen.append((output, targets["group"], targets["row"], targets.get("role", targets["row"] * 0 - 1)))
+
+    def result(self) -> dict[str, Any]:
+        output_ND, group_N, row_N, role_N = (torch.cat(part) for part in zip(*self._seen, strict=True))
+        output_ND = _comparable(output_ND, self._measure)
+        query_N, reference_N = role_N < 1, role_N != 0  # of pairs, anchors among positives; else each among all
+        references = output_ND[reference_N], group_N[reference_N], row_N[reference_N]
+        best, mistakes, wrong = list[Tensor](), list[Mistake](), 0
+        for chosen in torch.split(torch.nonzero(query_N)[:, 0], max(1, MAX_SIMILARITIES // len(references[0]))):
+            found = self._block(output_ND[chosen], group_N[chosen], row_N[chosen], references)
+            best.append(found[0])
+            wrong += int((found[0][:, 1] >= found[0][:, 0]).sum())
+            mistakes += found[1]
+        best_Q2 = torch.cat(best).numpy()
+        titles = ("similarity of the nearest that belongs", "similarity of the nearest that does not")
+        return review(
+            len(best_Q2),
+            wrong,
+            mistakes,
+            "similarity of the nearest wrong sample, less that of the nearest right one",
+            unit="queries",
+            **({"points": points(titles, *best_Q2.T)} if len(best_Q2) else {}),
+        )
+
+    def _block(
+        self, query_QD: Tensor, group_Q: Tensor, row_Q: Tensor, references: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, list[Mistake]]:
+        """Return the similarities of the nearest that belongs and that does not, (q, 2), and the worst mistakes.
+
+        Queries that nothing belongs to, or everything, do not count.
+        """
+        reference_RD, group_R, row_R = references
+        near_QR = self._measure.compute_mat(query_QD, reference_RD)
+        if not self._measure.is_inverted:
+            near_QR.neg_()
+        near_QR.masked_fill_(row_Q[:, None] == row_R, float("-inf"))
+        belongs_QR = group_Q[:, None] == group_R
+        right_Q, place_Q = near_QR.masked_fill(~belongs_QR, float("-inf")).max(1)
+        wrong_Q = near_QR.masked_fill(belongs_QR, float("-inf")).amax(1)
+        counted = right_Q.isfinite() & wrong_Q.isfinite()
+        nearest_QK = near_QR.topk(min(SHOWN, near_QR.shape[1])).indices
+        mistakes = []
+        for q in worst((wrong_Q - right_Q).numpy(), (counted & (wrong_Q >= right_Q)).numpy()):
+            shown = list(dict.fromkeys([*nearest_QK[q].tolist(), int(place_Q[q])]))
+            shown = [place for place in shown if near_QR[q, place].isfinite()]
+            neighbours = [Neighbour(int(row_R[r]), float(near_QR[q, r]), bool(belongs_QR[q, r])) for r in shown]
+            expected, found = (str(self._labels[row]) for row in (int(row_Q[q]), neighbours[0].row))
+            severity = float(wrong_Q[q] - right_Q[q])
+            mistakes.append(Mistake(int(row_Q[q]), expected, found, severity, neighbours=neighbours))
+        return torch.stack([right_Q, wrong_Q], dim=1)[counted], mistakes
 
 
 def _sums(

@@ -12,7 +12,7 @@ from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Ta
 from pipeline.tasks.config import TaskConfig, retrieval_scores
 from pipeline.tasks.heads import last_width
 from pipeline.tasks.losses import Memory, choose, make_loss, make_miner
-from pipeline.tasks.retrieval import RetrievalScores
+from pipeline.tasks.retrieval import RetrievalReview, RetrievalScores
 from pipeline.tasks.scores import Metrics, read_tensor
 
 ROLES = ("anchor", "positive")
@@ -138,6 +138,9 @@ class Similarity(Task):
 
     def metrics(self) -> Metrics:
         return RetrievalScores(self.config.distance, self.config.precision_at)
+
+    def review(self, table: Table) -> Metrics:
+        return RetrievalReview(self.config.distance, self._names(table).astype(str))
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"embedding": [float]}

@@ -2,10 +2,11 @@
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -24,6 +25,7 @@ from pipeline.tasks.base import (
     refuse_unseen,
 )
 from pipeline.tasks.config import SCORES, TaskConfig
+from pipeline.tasks.review import Mark, Mistake, class_scores, confusion, reliability, review
 from pipeline.tasks.scores import Metrics, read_tensor
 
 # B batch, T token, W word, C tag
@@ -79,6 +81,9 @@ class Tagging(Task):
     def metrics(self) -> Metrics:
         return TaggingScores(self._tags)
 
+    def review(self, table: Table) -> Metrics:
+        return TaggingReview(self.tags(table))
+
     def legend(self, table: Table) -> list[Any]:
         return self.tags(table)
 
@@ -131,9 +136,85 @@ class TaggingScores(Metrics):
         return scores | {"accuracy": sum(map(operator.eq, right, found)) / len(right) if right else float("nan")}
 
 
+class TaggingReview(TaggingScores):
+    """Scores by type of entity, confusions of words, and the sentences with most entities missed or wrong."""
+
+    def __init__(self, tags: list[str]) -> None:
+        super().__init__(tags)
+        self._rows: list[int] = []
+        self._probability: list[Tensor] = []
+
+    def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
+        super().add(output, targets)
+        self._rows += targets["row"].tolist()
+        highest_BT, tags_BW = output.softmax(-1).amax(-1), targets["tags"]
+        self._probability.append(at_words(highest_BT, targets["word"], tags_BW.shape[1], 1)[tags_BW != IGNORED])
+
+    def result(self) -> dict[str, Any]:
+        types, mistakes = sorted(_types(self.tags)), list[Mistake]()
+        counts = {kind: np.zeros(len(types), np.int64) for kind in ("hits", "expected", "found")}
+        for row, right, found in zip(self._rows, self._right, self._found, strict=True):
+            expected, predicted = set(entities(right)), set(entities(found))
+            for kind, those in zip(counts, (expected & predicted, expected, predicted), strict=True):
+                np.add.at(counts[kind], [types.index(of) for _, _, of in those], 1)
+            if wrong := expected ^ predicted:
+                mistakes.append(_mistake(row, expected, predicted, len(wrong)))
+        right_W, found_W = (
+            np.array([self._type(tag, types) for tag in chain.from_iterable(words)], np.int64)
+            for words in (self._right, self._found)
+        )
+        is_right_W = np.fromiter(
+            map(operator.eq, chain.from_iterable(self._right), chain.from_iterable(self._found)), bool
+        )
+        return review(
+            len(self._rows),
+            len(mistakes),
+            mistakes,
+            "entities missed or wrong",
+            unit="sentences",
+            confusion=confusion(right_W, found_W, [OUTSIDE, *types]) | {"unit": "words"},
+            classes=class_scores(types, *counts.values()),
+            reliability=reliability(torch.cat(self._probability).numpy(), is_right_W),
+        )
+
+    @staticmethod
+    def _type(tag: str, types: list[str]) -> int:
+        return 0 if tag == OUTSIDE else 1 + types.index(tag[2:])
+
+
+def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Return the first word of each entity, the word after its last, and its type; a stray I- begins one, too."""
+    found: list[tuple[int, int, str]] = []
+    for place, tag in enumerate(tags):
+        if tag == OUTSIDE:
+            continue
+        kind = tag[2:]
+        if tag[0] == "I" and found and found[-1][1:] == (place, kind):
+            found[-1] = (found[-1][0], place + 1, kind)
+        else:
+            found.append((place, place + 1, kind))
+    return found
+
+
+def _mistake(
+    row: int, expected: set[tuple[int, int, str]], predicted: set[tuple[int, int, str]], wrong: int
+) -> Mistake:
+    marks = [
+        *(Mark(begin, end, "right", kind) for begin, end, kind in expected & predicted),
+        *(Mark(begin, end, "missed", kind) for begin, end, kind in expected - predicted),
+        *(Mark(begin, end, "wrong", kind) for begin, end, kind in predicted - expected),
+    ]
+    marks.sort(key=lambda mark: (mark.begin, mark.end, mark.kind))
+    return Mistake(row, _counted(expected), _counted(predicted), float(wrong), marks)
+
+
+def _counted(those: Collection[object]) -> str:
+    return f"{len(those)} {'entity' if len(those) == 1 else 'entities'}"
+
+
 def at_words(values_BT: Tensor, word_BT: Tensor, words: int, absent: int) -> Tensor:
     """Return the values at the first token of each word, (B, W); `absent` for a word without tokens."""
-    values_BW = torch.full((len(values_BT), words + 1), absent)
+    values_BW = torch.full((len(values_BT), words + 1), absent, dtype=values_BT.dtype)
     return values_BW.scatter(1, word_BT.masked_fill(word_BT < 0, words), values_BT)[:, :words]
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.split.forward import state_kept
-from pipeline.tasks import Task
+from pipeline.tasks import Metrics, Task
 from pipeline.train import processes
 from pipeline.train.loader import Batch
 
@@ -56,17 +57,23 @@ def trains_on_one(suffix: nn.Module, batch: Batch) -> bool:
     return True
 
 
-def evaluate(suffix: nn.Module, task: Task, batches: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:
-    """Return the task's metrics over `batches`, in eval mode and without gradients."""
+def evaluate(
+    suffix: nn.Module, task: Task, batches: Iterable[Batch], accelerator: Accelerator, metrics: Metrics | None = None
+) -> dict[str, Any]:
+    """Return the task's metrics over `batches`, or the `metrics` that are given, in eval mode and without gradients.
+
+    With the targets, metrics get the `row` of each sample in the sample table.
+    """
     suffix.eval()
     if processes.world() > 1:  # running statistics differ between processes: those of the main one count
         broadcast([buffer for buffer in suffix.buffers() if buffer.is_contiguous()])
-    metrics = task.metrics()
+    metrics = task.metrics() if metrics is None else metrics
     with torch.no_grad():
         for batch in batches:
             with accelerator.autocast():
                 output = suffix(batch.state, **batch.inputs)
-            output, targets = of_all_processes(output, batch)
+            named = batch.targets | {"row": batch.rows.to(accelerator.device)}
+            output, targets = of_all_processes(output, replace(batch, targets=named))
             if accelerator.is_main_process:
                 metrics.update(output, targets)
     return processes.on_main(metrics.compute)

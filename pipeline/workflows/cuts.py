@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError
 from pipeline.project.linear_heads import score_linear_heads
 from pipeline.project.model_example import ModelExample
+from pipeline.report import charts
 from pipeline.report.costs import speed_ups
-from pipeline.report.cut_plot import draw_cuts
 from pipeline.split import Candidate, candidates, split
 from pipeline.split.candidates import seconds_per_sample
 from pipeline.tasks import read_tensor
@@ -161,21 +161,18 @@ def _step(module: nn.Module, run: Callable[..., Any]) -> Callable[..., None]:
 def draw(choices: Sequence[CutOption], path: Path) -> None:
     """Draw linear scores, expected speed-ups and sizes of states of the cuts that are not refused, as a PNG."""
     usable = [choice for choice in choices if not choice.refused]
-    draw_cuts(
-        [choice.blocks_share for choice in usable],
-        {
-            "validation score": {
-                "linear head": [choice.linear_score for choice in usable],
-                "best from here on": [choice.linear_from_here for choice in usable],
-            },
-            "expected speed-up": {
-                "over full fine-tuning": [_drawn(choice.over_full) for choice in usable],
-                "over frozen layers": [_drawn(choice.over_frozen) for choice in usable],
-            },
-            "state, KB/sample": {"": [(choice.state_bytes or 0) / 1e3 for choice in usable]},
+    panels: dict[str, dict[str, Sequence[float | None]]] = {
+        "validation score": {
+            "linear head": [choice.linear_score for choice in usable],
+            "best from here on": [choice.linear_from_here for choice in usable],
         },
-        path,
-    )
+        "expected speed-up": {
+            "over full fine-tuning": [_drawn(choice.over_full) for choice in usable],
+            "over frozen layers": [_drawn(choice.over_frozen) for choice in usable],
+        },
+        "state, KB/sample": {"state": [(choice.state_bytes or 0) / 1e3 for choice in usable]},
+    }
+    charts.write_png(charts.over_depth(panels, [choice.blocks_share for choice in usable]), path)
 
 
 def table(choices: Sequence[CutOption]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -123,7 +124,7 @@ def train_opened(planned: PlannedRun, opened: OpenCut, accelerator: Accelerator)
     towers = opened.towers_for(project)
     owner = project.params.absolute().parent.name
     with tracked(accelerator, owner, name, record.sections(project)):
-        summary = _train(planned, opened, towers, accelerator)
+        summary, review = _train(planned, opened, towers, accelerator)
     run = Run(
         name=name,
         cut=planned.cut,
@@ -141,6 +142,7 @@ def train_opened(planned: PlannedRun, opened: OpenCut, accelerator: Accelerator)
         legend=towers[0].loaded.task.legend(table),
         made_of=planned.made_of,
         test=summary.test,
+        review=review,
     )
     if accelerator.is_main_process:
         record.write_run(project, run)
@@ -151,8 +153,10 @@ def train_opened(planned: PlannedRun, opened: OpenCut, accelerator: Accelerator)
     return run
 
 
-def _train(run: PlannedRun, opened: OpenCut, towers: Sequence[Tower], accelerator: Accelerator) -> TrainResult:
-    """Train the suffixes of `towers`; write the result to the folder of the run."""
+def _train(
+    run: PlannedRun, opened: OpenCut, towers: Sequence[Tower], accelerator: Accelerator
+) -> tuple[TrainResult, dict[str, Any]]:
+    """Train the suffixes of `towers`; write the result to the folder of the run, and return it with its review."""
     train = run.project.train
     suffix = trainable_model(towers)
     if train.adapter is not None:  # an adapted suffix is a new one
@@ -165,7 +169,7 @@ def _train(run: PlannedRun, opened: OpenCut, towers: Sequence[Tower], accelerato
     else:
         for tower in towers:
             tower.loaded.backbone.model.to("meta")  # the suffix has its own weights, the main process keeps the others
-    return fit(
+    result = fit(
         suffix,
         towers[0].loaded.task,
         training,
@@ -177,6 +181,13 @@ def _train(run: PlannedRun, opened: OpenCut, towers: Sequence[Tower], accelerato
         fresh=new_parameters(towers),
         weights=plain_weights if train.adapter else nn.Module.state_dict,
         test=partial(_test_scores, towers, test, accelerator),
+    )
+    task = towers[0].loaded.task
+    collector = task.review(opened.table)
+    if collector is None:
+        return result, {}
+    return result, evaluate(
+        _kept(towers, run.folder / record.WEIGHTS, accelerator), task, validation, accelerator, collector
     )
 
 
@@ -218,7 +229,12 @@ def _test_scores(
     """Return the scores of the `weights` of a run on the test samples; empty without any."""
     if not len(test):
         return {}
+    return evaluate(_kept(towers, weights, accelerator), towers[0].loaded.task, test, accelerator)
+
+
+def _kept(towers: Sequence[Tower], weights: Path, accelerator: Accelerator) -> nn.Module:
+    """Return the model of `towers` with the `weights` that a run keeps, on its device."""
     for tower in towers:
         load_weights(tower, weights)
         to_device(tower.suffix, accelerator.device)
-    return evaluate(plain_model(towers), towers[0].loaded.task, test, accelerator)
+    return plain_model(towers)

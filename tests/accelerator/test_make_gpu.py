@@ -16,7 +16,7 @@ import tiny
 pytestmark = pytest.mark.slow
 
 ROOT = tiny.TESTS.parent
-WITHOUT = "click dask distributed dvc dvc_objects dvclive matplotlib mlxtend nervaluate pandas pytorch_metric_learning"
+WITHOUT = "click dask distributed dvc dvc_objects dvclive mlxtend nervaluate pandas pytorch_metric_learning vl_convert"
 TINY = (
     "--samples 16 --batch 2 --steps 2 --repeats 1 --workers 0 --matrix 64 --images torchvision:resnet18 --pixels 32 "
     "--blocks 2 --width 64 --tokens 16"

@@ -12,7 +12,7 @@ from pipeline.workflows.encode import encode_project
 from pipeline.workflows.train import train_project
 from stages.cli import COMMANDS
 
-HEAVY = ("torch", "transformers", "timm", "torchvision", "torchmetrics", "matplotlib", "dask", "zarr", "dvclive", "dvc")
+HEAVY = ("torch", "transformers", "timm", "torchvision", "torchmetrics", "vl_convert", "dask", "zarr", "dvclive", "dvc")
 CODE = """
 import sys
 from stages import cli
@@ -29,7 +29,7 @@ from pipeline.tasks import TaskConfig, open_task
 scores = open_task(TaskConfig(kind="classification")).metrics()
 scores.update(torch.eye(3), {"label": torch.arange(3)})
 scores.compute()
-print([name for name in ("torchmetrics", "transformers", "matplotlib", "dask", "zarr") if name in sys.modules])
+print([name for name in ("torchmetrics", "transformers", "vl_convert", "dask", "zarr") if name in sys.modules])
 """
 COLLECTED = """
 import gc, sys
@@ -78,7 +78,7 @@ def test_commands_that_compute_nothing_import_no_torch(
         verb: heavy_imports(tmp_path, *verb.split())
         for verb in ("encode", "report", "store info", "store gc --dry-run")
     }
-    assert found == {"encode": "[]", "report": "['matplotlib']", "store info": "[]", "store gc --dry-run": "[]"}
+    assert found == {"encode": "[]", "report": "['vl_convert']", "store info": "[]", "store gc --dry-run": "[]"}
 
 
 def test_training_a_classifier_imports_no_unused_packages() -> None:

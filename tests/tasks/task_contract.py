@@ -184,6 +184,27 @@ class TaskContract:
             best = {name: 0.0 if name in LOWER_IS_BETTER else 1.0 for name in scores}
             assert (scores == pytest.approx(best, abs=1e-5)) != wrong
 
+    def test_the_review_names_the_samples_that_are_wrong(self, task: Task) -> None:
+        task.prepare(self.table)
+        reviews = {}
+        for wrong in (True, False):
+            collector = task.review(self.table)
+            assert collector is not None
+            for rows in batches(task.units(self.table, "validation"), 2, seed=0, epoch=0, shuffle=False):
+                targets = self.batch(task, rows)
+                output = self.right(targets).float()
+                draw = torch.Generator().manual_seed(len(output))
+                shown = 3 * torch.randn(output.shape, generator=draw) if wrong else output
+                collector.update(self.wrapped(shown), targets | {"row": torch.from_numpy(np.asarray(rows))})
+            reviews[wrong] = json.loads(json.dumps(collector.compute()))
+        found, right = reviews[True]["mistakes"], reviews[False]["mistakes"]
+        assert found
+        assert all(self.table.split[mistake["row"]] == "validation" for mistake in found)
+        assert all(mistake["expected"] and mistake["predicted"] for mistake in found)
+        assert [mistake["severity"] for mistake in found] == sorted((one["severity"] for one in found), reverse=True)
+        assert all(mistake["severity"] < 1e-5 for mistake in right)
+        assert not reviews[False]["wrong"]
+
     def test_scores_of_nothing_are_not_numbers(self, task: Task) -> None:
         task.prepare(self.table)
         assert np.isnan(task.metrics().compute()[task.monitor])

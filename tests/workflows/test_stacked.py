@@ -118,6 +118,10 @@ def compare_with_single_runs(result: SweepResult, count: int) -> None:
         assert own.pop("value") == pytest.approx(other.pop("value"), rel=CLOSE)
         assert own.pop("initial") == pytest.approx(other.pop("initial"), rel=CLOSE, nan_ok=True)
         assert own.pop("test") == pytest.approx(other.pop("test"), rel=CLOSE)
+        reviews = own.pop("review"), other.pop("review")
+        severities = [[mistake.pop("severity") for mistake in review["mistakes"]] for review in reviews]
+        assert severities[0] == pytest.approx(severities[1], rel=CLOSE)
+        assert [review["confusion"] for review in reviews] == [reviews[0]["confusion"]] * 2
         assert own == other
         weights, expected = (load_file(f"results/runs/{name}/model.safetensors") for name in (run.name, "alone"))
         assert list(weights) == list(expected)
