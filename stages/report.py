@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from pipeline.project import Project
+from pipeline.report.forecast import comparison
 from pipeline.report.summary import table
 from pipeline.workflows.report import report_project
 from stages.options import params_option
@@ -19,5 +20,8 @@ def command(params: Path, markdown: bool) -> None:
     A row is the mean of the runs that differ in their seed alone, with the standard deviation between them.
     """
     project = Project.load(params)
-    click.echo(table(report_project(project), markdown=markdown))
+    rows = report_project(project)
+    click.echo(table(rows, markdown=markdown))
+    if (predicted := comparison(project, rows, markdown=markdown)) is not None:
+        click.echo(f"\n{predicted}")
     click.echo(f"plot: {project.results / 'runs.png'}", err=markdown)

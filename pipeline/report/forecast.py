@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.files import write_whole
 from pipeline.keys import JSON, digest
 from pipeline.project import Project
+from pipeline.report.summary import ResultRow
 
 FILE = "plan.json"
 
@@ -107,22 +108,32 @@ def write_plan(project: Project, plan: Mapping[str, Any]) -> None:
     write_whole(project.results / FILE, json.dumps(plan, indent=2) + "\n")
 
 
-def compared(forecast: Forecast, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return predicted beside measured figures of each of the report's `rows` that has no settings of its own."""
-    cuts, found = {str(cut.cut): cut for cut in forecast.cuts}, []
-    for row in rows:
-        cut = cuts.get(str(row["cut"]))
-        if cut is None or row["settings"]:
-            continue
-        pairs = {
-            "bytes/sample": (cut.state_bytes / max(1, cut.samples), row["state_bytes_per_sample"]),
-            "encode s": (cut.encode_seconds, row["encode_seconds"]),
-            "train s/epoch": (cut.epoch_seconds, row["train_seconds_per_epoch"]),
-        }
-        found.append({"cut": str(row["cut"]), **pairs})
-    return found
+def comparison(project: Project, rows: Sequence[ResultRow], *, markdown: bool = False) -> str | None:
+    """Return the table of predicted / measured figures of the `rows` with the settings of params.yaml alone.
+
+    None where there is no forecast for today's settings, or no such row.
+    """
+    import pandas as pd  # noqa: PLC0415  (slow to import)
+
+    forecast = read_forecast(project)
+    cuts = {} if forecast is None else {str(cut.cut): cut for cut in forecast.cuts}
+    lines = [_compared(cuts[str(row.cut)], row) for row in rows if str(row.cut) in cuts and not row.settings]
+    if not lines:
+        return None
+    shown = pd.DataFrame(lines)
+    table = shown.to_markdown(index=False, disable_numparse=True) if markdown else shown.to_string(index=False)
+    return f"predicted by recycle plan / measured:\n\n{table}"
 
 
-def content_of(forecast: Forecast) -> dict[str, Any]:
-    """Return what `Forecast.of` reads."""
-    return asdict(forecast)
+def _compared(cut: CutForecast, row: ResultRow) -> dict[str, str]:
+    return {
+        "cut": str(row.cut),
+        "bytes/sample": _both(cut.state_bytes / max(1, cut.samples), row.state_bytes_per_sample, ",.0f"),
+        "encode s": _both(cut.encode_seconds, row.encode_seconds, ".1f"),
+        "train s/epoch": _both(cut.epoch_seconds, row.train_seconds_per_epoch, ".2f"),
+        "break-even epoch": _both(break_even(cut.encode_seconds, cut.frozen_seconds), row.break_even_epoch, "d"),
+    }
+
+
+def _both(predicted: float | None, measured: float | None, form: str) -> str:
+    return " / ".join("-" if value is None else format(value, form) for value in (predicted, measured))

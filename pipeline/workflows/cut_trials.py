@@ -57,7 +57,6 @@ TRAIN_SECONDS = 2.0
 HELD_BYTES = 1 << 27
 """Bytes of states of the sample: an encode holds those of a few segments in memory."""
 CODEC_SAMPLES = 64
-WARM_STEPS = 2
 TRIED_EPOCHS = 1000
 """Epochs of the schedule of a trial, which ends long before."""
 
@@ -143,7 +142,7 @@ def measure_cuts(
         bad = [one for part in tried for one in part.result.keyed.bad[len(keyed.bad) :]]
         kept = ~KeySet(keyed.keys[[one.row for one in bad]]).contains(training.keys[chosen])
         epochs = _Epochs(trial, training, chosen[kept], keyed, tried, project.train)
-        forecasts = [epochs.forecast(cut, deadline) for cut in trial.encode.cuts]
+        forecasts = epochs.forecasts(deadline)
         full = next((one.epoch_seconds for one in forecasts if not one.recycled), None)
         notes = [f"cut {one.cut}: {one.reason}" for one in forecasts if one.reason]
         forecast = Forecast(
@@ -163,18 +162,23 @@ def measure_cuts(
 def _in_folder(project: Project, folder: Path) -> Project:
     """Return the project with all its files in `folder`, which encodes in this process, at the cut 0 too."""
     cuts = project.encode.cuts if 0 in project.encode.cuts else [*project.encode.cuts, 0]
-    here = {"store": None, "store_options": {}, "executor": ExecutorConfig(), "suffix": True, "cuts": cuts}
-    files = {"samples": "samples.parquet", "quarantine": "quarantine.csv", "work_dir": "work"}
-    places = {name: folder / file for name, file in files.items()}
+    here: dict[str, Any] = {
+        "store": None,
+        "store_options": {},
+        "executor": ExecutorConfig(),
+        "suffix": True,
+        "cuts": cuts,
+    }
+    longer = {"epochs": TRIED_EPOCHS, "max_steps": None, "eval_every": None, "loggers": ()}
     return replace(
         project,
         encode=project.encode.model_copy(update=here),
-        train=project.train.model_copy(
-            update={"epochs": TRIED_EPOCHS, "max_steps": None, "eval_every": None, "loggers": ()}
-        ),
+        train=project.train.model_copy(update=longer),
         activations=folder / "activations",
+        samples=folder / "samples.parquet",
+        quarantine=folder / "quarantine.csv",
         results=folder / "results",
-        **places,
+        work_dir=folder / "work",
     )
 
 
@@ -308,9 +312,21 @@ class _Epochs:
         """Batches and positions of an epoch of the data set."""
         return epoch_positions(open_task(self.project.task), self.table, self.project.train, *self._lengths)
 
-    def forecast(self, cut: CutName, deadline: float) -> CutForecast:
+    def forecasts(self, deadline: float) -> list[CutForecast]:
+        """Return the predicted costs of all cuts, in their order; the cheapest trainings are tried first."""
+        found = [
+            self._forecast(cut, deadline) for cut in sorted(self.project.encode.cuts, key=self._share, reverse=True)
+        ]
+        return sorted(found, key=lambda one: self.project.encode.cuts.index(one.cut))
+
+    def _share(self, cut: CutName) -> float:
+        """Return the share of the blocks before a cut, the smallest of all encoders."""
+        return min(part.shares[part.number(cut)] for part in self.tried)
+
+    def _forecast(self, cut: CutName, deadline: float) -> CutForecast:
         """Return the predicted costs of one cut."""
-        epoch, reason = None, "the time was up before its training was tried"
+        epoch: float | None = None
+        reason: str | None = "the time was up before its training was tried"
         if time.monotonic() < deadline:
             try:
                 epoch, reason = self._epoch_seconds(cut), None
@@ -323,7 +339,7 @@ class _Epochs:
             frozen += seconds["forward"] * int((own & (self.table.split == "train")).sum())
         return CutForecast(
             cut=cut,
-            recycled=min(part.shares[part.number(cut)] for part in self.tried),
+            recycled=self._share(cut),
             samples=len(first_rows(self.keyed.keys[self.keyed.good])),
             state_bytes=sum(part.nbytes[part.number(cut)] for part in self.tried),
             beside_bytes=sum(part.beside_bytes(cut) for part in self.tried),
@@ -349,8 +365,7 @@ class _Epochs:
         optimizer = open_optimizer(objective, config, new_parameters(towers))
         optimizer, scheduler = accelerator.prepare(optimizer, schedule(optimizer, config, rounds.steps))
         step = partial(train_round, model, counted, optimizer, scheduler, accelerator, config)
-        for number in range(WARM_STEPS):
-            each = step(replace(rounds, steps_per_round=1), number)["train/seconds"]
+        each = step(replace(rounds, steps_per_round=1), 0)["train/seconds"]  # the first prepares kernels and memory
         at_once = int(np.clip(TRAIN_SECONDS / 4 / each, 1, rounds.steps_per_epoch))
         rates = list[float]()
         end = time.monotonic() + TRAIN_SECONDS

@@ -5,16 +5,19 @@ What is predicted runs the code of `recycle encode` and `recycle train` on some 
 
 import io
 import json
+import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.util import load_yaml_guess_indent
 
 from pipeline.config import set_values
@@ -36,6 +39,7 @@ SECONDS = 50.0
 SETTING_SHARE = 0.4
 """Share of that time after which no setting is tried."""
 SETTING_SAMPLES = 128
+LABELS = ("label", "tags", "group")
 FOLDER = "plan"
 """Folder in `work_dir` with what was measured, by a digest of everything that it depends on."""
 
@@ -82,13 +86,11 @@ def plan_project(project: Project, *, apply: bool = False) -> Plan:
     source = project.source()
     keyed = project.keys_of(source)
     table = project.sample_table(source, keyed)
-    measured = _kept(project, table, "settings", lambda: asdict(_try_settings(project, source, keyed, table, began)))
-    settings = SettingTrials.of(measured)
-    chosen = project.overridden({**project.overrides, **settings.recommended}) if apply else project
-    rate = settings.recommended_rate if apply else settings.rate
-    deadline = began + SECONDS
-    measured = _kept(chosen, table, "cuts", lambda: asdict(measure_cuts(chosen, source, keyed, table, rate, deadline)))
-    cuts = CutTrials.of(measured)
+    with _quiet():
+        settings = _settings(project, source, keyed, table, began)
+        settings = replace(settings, recommended=_changes(project, settings.recommended))
+        chosen = project.overridden({**project.overrides, **settings.recommended}) if apply else project
+        cuts = _cuts(chosen, source, keyed, table, settings.recommended_rate if apply else settings.rate, began)
     data = _summary(source, keyed, table, cuts)
     plan = Plan(data, settings, cuts, _free_bytes(project), time.monotonic() - began)
     if apply and settings.recommended:
@@ -97,10 +99,11 @@ def plan_project(project: Project, *, apply: bool = False) -> Plan:
     return plan
 
 
-def _try_settings(
-    project: Project, source: Source, keyed: KeyedSamples, table: SampleTable, began: float
-) -> SettingTrials:
-    """Try settings on some samples; nothing where no cut has a layer before it."""
+def _settings(project: Project, source: Source, keyed: KeyedSamples, table: SampleTable, began: float) -> SettingTrials:
+    """Try settings on some samples, unless that was done; nothing where no cut has a layer before it."""
+    file = _file(project, table, "settings", [part.encode.model_dump(mode="json") for part in project.parts])
+    if known := _read(file):
+        return SettingTrials.of(known)
     rng, benches = np.random.default_rng(SEED), list[Bench]()
     for part in project.parts:
         own = keyed.good if part.tower is None else rows_in_role(source, keyed.good, part.tower)
@@ -111,35 +114,68 @@ def _try_settings(
     first = project.parts[0].tower
     wanted = keyed.good if first is None else rows_in_role(source, keyed.good, first)
     units = partial(units_of, wanted, keyed.keys, split_numbers(keyed.keys, table))
-    return with_batches(trials, measure_settings(trials), units, benches[0].lengths(keyed.sizes))
-
-
-def _kept(project: Project, table: SampleTable, what: str, measure: Callable[[], dict[str, JSON]]) -> dict[str, Any]:
-    """Return what was measured before under the same settings, data, weights and code, or measure it and keep it."""
-    files = [recipe_cache.cache_key(part, table) for part in project.parts]
-    if None in files:  # the user's own code, which may have changed
-        return dict(measure())
-    key = digest([what, settings_digest(project) if what == "cuts" else _of_encode(project), files])
-    file = project.work_dir / FOLDER / f"{key}.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    except (OSError, ValueError):
-        pass
-    found = dict(measure())
-    write_whole(file, json.dumps(found) + "\n")
+    found = with_batches(trials, measure_settings(trials), units, benches[0].lengths(keyed.sizes))
+    if file and time.monotonic() < trials.deadline:
+        write_whole(file, json.dumps(asdict(found)) + "\n")
     return found
 
 
-def _of_encode(project: Project) -> JSON:
-    return [part.encode.model_dump(mode="json") for part in project.parts]
+def _cuts(
+    project: Project, source: Source, keyed: KeyedSamples, table: SampleTable, rate: float | None, began: float
+) -> CutTrials:
+    """Try the cuts on some samples, unless that was done under these settings."""
+    file = _file(project, table, "cuts", settings_digest(project))
+    if known := _read(file):
+        return CutTrials.of(known)
+    found = measure_cuts(project, source, keyed, table, rate, began + SECONDS)
+    if file and time.monotonic() < began + SECONDS:
+        write_whole(file, json.dumps(asdict(found)) + "\n")
+    return found
+
+
+def _file(project: Project, table: SampleTable, what: str, settings: JSON) -> Path | None:
+    """Return the file for what was measured under these settings, data, weights and code; None where code is unknown.
+
+    A trial that was cut short is not kept.
+    """
+    made_of = [recipe_cache.cache_key(part, table) for part in project.parts]
+    if None in made_of:  # the user's own code, which may have changed
+        return None
+    return project.work_dir / FOLDER / f"{digest([what, settings, *made_of])}.json"
+
+
+def _read(file: Path | None) -> dict[str, Any] | None:
+    try:
+        return None if file is None else dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the log from what happens in a temporary folder."""
+    log = logging.getLogger("recycle")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _changes(project: Project, settings: Mapping[str, JSON]) -> dict[str, JSON]:
+    """Return those of `settings` that params.yaml has with another value."""
+
+    def current(name: str) -> Any:
+        return reduce(lambda holder, step: getattr(holder, step, None), name.split("."), project)
+
+    return {name: value for name, value in settings.items() if value != current(name)}
 
 
 def _summary(source: Source, keyed: KeyedSamples, table: SampleTable, cuts: CutTrials) -> DataSummary:
     labels = {}
     for name, values in table.targets.items():
-        if values.dtype.kind in "OU" or name == "label":
+        if name in LABELS:
             flat = values if values.dtype.kind != "O" else np.concatenate([np.atleast_1d(one) for one in values])
             labels[name] = len(np.unique(flat))
     notes = [f"left out of the data set: {left_out}"] if (left_out := source.left_out()) else []
@@ -162,13 +198,22 @@ def _free_bytes(project: Project) -> int | None:
     return shutil.disk_usage(place).free
 
 
+class _Representer(RoundTripRepresenter):
+    """Writes None as null, not as nothing."""
+
+
+_Representer.add_representer(
+    type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+)
+
+
 def apply_settings(params: Path, settings: Mapping[str, JSON]) -> None:
     """Replace values of a params.yaml; comments, order and quotes stay."""
     text = params.read_text(encoding="utf-8")
     content, indent, offset = load_yaml_guess_indent(text, preserve_quotes=True)
     set_values(content, settings)
     yaml, out = YAML(), io.StringIO()
-    yaml.width, yaml.preserve_quotes = 4096, True
+    yaml.width, yaml.preserve_quotes, yaml.Representer = 4096, True, _Representer
     yaml.indent(mapping=2, sequence=indent, offset=offset)
     yaml.dump(content, out)
     write_whole(params, out.getvalue())

@@ -25,7 +25,7 @@ def text(plan: Plan, *, runs: int, applied: bool) -> str:
         rows = [{"": one["storage"], "bytes/sample": format_bytes(one["bytes"]), **one} for one in plan.cuts.codecs]
         title = f"storage of cut {plan.cuts.codecs_of}, deviations from the states as they are stored now"
         parts.append(_section(title, _deviations(rows)))
-    title = f"cuts, from {forecast.samples_tried:,} samples, for {forecast.epochs * runs:g} epochs ({runs} runs)"
+    title = f"cuts, from {forecast.samples_tried:,} samples; verdicts for {runs} x {forecast.epochs:g} epochs"
     parts.append(
         _section(title, [_cut(forecast, number, runs, plan.free_bytes) for number in range(len(forecast.cuts))])
     )

@@ -33,10 +33,14 @@ from pipeline.store import STATE_PREFIX
 from pipeline.tasks import read_tensor
 from pipeline.workflows.codec_error import compare_outputs, compare_states
 
-FASTER, BETTER_BATCH = 1.2, 1.05
+FASTER, BETTER_BATCH = 1.2, 1.1
 """Factors by which another precision, and another batch size, must be faster to be recommended."""
-STATE_MEAN, OUTPUT_MEAN, CHANGED = 0.03, 0.05, 0.05
-"""Largest deviations of a precision that is recommended, as in `CodecDeviation`."""
+NEARLY = 0.85
+"""Share of the speed of the fastest from which the most exact one is recommended."""
+AS_FAST = 0.95
+"""Share of the speed of the best batches from which those with the fewest changes are recommended."""
+LARGEST_DEVIATION = 0.1
+"""Largest mean deviation, of states and of outputs, of a precision that is recommended."""
 SECONDS_EACH = 1.0
 REPEATS = 3
 COMPARED = 32
@@ -63,9 +67,8 @@ class SettingTrial:
 
     @property
     def is_close(self) -> bool:
-        """Whether its deviations are small enough to be recommended."""
-        limits = ((self.state_mean, STATE_MEAN), (self.output_mean, OUTPUT_MEAN), (self.changed, CHANGED))
-        return all(value is not None and value <= limit for value, limit in limits)
+        """Whether its deviations are small enough to be recommended; NaN is not."""
+        return all(value is not None and value <= LARGEST_DEVIATION for value in (self.state_mean, self.output_mean))
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class Trials:
             settings = {}
         if precision is not None:
             settings |= precision_settings(self.project, precision)
-        self.found.append(SettingTrial(settings, label, len(self.benches) / seconds, *worst))
+        self.found.append(SettingTrial(settings, label, len(self.benches) / seconds, worst[0], worst[1], worst[2]))
         return self.found[-1]
 
     def _state(self, bench: Bench, form: ComputeFormat) -> State:
@@ -230,12 +233,15 @@ def measure_settings(trials: Trials) -> SettingTrials:
 
 def _recommended(trials: Trials) -> SettingTrials:
     base, *others = trials.found
-    best, reasons = base, list[str]()
-    for trial in sorted(others, key=lambda trial: trial.samples_per_second):
+    close, reasons = [trial for trial in others if trial.is_close], list[str]()
+    for trial in others:
         if not trial.is_close:
-            trials.notes.append(f"{trial.label}: not recommended, it deviates too far (limits: {_limits()})")
-        elif trial.samples_per_second >= FASTER * base.samples_per_second:
-            best = trial
+            limit = f"states and outputs may deviate by {LARGEST_DEVIATION:.0%}"
+            trials.notes.append(f"{trial.label}: not recommended, {limit} on average")
+    fast = [trial for trial in close if trial.samples_per_second >= FASTER * base.samples_per_second]
+    fastest = max((trial.samples_per_second for trial in fast), default=0.0)
+    nearly = [trial for trial in fast if trial.samples_per_second >= NEARLY * fastest]
+    best = min(nearly, key=lambda trial: trial.state_mean or 0.0, default=base)
     if best is not base:
         reasons.append(
             f"{best.label}: {best.samples_per_second / base.samples_per_second:.2f} times as fast before the cut; "
@@ -262,11 +268,14 @@ def with_batches(
     """
     encode, bench = trials.project.encode, trials.benches[0]
     channels_last = bool(measured.recommended.get("encode.channels_last", encode.channels_last))
-    form = bench.format(measured.recommended.get("model.dtype"), channels_last=channels_last)
+    precision = measured.recommended.get("encode.precision")
+    form = bench.format(None if precision is None else str(precision), channels_last=channels_last)
     count = len(bench.samples)
-    sizes = sorted({max(1, min(count, encode.batch_size * 2**power // 4)) for power in range(5)})
-    timed = [size for size in sizes if time.monotonic() < trials.deadline]
-    rates = [size / bench.seconds(form, size) for size in timed]
+    sizes = sorted({max(1, min(count, encode.batch_size * 2**power // 8)) for power in range(6)})
+    timed, rates = list[int](), list[float]()
+    for size in sizes:
+        if time.monotonic() < trials.deadline:
+            timed, rates = [*timed, size], [*rates, size / bench.seconds(form, size)]
     if not rates:
         return replace(measured, notes=[*measured.notes, "batch sizes: not tried, the time was up"])
     typical = float(np.median([length(sample) for sample in bench.samples]))
@@ -285,7 +294,12 @@ def with_batches(
         samples = sum(map(len, of))
         return SettingTrial(own, str(batching), rate * typical * samples / padded, padding=1 - positions / padded)
 
-    choices = [{}, *({"encode.batch_size": size, "encode.batch_tokens": None} for size in timed)]
+    now = Batching.of(encode)
+    others = [size for size in timed if size != now.batch_size or now.batch_tokens is not None]
+    choices: list[dict[str, JSON]] = [
+        {},
+        *({"encode.batch_size": size, "encode.batch_tokens": None} for size in others),
+    ]
     if is_ragged:
         choices += [{"encode.batch_tokens": 2 ** round(math.log2(size * typical))} for size in timed]
         state = form.run(bench.prefix, bench.batch(1))
@@ -293,11 +307,14 @@ def with_batches(
         if held < HELD_BYTES:
             choices += [{**own, "encode.segment_samples": 4 * encode.segment_samples} for own in choices]
     found = [tried(own) for own in choices]
-    now, best = found[0], max(found, key=lambda trial: trial.samples_per_second)
-    factor = best.samples_per_second / now.samples_per_second
+    base, fastest = found[0], max(trial.samples_per_second for trial in found)
+    best = next(trial for trial in found if trial.samples_per_second > AS_FAST * fastest)  # with the fewest changes
+    factor = best.samples_per_second / base.samples_per_second
     if factor < BETTER_BATCH:
         return replace(measured, batches=found)
-    less = "" if best.padding is None else f"; padding is {best.padding:.0%} of what is computed, not {now.padding:.0%}"
+    less = (
+        "" if best.padding is None else f"; padding is {best.padding:.0%} of what is computed, not {base.padding:.0%}"
+    )
     return replace(
         measured,
         batches=found,
@@ -309,7 +326,8 @@ def with_batches(
 def precision_settings(project: Project, precision: str) -> dict[str, JSON]:
     """Return the settings with which every encoder holds its weights and computes in `precision`."""
     own = [f"towers.{part.tower}.model" for part in project.parts if project.towers.of(part.tower).model is not None]
-    return {f"{section}.dtype": precision for section in ("model", *own)} | {"encode.precision": None}
+    names = [*(f"{section}.dtype" for section in ("model", *own)), "encode.precision"]
+    return dict.fromkeys(names, precision)
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -332,7 +350,3 @@ def _outputs(bench: Bench, state: State) -> list[Tensor]:
 
 def _named(state: State) -> dict[str, list[Tensor]]:
     return {f"{STATE_PREFIX}{name}": [item] for name, item in state.items()}
-
-
-def _limits() -> str:
-    return f"states {STATE_MEAN:.0%}, outputs {OUTPUT_MEAN:.0%}, changed {CHANGED:.0%}"
