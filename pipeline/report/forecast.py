@@ -44,6 +44,8 @@ class Forecast:
     samples_tried: int
     encode_seconds: float
     """Of one encode of all cuts, in which reading, computing and writing overlap."""
+    total_bytes: int
+    """Of the stores of all cuts, with what lies beside the states."""
     full_epoch_seconds: float | None
     """Seconds per epoch of full fine-tuning, from stored inputs."""
     epochs: float

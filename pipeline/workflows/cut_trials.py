@@ -22,9 +22,10 @@ from pipeline.encode.keying import KeyedSamples
 from pipeline.encode.ragged import length, pad_batch, shapes
 from pipeline.encode.unit import EncodeResult
 from pipeline.errors import RecyclingError
-from pipeline.models import network_inputs
+from pipeline.models import Preprocess, network_inputs
 from pipeline.project import CutName, Project
 from pipeline.project.extrapolation import (
+    SEED,
     Batching,
     batch_positions,
     choose_rows,
@@ -37,9 +38,17 @@ from pipeline.project.towers import new_parameters, open_tower
 from pipeline.project.views import split_numbers
 from pipeline.report.forecast import CutForecast, Forecast, settings_digest
 from pipeline.split import Capture
-from pipeline.store import ATTACHMENTS, KeySet, Store, first_rows, folder_nbytes, projected_nbytes, temporary_folder
+from pipeline.store import (
+    ATTACHMENTS,
+    SUFFIX,
+    KeySet,
+    Store,
+    first_rows,
+    folder_nbytes,
+    projected_nbytes,
+    temporary_folder,
+)
 from pipeline.tasks import open_task
-from pipeline.train.config import TrainConfig
 from pipeline.train.fit import open_accelerator, train_round
 from pipeline.train.loader import Batch
 from pipeline.train.objective import Objective, prepare
@@ -56,6 +65,8 @@ TRAIN_SECONDS = 2.0
 """Time of the steps that are timed for each cut."""
 HELD_BYTES = 1 << 27
 """Bytes of states of the sample: an encode holds those of a few segments in memory."""
+LENGTH_SECONDS, LENGTHS_AT_ONCE = 3.0, 256
+"""Time in which lengths are counted beyond the sample, and the number of rows counted at a time."""
 CODEC_SAMPLES = 64
 TRIED_EPOCHS = 1000
 """Epochs of the schedule of a trial, which ends long before."""
@@ -81,7 +92,7 @@ class CutTrials:
         return cls(**{**content, "forecast": Forecast.of(content["forecast"])})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodeTrial:
     """The encode of the sample by one encoder, and the factors from the sample to the data set."""
 
@@ -117,10 +128,10 @@ class EncodeTrial:
         costs = self.result.costs
         return costs.elapsed / max(1, costs.samples) * self.states * self.padding
 
-    def beside_bytes(self, cut: CutName) -> int:
-        """Return the bytes of what lies beside the states of a cut."""
+    def beside_bytes(self, cut: CutName, *, suffix: bool) -> int:
+        """Return the bytes of what lies beside the states of a cut, with or without the pretrained suffix."""
         stores = [of_view[self.number(cut)] for of_view in self.stores]
-        folders = [store.path / name for store in stores for name in ATTACHMENTS]
+        folders = [store.path / name for store in stores for name in ATTACHMENTS if suffix or name != SUFFIX]
         return sum(folder_nbytes(folder) for folder in folders if folder.is_dir())
 
 
@@ -141,7 +152,7 @@ def measure_cuts(
         tried = [_encode_part(part, source, keyed, table, wanted) for part in trial.parts]
         bad = [one for part in tried for one in part.result.keyed.bad[len(keyed.bad) :]]
         kept = ~KeySet(keyed.keys[[one.row for one in bad]]).contains(training.keys[chosen])
-        epochs = _Epochs(trial, training, chosen[kept], keyed, tried, project.train)
+        epochs = _Epochs(trial, training, chosen[kept], keyed, tried, project)
         forecasts = epochs.forecasts(deadline)
         full = next((one.epoch_seconds for one in forecasts if not one.recycled), None)
         notes = [f"cut {one.cut}: {one.reason}" for one in forecasts if one.reason]
@@ -150,6 +161,7 @@ def measure_cuts(
             samples_tried=len(chosen),
             encode_seconds=sum(part.wall_seconds for part in tried),
             full_epoch_seconds=full,
+            total_bytes=epochs.total_bytes,
             epochs=epochs.per_run,
             cuts=[one for one in forecasts if one.cut in project.encode.cuts],
             notes=notes + _limits(project),
@@ -198,13 +210,25 @@ def _encode_part(
     opened = open_encode(part, source, sample, table, replace_stores=False)
     rows, lengths = sample.good, np.ones(len(keyed.keys), np.int64)
     if shapes(opened.samples[0]) != shapes(opened.samples[-1]):
-        (decoded,) = decode_rows(source, Chunk(rows, [opened.loaded.backbone.preprocess]))
-        found = finished_samples(opened.loaded.backbone.preprocess, decoded)
-        lengths = predict_lengths(keyed.sizes, decoded.rows, [length(one) for one in found])
+        lengths = _lengths(opened.loaded.backbone.preprocess, source, everything, rows)
     _warm_up(opened)
     result = encode_views(opened.encoder(source, sample), part, source, sample, table, opened.stores)
     good = 1 - (len(result.keyed.bad) - len(sample.bad)) / len(rows)
     return _scaled(part, opened, result, everything, lengths, table, good)
+
+
+def _lengths(preprocess: Preprocess, source: Source, keyed: KeyedSamples, rows: np.ndarray) -> np.ndarray:
+    """Return the positions of each row, (N,) int64, from those of the sample's `rows` and of as many as time allows."""
+    others = np.random.default_rng(SEED).permutation(np.setdiff1d(keyed.good, rows))
+    lengths, known = list[int](), list[np.ndarray]()
+    end = time.monotonic() + LENGTH_SECONDS
+    for some in (rows, *np.array_split(others, len(others) // LENGTHS_AT_ONCE + 1)):
+        (decoded,) = decode_rows(source, Chunk(some, [preprocess]))
+        lengths += [length(sample) for sample in finished_samples(preprocess, decoded)]
+        known.append(decoded.rows)
+        if time.monotonic() > end:
+            break
+    return predict_lengths(keyed.sizes, np.concatenate(known), lengths)
 
 
 def _warm_up(opened: OpenEncode) -> None:
@@ -290,13 +314,24 @@ class _Epochs:
     """Those of its rows that are stored, ascending."""
     keyed: KeyedSamples
     tried: Sequence[EncodeTrial]
-    settings: TrainConfig
-    """Those of params.yaml; `project` trains longer than needed."""
+    planned: Project
+    """The project as it is; `project` has its files in another folder, and trains longer than needed."""
 
     @property
     def per_run(self) -> float:
         """Epochs of a run, as params.yaml has them."""
-        return self.settings.max_steps / self._real[0] if self.settings.max_steps else self.settings.epochs
+        return (
+            self.planned.train.max_steps / self._real[0] if self.planned.train.max_steps else self.planned.train.epochs
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the stores of all cuts; that of an encoder with a cut of its own counts once."""
+        places = {(part, part.number(cut)): cut for part in self.tried for cut in self.planned.encode.cuts}
+        suffix = self.planned.encode.suffix
+        return sum(
+            part.nbytes[number] + part.beside_bytes(cut, suffix=suffix) for (part, number), cut in places.items()
+        )
 
     @cached_property
     def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
@@ -342,7 +377,7 @@ class _Epochs:
             recycled=self._share(cut),
             samples=len(first_rows(self.keyed.keys[self.keyed.good])),
             state_bytes=sum(part.nbytes[part.number(cut)] for part in self.tried),
-            beside_bytes=sum(part.beside_bytes(cut) for part in self.tried),
+            beside_bytes=sum(part.beside_bytes(cut, suffix=self.planned.encode.suffix) for part in self.tried),
             encode_seconds=encode,
             frozen_seconds=frozen,
             epoch_seconds=epoch,

@@ -209,11 +209,10 @@ _Representer.add_representer(
 
 def apply_settings(params: Path, settings: Mapping[str, JSON]) -> None:
     """Replace values of a params.yaml; comments, order and quotes stay."""
-    text = params.read_text(encoding="utf-8")
-    content, indent, offset = load_yaml_guess_indent(text, preserve_quotes=True)
-    set_values(content, settings)
     yaml, out = YAML(), io.StringIO()
     yaml.width, yaml.preserve_quotes, yaml.Representer = 4096, True, _Representer
-    yaml.indent(mapping=2, sequence=indent, offset=offset)
+    content, indent, offset = load_yaml_guess_indent(params.read_text(encoding="utf-8"), yaml=yaml)
+    set_values(content, settings)
+    yaml.indent(mapping=2, sequence=indent or 2, offset=offset or 0)
     yaml.dump(content, out)
     write_whole(params, out.getvalue())

@@ -78,10 +78,10 @@ def _cut(forecast: Forecast, number: int, runs: int, free: int | None) -> dict[s
 
 def _totals(plan: Plan) -> str:
     forecast = plan.cuts.forecast
-    needed = sum(cut.state_bytes + cut.beside_bytes for cut in forecast.cuts)
     free = "" if plan.free_bytes is None else f", {format_bytes(plan.free_bytes)} are free"
-    lines = [f"all cuts: {format_bytes(needed)} of disk{free}; one encode of all: {forecast.encode_seconds:,.1f} s"]
-    if plan.free_bytes is not None and needed > plan.free_bytes:
+    seconds = f"one encode of all: {forecast.encode_seconds:,.1f} s"
+    lines = [f"all cuts: {format_bytes(forecast.total_bytes)} of disk{free}; {seconds}"]
+    if plan.free_bytes is not None and forecast.total_bytes > plan.free_bytes:
         lines.append("the disk does not suffice for all cuts: encode fewer, or set encode.store or a smaller codec")
     if forecast.full_epoch_seconds is not None:
         lines.append(f"full fine-tuning: {forecast.full_epoch_seconds:,.2f} s/epoch from stored inputs")

@@ -7,7 +7,7 @@ import pytest
 from pipeline.report.forecast import CutForecast, Forecast, break_even, verdict
 
 HALF = CutForecast("0.5", 0.5, 100, 10**9, 10**6, encode_seconds=30.0, frozen_seconds=10.0, epoch_seconds=5.0)
-FORECAST = Forecast("", 10, 40.0, full_epoch_seconds=40.0, epochs=3, cuts=[HALF])
+FORECAST = Forecast("", 10, 40.0, total_bytes=1, full_epoch_seconds=40.0, epochs=3, cuts=[HALF])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`recycle plan`: predictions against a real encode, what it leaves on disk, what it names, and what it recommends."""
 
-import itertools
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ from pipeline.errors import DataError
 from pipeline.project import Project
 from pipeline.report.costs import read_costs
 from pipeline.report.forecast import read_forecast
-from pipeline.store import find_stores, folder_nbytes
 from pipeline.workflows import cut_trials, plan, setting_trials
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.plan import Plan, apply_settings, plan_project
@@ -34,6 +32,7 @@ WORDS = ("one", "two", "three", "good", "bad")
 def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cut_trials, "TRAIN_SECONDS", 0.02)
     monkeypatch.setattr(setting_trials, "SECONDS_EACH", 0.01)
+    monkeypatch.setattr(cut_trials, "FEWEST_SAMPLES", 1024)  # however slow the machine
 
 
 @pytest.fixture
@@ -52,7 +51,8 @@ def texts(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     lines = [" ".join(draw.choice(WORDS, draw.integers(1, 20))) for _ in range(200)]
     labelled = [{"text": line, "label": "good" if "good" in line else "other"} for line in lines]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled))
-    pairs = [{"q": a, "a": b} for a, b in itertools.pairwise(dict.fromkeys(lines))]
+    distinct = list(dict.fromkeys(lines))
+    pairs = [{"q": a, "a": b} for a, b in zip(distinct[::2], distinct[1::2], strict=False)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in pairs))
     for file in text_folder.iterdir():
         os.utime(file, (1_600_000_000, 1_600_000_000))  # so that its stamp is settled
@@ -83,12 +83,12 @@ def of_towers(folder: Path) -> Project:
 
 
 def state_bytes(project: Project) -> dict[str, int]:
-    """The bytes of the segments of each cut, in all views and towers."""
-    found = {str(cut): 0 for cut in project.encode.cuts}
-    for store in find_stores(project.activations):
-        cut = store.relative_to(project.activations).parts[0]
-        found[cut] += sum(folder_nbytes(one) for one in store.iterdir() if len(one.name) == 32 and one.is_dir())
-    return found
+    """The bytes of the states of each cut, in all views and towers."""
+    stores = {
+        str(cut): [part.open_store(part.at(cut), view) for part in project.parts for view in part.views]
+        for cut in project.encode.cuts
+    }
+    return {cut: sum(store.nbytes() for store in of_cut) for cut, of_cut in stores.items()}
 
 
 def entries(folder: Path) -> set[str]:
@@ -123,11 +123,14 @@ def test_bytes_are_those_of_the_encode_that_follows(kind: str, request: pytest.F
         assert cut.encode_seconds > 0
         assert cut.frozen_seconds > 0 or not cut.recycled
         assert costs[str(cut.cut)].state_bytes_per_sample == pytest.approx(cut.state_bytes / cut.samples)
+    stored = [path for path in project.activations.rglob("*") if path.is_file() and path.name != "recipe.json"]
+    assert found.cuts.forecast.total_bytes == sum(path.stat().st_size for path in stored)
     assert "pays off after" in text(found, runs=1, applied=False)
 
 
 def test_bytes_of_a_data_set_from_a_part_of_it(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cut_trials, "MOST_SAMPLES", 64)
+    monkeypatch.setattr(cut_trials, "FEWEST_SAMPLES", 64)
     project = of_texts(texts, encode={"segment_samples": 32})
     found = plan_project(project)
     assert found.cuts.forecast.samples_tried < 120
