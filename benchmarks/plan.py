@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-OWN = ("activations", "samples.parquet", "quarantine.csv", "plots.json")
+OWN = ("data", "results", "params.yaml", "activations", "samples.parquet", "quarantine.csv")
+"""Entries of a project, and of its folder data, that are not linked."""
 
 
 def main() -> None:
@@ -43,9 +44,10 @@ def copied(project: Path, folder: Path) -> Path:
     """Copy the settings of a project to `folder`, and link its data."""
     shutil.copy(project / "params.yaml", folder)
     (folder / "data").mkdir()
-    for entry in (project / "data").iterdir():
-        if entry.name not in OWN and not entry.name.startswith("."):
-            (folder / "data" / entry.name).symlink_to(entry.resolve())
+    inner = (project / "data").iterdir() if (project / "data").is_dir() else ()
+    for entry in (*project.iterdir(), *inner):
+        if entry.name not in OWN and not entry.name.startswith(".") and entry.resolve() not in folder.parents:
+            (folder / entry.relative_to(project)).symlink_to(entry.resolve())
     return folder
 
 
@@ -76,7 +78,7 @@ def epoch(folder: Path, cut: str, epochs: int) -> float:
     """Train a run; return its seconds per epoch."""
     recycle(folder, "train", "--cut", cut, "--set", f"train.epochs={epochs}", "--name", "measured")
     run: dict[str, Any] = json.loads((folder / "results/runs/measured/run.json").read_text())
-    return statistics.median(row["train/seconds"] for row in run["history"])
+    return float(statistics.median(row["train/seconds"] for row in run["history"]))
 
 
 def compared(predicted: float | None, measured: float) -> str:

@@ -3,9 +3,9 @@
 A module is imported when it is first used: most need torch, which `--help` and a wrong option do not.
 
 init.py          a look at the data -> params.yaml, dvc.yaml
-plan.py          raw data, a sample of it encoded -> predicted costs, settings to use
-plan_text.py     the text of a plan
-setting_trials.py  settings of an encode, timed on a prepared batch
+plan.py          raw data -> predicted costs of every cut, settings to use
+plan_text.py     a plan -> text
+setting_trials.py  settings of an encode -> rates, deviations
 cut_trials.py    a sample encoded and trained on, scaled to the data set
 encode.py        raw data -> stores, sample table
 train.py         stores, sample table -> a finished run

@@ -195,9 +195,9 @@ def _in_folder(project: Project, folder: Path) -> Project:
 
 
 def _sample_size(project: Project, rate: float | None) -> int:
-    if rate is None:
-        return MOST_SAMPLES
-    return int(np.clip(rate * ENCODE_SECONDS / len(project.views), FEWEST_SAMPLES, MOST_SAMPLES))
+    """Return how many samples are encoded; `rate` is None where nothing is computed before the cuts."""
+    fitting = MOST_SAMPLES if rate is None else rate * ENCODE_SECONDS / len(project.views)
+    return int(np.clip(fitting, FEWEST_SAMPLES, MOST_SAMPLES))
 
 
 def _encode_part(

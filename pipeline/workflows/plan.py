@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from pipeline.workflows.setting_trials import Bench, SettingTrials, Trials, meas
 
 SECONDS = 50.0
 """Time after which nothing more is tried."""
-SETTING_SHARE = 0.4
+SETTING_SHARE = 0.5
 """Share of that time after which no setting is tried."""
 SETTING_SAMPLES = 128
 LABELS = ("label", "tags", "group")
@@ -167,7 +167,10 @@ def _changes(project: Project, settings: Mapping[str, JSON]) -> dict[str, JSON]:
     """Return those of `settings` that params.yaml has with another value."""
 
     def current(name: str) -> Any:
-        return reduce(lambda holder, step: getattr(holder, step, None), name.split("."), project)
+        value: Any = project
+        for step in name.split("."):
+            value = getattr(value, step, None)
+        return value
 
     return {name: value for name, value in settings.items() if value != current(name)}
 

@@ -182,8 +182,8 @@ class Trials:
         return [(state, _outputs(bench, state)) for bench, state in zip(self.benches, states, strict=True)]
 
     def try_out(self, label: str, precision: str | None, *, channels_last: bool) -> SettingTrial | None:
-        """Time all encoders, and compare their states and outputs with the exact ones; None where the time is up."""
-        if time.monotonic() > self.deadline:
+        """Time all encoders, and compare states and outputs with the exact ones; None if time is up before a second trial."""
+        if self.found and time.monotonic() > self.deadline:
             self.notes.append(f"{label}: not tried, the time was up")
             return None
         seconds, worst = 0.0, [0.0, 0.0, 0.0]
@@ -215,12 +215,10 @@ def measure_settings(trials: Trials) -> SettingTrials:
     """Try memory format and precision, one after the other; return what was measured and is recommended."""
     encode, (bench, *_) = trials.project.encode, trials.benches
     channels_last = encode.channels_last
-    base = trials.try_out("the settings as they are", None, channels_last=channels_last)
-    if base is None:
-        return SettingTrials(notes=trials.notes)
+    trials.try_out("the settings as they are", None, channels_last=channels_last)
     if any(item.dim() == 4 and item.is_floating_point() for item in bench.batch(1).values()):
         other = trials.try_out("the other memory format", None, channels_last=not channels_last)
-        if other is not None and other.samples_per_second > base.samples_per_second:
+        if other is not None and other.samples_per_second > trials.found[0].samples_per_second:
             channels_last = not channels_last
     for precision in PRECISIONS:
         label = _label(ComputeFormat(bench.device, dtype_of(precision), precision, channels_last))
@@ -296,10 +294,8 @@ def with_batches(
 
     now = Batching.of(encode)
     others = [size for size in timed if size != now.batch_size or now.batch_tokens is not None]
-    choices: list[dict[str, JSON]] = [
-        {},
-        *({"encode.batch_size": size, "encode.batch_tokens": None} for size in others),
-    ]
+    choices: list[dict[str, JSON]] = [{}]
+    choices += [dict[str, JSON]({"encode.batch_size": size, "encode.batch_tokens": None}) for size in others]
     if is_ragged:
         choices += [{"encode.batch_tokens": 2 ** round(math.log2(size * typical))} for size in timed]
         state = form.run(bench.prefix, bench.batch(1))
