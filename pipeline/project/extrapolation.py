@@ -5,7 +5,6 @@ shape count as one position each.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -65,41 +64,23 @@ def units_of(rows: np.ndarray, keys: np.ndarray, groups: np.ndarray, size: int) 
     return units
 
 
-@dataclass(frozen=True)
-class Batching:
-    """Settings that decide the batches of samples of unequal length."""
-
-    batch_size: int
-    batch_tokens: int | None
-    segment_samples: int
-
-    @classmethod
-    def of(cls, encode: EncodeConfig) -> "Batching":
-        """Return those of `encode`."""
-        return cls(encode.batch_size, encode.batch_tokens, encode.segment_samples)
-
-    def __str__(self) -> str:
-        size = f"batch_tokens {self.batch_tokens}" if self.batch_tokens else f"batch_size {self.batch_size}"
-        return f"{size}, segment_samples {self.segment_samples}"
-
-
-def batches_of(lengths: np.ndarray, batching: Batching) -> Iterator[tuple[int, int]]:
+def batches_of(lengths: np.ndarray, encode: EncodeConfig) -> Iterator[tuple[int, int]]:
     """Yield the number of samples and of positions, padding included, of the batches of a unit, as in encode."""
     ascending = np.sort(lengths).tolist()
-    begin, tokens = 0, batching.batch_tokens
+    begin, tokens = 0, encode.batch_tokens
     for end in range(1, len(ascending) + 1):
         longer = ascending[end] if end < len(ascending) else None
         count = end - begin
-        full = count == batching.batch_size if tokens is None else longer is not None and (count + 1) * longer > tokens
+        full = count == encode.batch_size if tokens is None else longer is not None and (count + 1) * longer > tokens
         if full or longer is None:
             yield count, count * ascending[end - 1]
             begin = end
 
 
-def padded_positions(units: Sequence[np.ndarray], lengths: np.ndarray, batching: Batching) -> float:
+def padded_positions(units: Sequence[np.ndarray], lengths: np.ndarray, encode: EncodeConfig) -> float:
     """Return the positions that the prefix computes for `units` of rows, padding included."""
     some = units[:: max(1, len(units) // SIMULATED_UNITS)]
-    counted = sum(positions for unit in some for _, positions in batches_of(lengths[unit], batching))
+    counted = sum(positions for unit in some for _, positions in batches_of(lengths[unit], encode))
     return counted * sum(map(len, units)) / max(1, sum(map(len, some)))
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from pipeline.files import write_whole
 from pipeline.keys import JSON, digest
 from pipeline.project import Project
@@ -52,11 +54,6 @@ class Forecast:
     cuts: list[CutForecast]
     notes: list[str] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "Forecast":
-        """Return the forecast whose `asdict` is `content`; raises TypeError or KeyError for that of another version."""
-        return cls(**{**content, "cuts": [CutForecast(**cut) for cut in content["cuts"]]})
-
 
 def settings_digest(project: Project) -> str:
     """Return the digest of the settings that a forecast depends on."""
@@ -99,7 +96,7 @@ def read_forecast(project: Project) -> Forecast | None:
     """Return the forecast for today's settings; None if there is none, or one of other settings or versions."""
     try:
         content = json.loads((project.results / FILE).read_text(encoding="utf-8"))
-        forecast = Forecast.of(content["forecast"])
+        forecast = TypeAdapter(Forecast).validate_python(content["forecast"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return forecast if forecast.settings == settings_digest(project) else None

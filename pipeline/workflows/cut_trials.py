@@ -26,7 +26,6 @@ from pipeline.models import Preprocess, network_inputs
 from pipeline.project import CutName, Project
 from pipeline.project.extrapolation import (
     SEED,
-    Batching,
     batch_positions,
     choose_rows,
     epoch_positions,
@@ -86,11 +85,6 @@ class CutTrials:
     undecodable: str = ""
     """Samples of the sample that cannot be decoded: counts by reason."""
 
-    @classmethod
-    def of(cls, content: dict[str, Any]) -> "CutTrials":
-        """Return the trials whose `asdict` is `content`."""
-        return cls(**{**content, "forecast": Forecast.of(content["forecast"])})
-
 
 @dataclass(frozen=True, eq=False)
 class EncodeTrial:
@@ -136,18 +130,24 @@ class EncodeTrial:
 
 
 def measure_cuts(
-    project: Project, source: Source, keyed: KeyedSamples, table: SampleTable, rate: float | None, deadline: float
+    project: Project,
+    source: Source,
+    keyed: KeyedSamples,
+    table: SampleTable,
+    rate: float | None,
+    state_bytes: int,
+    deadline: float,
 ) -> CutTrials:
     """Encode a sample at every cut, and at 0 for full fine-tuning; train some steps of each; scale to the data set.
 
-    `rate` are samples per second before the deepest cut, if known. After `deadline`, a value of `time.monotonic`, no
-    training is tried.
+    `rate` are samples per second before the deepest cut, None if nothing is before it, and `state_bytes` those of its
+    states in memory. After `deadline`, a value of `time.monotonic`, no training is tried.
     """
     with temporary_folder(project.work_dir) as folder:
         trial = _in_folder(project, folder)
         replace(table, views=trial.encode.views).write(trial.samples)
         training = trial.training_table()
-        chosen = choose_rows(open_task(trial.task), training, trial.train, _sample_size(project, rate))
+        chosen = choose_rows(open_task(trial.task), training, trial.train, _sample_size(project, rate, state_bytes))
         wanted = np.flatnonzero(KeySet(training.keys[chosen]).contains(keyed.keys))
         tried = [_encode_part(part, source, keyed, table, wanted) for part in trial.parts]
         bad = [one for part in tried for one in part.result.keyed.bad[len(keyed.bad) :]]
@@ -194,10 +194,11 @@ def _in_folder(project: Project, folder: Path) -> Project:
     )
 
 
-def _sample_size(project: Project, rate: float | None) -> int:
+def _sample_size(project: Project, rate: float | None, state_bytes: int) -> int:
     """Return how many samples are encoded; `rate` is None where nothing is computed before the cuts."""
     fitting = MOST_SAMPLES if rate is None else rate * ENCODE_SECONDS / len(project.views)
-    return int(np.clip(fitting, FEWEST_SAMPLES, MOST_SAMPLES))
+    held = HELD_BYTES / max(1, state_bytes * len(project.encode.cuts))
+    return int(np.clip(min(fitting, held), FEWEST_SAMPLES, MOST_SAMPLES))
 
 
 def _encode_part(
@@ -248,18 +249,17 @@ def _scaled(
 ) -> EncodeTrial:
     """Scale `result` to the rows of `everything`, of which the share `good` can be decoded."""
     keys, groups = everything.keys, split_numbers(everything.keys, table)
-    batching = Batching.of(part.encode)
     is_padded = result.costs.padded > result.costs.positions
     totals = {"states": 0.0, "positions": 0.0, "padded": 0.0}
     sampled = dict(totals)
     nbytes = [0] * len(part.encode.cuts)
     wanted = rows_to_encode(part, everything, table)
     for of_view, all_rows, own in zip(opened.stores, wanted, rows_to_encode(part, result.keyed, table), strict=True):
-        units, tried = (units_of(rows, keys, groups, batching.segment_samples) for rows in (all_rows, own))
+        units, tried = (units_of(rows, keys, groups, part.encode.segment_samples) for rows in (all_rows, own))
         for of, into in ((units, totals), (tried, sampled)):
             into["states"] += sum(map(len, of))
             into["positions"] += (positions := float(sum(lengths[unit].sum() for unit in of)))
-            into["padded"] += padded_positions(of, lengths, batching) if is_padded else positions
+            into["padded"] += padded_positions(of, lengths, part.encode) if is_padded else positions
         held = float(sum(lengths[unit].sum() for unit in tried))
         for cut, store in enumerate(of_view):
             nbytes[cut] += projected_nbytes(

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.util import load_yaml_guess_indent
@@ -33,6 +34,8 @@ from pipeline.report.forecast import settings_digest, write_plan
 from pipeline.store import sweep
 from pipeline.workflows.cut_trials import CutTrials, measure_cuts
 from pipeline.workflows.setting_trials import Bench, SettingTrials, Trials, measure_settings, with_batches
+
+T = TypeVar("T")
 
 SECONDS = 50.0
 """Time after which nothing more is tried."""
@@ -90,7 +93,8 @@ def plan_project(project: Project, *, apply: bool = False) -> Plan:
         settings = _settings(project, source, keyed, table, began)
         settings = replace(settings, recommended=_changes(project, settings.recommended))
         chosen = project.overridden({**project.overrides, **settings.recommended}) if apply else project
-        cuts = _cuts(chosen, source, keyed, table, settings.recommended_rate if apply else settings.rate, began)
+        rate = settings.recommended_rate if apply else settings.rate
+        cuts = _cuts(chosen, source, keyed, table, rate, settings.state_bytes, began)
     data = _summary(source, keyed, table, cuts)
     plan = Plan(data, settings, cuts, _free_bytes(project), time.monotonic() - began)
     if apply and settings.recommended:
@@ -102,8 +106,8 @@ def plan_project(project: Project, *, apply: bool = False) -> Plan:
 def _settings(project: Project, source: Source, keyed: KeyedSamples, table: SampleTable, began: float) -> SettingTrials:
     """Try settings on some samples, unless that was done; nothing where no cut has a layer before it."""
     file = _file(project, table, "settings", [part.encode.model_dump(mode="json") for part in project.parts])
-    if known := _read(file):
-        return SettingTrials.of(known)
+    if known := _read(file, SettingTrials):
+        return known
     rng, benches = np.random.default_rng(SEED), list[Bench]()
     for part in project.parts:
         own = keyed.good if part.tower is None else rows_in_role(source, keyed.good, part.tower)
@@ -121,13 +125,19 @@ def _settings(project: Project, source: Source, keyed: KeyedSamples, table: Samp
 
 
 def _cuts(
-    project: Project, source: Source, keyed: KeyedSamples, table: SampleTable, rate: float | None, began: float
+    project: Project,
+    source: Source,
+    keyed: KeyedSamples,
+    table: SampleTable,
+    rate: float | None,
+    state_bytes: int,
+    began: float,
 ) -> CutTrials:
     """Try the cuts on some samples, unless that was done under these settings."""
     file = _file(project, table, "cuts", settings_digest(project))
-    if known := _read(file):
-        return CutTrials.of(known)
-    found = measure_cuts(project, source, keyed, table, rate, began + SECONDS)
+    if known := _read(file, CutTrials):
+        return known
+    found = measure_cuts(project, source, keyed, table, rate, state_bytes, began + SECONDS)
     if file and time.monotonic() < began + SECONDS:
         write_whole(file, json.dumps(asdict(found)) + "\n")
     return found
@@ -144,10 +154,10 @@ def _file(project: Project, table: SampleTable, what: str, settings: JSON) -> Pa
     return project.work_dir / FOLDER / f"{digest([what, settings, *made_of])}.json"
 
 
-def _read(file: Path | None) -> dict[str, Any] | None:
+def _read(file: Path | None, kind: type[T]) -> T | None:
     try:
-        return None if file is None else dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return None if file is None else TypeAdapter(kind).validate_json(file.read_bytes())
+    except (OSError, ValueError):
         return None
 
 

@@ -25,7 +25,7 @@ from pipeline.keys import JSON
 from pipeline.models import network_inputs
 from pipeline.precision import ComputeFormat
 from pipeline.project import Project
-from pipeline.project.extrapolation import Batching, padded_positions, predict_lengths
+from pipeline.project.extrapolation import padded_positions, predict_lengths
 from pipeline.project.model import LoadedModel
 from pipeline.split import Prefix, State, Suffix, places
 from pipeline.split.forward import synchronise
@@ -54,14 +54,13 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 class SettingTrial:
     """One trial; deviations are relative to float32 in the contiguous memory format, as in `CodecDeviation`."""
 
-    settings: dict[str, JSON]
+    settings: dict[str, Any]
     """Settings that replace those of params.yaml."""
     label: str
     samples_per_second: float
     state_mean: float | None = None
     output_mean: float | None = None
     changed: float | None = None
-    note: str = ""
     padding: float | None = None
     """Share of padding in what the prefix computes; only of batches of samples of unequal length."""
 
@@ -76,7 +75,7 @@ class SettingTrials:
     """All trials of a project, and the settings that they recommend with the reasons."""
 
     trials: list[SettingTrial] = field(default_factory=list)
-    recommended: dict[str, JSON] = field(default_factory=dict)
+    recommended: dict[str, Any] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     batches: list[SettingTrial] = field(default_factory=list)
@@ -84,12 +83,8 @@ class SettingTrials:
     rate: float | None = None
     """Samples per second of the deepest prefix under the settings as they are, and as they are recommended."""
     recommended_rate: float | None = None
-
-    @classmethod
-    def of(cls, content: dict[str, Any]) -> "SettingTrials":
-        """Return the trials whose `asdict` is `content`."""
-        lists = {name: [SettingTrial(**trial) for trial in content[name]] for name in ("trials", "batches")}
-        return cls(**{**content, **lists})
+    state_bytes: int = 0
+    """Bytes of the states of a sample before the deepest cut, as they are computed, the mean of a batch."""
 
 
 @dataclass(frozen=True)
@@ -176,18 +171,18 @@ class Trials:
     notes: list[str] = field(default_factory=list)
 
     @cached_property
-    def _exact(self) -> list[tuple[State, list[Tensor]]]:
+    def exact(self) -> list[tuple[State, list[Tensor]]]:
         """States and outputs of a batch in float32 and the contiguous memory format, for each encoder."""
         states = [self._state(bench, bench.format("float32", channels_last=False)) for bench in self.benches]
         return [(state, _outputs(bench, state)) for bench, state in zip(self.benches, states, strict=True)]
 
     def try_out(self, label: str, precision: str | None, *, channels_last: bool) -> SettingTrial | None:
-        """Time all encoders, and compare states and outputs with the exact ones; None if time is up before a second trial."""
+        """Time all encoders, and compare states and outputs with the exact ones; None where the time is up."""
         if self.found and time.monotonic() > self.deadline:
             self.notes.append(f"{label}: not tried, the time was up")
             return None
         seconds, worst = 0.0, [0.0, 0.0, 0.0]
-        for bench, (exact, outputs) in zip(self.benches, self._exact, strict=True):
+        for bench, (exact, outputs) in zip(self.benches, self.exact, strict=True):
             form = bench.format(precision, channels_last=channels_last)
             few = min(4, len(bench.samples))
             fitting = int(SECONDS_EACH * few / bench.seconds(form, few))
@@ -253,6 +248,7 @@ def _recommended(trials: Trials) -> SettingTrials:
         trials.notes,
         rate=base.samples_per_second,
         recommended_rate=best.samples_per_second,
+        state_bytes=max(4 * item.numel() // len(item) for state, _ in trials.exact for item in state.values()),
     )
 
 
@@ -279,21 +275,20 @@ def with_batches(
     typical = float(np.median([length(sample) for sample in bench.samples]))
     is_ragged = len(np.unique(lengths)) > 1
 
-    def tried(own: dict[str, JSON]) -> SettingTrial:
-        changed = {name.removeprefix("encode."): value for name, value in own.items()}
-        batching = Batching.of(encode.model_copy(update=changed))
-        tokens = batching.batch_tokens
-        rate = float(np.interp(tokens / typical if tokens else batching.batch_size, timed, rates))
+    def trial(own: dict[str, JSON]) -> SettingTrial:
+        tried = encode.model_copy(update={name.removeprefix("encode."): value for name, value in own.items()})
+        tokens = tried.batch_tokens
+        size = f"batch_tokens {tokens}" if tokens else f"batch_size {tried.batch_size}"
+        label = f"{size}, segment_samples {tried.segment_samples}"
+        rate = float(np.interp(tokens / typical if tokens else tried.batch_size, timed, rates))
         if not is_ragged:
-            return SettingTrial(own, str(batching), rate)
-        of = units(batching.segment_samples)
+            return SettingTrial(own, label, rate)
+        of = units(tried.segment_samples)
         positions = float(sum(lengths[unit].sum() for unit in of))
-        padded = padded_positions(of, lengths, batching)
-        samples = sum(map(len, of))
-        return SettingTrial(own, str(batching), rate * typical * samples / padded, padding=1 - positions / padded)
+        padded = padded_positions(of, lengths, tried)
+        return SettingTrial(own, label, rate * typical * sum(map(len, of)) / padded, padding=1 - positions / padded)
 
-    now = Batching.of(encode)
-    others = [size for size in timed if size != now.batch_size or now.batch_tokens is not None]
+    others = [size for size in timed if size != encode.batch_size or encode.batch_tokens is not None]
     choices: list[dict[str, JSON]] = [{}]
     choices += [dict[str, JSON]({"encode.batch_size": size, "encode.batch_tokens": None}) for size in others]
     if is_ragged:
@@ -302,7 +297,7 @@ def with_batches(
         held = sum(4 * item.numel() for item in state.values()) * 4 * encode.segment_samples
         if held < HELD_BYTES:
             choices += [{**own, "encode.segment_samples": 4 * encode.segment_samples} for own in choices]
-    found = [tried(own) for own in choices]
+    found = [trial(own) for own in choices]
     base, fastest = found[0], max(trial.samples_per_second for trial in found)
     best = next(trial for trial in found if trial.samples_per_second > AS_FAST * fastest)  # with the fewest changes
     factor = best.samples_per_second / base.samples_per_second

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
+from pipeline.encode.config import EncodeConfig
 from pipeline.encode.ragged import batches_by_length
 from pipeline.encode.unit import plan
 from pipeline.project.extrapolation import (
-    Batching,
     batch_positions,
     batches_of,
     padded_positions,
@@ -22,7 +22,7 @@ def test_batches_are_those_of_an_encode() -> None:
         for size, tokens in ((8, None), (64, None), (8, 50), (1, 1000)):
             real = batches_by_length(samples, size=size, tokens=tokens, pads=True)
             expected = [(len(batch), len(batch) * max(int(lengths[i]) for i in batch)) for batch in real]
-            assert list(batches_of(lengths, Batching(size, tokens, 512))) == expected
+            assert list(batches_of(lengths, EncodeConfig(cuts=[1.0], batch_size=size, batch_tokens=tokens))) == expected
 
 
 def test_units_are_those_of_an_encode() -> None:
@@ -48,10 +48,10 @@ def test_lengths_are_those_of_samples_as_large() -> None:
     assert predict_lengths(sizes, np.array([0, 1, 3]), [2, 20, 11]).tolist() == [2, 20, 2, 11, 20, 11]
 
 
-def test_padding_of_many_units_is_that_of_some(monkeypatch: object) -> None:
+def test_padding_of_many_units_is_that_of_some() -> None:
     lengths = np.random.default_rng(0).integers(1, 40, 40_000)
     units = np.arange(40_000).reshape(-1, 50)
-    batching = Batching(8, None, 50)
+    batching = EncodeConfig(cuts=[1.0], batch_size=8)
     exact = sum(positions for unit in units for _, positions in batches_of(lengths[unit], batching))
     assert abs(padded_positions(list(units), lengths, batching) / exact - 1) < 0.01
 

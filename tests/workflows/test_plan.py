@@ -143,6 +143,8 @@ def test_bytes_of_a_data_set_from_a_part_of_it(texts: Path, monkeypatch: pytest.
 def test_what_was_measured_is_used_again(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = of_texts(texts)
     first = plan_project(project)
+    assert first.cuts.cut_off > 0
+    assert "longer than preprocess.max_length" in text(first, runs=1, applied=False)
     monkeypatch.setattr(plan, "measure_cuts", None)
     monkeypatch.setattr(plan, "Bench", None)
     again = plan_project(project)
@@ -161,12 +163,6 @@ def test_the_data_is_described(images: Path) -> None:
     assert found.data.labels == {"label": 3}
     assert "stripe/0002.png" in found.data.unreadable
     assert any("circle/0001.png = square/0003.png" in remark for remark in found.data.remarks)
-
-
-def test_long_texts_are_counted(texts: Path) -> None:
-    found = plan_project(of_texts(texts))
-    assert found.cuts.cut_off > 0
-    assert "longer than preprocess.max_length" in text(found, runs=1, applied=False)
 
 
 def test_a_failure_leaves_nothing(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
