@@ -96,13 +96,18 @@ def warn_of_emulation(setting: str, value: str, device: torch.device) -> None:
     Its matrix products are then made value by value: on two cores of such a processor the demo's encode took 21 times
     as long in bfloat16 as in float32.
     """
-    if device.type == "cpu" and value in MKLDNN_NAMES and not _multiplies(MKLDNN_NAMES[value]):
+    if is_emulated(value, device):
         log.warning(
             "%s is %s, which this processor computes many times slower than float32: it lacks the instructions; use "
             "another machine, or set a type of 32 bits",
             setting,
             value,
         )
+
+
+def is_emulated(value: str, device: torch.device) -> bool:
+    """Return whether `device` is a processor without instructions for matrix products of the type named `value`."""
+    return device.type == "cpu" and value in MKLDNN_NAMES and not _multiplies(MKLDNN_NAMES[value])
 
 
 def _multiplies(kind: str) -> bool:

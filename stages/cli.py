@@ -17,6 +17,7 @@ from pipeline.memory import import_for_good, keep_freed_memory
 COMMANDS = {
     "init": "stages.init:command",
     "cuts": "stages.cuts:command",
+    "plan": "stages.plan:command",
     "encode": "stages.encode:command",
     "train": "stages.train:command",
     "sweep": "stages.sweep:command",
@@ -53,6 +54,7 @@ class LazyGroup(click.Group):
 SUMMARIES = {
     "init": "Look at a data set and write params.yaml and dvc.yaml for it.",
     "cuts": "List every place to cut a model, with its costs and the speed-up to expect; mark the sensible ones.",
+    "plan": "Predict disk and time of every cut from a sample, try settings, and say whether to cache.",
     "encode": "Run the frozen layers once over the data set and store what they give.",
     "train": "Fine-tune the layers above one cut from its store.",
     "sweep": "Train many runs in one process: a grid, a list or a file of settings.",

@@ -6,6 +6,7 @@ import click
 
 from pipeline.project import Project
 from pipeline.report.page import FILE
+from pipeline.report.forecast import comparison
 from pipeline.report.summary import table
 from pipeline.workflows.report import report_project
 from stages.options import params_option
@@ -22,7 +23,10 @@ def command(params: Path, markdown: bool, opens: bool) -> None:
     runs that differ in their seed alone, with the standard deviation between them.
     """
     project = Project.load(params)
-    click.echo(table(report_project(project), markdown=markdown))
+    rows = report_project(project)
+    click.echo(table(rows, markdown=markdown))
+    if (predicted := comparison(project, rows, markdown=markdown)) is not None:
+        click.echo(f"\n{predicted}")
     page = project.results / FILE
     click.echo(f"plot: {project.results / 'runs.png'}, page: {page}", err=markdown)
     if opens:

@@ -37,6 +37,11 @@ TINY = {
         r"^\{\} +(N) samples/s .* (N) files, the same bytes$",
     ),
     "memory": ("--gb 0.002 0.004", 2, r"^\| 0.0 GB \| (N) \| (N) GB \| (N) GB \| (N) \|$"),
+    "plan": (
+        "{project} --cuts 0.5",
+        1,
+        r"^cut 0\.5 +MB +(N) / +(N) \((N)\) +encode s +(N) / +(N) \((N)\) +epoch s +(N) / +(N) \((N)\)$",
+    ),
     "predict": ("--samples 100 --rounds 1 --cuts 1.0 --pixels 32", 1, r"^ +1\.0 +(N) +(N) +(N) +(N) +0$"),
     "remote": (
         "--samples 2048 --epochs 1 --step 1",

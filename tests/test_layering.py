@@ -17,6 +17,7 @@ FLOORS = [
         "stages.export",
         "stages.fetch",
         "stages.init",
+        "stages.plan",
         "stages.store",
         "stages.sweep",
     }

@@ -14,6 +14,7 @@ pretrained_suffix.py  pretrained weights after a cut, kept beside its store
 towers.py             encoders as training and prediction open them, and several of them as one model
 minimum_batch.py      how small a training batch may be
 loaders.py            the batches of a run, and where they are read from
+extrapolation.py      figures of a data set from those of a sample
 new_params.py         the params.yaml of a new project
 model_example.py      a model and inputs to try it on, without stores
 linear_heads.py       linear heads on the states of many cuts, scored without stores

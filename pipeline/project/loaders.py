@@ -53,11 +53,13 @@ def open_loaders(
     *,
     minimum: int = 1,
     feeds: "Mapping[str, Feed] | None" = None,
+    sample: np.ndarray | None = None,
 ) -> list[Loader | TowerLoader]:
     """Return the loaders of the training, the validation and the test samples of `towers`, one or several.
 
     The targets are those that the task of the first one prepares. `memory` in bytes is this machine's if None; a
-    training batch has at least `minimum` units. `feeds` are opened unless they are given.
+    training batch has at least `minimum` units. `feeds` are opened unless they are given. Of towers that were opened on
+    a `sample` of the table, it is given here too.
 
     Raises:
         MissingKeysError: some samples of the table were never encoded; the message names up to five.
@@ -66,8 +68,10 @@ def open_loaders(
     """
     feeds = open_feeds(towers, device) if feeds is None else feeds
     first = towers[0].loaded
-    schedule = Schedule.of(first.project.train, first.task, table, list(feeds.values()), memory, minimum)
     targets = first.task.prepare(table)
+    if sample is not None:
+        table, targets = table.of(sample), {name: values[sample] for name, values in targets.items()}
+    schedule = Schedule.of(first.project.train, first.task, table, list(feeds.values()), memory, minimum)
 
     def loader(feed: Feed, part: str) -> Loader:
         own = {name: values[feed.tower.rows] for name, values in targets.items()} if len(feeds) > 1 else targets

@@ -143,7 +143,7 @@ class LoadedModel:
 
     def split_at_cuts(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[SavedSplit]]:
         """Return the prefix of every cut, proved on two `samples`, `recipes[view][cut]`, and what each suffix needs."""
-        example = self._on_device(samples)
+        example = self.on_device(samples)
         prefixes, saved = list[Prefix](), list[SavedSplit]()
         for cut in self.project.encode.cuts:
             prefix, suffix = self.split(cut, example)
@@ -153,7 +153,7 @@ class LoadedModel:
 
     def count_flops(self, prefixes: Sequence[Prefix], samples: list[Sample]) -> list[tuple[int, int]] | None:
         """Return the operations per sample before and after the cuts of `prefixes`, counted on two `samples`."""
-        return flops_around(self.backbone.model, [prefix.cut for prefix in prefixes], self._on_device(samples))
+        return flops_around(self.backbone.model, [prefix.cut for prefix in prefixes], self.on_device(samples))
 
     def encoder(
         self, source: Source, prefixes: Sequence[Prefix], stores: Sequence[Sequence[Store]], trimming_rows: np.ndarray
@@ -241,7 +241,7 @@ class LoadedModel:
         )
         return [self._of_view(plain, view) for view in project.views]
 
-    def _on_device(self, samples: list[Sample]) -> dict[str, Tensor]:
+    def on_device(self, samples: list[Sample]) -> dict[str, Tensor]:
         """Return `samples` as inputs of the network, on its device."""
         device = next(self.backbone.model.parameters()).device
         batch = as_inputs(network_inputs(pad_batch(samples, self.backbone.preprocess.pad)), self.backbone.dtype)

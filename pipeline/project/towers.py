@@ -57,11 +57,19 @@ class Tower:
         return self.loaded.project.tower
 
 
-def open_tower(project: Project, cut: CutName, table: SampleTable, *, suffix_only: bool = False) -> Tower:
+def open_tower(
+    project: Project,
+    cut: CutName,
+    table: SampleTable,
+    *,
+    suffix_only: bool = False,
+    sample: np.ndarray | None = None,
+) -> Tower:
     """Open one encoder (`project` is one of `Project.parts`) for runs of `cut`, with the rows of `table` in its role.
 
     Neither raw data nor another recipe's store is read. With `suffix_only`, only the suffix has weights where the
-    pretrained suffix in the store has them, and the others are not read.
+    pretrained suffix in the store has them, and the others are not read. With `sample` (n,) int64, ascending, the tower
+    has these rows alone, numbered as in `table.of(sample)`; `table` still decides the head.
 
     Raises:
         AbsentError: the weights are not on this machine.
@@ -76,6 +84,9 @@ def open_tower(project: Project, cut: CutName, table: SampleTable, *, suffix_onl
         rows = np.flatnonzero(table.targets["role"] == project.tower)
         table = table.of(rows)
     loaded = LoadedModel.open(project, table, suffix_of=project.at(cut) if suffix_only else None)
+    if sample is not None:
+        kept = np.isin(rows, sample)
+        table, rows = table.of(np.flatnonzero(kept)), np.searchsorted(sample, rows[kept])
     views, prefix, suffix = loaded.open_store(project.at(cut), table)
     if suffix_only and views.plain.is_linked:
         log.warning(

@@ -2,6 +2,7 @@
 
 costs.py    results/encode.json: what stores hold and cost
 charts.py   Vega-Lite specifications -> SVG and PNG
+forecast.py results/plan.json: predicted costs, verdicts, predicted beside measured
 summary.py  runs + costs -> table, curves, plot
 samples.py  the samples that a page shows: pictures and marked texts
 page.py     results/report.html

@@ -18,7 +18,7 @@ The modules in the order in which a split happens:
 lists the places to cut, with their costs. `tree` (tensors inside nested values) serves all of them.
 """
 
-from pipeline.split.candidates import Candidate, candidates, flops_around
+from pipeline.split.candidates import Candidate, candidates, flops_around, places
 from pipeline.split.cut import Cut
 from pipeline.split.prefix import Capture, Prefix, State, TensorSpec
 from pipeline.split.regions import compile_blocks, recompute_blocks
@@ -39,6 +39,7 @@ __all__ = [
     "flops_around",
     "load_suffix",
     "merge",
+    "places",
     "recompute_blocks",
     "save_split",
     "split",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.errors import SplitError
-from pipeline.split.blocks import boundaries, find_blocks
+from pipeline.split.blocks import boundaries, find_blocks, resolve
 from pipeline.split.cut import Cut
 from pipeline.split.forward import Trace, eval_run, observed_calls, synchronise, trace
 from pipeline.split.layout import batch_size, regroup
@@ -67,6 +67,18 @@ def candidates(model: nn.Module, example: Any) -> list[Candidate]:
         except SplitError as error:
             found.append(Candidate(cut, *flops, refused=str(error)))
     return found
+
+
+def places(model: nn.Module, cuts: Sequence[float | str], example: Any) -> list[Cut]:
+    """Return the place in `model` that each of `cuts` names, as `split` takes them; nothing is proved.
+
+    Raises:
+        NoSuchCutError: one names no place in the model.
+    """
+    args, kwargs = read_example(example)
+    seen = trace(model, args, kwargs)
+    blocks = find_blocks(model, seen.calls)
+    return [resolve(model, at, seen.calls, blocks) for at in cuts]
 
 
 def flops_around(model: nn.Module, cuts: Sequence[Cut], example: Any) -> list[tuple[int, int]] | None:

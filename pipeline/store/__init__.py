@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.store.format.codecs import CODECS
 from pipeline.store.format.layout import find_stores, segment_id
 from pipeline.store.format.names import (
+    ATTACHMENTS,
     EXTRA_PREFIX,
     FORMAT,
     INPUT_PREFIX,
@@ -38,6 +39,7 @@ from pipeline.store.store import Store, exclusive_access, remove_store
 from pipeline.store.upkeep.attachments import has_attachment, read_attachment, remove_attachment, write_attachment
 from pipeline.store.upkeep.describe import describe, format_bytes, format_facts
 from pipeline.store.upkeep.plans import UpkeepPlan, plan_compact, plan_gc, plan_removal
+from pipeline.store.upkeep.projected import projected_nbytes
 
 if TYPE_CHECKING:
     from pipeline.store.local.read_ahead import ReadAhead

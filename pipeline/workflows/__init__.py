@@ -3,6 +3,10 @@
 A module is imported when it is first used: most need torch, which `--help` and a wrong option do not.
 
 init.py          a look at the data -> params.yaml, dvc.yaml
+plan.py          raw data -> predicted costs of every cut, settings to use
+plan_text.py     a plan -> text
+setting_trials.py  settings of an encode -> rates, deviations
+cut_trials.py    a sample encoded and trained on, scaled to the data set
 encode.py        raw data -> stores, sample table
 train.py         stores, sample table -> a finished run
 sweep.py         a list of runs, stores, sample table -> finished runs
@@ -21,9 +25,33 @@ from typing import TYPE_CHECKING
 from pipeline.memory import import_for_good
 
 if TYPE_CHECKING:
-    from pipeline.workflows import cuts, encode, evaluate, export, init, predict, report, store_upkeep, sweep, train
+    from pipeline.workflows import (
+        cuts,
+        encode,
+        evaluate,
+        export,
+        init,
+        plan,
+        predict,
+        report,
+        store_upkeep,
+        sweep,
+        train,
+    )
 
-__all__ = ["cuts", "encode", "evaluate", "export", "init", "predict", "report", "store_upkeep", "sweep", "train"]
+__all__ = [
+    "cuts",
+    "encode",
+    "evaluate",
+    "export",
+    "init",
+    "plan",
+    "predict",
+    "report",
+    "store_upkeep",
+    "sweep",
+    "train",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -91,29 +91,35 @@ def measure(project: Project, name: str, count: int, tower: str | None = None) -
         DataError: the finished run does not fit the model.
     """
     opened = open_tower(project.part(tower), project.cut(name), SampleTable.read(project.samples), suffix_only=True)
-    loaded, store, suffix = opened.loaded, opened.store, opened.suffix
     is_trained = _load_run(project, name, opened)
-    suffix.to(pick_device(project.encode.device)).eval()
-    drawn = np.sort(np.random.default_rng(0).permutation(len(opened.table))[:count])
+    label = "/".join(filter(None, [name, tower]))
+    return compare(opened, label, count, is_trained=is_trained)
+
+
+def compare(tower: Tower, label: str, count: int, *, is_trained: bool = False) -> CodecReport:
+    """Apply every codec to `count` samples of `tower`, which the report calls `label`; as `measure`."""
+    loaded, store, suffix = tower.loaded, tower.store, tower.suffix
+    suffix.to(pick_device(loaded.project.encode.device)).eval()
+    drawn = np.sort(np.random.default_rng(0).permutation(len(tower.table))[:count])
     places = store.first_places(drawn)
     stored = _read(partial(loaded.project.reader, store.path), places)
-    kind = loaded.task.head(opened.table).kind
+    kind = loaded.head.kind
 
     def outputs(samples: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
         return _outputs(loaded, places, suffix, samples)
 
     now = outputs(stored)
-    deviations = []
-    for storage in _storages(project.storage):
+    deviations, own_storage = [], loaded.project.storage
+    for storage in _storages(own_storage):
         tried, nbytes = dict[str, list[Tensor]](), 0
         for tensor, own in stored.items():
             tried[tensor], size = round_trip(tensor, own, storage)
             nbytes += size
-        largest, mean = _compare_states(stored, tried)
+        largest, mean = compare_states(stored, tried)
         deviations.append(
-            CodecDeviation(storage, nbytes / len(drawn), largest, mean, *_compare_outputs(now, outputs(tried), kind))
+            CodecDeviation(storage, nbytes / len(drawn), largest, mean, *compare_outputs(now, outputs(tried), kind))
         )
-    return CodecReport("/".join(filter(None, [name, tower])), len(drawn), project.storage, kind, is_trained, deviations)
+    return CodecReport(label, len(drawn), own_storage, kind, is_trained, deviations)
 
 
 def table(report: CodecReport) -> str:
@@ -193,7 +199,7 @@ def _outputs(
         return [read_tensor(suffix(batch.state, **batch.inputs)).float().cpu() for batch in loader]
 
 
-def _compare_states(stored: Mapping[str, list[Tensor]], tried: Mapping[str, list[Tensor]]) -> tuple[float, float]:
+def compare_states(stored: Mapping[str, list[Tensor]], tried: Mapping[str, list[Tensor]]) -> tuple[float, float]:
     """Return the largest and the mean relative deviation, of the state tensor where each is largest."""
     largest = mean = 0.0
     for name, own in stored.items():
@@ -205,7 +211,8 @@ def _compare_states(stored: Mapping[str, list[Tensor]], tried: Mapping[str, list
     return largest, mean
 
 
-def _compare_outputs(before: list[Tensor], after: list[Tensor], kind: str) -> tuple[float, float, float]:
+def compare_outputs(before: list[Tensor], after: list[Tensor], kind: str) -> tuple[float, float, float]:
+    """Return the largest and the mean deviation of outputs, and the share that changed, as in `CodecDeviation`."""
     flat = torch.cat([one.flatten() for one in before])
     moved = torch.cat([one.flatten() for one in after]).sub(flat).abs_()
     if kind == "embedding":

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from pipeline.encode.rate import EncodeRate
 from pipeline.encode.run import Executor, encode
 from pipeline.encode.unit import EncodeResult
 from pipeline.errors import DataError
+from pipeline.keys import Recipe
 from pipeline.project import CutName, Project, recipe_cache
 from pipeline.project.stores import open_stores, write_dvc_markers
 from pipeline.project.views import rows_by_view, split_numbers
@@ -24,7 +25,9 @@ from pipeline.report.costs import EncoderResult, write_costs
 from pipeline.store import Store, first_rows
 
 if TYPE_CHECKING:
+    from pipeline.encode.encoder import Encoder
     from pipeline.project.model import LoadedModel
+    from pipeline.split import Prefix
 
 log = logging.getLogger("recycle")
 
@@ -77,7 +80,7 @@ def _encode_part(
 ) -> EncoderResult:
     """Encode what the stores of one encoder lack; build no model where they are known to lack nothing."""
     cache_key = recipe_cache.cache_key(project, table)
-    wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
+    wanted = [keyed.keys[rows] for rows in rows_to_encode(project, keyed, table)]
     stores = None if rehash else recipe_cache.complete_stores(project, cache_key, wanted)
     if stores is not None:
         _warn_of_duplicate_cuts(project.encode.cuts, stores[0])
@@ -94,34 +97,67 @@ def _encode_missing(
     """Build the model, split it at every cut, and encode what the stores of these recipes lack."""
     from pipeline.cluster import Job, open_executor  # noqa: PLC0415  (slow to import, and often nothing is to do)
     from pipeline.encode.encoder import compute_format  # noqa: PLC0415
-    from pipeline.project.model import LoadedModel  # noqa: PLC0415
+
+    opened = open_encode(project, source, keyed, table, replace_stores=replace_stores)
+    loaded, flops = opened.loaded, opened.loaded.count_flops(opened.prefixes, opened.samples)
+    _warn_of_duplicate_cuts(project.encode.cuts, opened.stores[0])
+    if project.encode.executor.is_here:
+        executor: Executor = opened.encoder(source, keyed)
+    else:
+        job = Job.of(loaded, source, opened.example, keyed.trimming_rows, opened.recipes)
+        executor = open_executor(job, project.encode.executor)
+    result = encode_views(executor, project, source, keyed, table, opened.stores)
+    known = flops if project.encode.executor.is_here else None  # another machine may have another peak
+    rate = EncodeRate.of(result.costs, compute_format(opened.prefixes, project.encode), known, opened.samples)
+    return EncoderResult(project, opened.stores, result, flops, rate)
+
+
+class OpenEncode(NamedTuple):
+    """The model of one encoder, split at every cut, and its stores opened for writing."""
+
+    loaded: "LoadedModel"
+    example: list[int]
+    """Rows of `samples`."""
+    samples: list[Sample]
+    """Samples on which the splits are proved: the shortest and the longest one."""
+    prefixes: "list[Prefix]"
+    recipes: list[list[Recipe]]
+    """`recipes[view][cut]`, as `stores`."""
+    stores: list[list[Store]]
+
+    def encoder(self, source: Source, keyed: KeyedSamples) -> "Encoder":
+        """Return the encoder that runs units in this process."""
+        return self.loaded.encoder(source, self.prefixes, self.stores, keyed.trimming_rows)
+
+
+def open_encode(
+    project: Project, source: Source, keyed: KeyedSamples, table: SampleTable, *, replace_stores: bool
+) -> OpenEncode:
+    """Build the model, split it at every cut, open the stores of these recipes, and write what lies beside them.
+
+    Raises:
+        DataError: no sample can be decoded.
+        StaleStoreError: as `open_stores`.
+    """
+    from pipeline.project.model import LoadedModel  # noqa: PLC0415  (slow to import, and often nothing is to do)
     from pipeline.project.probe import keep_or_check_probes  # noqa: PLC0415
 
     loaded = LoadedModel.open(project, table)
     if project.encode.executor.is_here:
         loaded.to_device()
-    example, samples = _find_example(loaded, source, keyed)
+    example, samples = find_example(loaded, source, keyed)
     prefixes, recipes, saved_splits = loaded.split_at_cuts(samples)
-    wanted = [keyed.keys[rows] for rows in _rows_by_view(project, keyed, table)]
+    wanted = [keyed.keys[rows] for rows in rows_to_encode(project, keyed, table)]
     stores = open_stores(loaded, prefixes, recipes, wanted, replace_stores=replace_stores)
     for view, of_view in zip(project.views, stores, strict=True):
         keep_or_check_probes(of_view, prefixes, loaded.preprocess(view), samples, project.encode)
     for store, saved in zip(stores[0], saved_splits, strict=True):
         loaded.keep_pretrained_suffix(store, saved)
     recipe_cache.remember_weights(project, stores[0], loaded.weights_key)
-    _warn_of_duplicate_cuts(project.encode.cuts, stores[0])
-    flops = loaded.count_flops(prefixes, samples)
-    if project.encode.executor.is_here:
-        executor: Executor = loaded.encoder(source, prefixes, stores, keyed.trimming_rows)
-    else:
-        executor = open_executor(Job.of(loaded, source, example, keyed.trimming_rows, recipes), project.encode.executor)
-    result = _encode_views(executor, project, source, keyed, table, stores)
-    known = flops if project.encode.executor.is_here else None  # another machine may have another peak
-    rate = EncodeRate.of(result.costs, compute_format(prefixes, project.encode), known, samples)
-    return EncoderResult(project, stores, result, flops, rate)
+    return OpenEncode(loaded, example, samples, prefixes, recipes, stores)
 
 
-def _find_example(loaded: "LoadedModel", source: Source, keyed: KeyedSamples) -> tuple[list[int], list[Sample]]:
+def find_example(loaded: "LoadedModel", source: Source, keyed: KeyedSamples) -> tuple[list[int], list[Sample]]:
     """Return the shortest and the longest sample that can be decoded, and their rows; a split is proved on them."""
     preprocess = loaded.backbone.preprocess
     rows: list[int] = []
@@ -141,7 +177,7 @@ def _find_example(loaded: "LoadedModel", source: Source, keyed: KeyedSamples) ->
     )
 
 
-def _encode_views(
+def encode_views(
     executor: Executor,
     project: Project,
     source: Source,
@@ -162,7 +198,7 @@ def _encode_views(
             source,
             result,
             stores,
-            _rows_by_view(project, result.keyed, table),
+            rows_to_encode(project, result.keyed, table),
             segment_samples=project.encode.segment_samples,
             segment_groups=split_numbers(keyed.keys, table),
         )
@@ -171,7 +207,7 @@ def _encode_views(
         table = project.sample_table(source, replace(result.keyed, rows=None))
 
 
-def _rows_by_view(project: Project, keyed: KeyedSamples, table: SampleTable) -> list[np.ndarray]:
+def rows_to_encode(project: Project, keyed: KeyedSamples, table: SampleTable) -> list[np.ndarray]:
     """Return the rows that each view stores: all rows if the plain view is the only one."""
     if len(project.views) == 1:
         return [keyed.good]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -79,16 +80,18 @@ class OpenCut:
     """What reads the states, by tower."""
     trains_on_one: MutableMapping[nn.Module, bool] = field(default_factory=WeakKeyDictionary)
     """Suffix -> whether it trains on a single sample; runs of the cut share a suffix, and so the answer."""
+    sample: np.ndarray | None = None
+    """Rows of the table that the towers are opened on, (n,) int64, ascending; None is all."""
 
     @classmethod
-    def of(cls, project: Project, cut: CutName) -> "OpenCut":
-        """Open `cut`; raises as `open_tower` and `open_feeds`."""
+    def of(cls, project: Project, cut: CutName, sample: np.ndarray | None = None) -> "OpenCut":
+        """Open `cut`, or only `sample` of its table; raises as `open_tower` and `open_feeds`."""
         table = project.training_table()
-        towers = [open_tower(part, cut, table, suffix_only=True) for part in project.parts]
+        towers = [open_tower(part, cut, table, suffix_only=True, sample=sample) for part in project.parts]
         if project.train.adapter is None:
             for tower in towers:
                 _convert(tower.suffix, project.train)
-        return cls(cut, table, towers, open_feeds(towers, processes.state().device))
+        return cls(cut, table, towers, open_feeds(towers, processes.state().device), sample=sample)
 
     @property
     def stores(self) -> list[Store]:
@@ -158,10 +161,7 @@ def _train(
 ) -> tuple[TrainResult, dict[str, Any]]:
     """Train the suffixes of `towers`; write the result to the folder of the run, and return it with its review."""
     train = run.project.train
-    suffix = trainable_model(towers)
-    if train.adapter is not None:  # an adapted suffix is a new one
-        _convert(suffix, train)
-    training, validation, test = _open_batches(opened, towers, suffix, accelerator.device)
+    suffix, (training, validation, test) = open_suffix(opened, towers, train, accelerator.device)
     if train.compile:
         suffix.compile()
     if accelerator.is_main_process:
@@ -191,11 +191,22 @@ def _train(
     )
 
 
+def open_suffix(
+    opened: OpenCut, towers: Sequence[Tower], train: TrainConfig, device: torch.device
+) -> tuple[nn.Module, list[Loader | TowerLoader]]:
+    """Return the model to train, and the loaders of the training, the validation and the test samples."""
+    suffix = trainable_model(towers)
+    if train.adapter is not None:  # an adapted suffix is a new one
+        _convert(suffix, train)
+    return suffix, _open_batches(opened, towers, suffix, device)
+
+
 def _open_batches(
     opened: OpenCut, towers: Sequence[Tower], suffix: nn.Module, device: torch.device
 ) -> list[Loader | TowerLoader]:
-    minimum = minimum_units(towers, suffix, opened.table, device, opened.trains_on_one)
-    return open_loaders(towers, opened.table, device, minimum=minimum, feeds=opened.feeds)
+    table = opened.table if opened.sample is None else opened.table.of(opened.sample)
+    minimum = minimum_units(towers, suffix, table, device, opened.trains_on_one)
+    return open_loaders(towers, opened.table, device, minimum=minimum, feeds=opened.feeds, sample=opened.sample)
 
 
 def train_stack(runs: Sequence[PlannedRun], opened: OpenCut) -> dict[str, str]:
