@@ -100,12 +100,13 @@ def picture(content: bytes | np.ndarray) -> str:
     """Return an image, or an array of pixels, as a small JPEG in a `data:` URI; raises if it is none."""
     from PIL import Image, ImageOps  # noqa: PLC0415  (texts need none)
 
+    image: Image.Image
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if isinstance(content, bytes):
-            image = Image.open(io.BytesIO(content))
-            image.draft("RGB", (2 * LONGEST_SIDE, 2 * LONGEST_SIDE))
-            image = ImageOps.exif_transpose(image)
+            opened = Image.open(io.BytesIO(content))
+            opened.draft("RGB", (2 * LONGEST_SIDE, 2 * LONGEST_SIDE))
+            image = ImageOps.exif_transpose(opened)
         else:
             image = Image.fromarray(_pixels(content))
         image = image.convert("RGB")
