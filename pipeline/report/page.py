@@ -25,7 +25,7 @@ from pipeline.files import write_whole
 from pipeline.project import Project
 from pipeline.report import charts
 from pipeline.report.costs import CutCost
-from pipeline.report.samples import Samples
+from pipeline.report.samples import SHORT_TEXT, Samples
 from pipeline.report.summary import BOUNDED, SEED, ResultRow, curves, table_cells
 from pipeline.runs.record import STORE, Run
 from pipeline.store import KeySet
@@ -178,7 +178,9 @@ def _review(project: Project, run: Run, samples: Samples) -> dict[str, Any]:
     table, review = project.overridden(run.overrides).training_table(), run.review
 
     def shown(mistake: Mapping[str, Any]) -> dict[str, Any]:
-        near = [dict(one) | {"sample": samples.show(table, one["row"])} for one in mistake["neighbours"]]
+        near = [
+            dict(one) | {"sample": samples.show(table, one["row"], longest=SHORT_TEXT)} for one in mistake["neighbours"]
+        ]
         return dict(mistake) | {"sample": samples.show(table, mistake["row"], mistake["marks"]), "neighbours": near}
 
     classes = review.get("classes", [])
