@@ -265,7 +265,8 @@ def with_batches(
     precision = measured.recommended.get("encode.precision")
     form = bench.format(None if precision is None else str(precision), channels_last=channels_last)
     count = len(bench.samples)
-    sizes = sorted({max(1, min(count, encode.batch_size * 2**power // 8)) for power in range(6)})
+    larger = 0 if bench.device.type == "cpu" else 2  # on a CPU they seldom pay, and take memory
+    sizes = sorted({max(1, min(count, int(encode.batch_size * 2.0**power))) for power in range(-3, larger + 1)})
     timed, rates = list[int](), list[float]()
     for size in sizes:
         if time.monotonic() < trials.deadline:
