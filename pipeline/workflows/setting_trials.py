@@ -41,7 +41,7 @@ AS_FAST = 0.95
 """Share of the speed of the best batches from which those with the fewest changes are recommended."""
 LARGEST_DEVIATION = 0.1
 """Largest mean deviation, of states and of outputs, of a precision that is recommended."""
-SECONDS_EACH = 1.0
+SECONDS_EACH = 0.5
 REPEATS = 3
 COMPARED = 32
 """Samples whose states and outputs are compared."""
