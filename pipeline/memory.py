@@ -26,6 +26,14 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
+def release_freed_memory() -> None:
+    """Return freed memory to the system, for a process that goes on to something else."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def import_for_good(name: str) -> ModuleType:
     """Import a module with all that it imports, and leave these out of garbage collection, at the exit too.
 

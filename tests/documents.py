@@ -52,7 +52,7 @@ def outputs() -> Iterator[str]:
                 yield name.partition("/$")[0]
 
 
-DATA = (*outputs(), *USERS_DATA, *OTHERS_DATA, "data/mnist_5k.csv.gz", "data/plots.json")
+DATA = (*outputs(), *USERS_DATA, *OTHERS_DATA, "data/mnist_5k.csv.gz", "data/plots.json", "results/plan.json")
 TARGETS = re.findall(r"^([\w%-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 

@@ -23,7 +23,7 @@ SIMULATED_UNITS = 200
 def choose_rows(task: Task, table: SampleTable, config: TrainConfig, count: int) -> np.ndarray:
     """Return about `count` rows of `table`, ascending, drawn in units of the task and from each split by its share.
 
-    The training split gives whole batches, two at least.
+    The training split gives whole batches, one at least.
     """
     rng, rows = np.random.default_rng(SEED), list[np.ndarray]()
     for split in SPLITS:
@@ -33,7 +33,7 @@ def choose_rows(task: Task, table: SampleTable, config: TrainConfig, count: int)
         per_unit = np.mean([np.size(unit) for unit in units])
         wanted = round(count * float((table.split == split).mean()) / per_unit)
         if split == "train":
-            wanted = config.batch_size * max(2, round(wanted / config.batch_size))
+            wanted = config.batch_size * max(1, round(wanted / config.batch_size))
         chosen = rng.permutation(len(units))[: max(1, wanted)]
         rows += [np.atleast_1d(units[number]) for number in chosen.tolist()]
     return np.unique(np.concatenate(rows))

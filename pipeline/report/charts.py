@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 Spec: TypeAlias = dict[str, Any]
+Values: TypeAlias = Sequence[Mapping[Any, Any]]
+"""Data of a chart: a mapping of fields to values for each mark."""
 
 PALETTE = ("#3b82d0", "#d9730d", "#2f9e5f", "#c9508f", "#9065d0", "#1295a3", "#d64545", "#8a8a1f", "#a5683a", "#7a8290")
 """Colours with a contrast of 3 or more on white and on the page's dark background."""
@@ -67,50 +69,39 @@ def write_png(spec: Spec, path: Path) -> None:
     path.write_bytes(vl_convert.vegalite_to_png(spec | {"config": _CONFIG | _PNG_CONFIG}, scale=2))
 
 
-def lines(values: Sequence[Mapping[str, Any]], cuts: Sequence[str], x: str, y: str, *, log: bool = False) -> Spec:
-    """Return a line for each `run` of `values`, which have `x`, `y`, `cut` and `run`; a colour for each of `cuts`."""
+def lines(values: Values, cuts: Sequence[str], x: str, y: tuple[str, str]) -> Spec:
+    """Return a line for each `run` of `values`, with a colour for each of `cuts`.
+
+    `x` is "seconds" or "epoch", `y` a field and its title.
+    """
     mark = {"type": "line", "point": {"size": 22} if len(values) <= MOST_MARKS else False, "strokeWidth": 1.6}
+    seconds = _numbers("seconds", "seconds: encode, then training", log=True)
     encoding = {
-        "x": _numbers("x", x, log=log) if log else _epochs("x", x, max(one["x"] for one in values)),
-        "y": _numbers("y", y) | _not_flat([one["y"] for one in values]),
+        "x": seconds if x == "seconds" else _epochs(x, x, max(one[x] for one in values)),
+        "y": _numbers(*y) | _not_flat([one[y[0]] for one in values]),
         "detail": {"field": "run", "type": "nominal"},
         "color": _cut_colours(cuts),
     }
     return _sized({"data": {"values": list(values)}, "mark": mark, "encoding": encoding})
 
 
-def panels(values: Sequence[Mapping[str, Any]], cuts: Sequence[str], score: str, tallest: int) -> Spec:
-    """Return score against `seconds` and loss against `epoch`, a row of two for each of the `settings` in `values`.
+def panels(values: Values, cuts: Sequence[str], score: str, tallest: int) -> Spec:
+    """Return score against seconds and loss against epochs, a row of two for each of the `settings` in `values`.
 
     All rows have the same axes, which the last one names; they are lower where they would be taller than `tallest`
     pixels in all.
     """
-    rows = len({one["settings"] for one in values})
-    height = max(24, min(HEIGHT, tallest // rows - 40))
-    row = {
-        "field": "settings",
-        "type": "nominal",
-        "title": None,
-        "header": {"labelOrient": "top", "labelAnchor": "start"},
-    }
-    parts = [("seconds", "value", "seconds: encode, then training", score), ("epoch", "loss", "epoch", "training loss")]
+    size = {"width": 420, "height": max(24, min(HEIGHT, tallest // len({one["settings"] for one in values}) - 40))}
+    header = {"labelOrient": "top", "labelAnchor": "start"}
+    row = {"field": "settings", "type": "nominal", "title": None, "header": header}
     columns = []
-    for x, y, x_title, y_title in parts:
-        chosen = [
-            {"x": one[x], "y": one[y], "cut": one["cut"], "run": one["run"]} | {"settings": one["settings"]}
-            for one in values
-        ]
-        spec = lines(chosen, cuts, x_title, y_title, log=x == "seconds")
-        data = spec.pop("data")
-        columns.append(
-            {"data": data, "facet": {"row": row}, "spec": spec | {"width": 420, "height": height}, "spacing": 14}
-        )
+    for x, y in (("seconds", ("value", score)), ("epoch", ("loss", "training loss"))):
+        spec = lines(values, cuts, x, y) | size
+        columns.append({"data": spec.pop("data"), "facet": {"row": row}, "spec": spec, "spacing": 14})
     return {"hconcat": columns, "resolve": {"scale": {"color": "shared"}}}
 
 
-def swept(
-    values: Sequence[Mapping[str, Any]], cuts: Sequence[str], setting: str, y: str, *, by_cut: bool = True
-) -> Spec:
+def swept(values: Values, cuts: Sequence[str], setting: str, y: str, *, by_cut: bool = True) -> Spec:
     """Return a point for each run, `x` its value of a setting, and a line through the means: of each cut, or of all."""
     numbers = [one["x"] for one in values]
     is_number = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
@@ -159,7 +150,7 @@ def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> tuple[S
     return {"data": {"values": values}, "layer": layers, **size}, len(order)
 
 
-def diagonal(values: Sequence[Mapping[str, Any]], x: str, y: str, *, sized: str | None = None) -> Spec:
+def diagonal(values: Values, x: str, y: str, *, sized: str | None = None) -> Spec:
     """Return points to compare with the diagonal; with `sized`, in 0..1, of the area `size`, whose title it is."""
     numbers = [float(one[axis]) for one in values for axis in ("x", "y")]
     low, high = (0.0, 1.0) if sized else (min(numbers), max(numbers))
@@ -181,7 +172,7 @@ def diagonal(values: Sequence[Mapping[str, Any]], x: str, y: str, *, sized: str 
     return _sized({"data": {"values": list(values)}, "layer": [line, *layers]}) | {"height": 240, "width": 240}
 
 
-def bars(values: Sequence[Mapping[str, Any]], order: Sequence[str], x: str, colours: Sequence[str]) -> Spec:
+def bars(values: Values, order: Sequence[str], x: str, colours: Sequence[str]) -> Spec:
     """Return a horizontal bar for each name `y` in `order`, of lengths `x`, divided by `of` in the order `colours`."""
     encoding = {
         "y": _names("y", "", order),
@@ -198,7 +189,7 @@ def bars(values: Sequence[Mapping[str, Any]], order: Sequence[str], x: str, colo
     }
 
 
-def costs(values: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> Spec:
+def costs(values: Values, ways: Sequence[str]) -> Spec:
     """Return a line of seconds `y` against epochs `x` for each way `of` in `ways`."""
     encoding = {
         "x": _epochs("x", "epochs", max(one["x"] for one in values)),

@@ -25,7 +25,7 @@ from pipeline.files import write_whole
 from pipeline.project import Project
 from pipeline.report import charts
 from pipeline.report.costs import CutCost
-from pipeline.report.samples import Samples
+from pipeline.report.samples import SHORT_TEXT, Samples
 from pipeline.report.summary import BOUNDED, SEED, ResultRow, curves, table_cells
 from pipeline.runs.record import STORE, Run
 from pipeline.store import KeySet
@@ -110,31 +110,13 @@ def _figure(title: str, text: str, spec: charts.Spec) -> Figure:
 
 def _curves(runs: Sequence[Run], costs: Mapping[str, CutCost]) -> list[Figure]:
     """Return the validation score against the seconds spent, and the training loss, a line for each run."""
-    frame, cuts = curves(runs, costs), _cuts(runs)
-    score = runs[0].metric.replace("_", " ")
-    parts = [
-        (
-            "Score and time",
-            "Validation score against the seconds spent until then, the encode included.",
-            "seconds",
-            "value",
-            score,
-        ),
-        ("Training loss", "Mean loss of each epoch.", "epoch", "loss", "training loss"),
-    ]
+    values, cuts = curves(runs, costs).to_dict("records"), _cuts(runs)
+    score = charts.lines(values, cuts, "seconds", ("value", runs[0].metric.replace("_", " ")))
+    loss = charts.lines(values, cuts, "epoch", ("loss", "training loss"))
+    spent = "Validation score against the seconds spent until then, the encode included. A line for each run."
     return [
-        _figure(
-            title,
-            f"{text} A line for each run.",
-            charts.lines(
-                frame.rename(columns={x: "x", y: "y"})[["x", "y", "cut", "run"]].to_dict("records"),
-                cuts,
-                "seconds: encode, then training" if x == "seconds" else x,
-                y_title,
-                log=x == "seconds",
-            ),
-        )
-        for title, text, x, y, y_title in parts
+        _figure("Score and time", spent, score),
+        _figure("Training loss", "Mean loss of each epoch. A line for each run.", loss),
     ]
 
 
@@ -196,7 +178,9 @@ def _review(project: Project, run: Run, samples: Samples) -> dict[str, Any]:
     table, review = project.overridden(run.overrides).training_table(), run.review
 
     def shown(mistake: Mapping[str, Any]) -> dict[str, Any]:
-        near = [dict(one) | {"sample": samples.show(table, one["row"])} for one in mistake["neighbours"]]
+        near = [
+            dict(one) | {"sample": samples.show(table, one["row"], longest=SHORT_TEXT)} for one in mistake["neighbours"]
+        ]
         return dict(mistake) | {"sample": samples.show(table, mistake["row"], mistake["marks"]), "neighbours": near}
 
     classes = review.get("classes", [])

@@ -21,6 +21,8 @@ LARGEST = 3_000_000
 """Bytes of all pictures of a page, encoded: it may have 5 MB in all."""
 LONGEST_TEXT = 700
 """Characters shown of a text."""
+SHORT_TEXT = 160
+"""Characters shown of a text that stands beside another."""
 AROUND = 200
 """Characters shown before the first and after the last mark of a longer text."""
 PIXELS = (1, 3)
@@ -69,8 +71,10 @@ class Samples:
         else:
             self._source, self._places = found
 
-    def show(self, table: SampleTable, row: int, marks: Sequence[Mapping[str, Any]] = ()) -> Shown:
-        """Return the sample in a row of `table`, with `marks` in its words or in its last text."""
+    def show(
+        self, table: SampleTable, row: int, marks: Sequence[Mapping[str, Any]] = (), longest: int = LONGEST_TEXT
+    ) -> Shown:
+        """Return the sample in a row of `table`: `longest` characters of a text, with `marks` in words or the last text."""
         if not 0 <= row < len(table):
             return Shown(f"row {row}", problem="the sample table has no such row")
         name, role = table.source[row], table.targets.get("role")
@@ -80,16 +84,19 @@ class Samples:
         if place is None:
             return Shown(name, problem="not in the data set any more")
         source, key = self._source, table.keys[row].tobytes()
-        found = attempt(lambda: self._read(source, place, name, key, marks), _reason)
-        return Shown(name, problem=found) if isinstance(found, str) else found
 
-    def _read(self, source: Source, place: int, name: str, key: bytes, marks: Sequence[Mapping[str, Any]]) -> Shown:
-        content = source.content(place)
-        if source.key(place, content) != key:
-            return Shown(name, problem="changed since it was encoded")
-        if isinstance(content, str | tuple | list):
-            return Shown(name, texts=_texts(content, marks))
-        uri = picture(content)
+        def read() -> Shown:
+            content = source.content(place)
+            if source.key(place, content) != key:
+                return Shown(name, problem="changed since it was encoded")
+            if isinstance(content, str | tuple | list):
+                return Shown(name, texts=_texts(content, marks, longest))
+            return self._within(name, picture(content))
+
+        return attempt(read, lambda error: Shown(name, problem=_reason(error)))
+
+    def _within(self, name: str, uri: str) -> Shown:
+        """Return a picture, unless the page has as many as it may."""
         if len(uri) > self._free:
             return Shown(name, problem="the page has as many pictures as it may")
         self._free -= len(uri)
@@ -100,12 +107,13 @@ def picture(content: bytes | np.ndarray) -> str:
     """Return an image, or an array of pixels, as a small JPEG in a `data:` URI; raises if it is none."""
     from PIL import Image, ImageOps  # noqa: PLC0415  (texts need none)
 
+    image: Image.Image
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if isinstance(content, bytes):
-            image = Image.open(io.BytesIO(content))
-            image.draft("RGB", (2 * LONGEST_SIDE, 2 * LONGEST_SIDE))
-            image = ImageOps.exif_transpose(image)
+            opened = Image.open(io.BytesIO(content))
+            opened.draft("RGB", (2 * LONGEST_SIDE, 2 * LONGEST_SIDE))
+            image = ImageOps.exif_transpose(opened)
         else:
             image = Image.fromarray(_pixels(content))
         image = image.convert("RGB")
@@ -129,26 +137,28 @@ def _pixels(array: np.ndarray) -> np.ndarray:
     return ((array - low) * (255 / (high - low or 1))).astype(np.uint8)
 
 
-def _texts(content: str | tuple[str, str] | list[str], marks: Sequence[Mapping[str, Any]]) -> list[list[Piece]]:
+def _texts(
+    content: str | tuple[str, str] | list[str], marks: Sequence[Mapping[str, Any]], longest: int
+) -> list[list[Piece]]:
     """Return the texts of a sample in pieces; words are joined by spaces, and marked by their numbers."""
     if isinstance(content, list):
         begins = np.cumsum([0, *(len(word) + 1 for word in content)]).tolist()
         inside = [mark for mark in marks if 0 <= mark["begin"] < mark["end"] <= len(content)]
         spans = [mark | {"begin": begins[mark["begin"]], "end": begins[mark["end"]] - 1} for mark in map(dict, inside)]
-        return [pieces(" ".join(content), spans)]
+        return [pieces(" ".join(content), spans, longest)]
     *before, last = (content,) if isinstance(content, str) else content
-    return [*(pieces(text, ()) for text in before), pieces(last, marks)]
+    return [*(pieces(text, (), longest) for text in before), pieces(last, marks, longest)]
 
 
-def pieces(text: str, marks: Sequence[Mapping[str, Any]]) -> list[Piece]:
+def pieces(text: str, marks: Sequence[Mapping[str, Any]], longest: int = LONGEST_TEXT) -> list[Piece]:
     """Return `text` cut where a mark begins or ends, and shortened to the marks and what is around them."""
     marks = [mark for mark in marks if 0 <= mark["begin"] < mark["end"] <= len(text)]
     low, high = 0, len(text)
-    if len(text) > LONGEST_TEXT and marks:
+    if len(text) > longest and marks:
         low = max(0, min(mark["begin"] for mark in marks) - AROUND)
-        high = min(len(text), max(mark["end"] for mark in marks) + AROUND, low + 2 * LONGEST_TEXT)
-    elif len(text) > LONGEST_TEXT:
-        high = LONGEST_TEXT
+        high = min(len(text), max(mark["end"] for mark in marks) + AROUND, low + 2 * longest)
+    elif len(text) > longest:
+        high = longest
     ends = {low, high} | {min(max(mark[side], low), high) for mark in marks for side in ("begin", "end")}
     found = [Piece("… ")] if low else []
     for begin, end in itertools.pairwise(sorted(ends)):

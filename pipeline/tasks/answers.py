@@ -153,10 +153,10 @@ class AnswerReview(AnswerScores):
         return review(len(scored), len(mistakes), mistakes, "1 - F1 of the answer's words", unit="questions")
 
     def _mistake(self, question: str, score: float) -> Mistake:
-        _, row, *found = self._best[question]
+        _, row, found, until = self._best[question]
         text, (start, end) = self.text(question), self._spans[row].tolist()
         marks = [Mark(start, end, "missed")] if start >= 0 else []
-        marks += [Mark(*found, "wrong")] if text else []
+        marks += [Mark(found, until, "wrong")] if text else []
         expected = " / ".join(dict.fromkeys(self.answers[row])) or "no answer"
         return Mistake(row, expected, text or "no answer", 1 - score, marks)
 

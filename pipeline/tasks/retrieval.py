@@ -94,10 +94,10 @@ def rank(
 class RetrievalReview(Metrics):
     """Queries whose nearest sample does not belong to them, with their nearest samples and the nearest that does."""
 
-    def __init__(self, distance: str, names: np.ndarray) -> None:
-        """Compare by `distance`; `names` (N,) str are the labels or groups of the rows of the table."""
+    def __init__(self, distance: str, label_N: np.ndarray | None) -> None:
+        """Compare by `distance`; `label_N` (N,) str are the labels of the rows of the table, None of pairs."""
         super().__init__(())
-        self._measure, self._labels = DISTANCES[distance](), names
+        self._measure, self._label_N = DISTANCES[distance](), label_N
         self._seen: list[tuple[Tensor, ...]] = []
 
     def add(self, output: Tensor, targets: Mapping[str, Tensor]) -> None:
@@ -147,7 +147,9 @@ class RetrievalReview(Metrics):
             shown = list(dict.fromkeys([*nearest_QK[q].tolist(), int(place_Q[q])]))
             shown = [place for place in shown if near_QR[q, place].isfinite()]
             neighbours = [Neighbour(int(row_R[r]), float(near_QR[q, r]), bool(belongs_QR[q, r])) for r in shown]
-            expected, found = (str(self._labels[row]) for row in (int(row_Q[q]), neighbours[0].row))
+            expected, found = "its partner", "another sample"
+            if self._label_N is not None:
+                expected, found = (str(self._label_N[row]) for row in (int(row_Q[q]), neighbours[0].row))
             severity = float(wrong_Q[q] - right_Q[q])
             mistakes.append(Mistake(int(row_Q[q]), expected, found, severity, neighbours=neighbours))
         return torch.stack([right_Q, wrong_Q], dim=1)[counted], mistakes

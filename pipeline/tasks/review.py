@@ -5,7 +5,7 @@ may be absent. Samples are named by their rows in the sample table.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -48,8 +48,8 @@ class Mistake:
     predicted: str
     severity: float
     """Larger is worse; the review says what it measures."""
-    marks: Sequence[Mark] = ()
-    neighbours: Sequence[Neighbour] = ()
+    marks: list[Mark] = field(default_factory=list)
+    neighbours: list[Neighbour] = field(default_factory=list)
 
 
 def review(

@@ -140,7 +140,8 @@ class Similarity(Task):
         return RetrievalScores(self.config.distance, self.config.precision_at)
 
     def review(self, table: Table) -> Metrics:
-        return RetrievalReview(self.config.distance, self._names(table).astype(str))
+        labels = None if _is_pairs(table) else self._names(table).astype(str)
+        return RetrievalReview(self.config.distance, labels)
 
     def columns(self, legend: Sequence[Any]) -> Mapping[str, Kind]:
         return {"embedding": [float]}

@@ -22,6 +22,7 @@ from pipeline.encode.keying import KeyedSamples
 from pipeline.encode.ragged import length, pad_batch, shapes
 from pipeline.encode.unit import EncodeResult
 from pipeline.errors import RecyclingError
+from pipeline.memory import release_freed_memory
 from pipeline.models import Preprocess, network_inputs
 from pipeline.project import CutName, Project
 from pipeline.project.extrapolation import (
@@ -213,6 +214,7 @@ def _encode_part(
     if shapes(opened.samples[0]) != shapes(opened.samples[-1]):
         lengths = _lengths(opened.loaded.backbone.preprocess, source, everything, rows)
     _warm_up(opened)
+    release_freed_memory()
     result = encode_views(opened.encoder(source, sample), part, source, sample, table, opened.stores)
     good = 1 - (len(result.keyed.bad) - len(sample.bad)) / len(rows)
     return _scaled(part, opened, result, everything, lengths, table, good)
@@ -360,6 +362,7 @@ class _Epochs:
 
     def _forecast(self, cut: CutName, deadline: float) -> CutForecast:
         """Return the predicted costs of one cut."""
+        release_freed_memory()
         epoch: float | None = None
         reason: str | None = "the time was up before its training was tried"
         if time.monotonic() < deadline:

@@ -27,6 +27,7 @@ from pipeline.encode import quarantine
 from pipeline.encode.keying import KeyedSamples
 from pipeline.files import write_whole
 from pipeline.keys import JSON, digest
+from pipeline.memory import release_freed_memory
 from pipeline.project import Project, recipe_cache
 from pipeline.project.extrapolation import SEED, units_of
 from pipeline.project.views import split_numbers
@@ -91,6 +92,7 @@ def plan_project(project: Project, *, apply: bool = False) -> Plan:
     table = project.sample_table(source, keyed)
     with _quiet():
         settings = _settings(project, source, keyed, table, began)
+        release_freed_memory()
         settings = replace(settings, recommended=_changes(project, settings.recommended))
         chosen = project.overridden({**project.overrides, **settings.recommended}) if apply else project
         rate = settings.recommended_rate if apply else settings.rate
