@@ -4,6 +4,7 @@ A specification is a dict with its data. Fields have fixed names (`x`, `y`, `of`
 as an expression. Lines and texts take the colour of the text around them (`currentColor`).
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ Values: TypeAlias = Sequence[Mapping[Any, Any]]
 
 PALETTE = ("#3b82d0", "#d9730d", "#2f9e5f", "#c9508f", "#9065d0", "#1295a3", "#d64545", "#8a8a1f", "#a5683a", "#7a8290")
 """Colours with a contrast of 3 or more on white and on the page's dark background."""
-WIDTH, HEIGHT = 300, 200
+WIDTH, HEIGHT = 280, 190
 """Of a chart, in pixels: it fits a phone without shrinking its text."""
 MOST_MARKS = 600
 """Points of lines that are drawn, and read out, one by one; of more, the lines alone."""
@@ -23,14 +24,17 @@ MOST_CLASSES = 24
 """Classes of a confusion matrix that are drawn."""
 NUMBERED = 12
 """Classes up to which the counts are written in the cells."""
+FEW = 6
+"""Values of a setting up to which its axis has a tick at each."""
 LOG_RATIO = 20.0
 """Ratio of the largest to the smallest number from which an axis is logarithmic."""
 _FAINT = {"labelLimit": 130, "titleLimit": 280, "gridOpacity": 0.15, "domainOpacity": 0.5, "tickOpacity": 0.5}
+_SPACED = {"titlePadding": 9, "labelFlush": False, "labelSeparation": 8}
 _INKED = dict.fromkeys(("labelColor", "titleColor", "gridColor", "domainColor", "tickColor"), "currentColor")
 _CONFIG = {
     "background": None,
     "font": "Helvetica, Arial, sans-serif",
-    "axis": _FAINT | _INKED | {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal"},
+    "axis": _FAINT | _INKED | {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal"} | _SPACED,
     "legend": {
         "labelColor": "currentColor",
         "titleColor": "currentColor",
@@ -77,7 +81,7 @@ def lines(values: Values, cuts: Sequence[str], x: str, y: tuple[str, str]) -> Sp
     mark = {"type": "line", "point": {"size": 22} if len(values) <= MOST_MARKS else False, "strokeWidth": 1.6}
     seconds = _numbers("seconds", "seconds: encode, then training", log=True)
     encoding = {
-        "x": seconds if x == "seconds" else _epochs(x, x, max(one[x] for one in values)),
+        "x": seconds if x == "seconds" else _epochs(x, x, [one[x] for one in values]),
         "y": _numbers(*y) | _not_flat([one[y[0]] for one in values]),
         "detail": {"field": "run", "type": "nominal"},
         "color": _cut_colours(cuts),
@@ -109,6 +113,8 @@ def swept(values: Values, cuts: Sequence[str], setting: str, y: str, *, by_cut: 
         values = [dict(one) | {"x": str(one["x"])} for one in values]
     log = is_number and min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_RATIO
     horizontal = _numbers("x", setting, log=log) if is_number else _names("x", setting, None)
+    if is_number and len(set(numbers)) <= FEW:
+        horizontal["axis"] |= {"values": sorted(set(numbers))}
     vertical = _numbers("y", y) | _not_flat([one["y"] for one in values])
     colour = _cut_colours(cuts)
     mean = {"x": horizontal, "y": vertical | {"aggregate": "mean"}} | ({"color": colour} if by_cut else {})
@@ -192,7 +198,7 @@ def bars(values: Values, order: Sequence[str], x: str, colours: Sequence[str]) -
 def costs(values: Values, ways: Sequence[str]) -> Spec:
     """Return a line of seconds `y` against epochs `x` for each way `of` in `ways`."""
     encoding = {
-        "x": _epochs("x", "epochs", max(one["x"] for one in values)),
+        "x": _epochs("x", "epochs", [one["x"] for one in values]),
         "y": _numbers("y", "seconds, encode included"),
         "color": _colours("of", "", ways),
     }
@@ -235,10 +241,9 @@ def _not_flat(numbers: Sequence[float]) -> Spec:
     return {} if low < high else {"scale": {"domain": [low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10]}}
 
 
-def _epochs(field: str, title: str, last: float) -> Spec:
-    axis = {"title": title, "labelOverlap": "greedy", "format": "~g"} | (
-        {"values": list(range(int(last) + 2))} if last <= 12 else {}
-    )
+def _epochs(field: str, title: str, numbers: Sequence[float]) -> Spec:
+    whole = list(range(math.ceil(min(numbers)), math.floor(max(numbers)) + 1))
+    axis = {"title": title, "labelOverlap": "greedy", "format": "~g"} | ({"values": whole} if len(whole) <= 12 else {})
     return {
         "field": field,
         "type": "quantitative",

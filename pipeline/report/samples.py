@@ -74,7 +74,7 @@ class Samples:
     def show(
         self, table: SampleTable, row: int, marks: Sequence[Mapping[str, Any]] = (), longest: int = LONGEST_TEXT
     ) -> Shown:
-        """Return the sample in a row of `table`: `longest` characters of a text, with `marks` in words or the last text."""
+        """Return the sample in a row of `table`, with `marks` in its words or last text: `longest` characters."""
         if not 0 <= row < len(table):
             return Shown(f"row {row}", problem="the sample table has no such row")
         name, role = table.source[row], table.targets.get("role")
