@@ -213,8 +213,8 @@ def _encode_part(
     rows, lengths = sample.good, np.ones(len(keyed.keys), np.int64)
     if shapes(opened.samples[0]) != shapes(opened.samples[-1]):
         lengths = _lengths(opened.loaded.backbone.preprocess, source, everything, rows)
-    _warm_up(opened)
     release_freed_memory()
+    _warm_up(opened)
     result = encode_views(opened.encoder(source, sample), part, source, sample, table, opened.stores)
     good = 1 - (len(result.keyed.bad) - len(sample.bad)) / len(rows)
     return _scaled(part, opened, result, everything, lengths, table, good)
@@ -235,9 +235,12 @@ def _lengths(preprocess: Preprocess, source: Source, keyed: KeyedSamples, rows: 
 
 
 def _warm_up(opened: OpenEncode) -> None:
-    """Run the prefixes once: a first pass prepares kernels, and takes memory that the others use again."""
-    inputs = network_inputs(pad_batch(opened.samples, opened.loaded.backbone.preprocess.pad))
-    compute_format(opened.prefixes, opened.loaded.project.encode).run(Capture(opened.prefixes), inputs)
+    """Run the prefixes on a whole batch: a first pass of its size prepares kernels, and takes memory."""
+    encode, preprocess = opened.loaded.project.encode, opened.loaded.backbone.preprocess
+    samples = opened.samples * (encode.batch_size // len(opened.samples) if encode.batch_tokens is None else 1)
+    inputs = network_inputs(pad_batch(samples or opened.samples, preprocess.pad))
+    for _ in range(2):
+        compute_format(opened.prefixes, encode).run(Capture(opened.prefixes), inputs)
 
 
 def _scaled(
