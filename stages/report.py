@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from pipeline.project import Project
-from pipeline.report.page import FILE
 from pipeline.report.forecast import comparison
+from pipeline.report.page import FILE
 from pipeline.report.summary import table
 from pipeline.workflows.report import report_project
 from stages.options import params_option

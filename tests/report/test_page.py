@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 from pipeline.project import Project
 from pipeline.report.costs import read_costs
+from pipeline.report.forecast import CutForecast, Forecast, settings_digest, write_plan
 from pipeline.report.page import write_page
 from pipeline.report.summary import summarise
 from pipeline.runs.record import current_runs
@@ -222,19 +224,14 @@ def test_a_review_of_another_version_is_named(folder: Path) -> None:
 
 def test_a_plan_is_shown_beside_what_was_measured(folder: Path) -> None:
     project = Project.load(Path("params.yaml"))
-    plan = Path("results/plan.json")
     costs, (runs, _) = read_costs(project), current_runs(project)
-    shown = {}
-    known = {"cut": 1.0, "state_bytes": 10, "samples": 4, "encode_seconds": 12.25, "epoch_seconds": None}
-    for content in (
-        json.dumps({"forecast": {"cuts": [known | {"frozen_seconds": 5.0}]}}),
-        "{",
-        '{"forecast": {"cuts": [1]}}',
-    ):
-        plan.write_text(content)
-        shown[content] = write_page(project, summarise(runs, costs), runs, costs, []).read_text(encoding="utf-8")
-    plan.unlink()
-    first, *others = shown.values()
-    assert "12.25" in first
-    assert "encode s, predicted" in first
-    assert not [text for text in others if "predicted</th>" in text]
+    cut = CutForecast(1.0, 1.0, samples=4, state_bytes=10, beside_bytes=0, encode_seconds=12.25, frozen_seconds=5.0)
+    forecast = Forecast(settings_digest(project), 4, 12.25, 10, None, 2, [cut])
+    shown = []
+    for content in (asdict(forecast), asdict(dataclasses.replace(forecast, settings="others")), {"cuts": [1]}):
+        write_plan(project, {"forecast": content})
+        shown.append(write_page(project, summarise(runs, costs), runs, costs, []).read_text(encoding="utf-8"))
+    (project.results / "plan.json").unlink()
+    assert "12.25" in shown[0]
+    assert "encode s, predicted" in shown[0]
+    assert not [text for text in shown[1:] if "predicted</th>" in text]
