@@ -5,12 +5,11 @@ A module is imported when it is first used: most need torch, which `--help` and 
 init.py          a look at the data -> params.yaml, dvc.yaml
 plan.py          raw data -> predicted costs of every cut, settings to use
 plan_text.py     a plan -> text
-setting_trials.py  settings of an encode -> rates, deviations
-cut_trials.py    a sample encoded and trained on, scaled to the data set
+trials/          what a plan tries on a sample: settings, cuts
 encode.py        raw data -> stores, sample table
 train.py         stores, sample table -> a finished run
 sweep.py         a list of runs, stores, sample table -> finished runs
-report.py        finished runs -> table, plot
+report.py        finished runs -> table, plot, page
 predict.py       finished runs, inputs -> predictions
 evaluate.py      a finished run, labelled samples -> scores
 export.py        a finished run -> a plain model

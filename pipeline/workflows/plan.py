@@ -33,8 +33,8 @@ from pipeline.project.extrapolation import SEED, units_of
 from pipeline.project.views import split_numbers
 from pipeline.report.forecast import settings_digest, write_plan
 from pipeline.store import sweep
-from pipeline.workflows.cut_trials import CutTrials, measure_cuts
-from pipeline.workflows.setting_trials import Bench, SettingTrials, Trials, measure_settings, with_batches
+from pipeline.workflows.trials.cuts import CutTrials, measure_cuts
+from pipeline.workflows.trials.settings import SettingTrials, TrialNetwork, Trials, measure_settings, with_batches
 
 T = TypeVar("T")
 
@@ -110,17 +110,17 @@ def _settings(project: Project, source: Source, keyed: KeyedSamples, table: Samp
     file = _file(project, table, "settings", [part.encode.model_dump(mode="json") for part in project.parts])
     if known := _read(file, SettingTrials):
         return known
-    rng, benches = np.random.default_rng(SEED), list[Bench]()
+    rng, networks = np.random.default_rng(SEED), list[TrialNetwork]()
     for part in project.parts:
         own = keyed.good if part.tower is None else rows_in_role(source, keyed.good, part.tower)
-        benches.append(Bench.open(part, source, table, np.sort(rng.permutation(own)[:SETTING_SAMPLES])))
-    if not any(bench.prefix.cut.share for bench in benches):
+        networks.append(TrialNetwork.open(part, source, table, np.sort(rng.permutation(own)[:SETTING_SAMPLES])))
+    if not any(network.prefix.cut.share for network in networks):
         return SettingTrials(notes=["no layer lies before the cuts: there is no setting to try"])
-    trials = Trials(project, benches, began + SETTING_SHARE * SECONDS)
+    trials = Trials(project, networks, began + SETTING_SHARE * SECONDS)
     first = project.parts[0].tower
     wanted = keyed.good if first is None else rows_in_role(source, keyed.good, first)
     units = partial(units_of, wanted, keyed.keys, split_numbers(keyed.keys, table))
-    found = with_batches(trials, measure_settings(trials), units, benches[0].lengths(keyed.sizes))
+    found = with_batches(trials, measure_settings(trials), units, networks[0].lengths(keyed.sizes))
     if file and time.monotonic() < trials.deadline:
         write_whole(file, json.dumps(asdict(found)) + "\n")
     return found

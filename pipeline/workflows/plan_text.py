@@ -8,7 +8,7 @@ import pandas as pd
 from pipeline.report.forecast import Forecast, break_even, over_full, verdict
 from pipeline.store import format_bytes
 from pipeline.workflows.plan import Plan
-from pipeline.workflows.setting_trials import SettingTrial
+from pipeline.workflows.trials.settings import SettingTrial
 
 
 def text(plan: Plan, *, runs: int, applied: bool) -> str:

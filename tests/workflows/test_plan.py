@@ -16,11 +16,12 @@ from pipeline.errors import DataError
 from pipeline.project import Project
 from pipeline.report.costs import read_costs
 from pipeline.report.forecast import read_forecast
-from pipeline.workflows import cut_trials, plan, setting_trials
+from pipeline.workflows import plan
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.plan import Plan, apply_settings, plan_project
 from pipeline.workflows.plan_text import text
 from pipeline.workflows.train import train_project
+from pipeline.workflows.trials import cuts, encode, epochs, network, settings
 from stages.cli import recycle
 
 pytestmark = pytest.mark.slow
@@ -30,9 +31,9 @@ WORDS = ("one", "two", "three", "good", "bad")
 
 @pytest.fixture(autouse=True)
 def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut_trials, "TRAIN_SECONDS", 0.02)
-    monkeypatch.setattr(setting_trials, "SECONDS_EACH", 0.01)
-    monkeypatch.setattr(cut_trials, "FEWEST_SAMPLES", 1024)  # however slow the machine
+    monkeypatch.setattr(epochs, "TRAIN_SECONDS", 0.02)
+    monkeypatch.setattr(network, "SECONDS_EACH", 0.01)
+    monkeypatch.setattr(cuts, "FEWEST_SAMPLES", 1024)  # however slow the machine
 
 
 @pytest.fixture
@@ -129,8 +130,8 @@ def test_bytes_are_those_of_the_encode_that_follows(kind: str, request: pytest.F
 
 
 def test_bytes_of_a_data_set_from_a_part_of_it(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut_trials, "MOST_SAMPLES", 64)
-    monkeypatch.setattr(cut_trials, "FEWEST_SAMPLES", 64)
+    monkeypatch.setattr(cuts, "MOST_SAMPLES", 64)
+    monkeypatch.setattr(cuts, "FEWEST_SAMPLES", 64)
     project = of_texts(texts, encode={"segment_samples": 32})
     found = plan_project(project)
     assert found.cuts.forecast.samples_tried < 120
@@ -146,7 +147,7 @@ def test_what_was_measured_is_used_again(texts: Path, monkeypatch: pytest.Monkey
     assert first.cuts.cut_off > 0
     assert "longer than preprocess.max_length" in text(first, runs=1, applied=False)
     monkeypatch.setattr(plan, "measure_cuts", None)
-    monkeypatch.setattr(plan, "Bench", None)
+    monkeypatch.setattr(plan, "TrialNetwork", None)
     again = plan_project(project)
     assert (again.settings, again.cuts, again.data) == (first.settings, first.cuts, first.data)
     with pytest.raises(TypeError, match="NoneType"):
@@ -169,7 +170,7 @@ def test_a_failure_leaves_nothing(images: Path, monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cut_trials, "encode_views", fail)
+    monkeypatch.setattr(encode, "encode_views", fail)
     with pytest.raises(OSError, match="No space"):
         plan_project(of_images(images))
     assert not list((images / ".recycle").glob(".tmp*"))
@@ -198,8 +199,8 @@ def slow_bfloat16(monkeypatch: pytest.MonkeyPatch, factors: dict[str, float]) ->
     def seconds(_: object, form: Any, count: int) -> float:
         return count * factors.get(form.precision, 1.0)
 
-    monkeypatch.setattr(setting_trials.Bench, "seconds", seconds)
-    monkeypatch.setattr(setting_trials, "is_emulated", lambda *_: False)
+    monkeypatch.setattr(settings.TrialNetwork, "seconds", seconds)
+    monkeypatch.setattr(settings, "is_emulated", lambda *_: False)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_precision_is_lowered_where_it_pays(
 
 def test_precision_that_deviates_is_refused(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_bfloat16(monkeypatch, {"bfloat16": 0.4, "float16": 0.4})
-    monkeypatch.setattr(setting_trials, "LARGEST_DEVIATION", 1e-9)
+    monkeypatch.setattr(settings, "LARGEST_DEVIATION", 1e-9)
     found = plan_project(of_images(images)).settings
     assert not found.recommended
     assert any("bfloat16: not recommended" in note for note in found.notes)
