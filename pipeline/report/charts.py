@@ -214,15 +214,16 @@ def over_depth(panels: Mapping[str, Mapping[str, Sequence[float | None]]], share
     """
     drawn = []
     for title, named in panels.items():
-        values = [
-            {"x": 100 * share, "y": y, "of": name}
+        known = [
+            (100 * share, y, name)
             for name, line in named.items()
             for share, y in zip(shares, line, strict=True)
             if y is not None
         ]
-        if values:
+        if known:
+            values = [dict(zip(("x", "y", "of"), one, strict=True)) for one in known]
             encoding = {"x": _numbers("x", "blocks before the cut, %"), "y": _numbers("y", title)}
-            encoding["y"] |= _not_flat([one["y"] for one in values])
+            encoding["y"] |= _not_flat([y for _, y, _ in known])
             encoding |= {"color": _colours("of", "", list(named))} if len(named) > 1 else {}
             mark = {"type": "line", "point": True, "strokeWidth": 1.6}
             drawn.append(_sized({"data": {"values": values}, "mark": mark, "encoding": encoding}))

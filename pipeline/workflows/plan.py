@@ -34,7 +34,8 @@ from pipeline.project.views import split_numbers
 from pipeline.report.forecast import settings_digest, write_plan
 from pipeline.store import sweep
 from pipeline.workflows.trials.cuts import CutTrials, measure_cuts
-from pipeline.workflows.trials.settings import SettingTrials, TrialNetwork, Trials, measure_settings, with_batches
+from pipeline.workflows.trials.network import TrialNetwork
+from pipeline.workflows.trials.settings import SettingTrials, Trials, measure_settings, with_batches
 
 T = TypeVar("T")
 
