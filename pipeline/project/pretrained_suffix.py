@@ -175,13 +175,16 @@ class PretrainedSuffix:
         described = as_described(typed, preprocess, self.folder / BACKBONE)
         backbone = load(*described, head, features=self.description["features"])
         network, _ = backbone.pretrained(model.library)
+        built = backbone.model.state_dict(keep_vars=True)
         try:
             fill(network, load_file(self.folder / WEIGHTS))
             fill(backbone.model, load_file(self.folder / NEW))
         except ValueError as error:
             raise AbsentError(f"the weights that {self.store.where} carries do not fit: {error}") from error
         fresh = backbone.fresh if _has_own_layers(model, head) else frozenset(self.description["new"])
-        backbone = replace(backbone, name=model.backbone, fresh=fresh)
+        filled = {name for name, item in backbone.model.state_dict(keep_vars=True).items() if item is not built[name]}
+        exact = {name: item for name, item in backbone.exact.items() if name not in filled}
+        backbone = replace(backbone, name=model.backbone, fresh=fresh, exact=exact)
         if reason := self._difference(backbone):
             raise AbsentError(
                 f"the weights that {self.store.where} carries are of another network: {reason}; encode again where the "
