@@ -89,6 +89,10 @@ def tensors_digest(tensors: "Mapping[str, Tensor]") -> str:
     return hasher.hexdigest()
 
 
+DIGESTS = ("weights", "architecture")
+"""Fields of a recipe that say less to a reader than the others."""
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """Everything that decides the values of a store's states; two recipes are equal when their digests are.
@@ -146,8 +150,12 @@ class Recipe:
         return cls(**raw)
 
     def first_difference(self, other: "Recipe") -> tuple[str, JSON, JSON] | None:
-        """Return the first field that differs, as the function `first_difference` does."""
-        return first_difference(vars(self), vars(other))
+        """Return the first field that differs, as the function `first_difference` does: settings before digests."""
+        ours, theirs = (
+            {name: getattr(recipe, name) for name in sorted(vars(recipe), key=DIGESTS.__contains__)}
+            for recipe in (self, other)
+        )
+        return first_difference(ours, theirs)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.digest == other.digest

@@ -15,8 +15,8 @@ cut: for encode.cuts; the number of blocks before it (from 2 on) and their share
 of parameters: frozen. of FLOPs: of a forward pass, before the cut; matrix products, convolutions, attention count.
 state bytes: of one sample in fp16. x full, x frozen: expected speed-up of a training step over full fine-tuning, and
 over the same layers frozen but run every time, if computation is the bound and backward costs twice forward.
-linear head: with --probe, the validation score of a linear head on the states, fitted to 1,000 samples; from here on:
-the best of these at the cut or after it. Where it falls, deeper cuts have lost something that the task needs.
+linear head: with --probe, the validation score of a linear head on the states, fitted to up to 1,000 samples; from here
+on: the best of these at the cut or after it. Where it falls, deeper cuts have lost something that the task needs.
 * sensible: it saves 10 % or stores less than the inputs, and no other one that stores as little does nearly as well."""
 
 

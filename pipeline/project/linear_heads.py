@@ -6,6 +6,7 @@ for embeddings the projection that makes differences within a group equally larg
 covariance normalisation, Hatch et al. 2006).
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -23,6 +24,8 @@ from pipeline.split import Capture, Prefix
 from pipeline.tasks import IGNORED, Prepared
 
 # B sample of a batch, T token, D channel, K output of a head, L label; a row is a sample or a token
+
+log = logging.getLogger("recycle")
 
 BATCH = 32
 MAX_WIDTH = 1024
@@ -64,10 +67,13 @@ def score_linear_heads(data: ProjectData, prefixes: Sequence[Prefix], *, samples
     for one in heads:
         one.solve()
     scores = [task.metrics() for _ in heads]
+    scored = 0
     for own, of_cuts in features("validation", samples // 2):
+        scored += len(next(iter(own.values())))
         for one, score, values in zip(heads, scores, of_cuts, strict=True):
             if (output := one(values)) is not None:
                 score.update(output.transpose(1, 2) if head.kind == "span" else output, own)
+    log.info("linear heads were scored on %d validation samples, of a split of their own", scored)
     return [score.compute()[task.monitor] for score in scores]
 
 

@@ -17,6 +17,7 @@ from pipeline.encode.ragged import pad_batch
 from pipeline.errors import ConfigError, DataError
 from pipeline.keys import KEY_BYTES
 from pipeline.models import ModelConfig, Preprocess, PreprocessConfig, load, network_inputs
+from pipeline.precision import as_inputs
 from pipeline.project import Project
 from pipeline.project.model import LoadedModel
 from pipeline.tasks import Head
@@ -106,12 +107,14 @@ def from_project(
     if len(samples) < 2:
         raise DataError(f"fewer than 2 of {batch} samples of {project.data.path} can be decoded; see recycle encode")
     data = ProjectData(loaded, source, table, table.keys.view(np.int64)[:, 0])
-    return ModelExample(loaded.backbone.model, network_inputs(pad_batch(samples, preprocessing.pad)), data)
+    inputs = as_inputs(network_inputs(pad_batch(samples, preprocessing.pad)), loaded.backbone.dtype)
+    return ModelExample(loaded.backbone.model, inputs, data)
 
 
 def _drawn(model: ModelConfig, preprocess: PreprocessConfig, *, classes: int, batch: int) -> ModelExample:
     backbone = load(model, preprocess, Head("classes", classes))
-    return ModelExample(backbone.model, draw_inputs(backbone.preprocess, batch, preprocess.max_length or TOKENS))
+    inputs = draw_inputs(backbone.preprocess, batch, preprocess.max_length or TOKENS)
+    return ModelExample(backbone.model, as_inputs(inputs, backbone.dtype))
 
 
 def draw_inputs(preprocess: Preprocess, batch: int, tokens: int) -> dict[str, Tensor]:

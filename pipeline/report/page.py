@@ -82,6 +82,7 @@ def write_page(
             versions=_versions(),
             recipes=_recipes(project),
             commands=_commands(runs),
+            settings=[(run.name, json.dumps(run.made_of, indent=1)) for run in runs],
         ),
     )
     return path
@@ -99,7 +100,7 @@ def _reviewed(project: Project, runs: Sequence[Run], samples: Samples) -> tuple[
     """
     sign = -1 if runs[0].metric in LOWER_IS_BETTER else 1
     best: dict[str, Run] = {}
-    for run in sorted(runs, key=lambda run: (-sign * run.value, run.name)):
+    for run in sorted(runs, key=lambda run: (-sign * run.value, -run.recycled, run.name)):
         if run.review:
             best.setdefault(str(run.cut), run)
     found, unread = list[dict[str, Any]](), list[str]()
@@ -234,5 +235,5 @@ def _number(value: float | None, form: str = ".3f") -> str:
 
 
 def _figure_of(value: float | None) -> str:
-    """Return a cost with four digits, or all of those before the point."""
-    return _number(value, ",.0f" if value is not None and abs(value) >= 1000 else ".4g")
+    """Return a cost with three digits, or all of those before the point."""
+    return _number(value, ",.0f" if value is not None and abs(value) >= 100 else ".3g")

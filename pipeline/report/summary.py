@@ -19,8 +19,8 @@ SEED = "train.seed"
 TOLERANCE = 1.2
 """Factor by which a measured speed-up may exceed the bound from operation counts."""
 BOUNDED = (
-    "<=: more was timed than the operations before and after the cut allow; shown is what they allow. Short epochs, or "
-    "encoding on another device, say little."
+    "<=: the measured speed-up was above what the numbers of operations allow; this bound is shown instead. It happens "
+    "where epochs are short, or the encode ran on another device."
 )
 TALLEST = 7000
 """Maximum height of a plot in its own pixels."""

@@ -28,7 +28,7 @@ from pipeline.encode.keying import KeyedSamples
 from pipeline.files import write_whole
 from pipeline.keys import JSON, digest
 from pipeline.memory import release_freed_memory
-from pipeline.project import Project, recipe_cache
+from pipeline.project import CutName, Project, recipe_cache
 from pipeline.project.extrapolation import SEED, units_of
 from pipeline.project.views import split_numbers
 from pipeline.report.forecast import settings_digest, write_plan
@@ -45,6 +45,10 @@ SETTING_SHARE = 0.5
 """Share of that time after which no setting is tried."""
 SETTING_SAMPLES = 128
 LABELS = ("label", "tags", "group")
+OTHER_STORES = (
+    "there are stores of the present settings; with another precision, encode refuses them until they are replaced: "
+    "recycle encode --replace"
+)
 FOLDER = "plan"
 """Folder in `work_dir` with what was measured, by a digest of everything that it depends on."""
 
@@ -95,6 +99,8 @@ def plan_project(project: Project, *, apply: bool = False) -> Plan:
         settings = _settings(project, source, keyed, table, began)
         release_freed_memory()
         settings = replace(settings, recommended=_changes(project, settings.recommended))
+        if settings.recommended and any(part.store_path(part.at(cut)).exists() for part, cut in _stores(project)):
+            settings = replace(settings, notes=[*settings.notes, OTHER_STORES])
         chosen = project.overridden({**project.overrides, **settings.recommended}) if apply else project
         rate = settings.recommended_rate if apply else settings.rate
         cuts = _cuts(chosen, source, keyed, table, rate, settings.state_bytes, began)
@@ -203,6 +209,10 @@ def _summary(source: Source, keyed: KeyedSamples, table: SampleTable, cuts: CutT
     unreadable = "; ".join(filter(None, [quarantine.summary(keyed.bad), cuts.undecodable]))
     splits = {split: int((table.split == split).sum()) for split in SPLITS if (table.split == split).any()}
     return DataSummary(len(keyed.keys), splits, labels, [*notes, *remarks(table)], unreadable)
+
+
+def _stores(project: Project) -> Iterator[tuple[Project, CutName]]:
+    return ((part, cut) for part in project.parts for cut in project.encode.cuts)
 
 
 def _free_bytes(project: Project) -> int | None:

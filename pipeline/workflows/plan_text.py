@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.report.forecast import Forecast, break_even, over_full, verdict
+from pipeline.report.forecast import CutForecast, Forecast, break_even, over_full, verdict
 from pipeline.store import format_bytes
 from pipeline.workflows.plan import Plan
 from pipeline.workflows.trials.settings import SettingTrial
@@ -16,19 +16,22 @@ def text(plan: Plan, *, runs: int, applied: bool) -> str:
     forecast, trials = plan.cuts.forecast, plan.settings
     parts = [_data(plan)]
     if trials.trials:
-        title = "settings tried: samples/s before the deepest cut, deviations from float32 (mean; share that changes)"
+        title = "settings tried: samples/s before the deepest cut; mean deviation from float32, outputs that change"
         parts.append(_section(title, _deviations([_tried(trial) for trial in trials.trials])))
     if trials.batches:
         rows = [{"": one.label, "samples/s": _rate(one), "padding": _share(one.padding)} for one in trials.batches]
-        parts.append(_section("batches, under the settings recommended above", rows))
+        parts.append(_section("batches, in the precision and memory format that are recommended", rows))
     if plan.cuts.codecs:
         rows = [{"": one["storage"], "bytes/sample": format_bytes(one["bytes"]), **one} for one in plan.cuts.codecs]
         title = f"storage of cut {plan.cuts.codecs_of}, deviations from the states as they are stored now"
         parts.append(_section(title, _deviations(rows)))
-    title = f"cuts, from {forecast.samples_tried:,} samples; verdicts for {runs} x {forecast.epochs:g} epochs"
-    parts.append(
-        _section(title, [_cut(forecast, number, runs, plan.free_bytes) for number in range(len(forecast.cuts))])
+    title = (
+        f"cuts, from {forecast.samples_tried:,} samples; break-even: the epoch after which encode and training took "
+        f"less time than full fine-tuning, and than frozen layers that run in every step; below for {runs} x "
+        f"{forecast.epochs:g} epochs"
     )
+    verdicts = [f"{cut.cut}: {verdict(forecast, cut, runs=runs, free=plan.free_bytes)}" for cut in forecast.cuts]
+    parts.append("\n".join([_section(title, [_cut(forecast, cut) for cut in forecast.cuts]), *verdicts]))
     return "\n\n".join([*parts, _totals(plan), _advice(plan, applied=applied)])
 
 
@@ -61,18 +64,16 @@ def _deviations(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _cut(forecast: Forecast, number: int, runs: int, free: int | None) -> dict[str, Any]:
-    cut = forecast.cuts[number]
+def _cut(forecast: Forecast, cut: CutForecast) -> dict[str, Any]:
     return {
         "cut": str(cut.cut),
         "of blocks": f"{cut.recycled:.0%}",
         "disk": format_bytes(cut.state_bytes + cut.beside_bytes),
         "encode s": f"{cut.encode_seconds:,.1f}",
         "s/epoch": _known(cut.epoch_seconds),
-        "frozen s/epoch": _known(cut.epoch_seconds and cut.epoch_seconds + cut.frozen_seconds),
-        "pays off after: full": _epoch(break_even(cut.encode_seconds, over_full(forecast, cut))),
-        "frozen": _epoch(break_even(cut.encode_seconds, cut.frozen_seconds)),
-        "verdict": verdict(forecast, cut, runs=runs, free=free),
+        "with frozen layers": _known(cut.epoch_seconds and cut.epoch_seconds + cut.frozen_seconds),
+        "break-even/full": _epoch(cut.encode_seconds, over_full(forecast, cut)),
+        "break-even/frozen": _epoch(cut.encode_seconds, cut.epoch_seconds and cut.frozen_seconds),
     }
 
 
@@ -113,5 +114,7 @@ def _known(value: float | None) -> str:
     return "-" if value is None else f"{value:,.2f}"
 
 
-def _epoch(value: int | None) -> str:
-    return "never" if value is None else str(value)
+def _epoch(encode: float, saved: float | None) -> str:
+    """Return the break-even epoch of an encode that saves so many seconds an epoch; None is unknown."""
+    epoch = break_even(encode, saved)
+    return "not measured" if saved is None else "never" if epoch is None else str(epoch)

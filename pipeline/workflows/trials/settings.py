@@ -218,7 +218,7 @@ def with_batches(
         choices += [{"encode.batch_tokens": 2 ** round(math.log2(size * typical))} for size in timed]
         state = form.run(network.prefix, network.batch(1))
         held = sum(4 * item.numel() for item in state.values()) * 4 * encode.segment_samples
-        if held < HELD_BYTES:
+        if held < HELD_BYTES and len(units(4 * encode.segment_samples)) < len(units(encode.segment_samples)):
             choices += [{**own, "encode.segment_samples": 4 * encode.segment_samples} for own in choices]
     found = [trial(own) for own in choices]
     base, fastest = found[0], max(trial.samples_per_second for trial in found)
