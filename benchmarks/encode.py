@@ -206,7 +206,7 @@ def main() -> None:
         rates = [len(bench.samples) / side for side in (bare, whole)]
         rows.append(
             f"{case.name:36} {at:4} {bench.name:24} {rates[0]:10.1f} {rates[1]:10.1f} {bare / whole:6.3f} "
-            f"{shares[0]:6.2f} {shares[1]:6.2f} {peak / 1e9:8.0f}"
+            f"{shares[0]:6.3f} {shares[1]:6.3f} {peak / 1e9:8.0f}"
         )
     print(
         f"{'case':36} {'cut':>4} {'format':24} {'bare /s':>10} {'encode /s':>10} ratio  of peak: bare, encode  GFLOP/s"

@@ -160,7 +160,8 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a trained model, with adapters merged into them."""
     if isinstance(model, Suffix):
         return merged(model)
-    return {f"{name}.{own}": tensor for name, of in model.named_children() for own, tensor in plain_weights(of).items()}
+    children = model._modules.items()  # `named_children` leaves out the second tower where both are one suffix
+    return {f"{name}.{own}": tensor for name, of in children if of for own, tensor in plain_weights(of).items()}
 
 
 def load_weights(tower: Tower, file: Path) -> None:
