@@ -126,7 +126,7 @@ def test_bytes_are_those_of_the_encode_that_follows(kind: str, request: pytest.F
         assert costs[str(cut.cut)].state_bytes_per_sample == pytest.approx(cut.state_bytes / cut.samples)
     stored = [path for path in project.activations.rglob("*") if path.is_file() and path.name != "recipe.json"]
     assert found.cuts.forecast.total_bytes == sum(path.stat().st_size for path in stored)
-    assert "pays off after" in text(found, runs=1, applied=False)
+    assert "break-even/frozen" in text(found, runs=1, applied=False)
 
 
 def test_bytes_of_a_data_set_from_a_part_of_it(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
