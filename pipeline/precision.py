@@ -33,7 +33,7 @@ class ComputeFormat:
     precision: str
     """Type that it computes in; below that of the weights under autocast."""
     channels_last: bool = False
-    """Whether batches of images have the channels-last memory format."""
+    """True if batches of images are in the channels-last memory format."""
 
     @property
     def compute_dtype(self) -> torch.dtype:

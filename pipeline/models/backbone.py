@@ -62,7 +62,7 @@ class Preprocess(ABC):
         return self(opened)
 
     def alike(self, opened: Any) -> Hashable:
-        """Return what `begin_alike` needs samples to have in common; None for one that is begun alone."""
+        """Return a value that samples share if `begin_alike` takes them as one batch; None for a sample on its own."""
         return None
 
     def begin_alike(self, opened: Sequence[Any]) -> list[dict[str, Tensor]]:

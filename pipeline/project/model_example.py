@@ -49,7 +49,7 @@ class ModelExample:
     model: nn.Module
     inputs: dict[str, Tensor]
     data: ProjectData | None = None
-    """Where the inputs come from; None if they were drawn."""
+    """The model and the samples that the inputs are from; None if the inputs were drawn."""
 
 
 def from_name(

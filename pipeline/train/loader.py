@@ -174,7 +174,7 @@ class Loader:
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether the loader fetches segments before their batches need them, and holds them until then."""
+        """True if the loader fetches segments ahead of the batches that read them, and keeps them until then."""
         return self._read_ahead > 0
 
     def set_epoch(self, epoch: int, start: int = 0, end: int | None = None) -> None:

@@ -14,14 +14,9 @@ from pipeline.encode import quarantine
 from pipeline.encode.config import ExecutorConfig
 from pipeline.encode.keying import KeyedSamples
 from pipeline.project import Project
-from pipeline.project.extrapolation import (
-    choose_rows,
-)
+from pipeline.project.extrapolation import choose_rows
 from pipeline.report.forecast import Forecast, settings_digest
-from pipeline.store import (
-    KeySet,
-    temporary_folder,
-)
+from pipeline.store import KeySet, temporary_folder
 from pipeline.tasks import open_task
 from pipeline.workflows.trials.encode import try_encode
 from pipeline.workflows.trials.epochs import EpochTrials

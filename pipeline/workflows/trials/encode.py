@@ -14,12 +14,7 @@ from pipeline.encode.unit import EncodeResult
 from pipeline.memory import release_freed_memory
 from pipeline.models import Preprocess, network_inputs
 from pipeline.project import CutName, Project
-from pipeline.project.extrapolation import (
-    SEED,
-    padded_positions,
-    predict_lengths,
-    units_of,
-)
+from pipeline.project.extrapolation import SEED, padded_positions, predict_lengths, units_of
 from pipeline.project.views import split_numbers
 from pipeline.split import Capture
 from pipeline.store import (

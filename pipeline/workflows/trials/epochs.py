@@ -14,16 +14,10 @@ from pipeline.encode.keying import KeyedSamples
 from pipeline.errors import RecyclingError
 from pipeline.memory import release_freed_memory
 from pipeline.project import CutName, Project
-from pipeline.project.extrapolation import (
-    batch_positions,
-    epoch_positions,
-)
+from pipeline.project.extrapolation import batch_positions, epoch_positions
 from pipeline.project.towers import new_parameters, open_tower
 from pipeline.report.forecast import CutForecast
-from pipeline.store import (
-    KeySet,
-    first_rows,
-)
+from pipeline.store import KeySet, first_rows
 from pipeline.tasks import open_task
 from pipeline.train.fit import open_accelerator, train_round
 from pipeline.train.loader import Batch

@@ -32,7 +32,7 @@ class TrialNetwork:
     loaded: LoadedModel
     prefix: Prefix
     suffix: Suffix
-    """With weights of its own, in float32."""
+    """The layers after the cut, with a copy of their weights in float32."""
     samples: list[Sample]
     rows: np.ndarray
     """Rows of the samples in the source."""

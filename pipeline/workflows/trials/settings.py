@@ -29,7 +29,6 @@ from pipeline.workflows.trials.network import SECONDS_EACH, TrialNetwork, dtype_
 
 FASTER, BETTER_BATCH = 1.2, 1.1
 """Factors by which another precision, and another batch size, must be faster to be recommended."""
-
 NEARLY = 0.85
 """Share of the speed of the fastest from which the most exact one is recommended."""
 AS_FAST = 0.95
@@ -59,7 +58,7 @@ class SettingTrial:
 
     @property
     def is_close(self) -> bool:
-        """Whether its deviations are small enough to be recommended; NaN is not."""
+        """True if states and outputs deviate by at most `LARGEST_DEVIATION` on average; False for NaN and for None."""
         return all(value is not None and value <= LARGEST_DEVIATION for value in (self.state_mean, self.output_mean))
 
 
