@@ -74,17 +74,23 @@ def batches_by_length(samples: Sequence[Sample], *, size: int, tokens: int | Non
     least.
     """
     order = sorted(range(len(samples)), key=lambda i: (shapes(samples[i]), i))
-    for _, alike in itertools.groupby(order, lambda i: None if pads else shapes(samples[i])):
-        batch: list[int] = []
-        longest = 0
-        for i in alike:
-            longest = max(longest, length(samples[i]))
-            full = len(batch) == size if tokens is None else (len(batch) + 1) * longest > tokens
-            if batch and full:
-                yield batch
-                batch, longest = [], length(samples[i])
-            batch.append(i)
-        yield batch
+    for _, group in itertools.groupby(order, lambda i: None if pads else shapes(samples[i])):
+        alike = list(group)
+        for part in divide_lengths([length(samples[i]) for i in alike], size=size, tokens=tokens):
+            yield alike[part]
+
+
+def divide_lengths(lengths: Sequence[int], *, size: int, tokens: int | None) -> Iterator[slice]:
+    """Yield the batches of samples of these lengths, in their order; `size` and `tokens` as in `batches_by_length`."""
+    begin = longest = 0
+    for end, own in enumerate(lengths):
+        longest = max(longest, own)
+        full = end - begin == size if tokens is None else (end - begin + 1) * longest > tokens
+        if end > begin and full:
+            yield slice(begin, end)
+            begin, longest = end, own
+    if lengths:
+        yield slice(begin, len(lengths))
 
 
 def find_trimming(

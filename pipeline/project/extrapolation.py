@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.data import SPLITS, SampleTable
 from pipeline.encode.config import EncodeConfig
+from pipeline.encode.ragged import divide_lengths
 from pipeline.project.loaders import Schedule
 from pipeline.store import first_rows
 from pipeline.tasks import Task
@@ -67,14 +68,9 @@ def units_of(rows: np.ndarray, keys: np.ndarray, groups: np.ndarray, size: int) 
 def batches_of(lengths: np.ndarray, encode: EncodeConfig) -> Iterator[tuple[int, int]]:
     """Yield the number of samples and of positions, padding included, of the batches of a unit, as in encode."""
     ascending = np.sort(lengths).tolist()
-    begin, tokens = 0, encode.batch_tokens
-    for end in range(1, len(ascending) + 1):
-        longer = ascending[end] if end < len(ascending) else None
-        count = end - begin
-        full = count == encode.batch_size if tokens is None else longer is not None and (count + 1) * longer > tokens
-        if full or longer is None:
-            yield count, count * ascending[end - 1]
-            begin = end
+    for part in divide_lengths(ascending, size=encode.batch_size, tokens=encode.batch_tokens):
+        count = part.stop - part.start
+        yield count, count * ascending[part.stop - 1]
 
 
 def padded_positions(units: Sequence[np.ndarray], lengths: np.ndarray, encode: EncodeConfig) -> float:

@@ -137,10 +137,11 @@ class _LinearHead:
         if wanted.is_floating_point():
             self._add("y", wanted.double().sum(0))
             self._add("xy", values.T @ wanted.double())
-        for label in set() if wanted.is_floating_point() else set(wanted.tolist()):
-            members = values[wanted == label]
-            count, total = self._labels.get(label, (0, torch.zeros_like(values[0])))
-            self._labels[label] = count + len(members), total + members.sum(0)
+        else:
+            for label in set(wanted.tolist()):
+                members = values[wanted == label]
+                count, total = self._labels.get(label, (0, torch.zeros_like(values[0])))
+                self._labels[label] = count + len(members), total + members.sum(0)
         self._rows += len(values)
         self._add("x", values.sum(0))
         self._add("xx", values.T @ values)

@@ -70,6 +70,7 @@ def sweep_figures(runs: Sequence[Run]) -> list[Figure]:
 
 
 def review_figures(review: Mapping[str, Any]) -> list[Figure]:
+    """Return the confusions, the reliability and the points of a review, as far as it has them."""
     figures = []
     if counted := review.get("confusion"):
         spec, shown = charts.confusion([plain(label) for label in counted["labels"]], counted["counts"])
@@ -172,6 +173,7 @@ def plain(text: str) -> str:
 
 
 def short(value: float) -> str:
+    """Return a number with three decimals, or none where it is whole."""
     return format(value, ".0f" if float(value).is_integer() else ".3f")
 
 

@@ -14,6 +14,13 @@ from pipeline.project import Project
 from pipeline.report.summary import ResultRow
 
 FILE = "plan.json"
+MEASURED = {
+    "state_bytes_per_sample": ("bytes/sample", ",.0f"),
+    "encode_seconds": ("encode s", ".1f"),
+    "train_seconds_per_epoch": ("train s/epoch", ".2f"),
+    "break_even_epoch": ("break-even epoch", "d"),
+}
+"""Title and format of the figures of a `ResultRow` that are predicted too."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,15 @@ class CutForecast:
     epoch_seconds: float | None = None
     reason: str | None = None
     """Why a figure is None."""
+
+    def predicted(self) -> dict[str, float | None]:
+        """Return the figures of `MEASURED`."""
+        return {
+            "state_bytes_per_sample": self.state_bytes / max(1, self.samples),
+            "encode_seconds": self.encode_seconds,
+            "train_seconds_per_epoch": self.epoch_seconds,
+            "break_even_epoch": break_even(self.encode_seconds, self.frozen_seconds),
+        }
 
 
 @dataclass(frozen=True)
@@ -125,13 +141,9 @@ def comparison(project: Project, rows: Sequence[ResultRow], *, markdown: bool = 
 
 
 def _compared(cut: CutForecast, row: ResultRow) -> dict[str, str]:
-    return {
-        "cut": str(row.cut),
-        "bytes/sample": _both(cut.state_bytes / max(1, cut.samples), row.state_bytes_per_sample, ",.0f"),
-        "encode s": _both(cut.encode_seconds, row.encode_seconds, ".1f"),
-        "train s/epoch": _both(cut.epoch_seconds, row.train_seconds_per_epoch, ".2f"),
-        "break-even epoch": _both(break_even(cut.encode_seconds, cut.frozen_seconds), row.break_even_epoch, "d"),
-    }
+    predicted = cut.predicted()
+    figures = {title: _both(predicted[name], getattr(row, name), form) for name, (title, form) in MEASURED.items()}
+    return {"cut": str(row.cut), **figures}
 
 
 def _both(predicted: float | None, measured: float | None, form: str) -> str:

@@ -29,7 +29,7 @@ from pipeline.report.figures import (
     short,
     sweep_figures,
 )
-from pipeline.report.forecast import break_even, read_forecast
+from pipeline.report.forecast import MEASURED, read_forecast
 from pipeline.report.samples import SHORT_TEXT, Samples
 from pipeline.report.summary import BOUNDED, ResultRow, table_cells
 from pipeline.runs.record import Run
@@ -38,8 +38,6 @@ from pipeline.tasks.config import LOWER_IS_BETTER
 
 FILE = "report.html"
 TEMPLATES = Path(__file__).parents[1] / "templates"
-MEASURED = ("state_bytes_per_sample", "encode_seconds", "train_seconds_per_epoch", "break_even_epoch")
-"""Costs that a plan predicts, too."""
 MOST_REVIEWED = 6
 """Cuts of which the page shows mistakes: those with the best scores."""
 MOST_ROWS = 200
@@ -168,26 +166,12 @@ def _data(project: Project) -> dict[str, Any]:
 
 def _cost_table(project: Project, rows: Sequence[ResultRow]) -> dict[str, Any]:
     """Return what each cut costs, as a plan predicted it, if one did, and as it was measured; None is unknown."""
-    planned, found = _planned(project), list[dict[str, Any]]()
+    forecast, found = read_forecast(project), list[dict[str, Any]]()
+    planned = {} if forecast is None else {str(cut.cut): cut.predicted() for cut in forecast.cuts}
     for row in {str(row.cut): row for row in reversed(rows)}.values():  # the first of each cut
-        measured = {name: getattr(row, name) for name in MEASURED}
-        figures = [(planned.get(str(row.cut), {}).get(name), value) for name, value in measured.items()]
+        figures = [(planned.get(str(row.cut), {}).get(name), getattr(row, name)) for name in MEASURED]
         found.append({"cut": str(row.cut), "figures": figures})
     return {"planned": bool(planned), "rows": found[::-1]}
-
-
-def _planned(project: Project) -> dict[str, dict[str, float | None]]:
-    """Return what a plan predicts for each cut, by the names of `MEASURED`; empty without one for today's settings."""
-    forecast = read_forecast(project)
-    return {
-        str(cut.cut): {
-            "state_bytes_per_sample": cut.state_bytes / max(1, cut.samples),
-            "encode_seconds": cut.encode_seconds,
-            "train_seconds_per_epoch": cut.epoch_seconds,
-            "break_even_epoch": break_even(cut.encode_seconds, cut.frozen_seconds),
-        }
-        for cut in ([] if forecast is None else forecast.cuts)
-    }
 
 
 def _versions() -> list[tuple[str, str]]:
