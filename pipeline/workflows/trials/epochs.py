@@ -131,15 +131,17 @@ class EpochTrials:
         optimizer = open_optimizer(objective, config, new_parameters(towers))
         optimizer, scheduler = accelerator.prepare(optimizer, schedule(optimizer, config, rounds.steps))
         step = partial(train_round, model, counted, optimizer, scheduler, accelerator, config)
-        each = step(replace(rounds, steps_per_round=1), 0)["train/seconds"]  # the first prepares kernels and memory
-        at_once = int(np.clip(TRAIN_SECONDS / 4 / each, 1, rounds.steps_per_epoch))
-        rates = list[float]()
+        one = replace(rounds, steps_per_round=1)
+        step(one, 0)  # prepares kernels and memory
         end = time.monotonic() + TRAIN_SECONDS
+        each = step(one, 1)["train/seconds"] - counted.waits[-1]
+        several = replace(rounds, steps_per_round=int(np.clip(TRAIN_SECONDS / 4 / each, 1, rounds.steps_per_epoch)))
+        rates = list[float]()
         while not rates or time.monotonic() < end:
-            counted.positions = 0
-            seconds = step(replace(rounds, steps_per_round=at_once), len(rates) + 1)["train/seconds"]
+            counted.positions, waits = 0, len(counted.waits)
+            seconds = step(several, len(rates) + 2)["train/seconds"] - sum(counted.waits[waits:])
             rates.append(seconds / counted.positions)
-        return statistics.median(rates) * self._real[1]
+        return statistics.median(counted.waits[1:]) + statistics.median(rates) * self._real[1]
 
     def codecs(self, deadline: float) -> tuple[list[dict[str, Any]], str]:
         """Return the errors of each codec in the states of the cut that takes most bytes, and the name of that cut."""
@@ -154,11 +156,13 @@ class EpochTrials:
 
 
 class _Counted:
-    """The batches of a loader, which adds up their positions, padding included."""
+    """The batches of a loader, which adds up their positions, padding included, and times the first of each epoch."""
 
     def __init__(self, batches: Batches, lengths: np.ndarray, encoders: np.ndarray) -> None:
         self.batches, self.lengths, self.encoders = batches, lengths, encoders
         self.positions = 0
+        self.waits = list[float]()
+        """Seconds until the first batch of each epoch, or of each part of one."""
 
     def set_epoch(self, epoch: int, start: int = 0, end: int | None = None) -> None:
         self.batches.set_epoch(epoch, start, end)
@@ -167,6 +171,9 @@ class _Counted:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
+        began = time.perf_counter()
+        for number, batch in enumerate(self.batches):
+            if number == 0:
+                self.waits.append(time.perf_counter() - began)
             self.positions += batch_positions(batch.rows.numpy(), self.lengths, self.encoders)
             yield batch
