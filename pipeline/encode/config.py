@@ -76,10 +76,12 @@ class EncodeConfig(Section):
     refused."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Stored type of floating-point values; a tensor that leaves the range of float16 is stored as bfloat16."""
-    codec: Literal["raw", "zstd", "int8", "int8-channel"] = "raw"
+    codec: Literal["raw", "zstd", "int8", "int8-channel", "int8-group", "int4-group"] = "raw"
     """How states are stored. "raw": uncompressed and memory-mapped. "zstd": compressed without loss, unpacked to local
     scratch for training. "int8": one byte per value and one scale per row (token, channel map); "int8-channel": one
-    scale per channel. `recycle store error` measures what these two change."""
+    scale per channel. "int8-group", "int4-group": 9 and 5 bits per value, with a scale per 64 values and the largest of
+    them exact, for states with a few very large values (language models). `recycle store error` measures what these
+    change."""
     precision: Literal["float32", "bfloat16", "float16"] | None = None
     """Compute type of the prefix; null for the type of its weights (`model.dtype`). Below that of weights in float32,
     it computes under autocast."""

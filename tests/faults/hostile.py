@@ -41,7 +41,7 @@ from pipeline.store.format.layout import ArraySpec
 from pipeline.store.format.metadata import read_array_spec
 
 GOLDEN = Path(__file__).parents[1] / "golden/stores"
-GOLDEN_CODECS = ("raw", "zstd", "int8", "int8-channel")
+GOLDEN_CODECS = ("raw", "zstd", "int8", "int8-channel", "int4-group")
 MEMORY = 1 << 30
 """Bytes that opening a small hostile store may take."""
 SCRATCH = 1 << 28
@@ -269,7 +269,8 @@ def lie(draw: random.Random, victim: Victim) -> None:
 
 
 STORED = {
-    "float16": ("float16", "int8"), "bfloat16": ("uint16", "int8"), "float32": ("float32", "int8"),
+    "float16": ("float16", "int8", "uint8"), "bfloat16": ("uint16", "int8", "uint8"),
+    "float32": ("float32", "int8", "uint8"),
     "int64": ("int32", "int64"), "int32": ("int32",), "int8": ("int8",), "uint32": ("uint32",), "bool": ("bool",),
 }  # fmt: skip
 

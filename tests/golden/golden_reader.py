@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,32 @@ def read_segment(folder: Path, recipe: str) -> tuple[np.ndarray, list[str], dict
             if crc32c(data[bounds[row] : bounds[row + 1]].tobytes()) != sums[row, column]:
                 raise WrongError(f"{folder}: sample {row} of {name}")
         scales = arrays[f"{name}.scales"][0] if f"{name}.scales" in arrays else None
-        values = meant(data, scales, meta["attributes"]["dtype"])
+        attributes = meta["attributes"]
+        if "codec" in attributes:
+            data, scales = unpacked(data, attributes["codec"], attributes["entry_shape"]), np.ones((), np.float32)
+        values = meant(data, scales, attributes["dtype"])
         parts = [values[bounds[row] : bounds[row + 1]] for row in range(len(keys))]
         tensors[name] = [part[0] if axis is None else np.moveaxis(part, 0, axis) for part in parts]
     return keys, group["set_aside"], tensors
+
+
+HADAMARD = np.ones((1, 1), np.float32)
+for _ in range(6):
+    HADAMARD = np.block([[HADAMARD, HADAMARD], [HADAMARD, -HADAMARD]])
+HADAMARD = HADAMARD / np.float32(8)
+SIGNS = np.array([-1 if 0x243F6A8885A308D3 >> i & 1 else 1 for i in range(64)], np.float32)
+
+
+def unpacked(data: np.ndarray, codec: str, shape: Sequence[int]) -> np.ndarray:
+    """Return the values of a packed array in float32."""
+    bits = {"int8-group": 8, "int4-group": 4}[codec]
+    records = data.reshape(-1, 7 + 8 * bits)
+    floats = (np.ascontiguousarray(records[:, :6]).view("<u2").astype(np.uint32) << 16).view(np.float32)
+    whole = records[:, 7:] if bits == 8 else np.concatenate([records[:, 7:] & 15, records[:, 7:] >> 4], -1)
+    values = (whole - np.float32(2**bits - 1) / 2) * floats[:, :1] + floats[:, 1:2]
+    values = (values @ HADAMARD * SIGNS).astype(np.float32)
+    np.put_along_axis(values, records[:, 6:7].astype(int), floats[:, 2:], -1)
+    return values.reshape(len(data), -1)[:, : math.prod(shape)].reshape(len(data), *shape)
 
 
 def meant(data: np.ndarray, scales: np.ndarray | None, dtype: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import golden_reader
 import numpy as np
 
 from pipeline.keys import Recipe
@@ -17,7 +18,7 @@ from pipeline.store import FORMAT, Store
 
 HERE = Path(__file__).parent
 STORES, EXPECTED = HERE / "stores", HERE / "expected.npz"
-CODECS = ("raw", "zstd", "int8", "int8-channel")
+CODECS = ("raw", "zstd", "int8", "int8-channel", "int4-group")
 LOWEST = float(np.finfo(np.float32).min)
 
 Tensors = Mapping[str, np.ndarray | Sequence[np.ndarray]]
@@ -90,7 +91,11 @@ def stored(codec: str, name: str, values: np.ndarray | Sequence[np.ndarray]) -> 
         data = np.concatenate([np.moveaxis(part, axis, 0) for part in values])
         offsets = np.concatenate([[0], np.cumsum(lengths[:, axis])])
     arrays = {} if offsets is None else {f"{name}.offsets": offsets}
-    if codec.startswith("int8") and name.startswith("state."):
+    packed = codec == "int4-group" and name.startswith("state.") and np.abs(data).max(initial=0) < 1e30
+    if packed:
+        arrays[name] = grouped(data)
+        read = narrowed(data, golden_reader.unpacked(arrays[name], codec, data.shape[1:]))
+    elif codec.startswith("int8") and name.startswith("state."):
         whole, scales = quantised(data, per_channel=codec == "int8-channel", ragged=offsets is not None)
         arrays |= {name: whole, f"{name}.scales": scales}
         with np.errstate(over="ignore"):  # 127 * (largest / 127) may round past the largest float32
@@ -127,6 +132,30 @@ def quantised(data: np.ndarray, *, per_channel: bool, ragged: bool) -> tuple[np.
     scales = (largest / np.float32(127)).astype(np.float32)
     whole = np.rint(data / np.where(scales > 0, scales, 1)).clip(-127, 127).astype(np.int8)
     return whole, scales
+
+
+def grouped(data: np.ndarray) -> np.ndarray:
+    """Return the rows of bytes of int4-group."""
+    flat = data.reshape(len(data), int(np.prod(data.shape[1:])))
+    groups = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 64))).reshape(-1, 64)
+    if not groups.size:
+        return np.empty((len(data), 0), np.uint8)
+    median = np.sort(groups, -1)[:, 31:32]
+    place = np.abs(groups - median).argmax(-1, keepdims=True)
+    largest = np.take_along_axis(groups, place, -1)
+    np.put_along_axis(groups, place, median, -1)
+    turned = groups * golden_reader.SIGNS @ golden_reader.HADAMARD
+    offset = bfloat16((turned.min(-1, keepdims=True) + turned.max(-1, keepdims=True)) / 2)
+    scale = bfloat16(np.abs(turned - offset).max(-1, keepdims=True) / np.float32(7.5))
+    whole = np.rint((turned - offset) / np.where(scale > 0, scale, 1) + np.float32(7.5)).clip(0, 15).astype(np.uint8)
+    floats = np.concatenate([scale, offset, bfloat16(largest)], -1).view(np.uint32) >> 16
+    parts = [floats.astype("<u2").view(np.uint8), place.astype(np.uint8), whole[:, :32] | whole[:, 32:] << 4]
+    return np.concatenate(parts, -1).reshape(len(data), -1)
+
+
+def bfloat16(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
 
 
 def main() -> None:

@@ -7,11 +7,12 @@
                     states (n, T, D), (n, C, 1, 1) of (n, C, H, W); of (n, D) and ragged tensors (E, ...) each entry
     int8-channel    the same with a scale for each channel of the segment: (1, 1, D) of (n, T, D), (1, D) of (n, D),
                     (1, C, 1, 1) of (n, C, H, W)
+    int8-group, int4-group
+                    states in groups of 64 values, each with a scale and an offset, and its largest value exact
 
 To add one, derive a class from `Codec` and register it; name it in `encode.codec` and in docs/store-format.md.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +21,8 @@ import numpy as np
 from numcodecs import blosc
 
 from pipeline.errors import StoreError
+from pipeline.store.format.codec import FLOATS, Codec
+from pipeline.store.format.groups import Grouped
 from pipeline.store.format.names import OFFSETS, SCALES, STATE_PREFIX, corrupt
 
 if TYPE_CHECKING:
@@ -31,65 +34,9 @@ LEVELS = 127
 CLEVEL = 3
 BLOSC_HEADER = 16
 
-FLOATS = ("float16", "bfloat16", "float32")
-STORED_AS: Mapping[str, tuple[str, ...]] = {
-    "float16": ("float16",),
-    "bfloat16": ("uint16",),
-    "float32": ("float32",),
-    "int64": ("int32", "int64"),
-    **{name: (name,) for name in ("int32", "int16", "int8", "uint8", "uint32", "bool")},
-}
-"""Dtype of values -> zarr types that may hold them as they are; zarr has no bfloat16, and holds its bits."""
 # Dtype -> those tried in turn. bf16 has the range of fp32 but for its last half step, which attention masks made of the
 # lowest fp32 number reach.
 _LADDERS = {name: FLOATS[place:] for place, name in enumerate(FLOATS)}
-
-
-class Codec:
-    """How the values of an array are stored; a subclass overrides what differs from storing them as they are."""
-
-    name: ClassVar[str]
-    is_mappable: ClassVar[bool] = True
-    """Whether the array is one chunk file that can be memory-mapped; else `compress` makes several."""
-    is_lossless: ClassVar[bool] = True
-    """Whether the stored numbers are the values; else `decode` computes the values from them."""
-    is_mergeable: ClassVar[bool] = True
-    """Whether arrays of several segments, and those beside them, may be laid end to end."""
-    beside: ClassVar[Mapping[str, str]] = {}
-    """Arrays stored beside the array: suffix of their names -> zarr type. They broadcast against the array."""
-    max_chunk_bytes: ClassVar[int] = sys.maxsize
-
-    def covers(self, name: str, dtype: "torch.dtype") -> bool:
-        """Return whether the tensor `name` is stored by this codec, rather than by `raw`."""
-        return True
-
-    def stored_types(self, dtype: str) -> Sequence[str]:
-        """Return the zarr types that may hold values of `dtype`."""
-        return STORED_AS.get(dtype, ())
-
-    def encode(self, tensor: "Tensor", narrow: "Tensor", *, ragged: bool) -> "tuple[Tensor, dict[str, Tensor]]":
-        """Return the stored numbers of a tensor, and the arrays beside them by suffix; `narrow` has the final dtype."""
-        return narrow, {}
-
-    def decode(self, stored: "Tensor", beside: "Mapping[str, Tensor]", dtype: "torch.dtype") -> "Tensor":
-        """Return the values in `dtype` of stored numbers; not called for a lossless codec."""
-        raise NotImplementedError
-
-    def compressors(self, itemsize: int) -> list[dict[str, Any]]:
-        """Return the zarr codecs between `bytes` and `crc32c`, as metadata names them."""
-        return []
-
-    def compress(self, chunk: np.ndarray) -> np.ndarray:
-        """Return the content of a chunk's file, but for the checksum; `chunk` is little-endian in C order."""
-        return chunk
-
-    def decompress(self, where: Path, packed: np.ndarray, out: np.ndarray) -> None:
-        """Fill `out` with the chunk that the file `where` holds as `packed`, (bytes,) uint8.
-
-        Raises:
-            CorruptStoreError: it is no chunk of this size.
-        """
-        raise NotImplementedError
 
 
 class Raw(Codec):
@@ -131,8 +78,8 @@ class Int8(Codec):
     is_lossless = False
     beside: ClassVar[Mapping[str, str]] = {SCALES: "float32"}
 
-    def covers(self, name: str, dtype: "torch.dtype") -> bool:
-        return name.startswith(STATE_PREFIX) and dtype.is_floating_point
+    def covers(self, name: str, narrow: "Tensor") -> bool:
+        return name.startswith(STATE_PREFIX) and narrow.is_floating_point()
 
     def stored_types(self, dtype: str) -> Sequence[str]:
         return ("int8",) if dtype in FLOATS else ()
@@ -144,7 +91,9 @@ class Int8(Codec):
         whole = (wide / scales.where(scales > 0, 1)).round_().clamp_(-LEVELS, LEVELS)
         return whole.char(), {SCALES: scales}
 
-    def decode(self, stored: "Tensor", beside: "Mapping[str, Tensor]", dtype: "torch.dtype") -> "Tensor":
+    def decode(
+        self, stored: "Tensor", beside: "Mapping[str, Tensor]", dtype: "torch.dtype", shape: Sequence[int]
+    ) -> "Tensor":
         import torch  # noqa: PLC0415  (slow to import; a command that reads no values needs none)
 
         scales, bounds = beside[SCALES], torch.finfo(dtype)
@@ -169,9 +118,10 @@ class Int8Channel(Int8):
         return [axis for axis in range(ndim) if axis != channel or ndim == 1]
 
 
-CODECS: Mapping[str, Codec] = {codec.name: codec for codec in (Raw(), Zstd(), Int8(), Int8Channel())}
-"""All codecs by name. Metadata does not name the codec: the first one whose types and compressors match reads an array,
-so a new codec must differ from all others in these."""
+_ALL = (Raw(), Zstd(), Int8(), Int8Channel(), Grouped(8), Grouped(4))
+CODECS: Mapping[str, Codec] = {codec.name: codec for codec in _ALL}
+"""All codecs by name. Metadata names none but the packed ones: the first other codec whose types and compressors match
+reads an array, so a new one must differ from all others in these."""
 RAW = CODECS["raw"]
 BESIDE = (OFFSETS, *dict.fromkeys(suffix for codec in CODECS.values() for suffix in codec.beside))
 """Suffixes of the names of arrays that belong to a tensor."""

@@ -11,7 +11,8 @@ import numpy as np
 
 from pipeline.errors import StoreError
 from pipeline.keys import content_key
-from pipeline.store.format.codecs import BESIDE, RAW, Codec
+from pipeline.store.format.codec import Codec
+from pipeline.store.format.codecs import BESIDE, RAW
 from pipeline.store.format.names import (
     CHUNK_SEPARATOR,
     METADATA_FILE,
@@ -34,6 +35,7 @@ class ArraySpec:
         dtype: torch name of the values' type (`bfloat16`).
         stored: zarr type of the stored numbers (`uint16`).
         axis: for a ragged tensor the axis of a sample that was moved first; None otherwise.
+        packed: for a packed codec the shape of an entry's values; None otherwise.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +43,12 @@ class ArraySpec:
     stored: str
     axis: int | None = None
     codec: Codec = RAW
+    packed: tuple[int, ...] | None = None
+
+    @property
+    def entry(self) -> tuple[int, ...]:
+        """Shape of the values of one entry of the first axis."""
+        return self.shape[1:] if self.packed is None else self.packed
 
     @property
     def itemsize(self) -> int:
@@ -90,6 +98,7 @@ class ArraySpec:
         axes = [f"{name}.{axis}" for axis in range(len(self.shape))]
         if self.axis is None and not name.endswith(BESIDE):
             axes[0] = SAMPLE_AXIS  # one that all arrays share, for xarray
+        packed = {} if self.packed is None else {"codec": self.codec.name, "entry_shape": list(self.packed)}
         endian = {"configuration": {"endian": "little"}} if self.itemsize > 1 else {}  # zarr names none for one byte
         return {
             "shape": list(self.shape),
@@ -98,7 +107,7 @@ class ArraySpec:
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": CHUNK_SEPARATOR}},
             "fill_value": np.zeros((), self.stored).item(),
             "codecs": [{"name": "bytes", **endian}, *self.codec.compressors(self.itemsize), {"name": "crc32c"}],
-            "attributes": {"dtype": self.dtype} | ({} if self.axis is None else {"ragged_axis": self.axis}),
+            "attributes": {"dtype": self.dtype} | ({} if self.axis is None else {"ragged_axis": self.axis}) | packed,
             "dimension_names": axes,
             "zarr_format": 3,
             "node_type": "array",

@@ -93,6 +93,8 @@ class _Group(StrictModel):
 class _ArrayAttributes(StrictModel):
     dtype: str
     ragged_axis: Length | None = None
+    codec: str | None = None
+    entry_shape: Annotated[tuple[Length, ...], Strict(False), Field(max_length=names.MAX_AXES)] | None = None
 
 
 class _Array(StrictModel):
@@ -198,17 +200,23 @@ def read_metadata(node: Path) -> dict[str, Any]:
 def _parse_array(where: Path, raw: dict[str, Any]) -> ArraySpec:
     fields = validated(where, _Array, raw)
     shape, stored = fields.shape, fields.data_type
-    dtype, axis = fields.attributes.dtype, fields.attributes.ragged_axis
-    if axis is not None and axis >= len(shape):
-        raise corrupt(where, f"has ragged_axis {axis} and {len(shape)} axes")
-    specs = [ArraySpec(shape, dtype, stored, axis, codec) for codec in CODECS.values()]
+    dtype, axis, packed = fields.attributes.dtype, fields.attributes.ragged_axis, fields.attributes.entry_shape
+    specs = [
+        ArraySpec(shape, dtype, stored, axis, codec, packed)
+        for codec in CODECS.values()
+        if codec.is_packed == (packed is not None)
+    ]
+    if axis is not None and axis > len(specs[0].entry):
+        raise corrupt(where, f"has ragged_axis {axis} and {len(specs[0].entry) + 1} axes")
     fitting = [spec for spec in specs if stored in spec.codec.stored_types(dtype)]
     if not fitting:
         raise corrupt(where, f"stores {dtype!r} as {stored!r}")
     spec = next((one for one in fitting if _difference(where, raw, one) is None), None)
     if spec is None:
         raise corrupt(where, f"has {_difference(where, raw, fitting[0])}")
-    claimed = math.prod(max(1, length) for length in shape) * spec.itemsize
+    if packed is not None and shape[1:] != (needed := (spec.codec.entry_bytes(packed),)):
+        raise corrupt(where, f"has shape {shape}, {spec.codec.name} of values of shape {packed} needs {needed}")
+    claimed = math.prod(max(1, length) for length in (shape[0], *spec.entry)) * spec.itemsize
     if not spec.nbytes and claimed > names.MAX_EMPTY_BYTES:
         raise corrupt(where, f"has no values and claims {claimed} bytes, at most {names.MAX_EMPTY_BYTES}")
     if spec.chunk_nbytes > spec.codec.max_chunk_bytes:

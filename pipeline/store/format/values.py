@@ -36,11 +36,12 @@ def encode(name: str, values: Values, n_samples: int, storage: str) -> EncodedTe
     if found != n_samples:
         raise StoreError(f"{name} has {found} samples, the unit has {n_samples} keys; give one entry per key")
     narrow = _narrowed(name, tensor.contiguous(), ladder)
-    codec = codec if codec.covers(name, narrow.dtype) else RAW
+    codec = codec if codec.covers(name, narrow) else RAW
     stored, beside = codec.encode(tensor, narrow, ragged=offsets is not None)
     stored = stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored
     dtype = _dtype_name(tensor.dtype if narrow.dtype in (torch.int32, torch.int64) else narrow.dtype)
-    spec = ArraySpec(tuple(stored.shape), dtype, _dtype_name(stored.dtype), axis, codec)
+    packed = tuple(tensor.shape[1:]) if codec.is_packed else None
+    spec = ArraySpec(tuple(stored.shape), dtype, _dtype_name(stored.dtype), axis, codec, packed)
     if spec.chunk_nbytes > codec.max_chunk_bytes:
         raise StoreError(
             f"{name} has {spec.chunk_nbytes} bytes a sample; {codec.name} compresses at most {codec.max_chunk_bytes}; "

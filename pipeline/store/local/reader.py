@@ -179,7 +179,7 @@ def _gather(parts: list[tuple[StoredTensor, np.ndarray, int]], pad: float, pin: 
     tensors = [tensor for tensor, _, _ in parts]
     n_rows = parts[-1][2] + len(parts[-1][1])
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
-    shapes = {tensor.values.shape[1:] for tensor in tensors}
+    shapes = {tensor.spec.entry for tensor in tensors}
     if len(shapes) > 1 or any(tensor.offsets is not None for tensor in tensors):
         return _gather_padded(parts, n_rows, dtype, pad, pin)
     batch = _new_batch((n_rows, *shapes.pop()), dtype, pin)

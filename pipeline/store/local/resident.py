@@ -109,7 +109,7 @@ def _allocate(name: str, parts: Parts, device: torch.device) -> ResidentTensor:
     tensors = [tensor for tensor, _ in parts]
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
     axes = {tensor.spec.axis for tensor in tensors if tensor.spec.axis is not None}
-    fixed = np.unique([tensor.values.shape[1:] for tensor in tensors if tensor.offsets is None], axis=0)
+    fixed = np.unique([tensor.spec.entry for tensor in tensors if tensor.offsets is None], axis=0)
     if len(fixed) > 1:
         axes |= set(np.flatnonzero((fixed != fixed[0]).any(axis=0)).tolist())
     if not axes:
@@ -119,7 +119,7 @@ def _allocate(name: str, parts: Parts, device: torch.device) -> ResidentTensor:
         raise StoreError(f"{name} is ragged in axes {sorted(axes)}; set residency to host, which pads any axis")
     axis = axes.pop()
     lengths = np.concatenate([_lengths(tensor, within, axis) for tensor, within in parts])
-    first = tensors[0].values.shape[1:]
+    first = tensors[0].spec.entry
     rest = first if tensors[0].offsets is not None else first[:axis] + first[axis + 1 :]
     values = torch.empty((int(lengths.sum()), *rest), dtype=dtype, device=device)
     return ResidentTensor(values, axis, lengths, torch.from_numpy(np.cumsum(lengths) - lengths).to(device))
@@ -136,5 +136,5 @@ def _rows_of(tensor: StoredTensor, within: np.ndarray, axis: int | None) -> Tens
 
 def _lengths(tensor: StoredTensor, within: np.ndarray, axis: int) -> np.ndarray:
     if tensor.offsets is None:
-        return np.full(len(within), tensor.values.shape[axis + 1], np.int64)
+        return np.full(len(within), tensor.spec.entry[axis], np.int64)
     return tensor.lengths(within)

@@ -91,7 +91,7 @@ class StoredTensor:
         if self.spec.codec.is_lossless:
             return stored
         beside = {suffix: one if len(one) == 1 else one[entries] for suffix, one in self.beside.items()}
-        return self.spec.codec.decode(stored, beside, self.dtype)
+        return self.spec.codec.decode(stored, beside, self.dtype, self.spec.entry)
 
 
 def round_trip(name: str, samples: Sequence[Tensor], storage: str) -> tuple[list[Tensor], int]:

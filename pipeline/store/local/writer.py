@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.store.format import names
-from pipeline.store.format.codecs import FLOATS, parse_storage
+from pipeline.store.format.codec import FLOATS
+from pipeline.store.format.codecs import parse_storage
 from pipeline.store.format.layout import ArraySpec, EncodedTensor, sample_bounds, sample_sums, segment_id
 from pipeline.store.format.metadata import SegmentSpec, read_array_spec, read_segment_spec
 from pipeline.store.format.segment_files import check_chunks, chunk_sizes, folder_nbytes

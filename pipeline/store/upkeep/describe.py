@@ -122,10 +122,11 @@ def _each(nbytes: int, samples: int) -> str:
 
 def _added(facts: TensorFacts, array: Path, spec: ArraySpec) -> TensorFacts:
     """Return the facts of a tensor with those of one more segment."""
-    axes = [*map(str, spec.shape[1:])]
+    axes = [*map(str, spec.entry)]
     if spec.axis is not None:
         axes.insert(spec.axis, "*")
-    dtype = spec.dtype if spec.dtype == spec.stored else f"{spec.dtype} in {spec.stored}"
+    stored = spec.codec.name if spec.codec.is_packed else spec.stored
+    dtype = spec.dtype if spec.dtype == stored else f"{spec.dtype} in {stored}"
     nbytes = sum(folder_nbytes(array.with_name(f"{array.name}{end}")) for end in ("", *BESIDE))
     return TensorFacts(
         tuple(dict.fromkeys([*facts.dtypes, dtype])),
