@@ -165,13 +165,17 @@ def _data(project: Project) -> dict[str, Any]:
 
 
 def _cost_table(project: Project, rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """Return what each cut costs, as a plan predicted it, if one did, and as it was measured; None is unknown."""
+    """Return what each cut costs, as a plan predicted it, if one did, and as it was measured; None is unknown.
+
+    Of several rows of a cut, the first one with the settings of params.yaml counts, which a plan is for.
+    """
     forecast, found = read_forecast(project), list[dict[str, Any]]()
     planned = {} if forecast is None else {str(cut.cut): cut.predicted() for cut in forecast.cuts}
-    for row in {str(row.cut): row for row in reversed(rows)}.values():  # the first of each cut
+    rows_of = {str(row.cut): [one for one in rows if str(one.cut) == str(row.cut)] for row in rows}
+    for row in (min(of_cut, key=lambda one: bool(one.settings)) for of_cut in rows_of.values()):
         figures = [(planned.get(str(row.cut), {}).get(name), getattr(row, name)) for name in MEASURED]
         found.append({"cut": str(row.cut), "figures": figures})
-    return {"planned": bool(planned), "rows": found[::-1]}
+    return {"planned": bool(planned), "rows": found}
 
 
 def _versions() -> list[tuple[str, str]]:

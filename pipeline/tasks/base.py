@@ -182,6 +182,10 @@ class Task(ABC):
         """
         return None
 
+    def chance(self, table: Table) -> float | None:
+        """Return the score of validation that one answer for all samples gets. Default: None, it is not known."""
+        return None
+
     def legend(self, table: Table) -> list[Any]:
         """Return the meaning of the outputs after training on `table`, as JSON: class names, say. Default: empty."""
         return []

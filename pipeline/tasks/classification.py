@@ -83,6 +83,12 @@ class Classification(OfClasses):
     def linear_target(self, targets: Mapping[str, Tensor]) -> Tensor:
         return targets["label"]
 
+    def chance(self, table: Table) -> float | None:
+        labels = column(table, "label", self.name)
+        answers, counts = np.unique(labels[table.split == "train"], return_counts=True)
+        own = labels[table.split == "validation"]
+        return float((own == answers[counts.argmax()]).mean()) if self.monitor == "accuracy" and len(own) else None
+
     def metrics(self) -> Metrics:
         return SingleLabelScores(SCORES[self.name])
 

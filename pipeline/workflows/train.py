@@ -151,6 +151,14 @@ def train_opened(planned: PlannedRun, opened: OpenCut, accelerator: Accelerator)
         record.write_run(project, run)
         shutil.rmtree(planned.checkpoint)  # last, with the lock: see claimed_checkpoint
     log.info("run %s: %s %.3f after epoch %d", name, summary.metric, summary.value, summary.best_epoch)
+    chance = towers[0].loaded.task.chance(table)
+    if chance is not None and run.value <= chance:
+        log.warning(
+            "run %s has learned nothing: always the most frequent label scores %.3f; try another train.lr, more epochs "
+            "or another cut",
+            name,
+            chance,
+        )
     if run.test:
         log.info("run %s: test %s", name, ", ".join(f"{score} {value:.3f}" for score, value in run.test.items()))
     return run

@@ -28,6 +28,10 @@ class TestClassification(TaskContract):
     def check_predictions(self, said: Mapping[str, Any], rows: np.ndarray) -> None:
         assert said["label"].tolist() == self.table.targets["label"][rows].tolist()
 
+    def test_one_answer_for_all_has_a_score(self) -> None:
+        expected = 0.25 if open_task(TaskConfig(**self.settings)).monitor == "accuracy" else None
+        assert open_task(TaskConfig(**self.settings)).chance(LABELS) == expected  # 3 is most frequent in training
+
 
 class TestClassificationWithAClassThatValidationLacks(TestClassification):
     settings: Mapping[str, Any] = {"monitor": "macro_f1"}
