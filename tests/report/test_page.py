@@ -29,6 +29,7 @@ from pipeline.workflows.train import train_project
 HOSTILE = (
     '</script><script>hacked=1</script><img src=x onerror=hacked=1> " onload="hacked=1 javascript:hacked=1 {{7*7}}'
 )
+HOSTILE_NAME = "<img src=x onerror=hacked=1>\" onload='hacked=1"
 LABELS = (HOSTILE, "'\"><svg/onload=hacked=1>", "good &amp; bad")
 LARGEST = 5_000_000
 
@@ -180,6 +181,7 @@ def test_many_runs_with_large_pictures_stay_small(tmp_path: Path, monkeypatch: p
     for number, file in enumerate(sorted(tmp_path.glob("photos/*/*.png"))):
         noise = np.random.default_rng(number).integers(0, 256, (200, 200, 3), np.uint8)
         Image.fromarray(noise).save(file)
+        file.rename(file.with_name(f"{number}{HOSTILE_NAME}.png"))
     project = Project.load(tiny.write_params(tmp_path, data={"validation": 0.6}, encode={"cuts": [1.0]}))
     encode_project(project)
     run = train_project(project, "1.0")
@@ -197,6 +199,9 @@ def test_many_runs_with_large_pictures_stay_small(tmp_path: Path, monkeypatch: p
     assert text.count("<img") >= 60
     assert "as many pictures as it may" in text
     assert path.stat().st_size <= LARGEST
+    elements = Elements(text)
+    assert not [name for _, attrs in elements.found for name in attrs if name.startswith("on")]
+    assert HOSTILE_NAME in elements.text
 
 
 def test_where_the_data_is_not_there_the_page_says_so(page: Path) -> None:
