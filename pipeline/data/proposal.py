@@ -75,6 +75,8 @@ class DataProposal:
     """Number of words of a long text; 0 where samples are no texts."""
     unused: Sequence[str] = ()
     """Fields of the table that the settings do not name."""
+    samples: int = 0
+    """Number of samples that were looked at; 0 where they were not counted."""
 
 
 Columns: TypeAlias = Mapping[str, Sequence[Any]]
@@ -105,7 +107,8 @@ def propose_table(path: Path, file: Path) -> DataProposal:
     if splits and file == path:
         settings["split"] = splits[0]
     unused = [name for name in columns if name not in settings.values()]
-    return DataProposal(settings, proposal.task, proposal.content, proposal.words, unused)
+    samples = max(map(len, columns.values()))
+    return DataProposal(settings, proposal.task, proposal.content, proposal.words, unused, samples)
 
 
 def read_columns(file: Path) -> dict[str, list[Any]]:

@@ -73,13 +73,13 @@ def _of_media(path: Path, source: str) -> DataProposal:
             if proposal.content == content:
                 return proposal
     try:
-        folder(path)
+        files = folder(path)
     except DataError as error:
         raise ConfigError(
             f"{error}; put the files into a folder per class ({path}/cat/1.jpg, or {path}/train/cat/1.jpg and "
             f"{path}/test/cat/2.jpg), or add a table that names each file and its label"
         ) from error
-    return DataProposal({"source": source, "path": str(path)}, "classification", content)
+    return DataProposal({"source": source, "path": str(path)}, "classification", content, samples=len(files))
 
 
 def _of_file(path: Path, first: Path) -> DataProposal:

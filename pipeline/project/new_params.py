@@ -23,6 +23,9 @@ _TRAIN: dict[str, dict[str, Any]] = {
     "text": {"epochs": 5, "batch_size": 32, "lr": 0.0001, "head_lr": 0.001},
     "audio": {"epochs": 10, "batch_size": 32, "lr": 0.0001, "head_lr": 0.001},
 }
+FEWEST_STEPS, FEWEST_BATCHES = 300, 8
+"""Steps of a run, and batches of an epoch, that few samples are to give too, by smaller batches and more epochs."""
+SMALLEST_BATCH, MOST_EPOCHS, TRAINING = 8, 40, 0.8
 _COMMENTS = {
     "data": {"validation": "share held out where the data set has no validation split"},
     "model": {"backbone": "or torchvision:NAME, timm:NAME, hf:DIRECTORY, hf:HUB/NAME, module:function"},
@@ -42,14 +45,15 @@ def propose_params(data: DataProposal, task: str, model: Mapping[str, Any]) -> C
     length = 384 if task == "answers" else 2 ** math.ceil(math.log2(max(32, data.words * TOKENS_PER_WORD)))
     preprocess = {"max_length": min(LONGEST, length)} if data.content == "text" else {}
     with_layers = {"layers": ["skip"]} if task == "similarity" else {}
-    schedule = {"patience": 3, "schedule": "cosine", "warmup": 0.1}
+    train = _training(data)
+    schedule = {"patience": max(3, train["epochs"] // 4), "schedule": "cosine", "warmup": 0.1}
     sections: dict[str, dict[str, Any]] = {
         "data": {**data.settings, "validation": 0.2},
         "model": dict(model),
         "preprocess": preprocess,
         "task": {"kind": task, **with_layers},
         "encode": {"cuts": [0.5, 0.75, 1.0], "batch_size": 64 if data.content == "image" else 32},
-        "train": {**_TRAIN.get(data.content, _TRAIN["image"]), **schedule},
+        "train": {**train, **schedule},
     }
     params = CommentedMap()
     for name, settings in sections.items():  # also the empty ones, which dvc.yaml names
@@ -58,6 +62,17 @@ def propose_params(data: DataProposal, task: str, model: Mapping[str, Any]) -> C
     if data.unused:
         params["data"].yaml_add_eol_comment(f"fields that are not used: {', '.join(data.unused)}", "source")
     return params
+
+
+def _training(data: DataProposal) -> dict[str, Any]:
+    """Return epochs, batch size and rates: the usual ones, but for few samples smaller batches and more epochs."""
+    usual = _TRAIN.get(data.content, _TRAIN["image"])
+    if not data.samples:
+        return usual
+    training = TRAINING * data.samples
+    batch = min(usual["batch_size"], max(SMALLEST_BATCH, 2 ** int(math.log2(max(1, training / FEWEST_BATCHES)))))
+    needed = math.ceil(FEWEST_STEPS / math.ceil(training / batch))
+    return {**usual, "epochs": min(MOST_EPOCHS, max(usual["epochs"], needed)), "batch_size": batch}
 
 
 def read_example(name: str) -> CommentedMap:

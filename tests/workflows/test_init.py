@@ -8,9 +8,11 @@ import tiny
 import yaml
 from click.testing import CliRunner
 
+from pipeline.data import DataProposal
 from pipeline.errors import ConfigError, DataError
 from pipeline.models import installed
 from pipeline.project import Project
+from pipeline.project.new_params import propose_params
 from pipeline.workflows.init import IGNORED_BY_GIT, Choices, init_project
 from stages import cli
 
@@ -167,3 +169,10 @@ def test_backbones_in_the_cache_of_the_hub_are_found(tmp_path: Path, monkeypatch
             (snapshot / name).touch()
     assert {"backbone": "timm:small.a1"} in installed.installed_backbones("image")
     assert {"backbone": "hf:me/bert"} in installed.installed_backbones("text")
+
+
+@pytest.mark.parametrize(("samples", "epochs", "batch"), [(0, 10, 64), (100, 30, 8), (1000, 24, 64), (100_000, 10, 64)])
+def test_few_samples_are_given_more_epochs_of_smaller_batches(samples: int, epochs: int, batch: int) -> None:
+    data = DataProposal({"source": "images"}, "classification", "image", samples=samples)
+    train = propose_params(data, "classification", {"backbone": "timm:resnet18"})["train"]
+    assert (train["epochs"], train["batch_size"]) == (epochs, batch)
