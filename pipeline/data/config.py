@@ -14,6 +14,8 @@ _USED_BY: dict[str, frozenset[str]] = {
     "audio": _OF_TABLES | {"audio"},
     "text": _OF_TABLES | {"text", "text_pair"},
     "pairs": frozenset({"anchor", "positive", "label", "split", "records"}),
+    "completions": frozenset({"prompt", "completion", "split", "group", "records"}),
+    "chat": frozenset({"messages", "tools", "split", "group", "records"}),
     "conll": frozenset({"words", "tags", "scheme"}),
     "tagged": frozenset({"words", "tags", "scheme", "split", "records"}),
     "squad": frozenset({"window", "overlap"}),
@@ -23,8 +25,10 @@ _USED_BY: dict[str, frozenset[str]] = {
     "module:function": frozenset({"options"}),
 }
 _REQUIRED_BY = {
-    "text": ("text", "label"),
+    "text": ("text",),
     "pairs": ("anchor", "positive"),
+    "completions": ("prompt", "completion"),
+    "chat": ("messages",),
     "tagged": ("words", "tags"),
     "torchvision": ("name",),
 }
@@ -38,7 +42,8 @@ class DataConfig(Section):
 
     source: str
     """Kind of data set: "images" or "audio" (a folder per class, or a table that names or contains the files), "text"
-    (a table of labelled texts), "pairs" (a table of matching texts), "conll" (one word and its tag per line), "tagged"
+    (a table of texts, labelled or not), "pairs" (a table of matching texts), "completions" (a table of prompts with
+    their completions), "chat" (a table of conversations), "conll" (one word and its tag per line), "tagged"
     (a table with lists of words and of tags), "squad" (questions on paragraphs, in SQuAD's JSON), "pixels" (a table
     with one column per pixel), "arrays" (NumPy files with arrays of any shape), "torchvision" (a data set of
     torchvision.datasets), or "module:function", your own function, which receives this section and returns a `Source`.
@@ -77,6 +82,15 @@ class DataConfig(Section):
     """pairs: name of the field with the first text (a question)."""
     positive: str | None = None
     """pairs: name of the field with the matching text (an answer)."""
+    prompt: str | None = None
+    """completions: name of the field with the prompt, which the network is given."""
+    completion: str | None = None
+    """completions: name of the field with the completion, which the network is to write."""
+    messages: str | None = None
+    """chat: name of the field with the messages, a list of objects with a role and a content (or its JSON), as the
+    chat template of the tokenizer takes them. The network is to write those of the role assistant."""
+    tools: str | None = None
+    """chat: name of the field with the tools that the chat template describes, if any."""
     words: str | int | None = None
     """conll: number of the column with the words, from 0, or backwards from -1 (default: 0). tagged: name of the field
     with the list of words."""

@@ -23,7 +23,9 @@ from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.hf_heads import arrange_head, auto_class, classifier_layout, label_settings
 from pipeline.models.hf_images import image_defaults, load_image_processor
 from pipeline.models.images import ImagePreprocess
-from pipeline.models.texts import first_line, load_tokenizer, make_text_preprocess
+from pipeline.models.language import as_language_model
+from pipeline.models.texts import first_line
+from pipeline.models.tokenization import load_tokenizer, make_text_preprocess
 from pipeline.models.weights import parameters_on_meta, read_weights, seeded
 from pipeline.precision import weights_dtype
 from pipeline.tasks.base import Head
@@ -79,6 +81,8 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head, featu
             if head.kind == "embedding":
                 model = embed(model, head, pooling, preprocessor, features)
                 fresh = model.fresh
+            elif head.kind == "language":
+                model, fresh = as_language_model(model, blueprint, head), frozenset(f"backbone.{name}" for name in fresh)
             elif head.layers:
                 fresh = insert_layers(model, head.layers, classifier_layout(model, build), config.backbone)
         return Backbone(model, preprocessor, config.backbone, fresh)

@@ -24,9 +24,11 @@ IRRELEVANT: "Irrelevant" = {
         | {"dtype", "torch_dtype"}  # of the file; networks are built in float32
     ),
     "transformers.PreTrainedModel": frozenset({"name_or_path", "num_labels", "warnings_issued"}),
+    "transformers.GenerationMixin": frozenset({"generation_config"}),  # how texts are written
     "timm": frozenset({"num_classes"}),
     "torchvision": frozenset({"num_classes"}),
     "pipeline.Embedder": frozenset({"layers", "features"}),  # what follows pooling
+    "pipeline.LanguageModel": frozenset({"parts", "on_all"}),  # of the head
 }
 """Attributes, by base class or package, that decide no state: names, paths, versions, and the size of the head."""
 

@@ -34,6 +34,7 @@ _KINDS = {
     "similarity": "pipeline.tasks.similarity:Similarity",
     "tagging": "pipeline.tasks.tagging:Tagging",
     "answers": "pipeline.tasks.answers:Answers",
+    "lm": "pipeline.tasks.lm:LanguageModelling",
 }
 
 

@@ -87,10 +87,11 @@ class PredictionContext:
 class Head:
     """The head that the network must end in."""
 
-    kind: Literal["classes", "embedding", "tokens", "span"]
+    kind: Literal["classes", "embedding", "tokens", "span", "language"]
     """"classes": logits, or numbers to regress, (B, size), from the architecture's own classifier. "embedding": one
     vector per sample (B, D). "tokens": logits of each token (B, T, size). "span": logits of each token as the first and
-    as the last of a span, (B, 2, T) or an output with `start_logits` and `end_logits`."""
+    as the last of a span, (B, 2, T) or an output with `start_logits` and `end_logits`. "language": the network's own
+    logits of the next token, (B, T, V), from which the loss of each token is computed."""
     size: int | None = None
     """classes, tokens: number of classes."""
     pooling: Pooling | None = None
@@ -102,6 +103,10 @@ class Head:
     before the last linear layer; without, the classifier is the architecture's own."""
     labels: tuple[str, ...] = ()
     """classes, tokens: name of each output, in order; none for numbers to regress."""
+    on_all: bool = False
+    """language: count all tokens, not only those that the network is to write."""
+    untied: bool = False
+    """language: the head has weights of its own, not those of the token embeddings."""
     problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     """classes: the problem type in Hugging Face's configurations."""
 

@@ -15,10 +15,11 @@ SCORES = {
     "regression": ("rmse", "mae", "r2", "pearson", "spearman"),
     "tagging": ("f1", "precision", "recall", "accuracy"),
     "answers": ("f1", "exact_match"),
+    "lm": ("loss", "perplexity", "token_accuracy"),
 }
 """Scores of each task; the first is the default `monitor`. Those of similarity: `retrieval_scores`."""
 
-LOWER_IS_BETTER = frozenset({"rmse", "mae"})
+LOWER_IS_BETTER = frozenset({"rmse", "mae", "loss", "perplexity"})
 """Scores that are errors."""
 
 REGRESSION_LOSSES = ("mse", "l1", "huber")
@@ -31,6 +32,7 @@ _USED_BY: dict[str, frozenset[str]] = {
     | {"pooling", "layers", "samples_per_label", "precision_at", "monitor", "seed"},
     "tagging": frozenset({"label_smoothing", "layers", "monitor"}),
     "answers": frozenset({"max_answer", "monitor"}),
+    "lm": frozenset({"loss_on", "untie_head", "monitor"}),
     "module:function": frozenset({"options"}),
 }
 _DEFAULT_LOSS = {"similarity": "multiple_negatives", "regression": "mse"}
@@ -56,14 +58,14 @@ class TaskConfig(Section):
     kind: str = "classification"
     """"classification" (one label per sample), "multi-label" (any number of labels), "regression" (one number or
     several), "similarity" (an embedding in which matching samples are near: pairs, or samples of one label), "tagging"
-    (a tag per word, for entities), "answers" (the span of a text that answers a question), or "module:function", your
-    own function, which receives this section and returns a `Task`."""
+    (a tag per word, for entities), "answers" (the span of a text that answers a question), "lm" (the next token: language
+    models), or "module:function", your own function, which receives this section and returns a `Task`."""
     monitor: str | None = None
     """Validation score that selects the best epoch. classification: accuracy (default) or macro_f1; multi-label:
     average_precision (default), micro_f1 or macro_f1; regression: rmse (default), mae, r2, pearson or spearman, of
     which the first two are better when lower; similarity: precision_at_1 (default; or another k of `precision_at`),
     reciprocal_rank or r_precision; tagging: f1 of entities (default), precision, recall, or accuracy of tags; answers:
-    f1 of words (default) or exact_match."""
+    f1 of words (default) or exact_match; lm: loss (default) or perplexity, better when lower, or token_accuracy."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """classification, tagging: share of each target that is spread over all classes. multi-label: each target moves
     from 0 or 1 towards one half by this share."""
@@ -72,6 +74,12 @@ class TaskConfig(Section):
     (multi-label: as if half of the samples had each label)."""
     max_answer: int = Field(default=30, ge=1)
     """answers: maximum length of a predicted answer, in tokens."""
+    loss_on: Literal["completions", "all"] = "completions"
+    """lm: the tokens that are trained on and scored: "completions" (what the network is to write: of chats, the
+    messages of the assistant; of plain texts, everything) or "all". It changes no state."""
+    untie_head: bool = False
+    """lm: give the head weights of its own where the network shares them with the token embeddings. Where layers are
+    recycled, shared weights are frozen, the head's too; its own ones train."""
     loss: str = Field(default_factory=lambda settings: _DEFAULT_LOSS.get(settings.get("kind", ""), ""))
     """regression: "mse" (default), "l1" or "huber", on standardised numbers. similarity: a loss of
     pytorch-metric-learning. For pairs and labels: "multiple_negatives" (default: the rest of the batch are the
