@@ -90,7 +90,8 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head, featu
                 model = embed(model, head, pooling, preprocessor, features)
                 fresh = model.fresh
             elif head.kind == "language":
-                model, fresh = as_language_model(model, blueprint, head), frozenset(f"backbone.{name}" for name in fresh)
+                model = as_language_model(model, blueprint, head)
+                fresh = frozenset(f"backbone.{name}" for name in fresh)
             elif head.layers:
                 fresh = insert_layers(model, head.layers, classifier_layout(model, build), config.backbone)
         return Backbone(model, preprocessor, config.backbone, fresh)
@@ -196,7 +197,8 @@ def _check_digest(origin: Origin, config: ModelConfig) -> None:
         return
     if origin.folder is None:
         raise ConfigError("model.sha256 is for files; fix what a hub repository holds by model.revision")
-    files = sorted(origin.folder.glob(origin.arguments.get("gguf_file", "*.safetensors"))) or sorted(origin.folder.glob("*.bin"))
+    kinds = [origin.arguments["gguf_file"]] if "gguf_file" in origin.arguments else ["*.safetensors", "*.bin"]
+    files = next(filter(None, (sorted(origin.folder.glob(kind)) for kind in kinds)), [])
     if len(files) != 1:
         raise ConfigError(f"model.sha256 is set, and {origin.folder} has {len(files)} files of weights; expected one")
     check_sha256(files[0], config.sha256, "model")

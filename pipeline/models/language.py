@@ -170,6 +170,13 @@ class LanguageModel(nn.Module):
         network: Any = self.backbone
         return network.get_output_embeddings().weight is network.get_input_embeddings().weight
 
+    @property
+    def head_weight(self) -> str:
+        """Name of the head's weight."""
+        network: Any = self.backbone
+        head = network.get_output_embeddings()
+        return next(f"backbone.{path}.weight" for path, module in network.named_modules() if module is head)
+
     def training_note(self, suffix: nn.Module) -> str:
         """Return a sentence about the head in `suffix`, of a network like this one: what trains, and what stays."""
         network: Any = suffix.get_submodule("backbone")
@@ -230,7 +237,7 @@ class HeadLosses(torch.autograd.Function):
         values_N2 = hidden_ND.new_empty(len(hidden_ND), 2, dtype=torch.float32)
         with torch.autocast(device, enabled=False):
             linear = _Linear(weight_VD, bias_V, ctx.dtype)
-            for part in _parts(*hidden_ND.shape[:1], len(weight_VD)):
+            for part in _parts(len(hidden_ND), len(weight_VD)):
                 values_N2[part] = _values(finish(linear(hidden_ND[part])), targets_N[part])
         return values_N2
 
@@ -260,7 +267,8 @@ class _Linear:
     """A linear layer that computes in `dtype`, without a graph."""
 
     def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> None:
-        self.weight_VD, self.bias_V = weight_VD.detach().to(dtype), None if bias_V is None else bias_V.detach().to(dtype)
+        self.weight_VD = weight_VD.detach().to(dtype)
+        self.bias_V = None if bias_V is None else bias_V.detach().to(dtype)
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         return F.linear(hidden_ND.detach().to(self.weight_VD.dtype), self.weight_VD, self.bias_V)

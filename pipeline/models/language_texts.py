@@ -1,7 +1,7 @@
 """Texts, completions of prompts and chats -> token ids, with a mask of the tokens that a language model is to write."""
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,16 +95,14 @@ class LanguagePreprocess(TextPreprocess):
 
         def render(count: int, *, opens: bool = False) -> str:
             try:
-                text: str = self.tokenizer.apply_chat_template(
-                    messages[:count], tokenize=False, add_generation_prompt=opens, **others
-                )
+                template: Callable[..., Any] = self.tokenizer.apply_chat_template
+                return str(template(messages[:count], tokenize=False, add_generation_prompt=opens, **others))
             except Exception as error:  # templates are programs of their own, and refuse messages in their own ways
                 raise BadSampleError(f"the chat template refuses the messages: {first_line(error)}") from error
-            return text
 
         whole, spans = render(len(messages)), list[Span]()
         for number, message in enumerate(messages):
-            if message.get("role") != ANSWERS:
+            if message.get("role") != ANSWERS or not number:  # nobody asked for the first message
                 continue
             before, after = render(number, opens=True), render(number + 1)
             # A template may write an earlier answer in another way, as without its reasoning: nobody is to write that.

@@ -58,8 +58,8 @@ class TaskConfig(Section):
     kind: str = "classification"
     """"classification" (one label per sample), "multi-label" (any number of labels), "regression" (one number or
     several), "similarity" (an embedding in which matching samples are near: pairs, or samples of one label), "tagging"
-    (a tag per word, for entities), "answers" (the span of a text that answers a question), "lm" (the next token: language
-    models), or "module:function", your own function, which receives this section and returns a `Task`."""
+    (a tag per word, for entities), "answers" (the span of a text that answers a question), "lm" (the next token, by a
+    language model), or "module:function", your own function, which receives this section and returns a `Task`."""
     monitor: str | None = None
     """Validation score that selects the best epoch. classification: accuracy (default) or macro_f1; multi-label:
     average_precision (default), micro_f1 or macro_f1; regression: rmse (default), mae, r2, pearson or spearman, of

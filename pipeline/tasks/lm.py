@@ -65,7 +65,7 @@ class TokenScores(Metrics):
         if not tokens:
             return dict.fromkeys(self._names, math.nan)
         mean = loss / tokens
-        return {"loss": mean, "perplexity": float(np.exp(mean)), "token_accuracy": right / tokens}
+        return {"loss": mean, "perplexity": torch.tensor(mean).exp().item(), "token_accuracy": right / tokens}
 
 
 class TokenReview(Metrics):

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from tokenizers import Regex
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from pipeline.project import Project
 
-WORDS = ["<pad>", "<end>", "<user>", "<assistant>", *"one two three four five six seven eight nine ten".split(), " "]
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+WORDS = ["<pad>", "<end>", "<user>", "<assistant>", *NUMBERS, " "]
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -49,7 +49,11 @@ def write_network(folder: Path, name: str) -> None:
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = Split(Regex(r"<\w+>| |\w+"), "isolated")
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", model_max_length=24, model_input_names=["input_ids", "attention_mask"]
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<end>",
+        model_max_length=24,
+        model_input_names=["input_ids", "attention_mask"],
     )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
@@ -57,7 +61,7 @@ def write_network(folder: Path, name: str) -> None:
 
 def write_records(folder: Path, count: int = 40) -> None:
     """Write chats.jsonl and completions.jsonl: an answer names the numbers after that of the question."""
-    names = WORDS[4:14]
+    names = NUMBERS
     chats, completions = [], []
     for i in range(count):
         begin, length = i % 7, 1 + i // 7 % 3
