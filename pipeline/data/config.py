@@ -14,21 +14,20 @@ _USED_BY: dict[str, frozenset[str]] = {
     "audio": _OF_TABLES | {"audio"},
     "text": _OF_TABLES | {"text", "text_pair"},
     "pairs": frozenset({"anchor", "positive", "label", "split", "records"}),
-    "completions": frozenset({"prompt", "completion", "split", "group", "records"}),
-    "chat": frozenset({"messages", "tools", "split", "group", "records"}),
     "conll": frozenset({"words", "tags", "scheme"}),
     "tagged": frozenset({"words", "tags", "scheme", "split", "records"}),
     "squad": frozenset({"window", "overlap"}),
     "pixels": frozenset({"label", "shape", "header"}),
     "arrays": frozenset({"label", "split", "group"}),
     "torchvision": frozenset({"name", "download", "options"}),
+    "completions": frozenset({"prompt", "completion", "split", "group", "records"}),
+    "chat": frozenset({"messages", "tools", "prompt", "completion", "split", "group", "records"}),
     "module:function": frozenset({"options"}),
 }
 _REQUIRED_BY = {
     "text": ("text",),
     "pairs": ("anchor", "positive"),
     "completions": ("prompt", "completion"),
-    "chat": ("messages",),
     "tagged": ("words", "tags"),
     "torchvision": ("name",),
 }
@@ -83,9 +82,11 @@ class DataConfig(Section):
     positive: str | None = None
     """pairs: name of the field with the matching text (an answer)."""
     prompt: str | None = None
-    """completions: name of the field with the prompt, which the network is given."""
+    """completions: name of the field with the prompt, which the network is given. chat without `messages`: with the
+    only message of the user."""
     completion: str | None = None
-    """completions: name of the field with the completion, which the network is to write."""
+    """completions: name of the field with the completion, which the network is to write. chat without `messages`: with
+    the answer of the assistant."""
     messages: str | None = None
     """chat: name of the field with the messages, a list of objects with a role and a content (or its JSON), as the
     chat template of the tokenizer takes them. The network is to write those of the role assistant."""
@@ -148,6 +149,7 @@ class DataConfig(Section):
         for name in () if kind == "module:function" else ("path", *_REQUIRED_BY.get(kind, ())):
             if getattr(self, name) is None and (self.labelled or name not in ("label", "tags")):
                 yield f"{name} is not set; source {self.source} needs it"
+        yield from self._faults_of_chat()
         if kind != "pixels" and isinstance(self.label, int):
             yield f"label is {self.label}; source {self.source} names its field"
         if isinstance(self.label, tuple) and (kind not in ("images", "audio", "text") or self.delimiter is not None):
@@ -162,6 +164,11 @@ class DataConfig(Section):
             yield f"overlap is {self.overlap}, window {self.window}; make the overlap smaller"
         if self.shape is not None and (min(self.shape) < 1 or self.shape[2:] not in ((), (1,), (3,))):
             yield f"shape is {list(self.shape)}; expected positive [height, width] and at most 1 or 3 channels"
+
+    def _faults_of_chat(self) -> Iterator[str]:
+        given = [name for name in ("messages", "prompt", "completion") if getattr(self, name) is not None]
+        if self.source == "chat" and given not in (["messages"], ["prompt", "completion"]):
+            yield f"source chat has {' and '.join(given) or 'no'} field; it needs messages, or prompt and completion"
 
     def of_inputs(self, path: str) -> Self:
         """Return the settings of data of the same kind at `path`, without labels."""

@@ -43,14 +43,19 @@ class Completions(LanguageSource):
 class Chats(LanguageSource):
     """A chat per record of a table: `messages`, and `tools` if that field is named, as the chat template takes them.
 
+    Instead of messages, a record may have a prompt and a completion: a message of the user, and one of the assistant.
+
     A cell is a list, or its JSON. A table with typed columns (Parquet) has a null for each key that another message
     has: nulls are left out.
     """
 
     def __init__(self, config: DataConfig, path: Path) -> None:
-        super().__init__(config, path, "messages", "tools")
+        super().__init__(config, path, "messages", "tools", "prompt", "completion")
 
     def content(self, i: int) -> dict[str, Any]:
+        if "messages" not in self._records.columns:
+            texts = {"user": self._records.text("prompt", i), "assistant": self._records.text("completion", i)}
+            return {"messages": [{"role": role, "content": text} for role, text in texts.items()]}
         cells = {name: self._cell(name, i) for name in ("messages", "tools") if name in self._records.columns}
         if not isinstance(cells["messages"], list) or not cells["messages"]:
             raise BadSampleError(f"no chat: {self._records.where(i)} has no list of messages")

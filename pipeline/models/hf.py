@@ -166,7 +166,8 @@ def _fill_from_checkpoint(
 def _plain(model: Any, build: Callable[[Any], nn.Module]) -> Any:
     """Return a network with the weights of `model`, of a GGUF file, that can be saved: the library refuses `model`."""
     settings = copy.deepcopy(model.config)
-    vars(settings).pop("quantization_config", None)
+    for name in ("quantization_config", "_is_quantized"):
+        vars(settings).pop(name, None)
     with parameters_on_meta():
         plain = build(settings)
     fill(plain, model.state_dict())

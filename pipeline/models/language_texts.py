@@ -51,12 +51,9 @@ class LanguagePreprocess(TextPreprocess):
             samples.append({name: torch.tensor(values[name], dtype=torch.int64) for name in self.inputs})
         return samples
 
-    def excess(self, content: object, sample: dict[str, Tensor]) -> int:
-        """Return by how many tokens a content is longer than `max_length`."""
-        if len(sample[MASK]) < self.max_length:
-            return 0
+    def _length(self, content: object) -> int:
         text, _ = self._render(content)
-        return len(self._encode([text], content, truncation=False)["input_ids"][0]) - self.max_length
+        return len(self._encode([text], content, truncation=False)["input_ids"][0])
 
     @property
     def pad(self) -> dict[str, float]:

@@ -42,6 +42,7 @@ class TextPreprocess(Preprocess):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, inputs: tuple[str, ...]) -> None:
         self.tokenizer, self.max_length, self.inputs = tokenizer, max_length, inputs
+        self.refuses_long = False
         own = {name: value for name, value in vars(tokenizer).items() if name not in (*IRRELEVANT, "_tokenizer")}
         self._digest = fingerprint([type(tokenizer), own, _backend(tokenizer) if tokenizer.is_fast else None])
 
@@ -84,10 +85,19 @@ class TextPreprocess(Preprocess):
         return encoding
 
     def excess(self, content: object, sample: dict[str, Tensor]) -> int:
-        """Return by how many tokens a text is longer than `max_length`."""
+        """Return by how many tokens a text is longer than `max_length`; raises BadSampleError if such are refused."""
         if len(sample[self.inputs[0]]) < self.max_length:
             return 0
-        return len(self.tokenizer(*self.texts(content), verbose=False)[self.inputs[0]]) - self.max_length
+        excess = self._length(content) - self.max_length
+        if excess and self.refuses_long:
+            raise BadSampleError(
+                f"the text has {self.max_length + excess} tokens, and preprocess.max_length is {self.max_length}; "
+                "shorten it, raise the bound, or set preprocess.long_texts to cut"
+            )
+        return excess
+
+    def _length(self, content: object) -> int:
+        return len(self.tokenizer(*self.texts(content), verbose=False)[self.inputs[0]])
 
     @property
     def pad(self) -> dict[str, float]:
@@ -98,6 +108,7 @@ class TextPreprocess(Preprocess):
     def recipe(self) -> Mapping[str, JSON]:
         inputs: list[JSON] = list(self.inputs)
         extra: dict[str, JSON] = {} if self.extra is None else {"extra": self.extra}
+        extra |= {"long_texts": "refuse"} if self.refuses_long else {}
         return extra | {"kind": "text", "inputs": inputs, "max_length": self.max_length, "tokenizer": self._digest}
 
     def former_recipe(self) -> Mapping[str, JSON]:

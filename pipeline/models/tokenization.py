@@ -65,7 +65,9 @@ def make_text_preprocess(
             "preprocess.tokenizer to the directory of a fast one (with a tokenizer.json)"
         )
     make = PREPROCESS.get(head.kind, TextPreprocess)
-    return make(tokenizer, longest_input(config.max_length, tokenizer, positions), inputs)
+    preprocess = make(tokenizer, longest_input(config.max_length, tokenizer, positions), inputs)
+    preprocess.refuses_long = config.long_texts == "refuse"
+    return preprocess
 
 
 def longest_input(requested: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int:

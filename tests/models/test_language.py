@@ -148,7 +148,14 @@ def test_the_tokens_that_are_trained_on(llama: Path) -> None:
     whole = ["one", " ", "two", " ", "three", "<end>"]
     assert tokens(backbone, ("one two", " three")) == (whole, whole[3:])
     assert tokens(backbone, "one two") == (["one", " ", "two", "<end>"],) * 2
-    assert backbone.preprocess.excess("one " * 40, backbone.preprocess("one " * 40)) == 81 - 24
+    long = "one " * 40
+    assert backbone.preprocess.excess(long, backbone.preprocess(long)) == 81 - 24
+    assert "long_texts" not in backbone.preprocess.recipe()
+    refusing = load(ModelConfig(backbone=f"hf:{llama}"), PreprocessConfig(long_texts="refuse"), Head("language"))
+    assert refusing.preprocess.recipe()["long_texts"] == "refuse"
+    assert refusing.preprocess.excess("one", refusing.preprocess("one")) == 0
+    with pytest.raises(BadSampleError, match=r"81 tokens, and preprocess\.max_length is 24"):
+        refusing.preprocess.excess(long, refusing.preprocess(long))
 
 
 def test_a_turn_that_the_template_rewrites_is_not_trained_on(llama: Path) -> None:
