@@ -50,7 +50,7 @@ def write_network(folder: Path, name: str) -> None:
     tokenizer.pre_tokenizer = Split(Regex(r"<\w+>| |\w+"), "isolated")
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
+        pad_token=None if name == "gpt2" else "<pad>",  # as the real one
         eos_token="<end>",
         model_max_length=24,
         model_input_names=["input_ids", "attention_mask"],

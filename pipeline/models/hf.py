@@ -249,7 +249,8 @@ def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, bl
     own = {} if config.tokenizer else origin.arguments
     tokenizer = load_tokenizer(config.tokenizer or origin.source, **own)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked; a classifier of a decoder must know its id
+        # Padding is masked; a classifier of a decoder must know its id. An object is what a saved tokenizer has there.
+        tokenizer.pad_token = tokenizer.added_tokens_decoder.get(tokenizer.eos_token_id, tokenizer.eos_token)
     if getattr(settings, "pad_token_id", None) is None:
         settings.pad_token_id = tokenizer.pad_token_id
     return make_text_preprocess(config, blueprint, head, tokenizer, _positions(blueprint, settings))

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -36,7 +37,11 @@ def load_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, ImportError) as error:
         remedy = "set preprocess.tokenizer"
         raise ConfigError(f"no tokenizer can be loaded from {source} ({first_line(error)}); {remedy}") from error
-    return tokenizer
+    if "gguf_file" not in arguments:
+        return tokenizer
+    with TemporaryDirectory() as folder:  # a store has it as a directory, from which it must be the same
+        tokenizer.save_pretrained(folder)
+        return load_tokenizer(folder)
 
 
 def make_text_preprocess(
