@@ -60,9 +60,9 @@ def write_network(folder: Path, name: str) -> None:
 
 
 def write_records(folder: Path, count: int = 40) -> None:
-    """Write chats.jsonl and completions.jsonl: an answer names the numbers after that of the question."""
+    """Write chats, completions and preferences (.jsonl): an answer names the numbers after that of the question."""
     names = NUMBERS
-    chats, completions = [], []
+    chats, completions, preferences = [], [], []
     for i in range(count):
         begin, length = i % 7, 1 + i // 7 % 3
         question, answer = names[begin], " ".join(names[begin + 1 : begin + 1 + length])
@@ -71,11 +71,17 @@ def write_records(folder: Path, count: int = 40) -> None:
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         chats.append({"messages": turns, "id": i})
         completions.append({"q": question, "a": f" {answer}"})
-    for name, rows in (("chats", chats), ("completions", completions)):
+        other = [turns[0], turns[1] | {"content": names[i % 3]}]
+        preferences.append({**completions[-1], "worse": f" {names[i % 3]}", "chat": turns, "other": other})
+    for name, rows in (("chats", chats), ("completions", completions), ("preferences", preferences)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 CHAT = {"source": "chat", "path": "chats.jsonl", "messages": "messages"}
+PREFERENCES = {
+    "source": "completions", "path": "preferences.jsonl", "prompt": "q", "chosen": "a", "rejected": "worse",
+}  # fmt: skip
+CHAT_PREFERENCES = {"source": "chat", "path": "preferences.jsonl", "chosen": "chat", "rejected": "other"}
 COMPLETIONS = {"source": "completions", "path": "completions.jsonl", "prompt": "q", "completion": "a"}
 
 

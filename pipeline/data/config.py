@@ -20,14 +20,16 @@ _USED_BY: dict[str, frozenset[str]] = {
     "pixels": frozenset({"label", "shape", "header"}),
     "arrays": frozenset({"label", "split", "group"}),
     "torchvision": frozenset({"name", "download", "options"}),
-    "completions": frozenset({"prompt", "completion", "split", "group", "records"}),
-    "chat": frozenset({"messages", "tools", "prompt", "completion", "split", "group", "records"}),
+    "completions": frozenset({"prompt", "completion", "chosen", "rejected", "split", "group", "records"}),
+    "chat": frozenset({"messages", "tools", "prompt", "completion", "chosen", "rejected", "split", "group", "records"}),
     "module:function": frozenset({"options"}),
 }
+_ANSWERED = ("messages", "prompt", "completion", "chosen", "rejected")
+_WITH_PROMPT = (("prompt", "completion"), ("prompt", "chosen", "rejected"))
+_FIELDS_OF_LANGUAGE = {"completions": _WITH_PROMPT, "chat": (("messages",), ("chosen", "rejected"), *_WITH_PROMPT)}
 _REQUIRED_BY = {
     "text": ("text",),
     "pairs": ("anchor", "positive"),
-    "completions": ("prompt", "completion"),
     "tagged": ("words", "tags"),
     "torchvision": ("name",),
 }
@@ -90,6 +92,11 @@ class DataConfig(Section):
     messages: str | None = None
     """chat: name of the field with the messages, a list of objects with a role and a content (or its JSON), as the
     chat template of the tokenizer takes them. The network is to write those of the role assistant."""
+    chosen: str | None = None
+    """completions, chat: name of the field with the better of two answers, in place of `completion` or `messages`; for
+    task preference. Of chats without `prompt` it holds all messages."""
+    rejected: str | None = None
+    """completions, chat: name of the field with the worse answer."""
     tools: str | None = None
     """chat: name of the field with the tools that the chat template describes, if any."""
     words: str | int | None = None
@@ -149,7 +156,7 @@ class DataConfig(Section):
         for name in () if kind == "module:function" else ("path", *_REQUIRED_BY.get(kind, ())):
             if getattr(self, name) is None and (self.labelled or name not in ("label", "tags")):
                 yield f"{name} is not set; source {self.source} needs it"
-        yield from self._faults_of_chat()
+        yield from self._faults_of_language()
         if kind != "pixels" and isinstance(self.label, int):
             yield f"label is {self.label}; source {self.source} names its field"
         if isinstance(self.label, tuple) and (kind not in ("images", "audio", "text") or self.delimiter is not None):
@@ -165,10 +172,12 @@ class DataConfig(Section):
         if self.shape is not None and (min(self.shape) < 1 or self.shape[2:] not in ((), (1,), (3,))):
             yield f"shape is {list(self.shape)}; expected positive [height, width] and at most 1 or 3 channels"
 
-    def _faults_of_chat(self) -> Iterator[str]:
-        given = [name for name in ("messages", "prompt", "completion") if getattr(self, name) is not None]
-        if self.source == "chat" and given not in (["messages"], ["prompt", "completion"]):
-            yield f"source chat has {' and '.join(given) or 'no'} field; it needs messages, or prompt and completion"
+    def _faults_of_language(self) -> Iterator[str]:
+        given = tuple(name for name in _ANSWERED if getattr(self, name) is not None)
+        allowed = _FIELDS_OF_LANGUAGE.get(self.source, ())
+        if allowed and given not in allowed:
+            ways = ", or ".join(" and ".join(fields) for fields in allowed)
+            yield f"source {self.source} has the fields {', '.join(given) or 'none'}; it needs {ways}"
 
     def of_inputs(self, path: str) -> Self:
         """Return the settings of data of the same kind at `path`, without labels."""

@@ -22,7 +22,7 @@ KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 STATE, SPLITS = "state.json", "dataset_dict.json"
 _FEATURES = b"huggingface"
 DELIMITERS = {".csv": COMMA, ".tsv": TAB}
-NESTED = frozenset({"messages", "tools"})
+NESTED = frozenset({"messages", "tools", "chosen", "rejected"})
 """Settings of fields with JSON of any form, which a record keeps as text."""
 CONTENTS = NESTED | {"text", "text_pair", "anchor", "positive", "prompt", "completion", "image", "audio"}
 """Settings of fields with contents: where one is bad, its record is set aside."""
@@ -160,7 +160,8 @@ def _read_file(path: Path, fields: dict[str, str], records: str | None) -> tuple
     objects = read_objects(path, records)
     for item in objects if nested else ():
         if isinstance(item, dict):
-            item.update({name: json.dumps(item[name]) for name in nested if name in item})
+            found = {name: item[name] for name in nested if name in item}
+            item.update({name: one if isinstance(one, str) else json.dumps(one) for name, one in found.items()})
     return from_objects(path, objects, names, names - others)
 
 

@@ -82,8 +82,17 @@ def _of_batches(data: DataConfig, task: TaskConfig, train: TrainConfig) -> list[
 
 def _of_texts(data: DataConfig, task: TaskConfig) -> list[str]:
     """Return where the samples of a source are of no use to the task."""
-    if task.kind == "lm" or is_function(task.kind):
+    if is_function(task.kind) or is_function(data.source):
         return []
+    if task.kind == "preference":
+        needs = "task preference needs two answers; set data.chosen and data.rejected of source completions or chat"
+        return [f"data.chosen is not set; {needs}"] if data.chosen is None else []
+    if data.chosen is not None:
+        return [f"data.chosen is {data.chosen!r}, for task preference; set task.kind to it, or remove the field"]
+    return [] if task.kind == "lm" else _of_labelled_texts(data, task)
+
+
+def _of_labelled_texts(data: DataConfig, task: TaskConfig) -> list[str]:
     if data.source in ("completions", "chat"):
         return [f"data.source is {data.source!r}, for language models; set task.kind to lm, or another source"]
     if data.source == "text" and data.labelled and data.label is None:

@@ -35,6 +35,7 @@ _KINDS = {
     "tagging": "pipeline.tasks.tagging:Tagging",
     "answers": "pipeline.tasks.answers:Answers",
     "lm": "pipeline.tasks.lm:LanguageModelling",
+    "preference": "pipeline.tasks.preference:Preference",
 }
 
 
