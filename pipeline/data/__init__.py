@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.data.arrays import open_arrays, open_pixels
 from pipeline.data.config import DataConfig
 from pipeline.data.labelled import ROLES, Pairs, Texts
+from pipeline.data.language import Chats, Completions
 from pipeline.data.media import open_media
 from pipeline.data.proposal import DataProposal
 from pipeline.data.propose import propose
@@ -42,6 +43,8 @@ _OPEN: Mapping[str, Callable[[DataConfig, Path], Source]] = {
     "audio": open_media,
     "text": Texts,
     "pairs": Pairs,
+    "completions": Completions,
+    "chat": Chats,
     "conll": open_conll,
     "tagged": open_tagged,
     "squad": open_squad,

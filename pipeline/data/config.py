@@ -20,10 +20,15 @@ _USED_BY: dict[str, frozenset[str]] = {
     "pixels": frozenset({"label", "shape", "header"}),
     "arrays": frozenset({"label", "split", "group"}),
     "torchvision": frozenset({"name", "download", "options"}),
+    "completions": frozenset({"prompt", "completion", "chosen", "rejected", "split", "group", "records"}),
+    "chat": frozenset({"messages", "tools", "prompt", "completion", "chosen", "rejected", "split", "group", "records"}),
     "module:function": frozenset({"options"}),
 }
+_ANSWERED = ("messages", "prompt", "completion", "chosen", "rejected")
+_WITH_PROMPT = (("prompt", "completion"), ("prompt", "chosen", "rejected"))
+_FIELDS_OF_LANGUAGE = {"completions": _WITH_PROMPT, "chat": (("messages",), ("chosen", "rejected"), *_WITH_PROMPT)}
 _REQUIRED_BY = {
-    "text": ("text", "label"),
+    "text": ("text",),
     "pairs": ("anchor", "positive"),
     "tagged": ("words", "tags"),
     "torchvision": ("name",),
@@ -38,7 +43,8 @@ class DataConfig(Section):
 
     source: str
     """Kind of data set: "images" or "audio" (a folder per class, or a table that names or contains the files), "text"
-    (a table of labelled texts), "pairs" (a table of matching texts), "conll" (one word and its tag per line), "tagged"
+    (a table of texts, labelled or not), "pairs" (a table of matching texts), "completions" (a table of prompts with
+    their completions), "chat" (a table of conversations), "conll" (one word and its tag per line), "tagged"
     (a table with lists of words and of tags), "squad" (questions on paragraphs, in SQuAD's JSON), "pixels" (a table
     with one column per pixel), "arrays" (NumPy files with arrays of any shape), "torchvision" (a data set of
     torchvision.datasets), or "module:function", your own function, which receives this section and returns a `Source`.
@@ -77,6 +83,22 @@ class DataConfig(Section):
     """pairs: name of the field with the first text (a question)."""
     positive: str | None = None
     """pairs: name of the field with the matching text (an answer)."""
+    prompt: str | None = None
+    """completions: name of the field with the prompt, which the network is given. chat without `messages`: with the
+    only message of the user."""
+    completion: str | None = None
+    """completions: name of the field with the completion, which the network is to write. chat without `messages`: with
+    the answer of the assistant."""
+    messages: str | None = None
+    """chat: name of the field with the messages, a list of objects with a role and a content (or its JSON), as the
+    chat template of the tokenizer takes them. The network is to write those of the role assistant."""
+    chosen: str | None = None
+    """completions, chat: name of the field with the better of two answers, in place of `completion` or `messages`; for
+    task preference. Of chats without `prompt` it holds all messages."""
+    rejected: str | None = None
+    """completions, chat: name of the field with the worse answer."""
+    tools: str | None = None
+    """chat: name of the field with the tools that the chat template describes, if any."""
     words: str | int | None = None
     """conll: number of the column with the words, from 0, or backwards from -1 (default: 0). tagged: name of the field
     with the list of words."""
@@ -134,6 +156,7 @@ class DataConfig(Section):
         for name in () if kind == "module:function" else ("path", *_REQUIRED_BY.get(kind, ())):
             if getattr(self, name) is None and (self.labelled or name not in ("label", "tags")):
                 yield f"{name} is not set; source {self.source} needs it"
+        yield from self._faults_of_language()
         if kind != "pixels" and isinstance(self.label, int):
             yield f"label is {self.label}; source {self.source} names its field"
         if isinstance(self.label, tuple) and (kind not in ("images", "audio", "text") or self.delimiter is not None):
@@ -148,6 +171,13 @@ class DataConfig(Section):
             yield f"overlap is {self.overlap}, window {self.window}; make the overlap smaller"
         if self.shape is not None and (min(self.shape) < 1 or self.shape[2:] not in ((), (1,), (3,))):
             yield f"shape is {list(self.shape)}; expected positive [height, width] and at most 1 or 3 channels"
+
+    def _faults_of_language(self) -> Iterator[str]:
+        given = tuple(name for name in _ANSWERED if getattr(self, name) is not None)
+        allowed = _FIELDS_OF_LANGUAGE.get(self.source, ())
+        if allowed and given not in allowed:
+            ways = ", or ".join(" and ".join(fields) for fields in allowed)
+            yield f"source {self.source} has the fields {', '.join(given) or 'none'}; it needs {ways}"
 
     def of_inputs(self, path: str) -> Self:
         """Return the settings of data of the same kind at `path`, without labels."""

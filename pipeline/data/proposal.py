@@ -58,7 +58,7 @@ _TWO_TEXTS = (
     ("question1", "question2"), ("text", "text_pair"),
 )  # fmt: skip
 _DELIMITERS = ("|", ";")
-_CHAT = frozenset({"messages", "conversations", "conversation"})
+_COMPLETION = ("prompt", "completion")
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,11 @@ def propose_table(path: Path, file: Path) -> DataProposal:
     root = file if file.is_dir() else file.parent
     splits = [name for name, values in columns.items() if _all(values, lambda v: find_split(str(v)) is not None)]
     fields = {name: values for name, values in columns.items() if name not in splits}
-    proposal = _of_words(fields) or _of_files(fields, root) or _of_texts(fields)
+    proposal = _of_chats(fields) or _of_words(fields) or _of_files(fields, root) or _of_texts(fields)
     if proposal is None:
-        chat = "; training on chat messages is not supported" if _CHAT & columns.keys() else ""
         raise ConfigError(
-            f"{file} has the fields {', '.join(columns)}; none of them looks like a text, a file or words with a label"
-            f"{chat}; write params.yaml by hand (docs/tasks.md), or give the fields other names"
+            f"{file} has the fields {', '.join(columns)}; none of them looks like a chat, or a text, a file or words "
+            f"with a label; write params.yaml by hand (docs/tasks.md), or give the fields other names"
         )
     settings = {"source": proposal.settings["source"], "path": str(path), **proposal.settings}
     if splits and file == path:
@@ -148,6 +147,20 @@ def _propose_pixels(path: Path, columns: Columns) -> DataProposal | None:
     first, *_, last = columns.values()
     label = min((0, first), (-1, last), key=lambda end: (len(set(end[1])) == 1, max(map(float, end[1]))))[0]
     return DataProposal({"source": "pixels", "path": str(path), "label": label}, "classification", "image")
+
+
+def _of_chats(columns: Columns) -> DataProposal | None:
+    """Return the settings of a table with a list of messages, or with prompts and completions."""
+    for name, values in columns.items():
+        if _all(values, lambda value: isinstance(value, list) and _all(value, _is_message)):
+            words = [sum(len(str(one.get("content")).split()) for one in value) for value in values if value]
+            return DataProposal({"source": "chat", "messages": name}, "lm", "text", percentile(words))
+    if all(_all(columns.get(name, ()), _is_text) for name in _COMPLETION):
+        words = [len(f"{one} {other}".split()) for one, other in zip(*map(columns.get, _COMPLETION), strict=True)]
+        return DataProposal(
+            {"source": "completions", **{name: name for name in _COMPLETION}}, "lm", "text", percentile(words)
+        )
+    return None
 
 
 def _of_words(columns: Columns) -> DataProposal | None:
@@ -243,6 +256,10 @@ def _all(values: Sequence[Any], holds: Callable[[Any], bool]) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and {"role", "content"} <= value.keys()
 
 
 def _is_numeric(value: Any) -> bool:

@@ -22,7 +22,9 @@ KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 STATE, SPLITS = "state.json", "dataset_dict.json"
 _FEATURES = b"huggingface"
 DELIMITERS = {".csv": COMMA, ".tsv": TAB}
-CONTENTS = frozenset({"text", "text_pair", "anchor", "positive", "image", "audio"})
+NESTED = frozenset({"messages", "tools", "chosen", "rejected"})
+"""Settings of fields with JSON of any form, which a record keeps as text."""
+CONTENTS = NESTED | {"text", "text_pair", "anchor", "positive", "prompt", "completion", "image", "audio"}
 """Settings of fields with contents: where one is bad, its record is set aside."""
 
 
@@ -154,7 +156,13 @@ def _read_file(path: Path, fields: dict[str, str], records: str | None) -> tuple
     if kind not in (".jsonl", ".json"):
         return read_arrow(path, names), {}
     others = {name for setting, name in fields.items() if setting not in CONTENTS}
-    return from_objects(path, read_objects(path, records), names, names - others)
+    nested = [fields[setting] for setting in NESTED & fields.keys()]
+    objects = read_objects(path, records)
+    for item in objects if nested else ():
+        if isinstance(item, dict):
+            found = {name: item[name] for name in nested if name in item}
+            item.update({name: one if isinstance(one, str) else json.dumps(one) for name, one in found.items()})
+    return from_objects(path, objects, names, names - others)
 
 
 def read_arrow(path: Path, texts: Collection[str] = ()) -> pa.Table:

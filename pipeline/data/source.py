@@ -13,8 +13,9 @@ from pipeline.errors import DataError
 from pipeline.files import load_function
 from pipeline.keys import content_key
 
-Content = bytes | np.ndarray | str | tuple[str, str] | list[str]
-"""One sample as its source holds it: an encoded image, an array (pixels), a text, a text and its partner, or words."""
+Content = bytes | np.ndarray | str | tuple[str, str] | list[str] | dict[str, Any]
+"""One sample as its source holds it: an encoded image, an array (pixels), a text, a text and its partner, words, or a
+chat (`messages`, and others that its template takes)."""
 
 Scalar = str | int | float
 Target = Scalar | list[str] | list[int] | list[float]

@@ -203,10 +203,10 @@ def _target(row: Row, name: str) -> Target:
 
 
 def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray, belongs: np.ndarray | None = None) -> np.ndarray:
-    """Return the group of each row: pairs connected by equal anchors or equal positives, unless `belongs` is 0.
+    """Return the group of each row: pairs connected by equal contents of one role, unless `belongs` is 0.
 
-    Such pairs are no negatives of each other, and stay in one split. The group's name is the smallest key among its
-    positives, so that a new question to a known answer does not change it.
+    Such pairs are no negatives of each other, and stay in one split. The group's name is the smallest key among the
+    second of each pair (its positive), so that a new question to a known answer does not change it.
     """
     names = [key.tobytes().hex() for key in keys]
     parent = {name: name for name in names}
@@ -223,10 +223,17 @@ def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray, belongs: np.
         if united:
             parent[root(name)] = root(first_of_pair.setdefault(pair, name))
     smallest: dict[str, str] = {}
+    _, second = _both_roles(roles)
     for role, name in zip(roles.tolist(), names, strict=True):
-        if role == "positive":
+        if role == second:
             smallest[root(name)] = min(name, smallest.get(root(name), name))
     return np.array([smallest.get(root(name), name) for name in names])
+
+
+def _both_roles(roles: np.ndarray) -> tuple[str, str]:
+    """Return the first and the second of the roles of pairs: anchor and positive, or chosen and rejected."""
+    found = np.unique(roles).tolist()
+    return found[0], found[-1]
 
 
 def _identities(keys: np.ndarray, targets: Mapping[str, np.ndarray], hold_out: str) -> list[bytes]:
@@ -267,7 +274,7 @@ def _repeated(table: SampleTable, *, of_pairs: bool) -> "pd.DataFrame":
     rows, keys = np.arange(len(table)), table.keys
     if of_pairs:
         pairs, roles = table.targets["pair"], table.targets["role"]
-        anchors, positives = (np.flatnonzero(roles == role) for role in ("anchor", "positive"))
+        anchors, positives = (np.flatnonzero(roles == role) for role in _both_roles(roles))
         rows, positives = (found[np.argsort(pairs[found], kind="stable")] for found in (anchors, positives))
         keys = np.hstack([keys[rows], keys[positives]])
     words = pd.DataFrame(np.ascontiguousarray(keys).view(np.uint64), index=rows).sort_index()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import BadSampleError, ConfigError, ModelError
 from pipeline.keys import JSON
 from pipeline.models.classifier import find_classifier
+from pipeline.models.language import LanguageModel
 from pipeline.precision import as_inputs, weights_dtype
 from pipeline.tasks.base import Head
 from pipeline.tasks.heads import Layer, last_width
@@ -154,8 +155,8 @@ class Backbone:
 
     @property
     def network(self) -> Any:
-        """The network without layers of an embedding head."""
-        return self.model.backbone if isinstance(self.model, Embedder) else self.model
+        """The network as its library knows it."""
+        return self.model.backbone if isinstance(self.model, Embedder | LanguageModel) else self.model
 
     @property
     def layers_path(self) -> str | None:
@@ -167,7 +168,7 @@ class Backbone:
 
     def pretrained(self, library: str) -> tuple[nn.Module, frozenset[str]]:
         """Return the network that weight files of `library` match, and the names of its pretrained tensors."""
-        if isinstance(self.model, Embedder) and library != "function":
+        if isinstance(self.model, Embedder | LanguageModel) and library != "function":
             return self.network, frozenset(self.network.state_dict())
         return self.model, frozenset(self.model.state_dict()) - self.fresh
 
@@ -187,6 +188,8 @@ class Backbone:
             if classifier is not None:
                 state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{path}.")}
                 save_file(classifier.state_dict(), folder / CLASSIFIER)
+            if isinstance(self.model, LanguageModel):
+                self.network.config.tie_word_embeddings = self.model.is_tied
             self.network.save_pretrained(folder, state_dict=state)
             self.preprocess.save(folder)
         else:

@@ -125,7 +125,10 @@ class PreprocessConfig(Section):
     tokenizer: str | None = None
     """text: directory or hub name of the tokenizer; hf: backbones include theirs."""
     max_length: int | None = Field(default=None, ge=2)
-    """text: maximum input length in tokens, special tokens included; longer texts are truncated at the end."""
+    """text: maximum input length in tokens, special tokens included."""
+    long_texts: Literal["cut", "refuse"] = "cut"
+    """text: what happens to texts longer than `max_length`: "cut" truncates them at the end, "refuse" sets them aside
+    as bad samples (`encode.max_bad`)."""
 
     @field_validator("augment")
     @classmethod

@@ -23,34 +23,44 @@ from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.hf_heads import arrange_head, auto_class, classifier_layout, label_settings
 from pipeline.models.hf_images import image_defaults, load_image_processor
 from pipeline.models.images import ImagePreprocess
-from pipeline.models.texts import first_line, load_tokenizer, make_text_preprocess
-from pipeline.models.weights import parameters_on_meta, read_weights, seeded
+from pipeline.models.language import as_language_model
+from pipeline.models.texts import first_line
+from pipeline.models.tokenization import load_tokenizer, make_text_preprocess
+from pipeline.models.weights import fill, parameters_on_meta, read_weights, seeded
 from pipeline.precision import weights_dtype
 from pipeline.tasks.base import Head
 
 log = logging.getLogger("recycle")
 
+GGUF = ".gguf"
 KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}
 """Kind of content by the name of the network's main input; texts have several inputs."""
 
 
 class Origin:
-    """The source of configuration, weights and tokenizer: a directory, or a repository of the hub.
+    """The source of configuration, weights and tokenizer: a directory, a GGUF file, or a repository of the hub.
 
     `folder` is the directory, None for a repository; `arguments` are those of every `from_pretrained`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        self.source = config.name
-        if self.source.startswith(PACKAGE) or Path(self.source).expanduser().is_dir():
-            self.source = str(locate(self.source, "model.backbone"))
+        self.source, found = config.name, None
+        if self.source.startswith(PACKAGE) or Path(self.source).expanduser().exists():
+            found = locate(self.source, "model.backbone")
+            self.source = str(found)
         elif self.source.startswith((".", "/", "~")):
             raise AbsentError(f"model.backbone is {config.backbone!r}; there is no such directory")
-        self.folder = Path(self.source) if Path(self.source).is_dir() else None
+        file = {}
+        if self.source.endswith(GGUF):
+            repository, name = self.source.split("/")[:2], self.source.split("/")[2:]
+            self.source = "/".join(repository) if found is None else str(found.parent)
+            file = {"gguf_file": "/".join(name) if found is None else found.name}
+        self.folder = Path(self.source) if found is not None else None
         self.arguments: dict[str, Any] = {
             "revision": config.revision or "main",
             "trust_remote_code": config.trust_remote_code,
             "local_files_only": self.folder is not None,  # a directory is never looked up on the network
+            **file,
         }
 
 
@@ -79,6 +89,9 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head, featu
             if head.kind == "embedding":
                 model = embed(model, head, pooling, preprocessor, features)
                 fresh = model.fresh
+            elif head.kind == "language":
+                model = as_language_model(model, blueprint, head)
+                fresh = frozenset(f"backbone.{name}" for name in fresh)
             elif head.layers:
                 fresh = insert_layers(model, head.layers, classifier_layout(model, build), config.backbone)
         return Backbone(model, preprocessor, config.backbone, fresh)
@@ -140,12 +153,25 @@ def _fill_from_checkpoint(
     """Return the network with the weights of its directory or repository, and the names of its new tensors."""
     _check_digest(origin, config)
     model, fresh = _fill(auto, origin, config, {"config": settings, **origin.arguments, **extra})
+    if "gguf_file" in origin.arguments:
+        model = _plain(model, build)
     stored = PreTrainedConfig.get_config_dict(origin.source, **origin.arguments)[0].get("id2label") or {}
     labels = [str(stored[number]) for number in sorted(stored, key=int)]
     fresh, remark = arrange_head(model, labels, head, build, fresh)
     if remark is not None:
         log.warning("%s: %s", config.backbone, remark)
     return model, fresh
+
+
+def _plain(model: Any, build: Callable[[Any], nn.Module]) -> Any:
+    """Return a network with the weights of `model`, of a GGUF file, that can be saved: the library refuses `model`."""
+    settings = copy.deepcopy(model.config)
+    for name in ("quantization_config", "_is_quantized"):
+        vars(settings).pop(name, None)
+    with parameters_on_meta():
+        plain = build(settings)
+    fill(plain, model.state_dict())
+    return plain.train()
 
 
 def _fill(
@@ -172,7 +198,8 @@ def _check_digest(origin: Origin, config: ModelConfig) -> None:
         return
     if origin.folder is None:
         raise ConfigError("model.sha256 is for files; fix what a hub repository holds by model.revision")
-    files = sorted(origin.folder.glob("*.safetensors")) or sorted(origin.folder.glob("*.bin"))
+    kinds = [origin.arguments["gguf_file"]] if "gguf_file" in origin.arguments else ["*.safetensors", "*.bin"]
+    files = next(filter(None, (sorted(origin.folder.glob(kind)) for kind in kinds)), [])
     if len(files) != 1:
         raise ConfigError(f"model.sha256 is set, and {origin.folder} has {len(files)} files of weights; expected one")
     check_sha256(files[0], config.sha256, "model")
@@ -222,7 +249,8 @@ def _make_preprocess(origin: Origin, config: PreprocessConfig, settings: Any, bl
     own = {} if config.tokenizer else origin.arguments
     tokenizer = load_tokenizer(config.tokenizer or origin.source, **own)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked; a classifier of a decoder must know its id
+        # Padding is masked; a classifier of a decoder must know its id. An object is what a saved tokenizer has there.
+        tokenizer.pad_token = tokenizer.added_tokens_decoder.get(tokenizer.eos_token_id, tokenizer.eos_token)
     if getattr(settings, "pad_token_id", None) is None:
         settings.pad_token_id = tokenizer.pad_token_id
     return make_text_preprocess(config, blueprint, head, tokenizer, _positions(blueprint, settings))

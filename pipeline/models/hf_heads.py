@@ -23,6 +23,7 @@ HEADS = {
     },
     "tokens": {"AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"},
     "span": {"AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING"},
+    "language": {"AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING"},
 }
 """Kind of the head -> the library's classes that have it, each with its mapping from the configurations it is for."""
 GENERIC = re.compile(r"LABEL_\d+")
@@ -31,7 +32,7 @@ GENERIC = re.compile(r"LABEL_\d+")
 
 def label_settings(head: Head) -> dict[str, Any]:
     """Return the settings for the number and the names of the outputs."""
-    if head.kind == "embedding":
+    if head.kind in ("embedding", "language"):
         return {}
     problem = {} if head.problem is None else {"problem_type": head.problem}
     if not head.labels:

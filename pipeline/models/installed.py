@@ -16,6 +16,7 @@ DEFAULTS = {
     "array": "torchvision:resnet34",
     "text": "hf:sentence-transformers/all-MiniLM-L6-v2",
     "audio": "hf:facebook/wav2vec2-base",
+    "language": "hf:HuggingFaceTB/SmolLM2-135M-Instruct",
 }
 """`model.backbone` where nothing is installed; the weights are downloaded at their first use."""
 PACKAGED: dict[str, dict[str, Any]] = {
@@ -31,7 +32,8 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 def installed_backbones(content: str) -> list[dict[str, Any]]:
     """Return settings of the section `model:`, those of each pretrained backbone of a kind of content on this machine.
 
-    `content` is "image", "audio" or "text". Packages come first, then the hub's cache, and torch's.
+    `content` is "image", "audio", "text", or "language" for texts that a network writes. Packages come first, then the
+    hub's cache, and torch's.
     """
     found = [*_in_packages(content), *_in_hub_cache(content), *(_in_torch_cache() if content == "image" else ())]
     if importlib.util.find_spec("timm") is None:
@@ -92,7 +94,8 @@ def _content_of(folder: Path) -> str | None:
     if "feature_extractor_type" in processor or "sampling_rate" in processor:
         return "audio"
     is_text = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"))
-    return "text" if is_text else None
+    writes = any(end in str(config.get("architectures")) for end in ("ForCausalLM", "LMHeadModel"))
+    return None if not is_text else "language" if writes else "text"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pipeline.models.audio import make_audio_preprocess
 from pipeline.models.backbone import ArrayPreprocess, Backbone, Preprocess, first_input
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.images import ImageDefaults, ImagePreprocess
-from pipeline.models.texts import make_text_preprocess
+from pipeline.models.tokenization import make_text_preprocess
 from pipeline.models.weights import CheckpointLayout, fit_weights, parameters_on_meta, read_weights, seeded
 from pipeline.tasks.base import Head
 

@@ -1,7 +1,6 @@
 """Texts -> token ids without padding; extras map tokens to words or characters, for tasks on these."""
 
 import copy
-import inspect
 import itertools
 import json
 from bisect import bisect_right
@@ -10,16 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from pipeline.errors import BadSampleError, ConfigError
-from pipeline.files import PACKAGE, locate
+from pipeline.errors import BadSampleError
 from pipeline.keys import JSON, digest
 from pipeline.models.backbone import EXTRA, Preprocess
-from pipeline.models.config import PreprocessConfig
 from pipeline.models.fingerprint import fingerprint
-from pipeline.tasks.base import Head
 
 PROBE_TEXTS = (
     "The quick brown fox jumps over the lazy dog",
@@ -29,8 +25,6 @@ PROBE_TEXTS = (
     "Привет мир 你好世界 こんにちは 안녕하세요 مرحبا שלום नमस्ते 🙂👍🏽",
 )
 """Texts with case, accents, spaces, digits, special tokens and scripts, which tokenizers treat differently."""
-UNBOUNDED = 1_000_000
-"""A tokenizer without a maximum length has a number far above this one."""
 IRRELEVANT = frozenset(
     {"name_or_path", "vocab_file", "merges_file", "init_inputs", "init_kwargs", "files_loaded"}  # whence it was loaded
     | {"model_max_length", "_processor_class", "verbose", "deprecation_warnings", "_in_target_context_manager"}
@@ -48,6 +42,7 @@ class TextPreprocess(Preprocess):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, inputs: tuple[str, ...]) -> None:
         self.tokenizer, self.max_length, self.inputs = tokenizer, max_length, inputs
+        self.refuses_long = False
         own = {name: value for name, value in vars(tokenizer).items() if name not in (*IRRELEVANT, "_tokenizer")}
         self._digest = fingerprint([type(tokenizer), own, _backend(tokenizer) if tokenizer.is_fast else None])
 
@@ -90,10 +85,19 @@ class TextPreprocess(Preprocess):
         return encoding
 
     def excess(self, content: object, sample: dict[str, Tensor]) -> int:
-        """Return by how many tokens a text is longer than `max_length`."""
+        """Return by how many tokens a text is longer than `max_length`; raises BadSampleError if such are refused."""
         if len(sample[self.inputs[0]]) < self.max_length:
             return 0
-        return len(self.tokenizer(*self.texts(content), verbose=False)[self.inputs[0]]) - self.max_length
+        excess = self._length(content) - self.max_length
+        if excess and self.refuses_long:
+            raise BadSampleError(
+                f"the text has {self.max_length + excess} tokens, and preprocess.max_length is {self.max_length}; "
+                "shorten it, raise the bound, or set preprocess.long_texts to cut"
+            )
+        return excess
+
+    def _length(self, content: object) -> int:
+        return len(self.tokenizer(*self.texts(content), verbose=False)[self.inputs[0]])
 
     @property
     def pad(self) -> dict[str, float]:
@@ -104,6 +108,7 @@ class TextPreprocess(Preprocess):
     def recipe(self) -> Mapping[str, JSON]:
         inputs: list[JSON] = list(self.inputs)
         extra: dict[str, JSON] = {} if self.extra is None else {"extra": self.extra}
+        extra |= {"long_texts": "refuse"} if self.refuses_long else {}
         return extra | {"kind": "text", "inputs": inputs, "max_length": self.max_length, "tokenizer": self._digest}
 
     def former_recipe(self) -> Mapping[str, JSON]:
@@ -196,68 +201,6 @@ def _words(content: object) -> list[str]:
     if not isinstance(content, list) or not all(isinstance(word, str) for word in content):
         raise BadSampleError(f"content is {type(content).__name__}; tagging expects a list of words")
     return content
-
-
-PREPROCESS: Mapping[str, type[TextPreprocess]] = {"tokens": WordPreprocess, "span": SpanPreprocess}
-"""Preprocessing by the kind of the head; other heads take whole texts."""
-
-
-def load_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a directory (of a package, too) or hub repository; raises ConfigError without one."""
-    if source.startswith(PACKAGE):
-        source = str(locate(source, "preprocess.tokenizer"))
-    try:
-        usual = {"trust_remote_code": False, "local_files_only": Path(source).is_dir()}
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **usual | arguments)
-    except (OSError, ValueError, ImportError) as error:
-        remedy = "set preprocess.tokenizer"
-        raise ConfigError(f"no tokenizer can be loaded from {source} ({first_line(error)}); {remedy}") from error
-    return tokenizer
-
-
-def make_text_preprocess(
-    config: PreprocessConfig,
-    model: nn.Module,
-    head: Head,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    positions: int | None = None,
-) -> TextPreprocess:
-    """Return the preprocessing of texts for `model`, with the tokenizer of `config` unless one is given.
-
-    `head` decides the kind of content: one or two texts, words (tokens), a question and a text (span). `positions` is
-    the maximum number of tokens of the network, if known.
-    """
-    if tokenizer is None:
-        if config.tokenizer is None:
-            raise ConfigError("preprocess.tokenizer is not set; the backbone brings none; set a directory or hub name")
-        tokenizer = load_tokenizer(config.tokenizer)
-    accepted = inspect.signature(model.forward).parameters
-    inputs = tuple(name for name in tokenizer.model_input_names if name in accepted)
-    if not inputs:
-        raise ConfigError(f"{type(model).__name__}.forward takes none of {', '.join(tokenizer.model_input_names)}")
-    if head.kind in PREPROCESS and not tokenizer.is_fast:
-        raise ConfigError(
-            f"{type(tokenizer).__name__} does not tell what its tokens stand for, which the task needs; set "
-            "preprocess.tokenizer to the directory of a fast one (with a tokenizer.json)"
-        )
-    make = PREPROCESS.get(head.kind, TextPreprocess)
-    return make(tokenizer, longest_input(config.max_length, tokenizer, positions), inputs)
-
-
-def longest_input(requested: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int:
-    """Return the maximum length in tokens: the `requested` one, or that of the tokenizer.
-
-    Raises ConfigError if neither is known, or more were requested than the network has positions.
-    """
-    stated = tokenizer.model_max_length if tokenizer.model_max_length < UNBOUNDED else None
-    length = requested or stated
-    if length is None:
-        raise ConfigError(f"preprocess.max_length is not set and the tokenizer states none; set it (up to {positions})")
-    if positions is not None and length > positions:
-        if requested is None:
-            return positions
-        raise ConfigError(f"preprocess.max_length is {length}; the backbone has {positions} positions; set fewer")
-    return int(length)
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -25,6 +25,7 @@ def contradictions(
         *_of_store(encode),
         *_of_views(encode, train, is_augmented),
         *_of_batches(data, task, train),
+        *_of_texts(data, task),
         *_of_towers(data, task, towers),
     ]
 
@@ -77,6 +78,26 @@ def _of_batches(data: DataConfig, task: TaskConfig, train: TrainConfig) -> list[
     if data.source == "pairs" and choose("loss", task.loss, task.distance).compares != "pairs":
         faults.append(f"task.loss is {task.loss!r}, which needs labels; for pairs set another loss")
     return faults
+
+
+def _of_texts(data: DataConfig, task: TaskConfig) -> list[str]:
+    """Return where the samples of a source are of no use to the task."""
+    if is_function(task.kind) or is_function(data.source):
+        return []
+    if task.kind == "preference":
+        needs = "task preference needs two answers; set data.chosen and data.rejected of source completions or chat"
+        return [f"data.chosen is not set; {needs}"] if data.chosen is None else []
+    if data.chosen is not None:
+        return [f"data.chosen is {data.chosen!r}, for task preference; set task.kind to it, or remove the field"]
+    return [] if task.kind == "lm" else _of_labelled_texts(data, task)
+
+
+def _of_labelled_texts(data: DataConfig, task: TaskConfig) -> list[str]:
+    if data.source in ("completions", "chat"):
+        return [f"data.source is {data.source!r}, for language models; set task.kind to lm, or another source"]
+    if data.source == "text" and data.labelled and data.label is None:
+        return [f"data.label is not set; task {task.kind} needs it; name the field, or set task.kind to lm"]
+    return []
 
 
 def _of_towers(data: DataConfig, task: TaskConfig, towers: TowersConfig) -> list[str]:

@@ -17,6 +17,7 @@ from pipeline.errors import AbsentError, ConfigError, InputRefusedError, ModelEr
 from pipeline.keys import JSON, Recipe
 from pipeline.models import Backbone, Preprocess, load, network_inputs
 from pipeline.models.fingerprint import fingerprint, is_installed, module_fingerprints
+from pipeline.models.language import LanguageModel
 from pipeline.precision import HALF, ComputeFormat, as_inputs, widen
 from pipeline.project import recipe_cache
 from pipeline.project.pretrained_suffix import PretrainedSuffix, SavedSplit, built_modules, write_pretrained_suffix
@@ -222,6 +223,8 @@ class LoadedModel:
                 f"train.gradient_checkpointing is true, and after the cut {suffix.cut} there is no block that can be "
                 "computed again; set it to false"
             )
+        if isinstance(backbone.model, LanguageModel):
+            log.info("cut %s: %s", suffix.cut, backbone.model.training_note(suffix))
         return suffix
 
     def stored_batch(self, store: Views, rows: np.ndarray) -> Batch:

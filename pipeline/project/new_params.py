@@ -30,7 +30,7 @@ _COMMENTS = {
     "data": {"validation": "share held out where the data set has no validation split"},
     "model": {"backbone": "or torchvision:NAME, timm:NAME, hf:DIRECTORY, hf:HUB/NAME, module:function"},
     "preprocess": {"max_length": "tokens; longer texts are truncated"},
-    "task": {"kind": "or classification, multi-label, regression, similarity, tagging, answers"},
+    "task": {"kind": "or classification, multi-label, regression, similarity, tagging, answers, lm"},
     "encode": {"cuts": "shares of the blocks to recycle; add 0, full fine-tuning, to compare; 1.0: head only"},
     "train": {
         "lr": "of pretrained layers after the cut",

@@ -236,6 +236,7 @@ def _has_own_layers(model: ModelConfig, head: Head) -> bool:
 def _described(model: ModelConfig, head: Head) -> dict[str, JSON]:
     """Return the properties of the head that decide which weights the network has, but for those of `task.layers`."""
     described = {name: getattr(head, name) for name in ("kind", "size", "pooling")}
+    described |= {"untied": True} if head.untied else {}
     if model.library == "function":
         return described | {"layers": list(head.layers)}
     return described | ({NO_CLASSIFIER: True} if head.layers and head.kind != "embedding" else {})

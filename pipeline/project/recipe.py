@@ -10,7 +10,7 @@ from pipeline.keys import JSON, Recipe, digest, tensors_digest
 from pipeline.store import FORMAT, Store
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from pipeline.models.fingerprint import Irrelevant
     from pipeline.split import Prefix
@@ -24,9 +24,11 @@ IRRELEVANT: "Irrelevant" = {
         | {"dtype", "torch_dtype"}  # of the file; networks are built in float32
     ),
     "transformers.PreTrainedModel": frozenset({"name_or_path", "num_labels", "warnings_issued"}),
+    "transformers.GenerationMixin": frozenset({"generation_config"}),  # how texts are written
     "timm": frozenset({"num_classes"}),
     "torchvision": frozenset({"num_classes"}),
     "pipeline.Embedder": frozenset({"layers", "features"}),  # what follows pooling
+    "pipeline.LanguageModel": frozenset({"parts", "on_all"}),  # of the head
 }
 """Attributes, by base class or package, that decide no state: names, paths, versions, and the size of the head."""
 
@@ -50,7 +52,7 @@ def recipe_of(
         modules = module_fingerprints(prefix.model, IRRELEVANT)
     return Recipe(
         format=FORMAT,
-        weights=tensors_digest(prefix.weights()),
+        weights=tensors_digest(_weights(prefix)),
         architecture=digest([[path, modules[path]] for path in _involved(prefix)]),
         cut=str(prefix.cut),
         preprocessing=preprocessing,
@@ -60,6 +62,15 @@ def recipe_of(
     )
 
 
+def _weights(prefix: "Prefix") -> "dict[str, Tensor]":
+    """Return the weights that are read before the cut, whether a language head shares those of the embeddings or not.
+
+    Tied weights are read under all their names.
+    """
+    head = getattr(prefix.model, "head_weight", None)
+    return {name: item for name, item in prefix.weights().items() if name != head}
+
+
 def _involved(prefix: "Prefix") -> Iterator[str]:
     """Yield the paths of the modules that decide the state.
 
@@ -67,7 +78,7 @@ def _involved(prefix: "Prefix") -> Iterator[str]:
     weight that is read there, and all that contain any of them.
     """
     called = [path for path, _ in prefix.modules()]
-    holders = {name.rpartition(".")[0] for name in prefix.weights()}
+    holders = {name.rpartition(".")[0] for name in _weights(prefix)}
     around = {outer for path in (*called, *holders) for outer in _and_outer(path)}
     yield from called
     yield from sorted(around - set(called))

@@ -203,7 +203,7 @@ def _inside(folders: Sequence[Path | None]) -> list[Path] | None:
     """Return the files in `folders`; None where a folder is unknown or empty, or names another network's weights."""
     files: list[Path] = []
     for folder in folders:
-        inside = [] if folder is None else sorted(_walk(folder))
+        inside = [] if folder is None else sorted(_walk(folder)) if folder.is_dir() else [folder]
         if not inside or any(file.name == "adapter_config.json" for file in inside):  # it names another network
             return None
         files += inside
@@ -211,11 +211,11 @@ def _inside(folders: Sequence[Path | None]) -> list[Path] | None:
 
 
 def _folder(name: str) -> Path | None:
-    """The directory that a setting names; None where it names a repository of the hub."""
+    """The directory or the file that a setting names; None where it names a repository of the hub."""
     if name.startswith(PACKAGE):
         return locate(name, "model.backbone")
     folder = Path(name).expanduser()
-    return folder if folder.is_dir() else None
+    return folder if folder.exists() else None
 
 
 def _downloads(model: ModelConfig) -> Path | None:

@@ -89,6 +89,8 @@ class Samples:
             content = source.content(place)
             if source.key(place, content) != key:
                 return Shown(name, problem="changed since it was encoded")
+            if isinstance(content, dict):
+                content = [f"{one.get('role')}: {one.get('content')}" for one in content["messages"]]
             if isinstance(content, str | tuple | list):
                 return Shown(name, texts=_texts(content, marks, longest))
             return self._within(name, picture(content))

@@ -34,6 +34,8 @@ _KINDS = {
     "similarity": "pipeline.tasks.similarity:Similarity",
     "tagging": "pipeline.tasks.tagging:Tagging",
     "answers": "pipeline.tasks.answers:Answers",
+    "lm": "pipeline.tasks.lm:LanguageModelling",
+    "preference": "pipeline.tasks.preference:Preference",
 }
 
 

@@ -87,10 +87,11 @@ class PredictionContext:
 class Head:
     """The head that the network must end in."""
 
-    kind: Literal["classes", "embedding", "tokens", "span"]
+    kind: Literal["classes", "embedding", "tokens", "span", "language"]
     """"classes": logits, or numbers to regress, (B, size), from the architecture's own classifier. "embedding": one
     vector per sample (B, D). "tokens": logits of each token (B, T, size). "span": logits of each token as the first and
-    as the last of a span, (B, 2, T) or an output with `start_logits` and `end_logits`."""
+    as the last of a span, (B, 2, T) or an output with `start_logits` and `end_logits`. "language": the network's own
+    logits of the next token, (B, T, V), from which the loss of each token is computed."""
     size: int | None = None
     """classes, tokens: number of classes."""
     pooling: Pooling | None = None
@@ -102,6 +103,10 @@ class Head:
     before the last linear layer; without, the classifier is the architecture's own."""
     labels: tuple[str, ...] = ()
     """classes, tokens: name of each output, in order; none for numbers to regress."""
+    on_all: bool = False
+    """language: count all tokens, not only those that the network is to write."""
+    untied: bool = False
+    """language: the head has weights of its own, not those of the token embeddings."""
     problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     """classes: the problem type in Hugging Face's configurations."""
 
@@ -114,6 +119,10 @@ class Task(ABC):
     """Name of the score that decides which epoch is best."""
     minimum_units: int = 1
     """Minimum number of units in a training batch for a meaningful loss."""
+    needs_reference: bool = False
+    """Whether the loss compares each sample with what the network gave it before training: see `reference_of`."""
+    reference: np.ndarray | None = None
+    """These figures, (N,) float32 of the rows of the table; set before `prepare`."""
     width: int | None = None
     """Size D of the model's embeddings, if it has any and the size is known: see `of_width`."""
 
@@ -162,6 +171,10 @@ class Task(ABC):
     def loss(self, output: Any, targets: "Mapping[str, Tensor]") -> "Tensor":
         """Return the loss of a batch, a scalar; `output` is whatever the model returns."""
 
+    def reference_of(self, output: Any) -> "Tensor":
+        """Return the figure of each of B samples, (B,), that the loss compares; only where `needs_reference`."""
+        raise NotImplementedError
+
     def linear_target(self, targets: "Mapping[str, Tensor]") -> "Tensor | None":
         """Return what a linear head should tell of a batch: labels (B,), for heads on tokens (B, T), or numbers (B, K),
         (B, T, K).
@@ -198,6 +211,13 @@ class Task(ABC):
         """Return predictions by column for a batch of B outputs; `legend` is that of the run. Default: the output."""
         numbers = read_tensor(output).float().cpu()
         return {"output": numbers.reshape(len(numbers), -1).numpy()}
+
+
+def paired_rows(table: Table, split: str, roles: tuple[str, str]) -> np.ndarray:
+    """Return the rows of a split in pairs, (U, 2) int64, those of the first role first, in the order of the pairs."""
+    rows = np.flatnonzero(table.split == split)
+    pairs, found = table.targets["pair"][rows], table.targets["role"][rows]
+    return np.stack([rows[found == role][np.argsort(pairs[found == role])] for role in roles], axis=1)
 
 
 def column(table: Table, name: str, task: str) -> np.ndarray:

@@ -15,10 +15,12 @@ SCORES = {
     "regression": ("rmse", "mae", "r2", "pearson", "spearman"),
     "tagging": ("f1", "precision", "recall", "accuracy"),
     "answers": ("f1", "exact_match"),
+    "lm": ("loss", "perplexity", "token_accuracy"),
+    "preference": ("loss", "reward_accuracy", "reward_margin"),
 }
 """Scores of each task; the first is the default `monitor`. Those of similarity: `retrieval_scores`."""
 
-LOWER_IS_BETTER = frozenset({"rmse", "mae"})
+LOWER_IS_BETTER = frozenset({"rmse", "mae", "loss", "perplexity"})
 """Scores that are errors."""
 
 REGRESSION_LOSSES = ("mse", "l1", "huber")
@@ -31,9 +33,11 @@ _USED_BY: dict[str, frozenset[str]] = {
     | {"pooling", "layers", "samples_per_label", "precision_at", "monitor", "seed"},
     "tagging": frozenset({"label_smoothing", "layers", "monitor"}),
     "answers": frozenset({"max_answer", "monitor"}),
+    "lm": frozenset({"loss_on", "untie_head", "monitor"}),
+    "preference": frozenset({"loss", "beta", "label_smoothing", "untie_head", "monitor"}),
     "module:function": frozenset({"options"}),
 }
-_DEFAULT_LOSS = {"similarity": "multiple_negatives", "regression": "mse"}
+_DEFAULT_LOSS = {"similarity": "multiple_negatives", "regression": "mse", "preference": "dpo"}
 
 
 def retrieval_scores(precision_at: tuple[int, ...]) -> tuple[str, ...]:
@@ -56,24 +60,37 @@ class TaskConfig(Section):
     kind: str = "classification"
     """"classification" (one label per sample), "multi-label" (any number of labels), "regression" (one number or
     several), "similarity" (an embedding in which matching samples are near: pairs, or samples of one label), "tagging"
-    (a tag per word, for entities), "answers" (the span of a text that answers a question), or "module:function", your
-    own function, which receives this section and returns a `Task`."""
+    (a tag per word, for entities), "answers" (the span of a text that answers a question), "lm" (the next token, by a
+    language model), "preference" (the better of two answers, by a language model), or "module:function", your own
+    function, which receives this section and returns a `Task`."""
     monitor: str | None = None
     """Validation score that selects the best epoch. classification: accuracy (default) or macro_f1; multi-label:
     average_precision (default), micro_f1 or macro_f1; regression: rmse (default), mae, r2, pearson or spearman, of
     which the first two are better when lower; similarity: precision_at_1 (default; or another k of `precision_at`),
     reciprocal_rank or r_precision; tagging: f1 of entities (default), precision, recall, or accuracy of tags; answers:
-    f1 of words (default) or exact_match."""
+    f1 of words (default) or exact_match; lm: loss (default) or perplexity, better when lower, or token_accuracy;
+    preference: loss (default, better when lower), reward_accuracy or reward_margin."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """classification, tagging: share of each target that is spread over all classes. multi-label: each target moves
-    from 0 or 1 towards one half by this share."""
+    from 0 or 1 towards one half by this share. preference by dpo: share of the pairs that are taken to be the wrong way
+    round."""
     class_weights: Literal["balanced"] | None = None
     """classification, multi-label: "balanced" weights each class as if all were equally frequent in the training split
     (multi-label: as if half of the samples had each label)."""
     max_answer: int = Field(default=30, ge=1)
     """answers: maximum length of a predicted answer, in tokens."""
+    loss_on: Literal["completions", "all"] = "completions"
+    """lm: the tokens that are trained on and scored: "completions" (what the network is to write: of chats, the
+    messages of the assistant; of plain texts, everything) or "all". It changes no state."""
+    beta: float = Field(default=0.1, gt=0)
+    """preference: dpo, ipo: weight of staying near the network before training; orpo: weight of the preference."""
+    untie_head: bool = False
+    """lm, preference: give the head weights of its own where the network shares them with the token embeddings. Where
+    layers are recycled, shared weights are frozen, the head's too; its own ones train."""
     loss: str = Field(default_factory=lambda settings: _DEFAULT_LOSS.get(settings.get("kind", ""), ""))
-    """regression: "mse" (default), "l1" or "huber", on standardised numbers. similarity: a loss of
+    """regression: "mse" (default), "l1" or "huber", on standardised numbers. preference: "dpo" (default,
+    arXiv:2305.18290), "ipo" (arXiv:2310.12036), or "orpo" (arXiv:2403.07691), which also trains on the better answers
+    and needs no reference. similarity: a loss of
     pytorch-metric-learning. For pairs and labels: "multiple_negatives" (default: the rest of the batch are the
     negatives; also called "ntxent"), "contrastive", "online_contrastive" (only pairs harder than the hardest of the
     other kind), "triplet_margin", "multi_similarity", "circle", "supcon". For labels: "fastap", and, with trained

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, TrainError
-from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column
+from pipeline.tasks.base import Column, Head, Kind, PredictionContext, Table, Task, column, paired_rows
 from pipeline.tasks.config import TaskConfig, retrieval_scores
 from pipeline.tasks.heads import last_width
 from pipeline.tasks.losses import Memory, choose, make_loss, make_miner
@@ -99,9 +99,7 @@ class Similarity(Task):
     def units(self, table: Table, split: str, *, seed: int = 0, epoch: int = 0) -> np.ndarray | list[np.ndarray]:
         rows = np.flatnonzero(table.split == split)
         if _is_pairs(table):
-            pairs, roles = table.targets["pair"][rows], table.targets["role"][rows]
-            anchors, positives = (rows[roles == role][np.argsort(pairs[roles == role])] for role in ROLES)
-            return np.stack([anchors, positives], axis=1)
+            return paired_rows(table, split, ROLES)
         if split != "train":
             return rows
         return draw_groups(rows, self._names(table)[rows], self.config.samples_per_label, seed=seed, epoch=epoch)

@@ -27,6 +27,7 @@ from pipeline.project import Project
 from pipeline.runs.finished import FinishedRun, has_states, open_run, towers_of
 from pipeline.runs.input_states import InputStates, stored_batches, temporary_states
 from pipeline.runs.record import read_run
+from pipeline.runs.reference import read_reference
 from pipeline.runs.scored_samples import ScoredSamples, input_samples, own_samples
 from pipeline.split import merge
 from pipeline.tasks import Prepared, Task, read_tensor
@@ -83,6 +84,13 @@ def evaluate_run(
     all_stored = not samples.is_new or all(has_states(project, name, *one) for one in wanted.items())
     towers = [open_run(project, name, role, suffix_only=all_stored and not live) for role in roles]
     task, bad = towers[0].loaded.task, dict[int, BadSample]()
+    if task.needs_reference:
+        task.reference = read_reference(project.run_path(name), samples.table.keys)
+        if np.isnan(task.reference[samples.rows]).any():
+            raise DataError(
+                f"run {name} on {samples.data}: the run keeps what the untrained network gave its own samples, which "
+                "these are not; evaluate a split of the project"
+            )
     targets = _numbered(task, samples, towers[0].legend, name)
     cached, count = _scores(task, samples, targets, _cached(project, towers, samples, bad))
     found, _ = _scores(task, samples, targets, _live(towers, samples, bad)) if live else ({}, 0)

@@ -119,8 +119,9 @@ def _proposed(data: Path, task: str | None, backbone: str | None, choices: Choic
     proposal = propose(data)
     task = task or choices.choose("task", [proposal.task])
     if backbone is None:
-        found = {model["backbone"]: model for model in installed_backbones(proposal.content)}
-        backbone = choices.choose("backbone", list(found) or [DEFAULTS[proposal.content]])
+        content = "language" if task == "lm" else proposal.content
+        found = {model["backbone"]: model for model in installed_backbones(content)}
+        backbone = choices.choose("backbone", list(found) or [DEFAULTS[content]])
         return propose_params(proposal, task, found.get(backbone, {"backbone": backbone}))
     return propose_params(proposal, task, {"backbone": backbone})
 

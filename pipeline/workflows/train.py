@@ -32,6 +32,7 @@ from pipeline.project.towers import (
 from pipeline.runs import record
 from pipeline.runs.planned import PlannedRun
 from pipeline.runs.record import Run
+from pipeline.runs.reference import compute_reference, write_reference
 from pipeline.store import Store
 from pipeline.tasks import open_task
 from pipeline.train import processes
@@ -172,14 +173,17 @@ def _train(
     suffix, (training, validation, test) = open_suffix(opened, towers, train, accelerator.device)
     if train.compile:
         suffix.compile()
+    task = towers[0].loaded.task
     if accelerator.is_main_process:
         shutil.rmtree(run.folder, ignore_errors=True)
+        if task.reference is not None:
+            write_reference(run.folder, opened.table.keys, task.reference)
     else:
         for tower in towers:
             tower.loaded.backbone.model.to("meta")  # the suffix has its own weights, the main process keeps the others
     result = fit(
         suffix,
-        towers[0].loaded.task,
+        task,
         training,
         validation,
         train,
@@ -190,7 +194,6 @@ def _train(
         weights=plain_weights if train.adapter else nn.Module.state_dict,
         test=partial(_test_scores, towers, test, accelerator),
     )
-    task = towers[0].loaded.task
     collector = task.review(opened.table)
     if collector is None:
         return result, {}
@@ -212,6 +215,11 @@ def open_suffix(
 def _open_batches(
     opened: OpenCut, towers: Sequence[Tower], suffix: nn.Module, device: torch.device
 ) -> list[Loader | TowerLoader]:
+    for tower in towers[:1]:
+        if tower.loaded.task.needs_reference:
+            rows, reference = tower.rows, np.full(len(opened.table), np.nan, np.float32)
+            reference[rows if opened.sample is None else opened.sample[rows]] = compute_reference(tower, suffix, device)
+            tower.loaded.task.reference = reference
     table = opened.table if opened.sample is None else opened.table.of(opened.sample)
     minimum = minimum_units(towers, suffix, table, device, opened.trains_on_one)
     return open_loaders(towers, opened.table, device, minimum=minimum, feeds=opened.feeds, sample=opened.sample)

@@ -73,6 +73,10 @@ CASES = {
                               {"anchor": "Question", "positive": "Answer"}),
     "words and tags": ("a.jsonl", as_lines([{"tokens": ["one", "two"], "ner": ["O", "B-X"]}] * 9), "tagged", "tagging",
                        {"words": "tokens", "tags": "ner"}),
+    "chats": ("a.jsonl", as_lines([{"messages": [{"role": "user", "content": "hi"}], "id": 3}] * 9), "chat", "lm",
+              {"messages": "messages"}),
+    "prompts and completions": ("a.jsonl", as_lines(pairs(prompt="a", completion="b")), "completions", "lm",
+                                {"prompt": "prompt", "completion": "completion"}),
     "CoNLL": ("a.conll", CONLL * 9, "conll", "tagging", {}),
     "CoNLL with tabs": ("a.tsv", CONLL.replace(" ", "\t") * 9, "conll", "tagging", {}),
     "SQuAD": ("a.json", json.dumps(SQUAD), "squad", "answers", {}),
@@ -160,7 +164,6 @@ def test_long_texts_are_measured(tmp_path: Path) -> None:
     ("files", "said"),
     [
         ({"a.csv": as_csv(texts(label=["same"]))}, "has the fields text, label; none of them looks like"),
-        ({"a.jsonl": as_lines([{"messages": [{"role": "user", "content": "hi"}]}] * 9)}, "chat messages is not supp"),
         ({"a.txt": "just a text"}, "is no table"),
         ({"a.txt": "one", "b.txt": "two"}, "it has 2 .txt; name one file"),
         ({}, "it has no files"),

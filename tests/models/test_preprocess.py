@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.errors import BadSampleError, ConfigError
 from pipeline.models import Preprocess, PreprocessConfig
 from pipeline.models.backbone import ArrayPreprocess
-from pipeline.models.texts import SpanPreprocess, TextPreprocess, WordPreprocess, load_tokenizer, longest_input
+from pipeline.models.texts import SpanPreprocess, TextPreprocess, WordPreprocess
+from pipeline.models.tokenization import load_tokenizer, longest_input
 
 
 class TestArrays(PreprocessContract):
