@@ -30,7 +30,7 @@ TINY = {
         2,
         r"px +1\.0 \w+(?:, [\w-]+)* +(N) +(N) +(N) +(N) +(N) +(N)$",
     ),
-    "codecs": ("--networks EfficientNet --samples 4 --cuts 0.5", 30, r"^(N)  (N)  \S+"),
+    "rounding": ("--networks EfficientNet --samples 4 --cuts 0.5", 30, r"^(N)  (N)  \S+"),
     "epoch": ("{project} --steps 1 --rounds 1", 1, r"^ +0\.5 +(N) +(N) +(N) +(N) +(N)$"),
     "executors": (
         "--samples 128 --executor {{}} --executor {{}}",

