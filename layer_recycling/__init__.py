@@ -1,0 +1,40 @@
+"""Layer recycling in your own training loop: run the frozen layers once per sample, and train the rest from a store.
+
+`split` a network, `encode` a data set into a store, train the suffix from `store.dataset()` or `store.loader()` by any
+loop or framework, and `merge` it into the network: docs/library.md.
+"""
+
+from pipeline.errors import (
+    CorruptStoreError,
+    DataError,
+    MissingKeysError,
+    RecyclingError,
+    SplitError,
+    StaleStoreError,
+    StoreError,
+)
+from pipeline.library.encode import encode
+from pipeline.library.recipe import split
+from pipeline.library.store import StateDataset, StateLoader, StateStore, open_store
+from pipeline.split import Candidate, Prefix, Suffix, candidates, merge
+
+__all__ = [
+    "Candidate",
+    "CorruptStoreError",
+    "DataError",
+    "MissingKeysError",
+    "Prefix",
+    "RecyclingError",
+    "SplitError",
+    "StaleStoreError",
+    "StateDataset",
+    "StateLoader",
+    "StateStore",
+    "StoreError",
+    "Suffix",
+    "candidates",
+    "encode",
+    "merge",
+    "open_store",
+    "split",
+]
