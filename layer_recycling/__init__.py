@@ -14,6 +14,7 @@ from pipeline.errors import (
     StoreError,
 )
 from pipeline.library.encode import encode
+from pipeline.library.project import OpenProject, open_project
 from pipeline.library.recipe import split
 from pipeline.library.store import StateDataset, StateLoader, StateStore, open_store
 from pipeline.split import Candidate, Prefix, Suffix, candidates, merge
@@ -23,6 +24,7 @@ __all__ = [
     "CorruptStoreError",
     "DataError",
     "MissingKeysError",
+    "OpenProject",
     "Prefix",
     "RecyclingError",
     "SplitError",
@@ -35,6 +37,7 @@ __all__ = [
     "candidates",
     "encode",
     "merge",
+    "open_project",
     "open_store",
     "split",
 ]

@@ -102,7 +102,7 @@ class Column:
     def take(self, rows: np.ndarray, fill: float | None = None) -> Any:
         """Return the values of `rows` (B,) as `batch_of` does: a tensor (B, ...), padded on the right, or a list."""
         if self.shapes is None and isinstance(self.values, Tensor):
-            return self.values[torch.from_numpy(rows)]
+            return self.values.index_select(0, torch.from_numpy(rows))
         return batch_of([self[row] for row in rows.tolist()], fill)
 
     @cached_property

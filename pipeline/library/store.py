@@ -19,7 +19,17 @@ from pipeline.library.recipe import check_network
 from pipeline.library.table import ItemTable, find_split, table_path
 from pipeline.split import Prefix
 from pipeline.split.inputs import ExampleInputs
-from pipeline.store import CODECS, INPUT_PREFIX, SHAPE_PREFIX, STATE_PREFIX, Reader, Rows, SegmentCache, Store
+from pipeline.store import (
+    CODECS,
+    EXTRA_PREFIX,
+    INPUT_PREFIX,
+    SHAPE_PREFIX,
+    STATE_PREFIX,
+    Reader,
+    Rows,
+    SegmentCache,
+    Store,
+)
 from pipeline.train import order, processes
 from pipeline.train.config import Residency
 from pipeline.train.loader import Loader, StoredRows, choose_source
@@ -44,7 +54,10 @@ class StateStore:
         """Use `encode`, `open_store` or `open_project`."""
         self.path, self.table, self.places = path, table, places
         self._open_reader, self._inputs = reader, inputs
-        self._pad = {f"{INPUT_PREFIX}{name}": value for name, value in table.fills.items()}
+        self._pad = {
+            name if name.startswith(EXTRA_PREFIX) else f"{INPUT_PREFIX}{name}": value
+            for name, value in table.fills.items()
+        }
 
     @classmethod
     def open(cls, store: Store, split: str, inputs: ExampleInputs) -> "StateStore":
@@ -71,7 +84,7 @@ class StateStore:
     def collate(self, items: "Sequence[Mapping[str, Any]] | ItemBatch") -> dict[str, Any]:
         """Return items as one batch, {"state": {name: (B, ...)}, other fields}, padded on the right."""
         if isinstance(items, ItemBatch):
-            return self.batch(items.rows)
+            return items.dataset.store.batch(items.rows)  # one collate_fn may serve several splits
         fills = self.table.fills
         states = {name: batch_of([item["state"][name] for item in items], 0) for name in items[0]["state"]}
         inputs = self._inputs.read
@@ -89,12 +102,13 @@ class StateStore:
         tensors = self._reader.gather(places[by_place], self._pad)
         if (by_place[:-1] > by_place[1:]).any():
             back = torch.from_numpy(np.argsort(by_place))
-            tensors = {name: tensor[back] for name, tensor in tensors.items()}
+            tensors = {name: tensor.index_select(0, back) for name, tensor in tensors.items()}
         return self.as_batch(tensors, rows)
 
     def as_batch(self, tensors: Mapping[str, Tensor], rows: np.ndarray) -> dict[str, Any]:
         """Return what the segments hold of the items at `rows` (B,) int64 with their other fields."""
         batch: dict[str, Any] = {"state": _with_prefix(tensors, STATE_PREFIX), **_with_prefix(tensors, INPUT_PREFIX)}
+        batch |= _with_prefix(tensors, EXTRA_PREFIX)
         for name, shapes in _with_prefix(tensors, SHAPE_PREFIX).items():
             shape = tuple(shapes.amax(0).tolist())
             if self.is_needed(name, shape):
@@ -167,7 +181,8 @@ class StateDataset(Dataset[dict[str, Any]]):
         row = self.rows[[index]]
         tensors = self.store._reader.gather(self.store.places[row])
         item: dict[str, Any] = {"state": {name: one[0] for name, one in _with_prefix(tensors, STATE_PREFIX).items()}}
-        item |= {name: one[0] for name, one in _with_prefix(tensors, INPUT_PREFIX).items()}
+        for prefix in (INPUT_PREFIX, EXTRA_PREFIX):
+            item |= {name: one[0] for name, one in _with_prefix(tensors, prefix).items()}
         for name, shapes in _with_prefix(tensors, SHAPE_PREFIX).items():
             if self.store.is_needed(name, shape := tuple(shapes[0].tolist())):
                 item[name] = torch.zeros(()).expand(shape)
@@ -228,7 +243,12 @@ class StateLoader:
                 for name, item in batch.inputs.items()
                 if not item.is_floating_point() or self._store.is_needed(name, tuple(item.shape[1:]))
             }
-            yield {"state": batch.state, **inputs, **{name: self._moved(value) for name, value in fields.items()}}
+            yield {
+                "state": batch.state,
+                **inputs,
+                **batch.targets,
+                **{name: self._moved(value) for name, value in fields.items()},
+            }
 
     def _moved(self, value: Any) -> Any:
         return value.to(self._loader.device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -229,6 +229,10 @@ def test_splits_share_states_and_are_named(tmp_path: Path) -> None:
     lr.encode(items[:12], prefix, tmp_path)
     lr.encode(items[12:], prefix, tmp_path, split="validation")
     assert [len(lr.open_store(tmp_path, prefix, split)) for split in ("train", "validation")] == [12, 8]
+    held_out = lr.open_store(tmp_path, prefix, "validation").dataset()
+    one_for_all = lr.open_store(tmp_path, prefix, "train").collate
+    batch = next(iter(DataLoader(held_out, 8, collate_fn=one_for_all)))
+    assert batch["1"].tolist() == [label for _, label in items[12:]]
     with pytest.raises(lr.StoreError, match="train, validation"):
         lr.open_store(tmp_path, prefix)
     with pytest.raises(lr.RecyclingError, match="split"):
