@@ -16,6 +16,7 @@ from pipeline.errors import (
 from pipeline.library.encode import encode
 from pipeline.library.project import OpenProject, open_project
 from pipeline.library.recipe import split
+from pipeline.library.states import export_states, open_states
 from pipeline.library.store import StateDataset, StateLoader, StateStore, open_store
 from pipeline.split import Candidate, Prefix, Suffix, candidates, merge
 
@@ -36,8 +37,10 @@ __all__ = [
     "Suffix",
     "candidates",
     "encode",
+    "export_states",
     "merge",
     "open_project",
+    "open_states",
     "open_store",
     "split",
 ]

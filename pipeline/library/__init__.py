@@ -6,5 +6,6 @@ items.py    items of any data set -> inputs of the prefix, keys and fields
 table.py    the items of one data set in a store
 store.py    items with their states: data sets, batches, loaders
 project.py  the stores of a project, in the same form
+states.py   states without a network, and files of them
 encode.py   the flow: data set -> store
 """

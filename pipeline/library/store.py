@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MissingKeysError, first_few
 from pipeline.library.fields import batch_of
 from pipeline.library.recipe import check_network
 from pipeline.library.table import ItemTable, find_split, table_path
@@ -73,6 +73,11 @@ class StateStore:
         return len(self.table.keys)
 
     @property
+    def keys(self) -> list[str]:
+        """The keys of the items, in hex."""
+        return [key.tobytes().hex() for key in self.table.keys]
+
+    @property
     def bad(self) -> Mapping[int, str]:
         """Why items of the data set are not here, by their numbers."""
         return self.table.bad
@@ -94,6 +99,13 @@ class StateStore:
             if name != "state"
         }
         return {"state": states, **others}
+
+    def of_keys(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Return the items with these keys, in hex, as one batch; raises MissingKeysError where one is not here."""
+        known = {key: row for row, key in enumerate(self.keys)}
+        if absent := [key for key in keys if key not in known]:
+            raise MissingKeysError(f"{len(absent)} of {len(keys)} keys are not here: {first_few(absent)}; see `keys`")
+        return self.batch(np.array([known[key] for key in keys], np.int64))
 
     def batch(self, rows: np.ndarray) -> dict[str, Any]:
         """Return the items at `rows` (B,) int64 as one batch, in their order."""

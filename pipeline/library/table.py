@@ -65,9 +65,14 @@ def table_path(store: Path, split: str) -> Path:
     return store / FOLDER / f"{split}{SUFFIX}"
 
 
+def splits_of(store: Path) -> list[str]:
+    """Return the names of the data sets whose items the store has, sorted."""
+    return sorted(path.stem for path in (store / FOLDER).glob(f"*{SUFFIX}") if not path.name.startswith("."))
+
+
 def find_split(store: Path, split: str | None) -> str:
     """Return `split` if the store has it, or the only one that it has; raises StoreError, which names those there."""
-    known = sorted(path.stem for path in (store / FOLDER).glob(f"*{SUFFIX}") if not path.name.startswith("."))
+    known = splits_of(store)
     if split in known or (split is None and len(known) == 1):
         return split or known[0]
     if not known:
