@@ -13,6 +13,7 @@ from pipeline.errors import (
     StaleStoreError,
     StoreError,
 )
+from pipeline.library.adopt import adopt
 from pipeline.library.encode import encode
 from pipeline.library.project import OpenProject, open_project
 from pipeline.library.recipe import split
@@ -35,6 +36,7 @@ __all__ = [
     "StateStore",
     "StoreError",
     "Suffix",
+    "adopt",
     "candidates",
     "encode",
     "export_states",

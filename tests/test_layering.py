@@ -12,6 +12,7 @@ FLOORS = [
     {"layer_recycling"},
     {"stages.cli"},
     {
+        "stages.adopt",
         "stages.encode",
         "stages.train",
         "stages.report",

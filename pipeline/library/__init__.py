@@ -7,5 +7,7 @@ table.py    the items of one data set in a store
 store.py    items with their states: data sets, batches, loaders
 project.py  the stores of a project, in the same form
 states.py   states without a network, and files of them
+features.py features that another program wrote
+adopt.py    such features -> a store
 encode.py   the flow: data set -> store
 """

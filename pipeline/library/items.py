@@ -49,7 +49,7 @@ class ItemReader:
         if "state" in named:
             raise BadSampleError("has a field 'state', which is the name of the state; rename it in collate_fn")
         inputs = {name: named.pop(name) for name in self.names}
-        content = ["key", self.key(raw)] if self.key else {name: _content(item) for name, item in inputs.items()}
+        content = ["key", self.key(raw)] if self.key else {name: tensor_content(item) for name, item in inputs.items()}
         return Item(content_key(content), inputs, named)
 
     def named(self, raw: Any) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _value(value: Any) -> Any:
     return value
 
 
-def _content(item: Tensor) -> Content:
+def tensor_content(item: Tensor) -> Content:
     """Return a tensor as `content_key` takes it."""
     if item.dtype == torch.bfloat16:
         return ["bfloat16", item.contiguous().view(torch.int16).numpy()]
