@@ -72,7 +72,8 @@ def adopt(
 
 def _ids(found: Features, ids: str | Sequence[str | int] | None) -> list[str | int]:
     if isinstance(ids, str) and ids in found.arrays:
-        names = [value.item() if isinstance(value, Tensor) else value for value in found.arrays[ids](0, found.count)]
+        read = found.arrays[ids](0, found.count)
+        names: list[Any] = [value.item() if isinstance(value, Tensor) else value for value in read]
     else:
         names = list(ids if ids is not None and not isinstance(ids, str) else found.names or [])
     if len(names) != found.count:

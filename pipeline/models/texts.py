@@ -3,7 +3,6 @@
 import copy
 import inspect
 import itertools
-import json
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from pipeline.files import PACKAGE, locate
 from pipeline.keys import JSON, digest
 from pipeline.models.backbone import EXTRA, Preprocess
 from pipeline.models.config import PreprocessConfig
-from pipeline.models.fingerprint import fingerprint
+from pipeline.models.fingerprint import fingerprint, tokenizer_state
 from pipeline.tasks.base import Head
 
 PROBE_TEXTS = (
@@ -49,7 +48,9 @@ class TextPreprocess(Preprocess):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, inputs: tuple[str, ...]) -> None:
         self.tokenizer, self.max_length, self.inputs = tokenizer, max_length, inputs
         own = {name: value for name, value in vars(tokenizer).items() if name not in (*IRRELEVANT, "_tokenizer")}
-        self._digest = fingerprint([type(tokenizer), own, _backend(tokenizer) if tokenizer.is_fast else None])
+        self._digest = fingerprint(
+            [type(tokenizer), own, tokenizer_state(tokenizer.backend_tokenizer) if tokenizer.is_fast else None]
+        )
 
     def __call__(self, content: object) -> dict[str, Tensor]:
         return self.begin_alike([content])[0]
@@ -108,7 +109,7 @@ class TextPreprocess(Preprocess):
 
     def former_recipe(self) -> Mapping[str, JSON]:
         if self.tokenizer.is_fast:
-            return {**self.recipe(), "tokenizer": digest(_backend(self.tokenizer))}
+            return {**self.recipe(), "tokenizer": digest(tokenizer_state(self.tokenizer.backend_tokenizer))}
         vocabulary: dict[str, JSON] = dict(self.tokenizer.get_vocab())
         former = digest({"class": type(self.tokenizer).__name__, "vocabulary": vocabulary})
         return {**self.recipe(), "tokenizer": former}
@@ -258,12 +259,6 @@ def longest_input(requested: int | None, tokenizer: PreTrainedTokenizerBase, pos
             return positions
         raise ConfigError(f"preprocess.max_length is {length}; the backbone has {positions} positions; set fewer")
     return int(length)
-
-
-def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the state of a fast tokenizer without truncation and padding, which its last call set."""
-    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    return state | {"truncation": None, "padding": None}
 
 
 def first_line(error: Exception) -> str:

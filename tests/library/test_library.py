@@ -6,13 +6,14 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny
 import torch
 from networks import CASES, SHAPE, Case, Items, loss_of, pad_texts
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 import layer_recycling as lr
 
@@ -271,3 +272,33 @@ def test_labels_in_floating_point_keep_their_values_and_stay_out_of_the_state(tm
     store = lr.encode(items, prefix, tmp_path, collate_fn=pad_texts, dtype="float32")
     found = suffix.eval()(**store.collate(store.dataset().__getitems__(range(4))))
     torch.testing.assert_close(found.loss, model(**batch).loss)
+
+
+def test_a_hugging_face_data_set_with_its_collator_is_encoded_once_and_found_again(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["one", "two three", "good bad good two", "bad", "three three three one bad", "two"]
+    tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    columns = {**tokenizer(words), "labels": [0, 1, 2, 0, 1, 2]}
+    dataset, collator = datasets.Dataset.from_dict(columns), DataCollatorWithPadding(tokenizer)
+    model = BertForSequenceClassification.from_pretrained(text_folder)
+    prefix, suffix = lr.split(model, 0.5, dict(collator([dataset[i] for i in range(4)])))
+    lr.encode(dataset, prefix, tmp_path / "states", collate_fn=collator, dtype="float32")
+    tokenizer(words, padding="max_length", truncation=True, max_length=5)  # leaves its settings in the tokenizer
+    ran = tiny.count_forwards(monkeypatch)
+    store = lr.encode(dataset, prefix, tmp_path / "states", collate_fn=collator, dtype="float32")
+    assert not ran
+    batch = store.collate(store.dataset().__getitems__(range(6)))
+    expected = model.eval()(**collator([dataset[i] for i in range(6)]))
+    torch.testing.assert_close(suffix.eval()(**batch).loss, expected.loss)
+    other = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    with pytest.raises(lr.StaleStoreError, match="collate_fn"):
+        lr.open_store(tmp_path / "states", prefix, collate_fn=other)
+
+
+def test_states_do_not_depend_on_the_caller_s_autocast(tmp_path: Path) -> None:
+    prefix, _, items = resnet(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        store = lr.encode(items, prefix, tmp_path, dtype="float32")
+    batch = store.collate(store.dataset().__getitems__(range(20)))
+    torch.testing.assert_close(batch["state"], prefix(torch.stack([x for x, _ in items])), rtol=0, atol=1e-5)
