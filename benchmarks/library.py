@@ -28,7 +28,7 @@ from pipeline.train.loader import Loader, StoredRows
 def main() -> None:
     """Print a line per way to read, for states of three sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     source = digits(options.samples)
