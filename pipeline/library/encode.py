@@ -132,6 +132,7 @@ class _Run:
     bad: list[BadSample] = field(default_factory=list)
     bad_keys: dict[bytes, BadSample] = field(default_factory=dict)
     fills: dict[str, float] = field(default_factory=dict)
+    shapes: dict[str, set[tuple[int, ...] | None]] = field(default_factory=dict)
     seen: set[bytes] = field(default_factory=set)
     encoded: int = 0
 
@@ -154,6 +155,8 @@ class _Run:
             return
         if not self.fills:
             self._find_padding(window)
+        for name, column in window.inputs.items():
+            self.shapes.setdefault(name, set()).add(column.shape)
         units = self._lacking(window)
         if units:
             self._encode(window, units)
@@ -179,7 +182,9 @@ class _Run:
             raise DataError(f"no item can be encoded: {summary(self.bad) if self.bad else 'the data set is empty'}")
         log.info("%d items encoded, %d were there", self.encoded, len(KeySet(keys)) - self.encoded)
         bad = {sample.row: sample.reason for sample in sorted(self.bad, key=lambda sample: sample.row)}
-        ItemTable(keys, index, join_columns(self.fields), bad, self.fills).write(where, self.store.recipe.digest)
+        shapes = {name: shape for name, (shape, *others) in self.shapes.items() if shape is not None and not others}
+        table = ItemTable(keys, index, join_columns(self.fields), bad, self.fills, shapes)
+        table.write(where, self.store.recipe.digest)
 
     def _find_padding(self, window: Window) -> None:
         """Look at how `collate_fn` pads the shortest and the longest of some items of unequal lengths."""

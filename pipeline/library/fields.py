@@ -70,6 +70,11 @@ class Column:
         return cls(torch.cat([tensor.reshape(-1) for tensor in _alike(tensors)]), torch.cat(shapes))
 
     @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of every item; None where shapes differ, or items are no tensors."""
+        return tuple(self.values.shape[1:]) if isinstance(self.values, Tensor) and self.shapes is None else None
+
+    @property
     def axes(self) -> int | None:
         """Number of axes of an item; None where items are no tensors."""
         if not isinstance(self.values, Tensor):

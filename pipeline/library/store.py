@@ -111,10 +111,7 @@ class StateStore:
         """Return the items at `rows` (B,) int64 as one batch, in their order."""
         places = self.places[rows]
         by_place = np.argsort(places.codes, kind="stable")
-        tensors = self._reader.gather(places[by_place], self._pad)
-        if (by_place[:-1] > by_place[1:]).any():
-            back = torch.from_numpy(np.argsort(by_place))
-            tensors = {name: tensor.index_select(0, back) for name, tensor in tensors.items()}
+        tensors = self._reader.gather(places[by_place], self._pad, into=by_place, without=self._known)
         return self.as_batch(tensors, rows)
 
     def as_batch(self, tensors: Mapping[str, Tensor], rows: np.ndarray) -> dict[str, Any]:
@@ -163,6 +160,12 @@ class StateStore:
             share=(processes.rank(), processes.world()),
         )
         return StateLoader(self, loader)
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        """The tensors that need not be read: shapes that the suffix knows."""
+        shapes = self.table.shapes.items()
+        return frozenset(f"{SHAPE_PREFIX}{name}" for name, shape in shapes if not self.is_needed(name, shape))
 
     @cached_property
     def _reader(self) -> Reader:

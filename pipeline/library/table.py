@@ -27,6 +27,7 @@ class ItemTable:
         index: numbers of the items in the data set, (N,) int64.
         columns: their fields by name.
         bad: why the other items of the data set are not here, by their numbers.
+        shapes: the shape of each input that has one shape in all items.
         fills: what a field or an input is padded with, by name, where a `collate_fn` showed it.
     """
 
@@ -35,12 +36,14 @@ class ItemTable:
     columns: Mapping[str, Column]
     bad: Mapping[int, str] = field(default_factory=dict)
     fills: Mapping[str, float] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def write(self, path: Path, recipe: str) -> None:
         """Write the table, of a store whose recipe has this digest; raises DataError where a field cannot be stored."""
         own = {KEY: Column(torch.from_numpy(self.keys)), INDEX: Column(torch.from_numpy(self.index))}
         bad = {str(number): reason for number, reason in self.bad.items()}
-        write_columns(path, {**self.columns, **own}, {"recipe": recipe, "bad": bad, "fills": dict(self.fills)})
+        about = {"recipe": recipe, "bad": bad, "fills": dict(self.fills), "shapes": dict(self.shapes)}
+        write_columns(path, {**self.columns, **own}, about)
 
     @classmethod
     def read(cls, path: Path, recipe: str) -> "ItemTable":
@@ -49,7 +52,10 @@ class ItemTable:
         try:
             keys, index = (columns.pop(name).values.numpy() for name in (KEY, INDEX))  # type: ignore[union-attr]
             bad = {int(number): str(reason) for number, reason in about["bad"].items()}
-            table = cls(keys, index, columns, bad, {name: float(value) for name, value in about["fills"].items()})
+            fills = {name: float(value) for name, value in about["fills"].items()}
+            table = cls(
+                keys, index, columns, bad, fills, {name: tuple(map(int, one)) for name, one in about["shapes"].items()}
+            )
             sizes = {len(keys), len(index), *map(len, columns.values())}
             if about["recipe"] != recipe or len(sizes) > 1 or keys.shape[1:] != (KEY_BYTES,) or keys.dtype != np.uint8:
                 raise ValueError("another recipe" if about["recipe"] != recipe else f"columns of the lengths {sizes}")
