@@ -31,6 +31,7 @@ class ExampleInputs:
         values: whether the suffix is given the values of all inputs that the prefix does not read.
         declared: names of all arguments of the model's `forward`, in their order.
         required: names of those without a default.
+        is_open: whether it takes further keywords.
     """
 
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class ExampleInputs:
     values: bool = False
     declared: tuple[str, ...] = ()
     required: frozenset[str] = frozenset()
+    is_open: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, args: Args, kwargs: Kwargs, read: Collection[str], *, values: bool) -> Self:
@@ -55,6 +57,7 @@ class ExampleInputs:
             values,
             tuple(named),
             frozenset(one.name for one in found if one.name in named and one.default is one.empty),
+            any(one.kind is one.VAR_KEYWORD for one in found),
         )
 
     def is_placeholder(self, leaf: str, item: Tensor) -> bool:
@@ -75,12 +78,12 @@ class ExampleInputs:
     def for_suffix(self, args: Args, kwargs: Kwargs, state: Mapping[str, Tensor]) -> tuple[Args, Kwargs]:
         """Return the call of the suffix with placeholders for floating-point inputs that only the prefix reads.
 
-        Tensors and lists that the model takes no argument for, fields of a batch that are for others, are left out.
+        Tensors with a batch axis and lists that the model takes no argument for, fields of a batch that are for others,
+        are left out.
         """
         if self.declared:
             known = {*self.declared, *self.specs}
-            others = {name for name, item in kwargs.items() if name not in known and isinstance(item, Tensor | list)}
-            kwargs = {name: item for name, item in kwargs.items() if name not in others}
+            kwargs = {name: item for name, item in kwargs.items() if name in known or not _is_field(item)}
         like = next(iter(state.values()), torch.empty(0))
         floats = {name for name in self.read if self.specs[name].dtype.is_floating_point}
         return self._as_example(args, kwargs, like, frozenset(floats))
@@ -97,3 +100,8 @@ class ExampleInputs:
                 break
             moved.append(named.pop(name))
         return tuple(moved), named
+
+
+def _is_field(item: object) -> bool:
+    """Return whether a value can be a field of a batch, with an entry for each sample."""
+    return item.dim() > 0 if isinstance(item, Tensor) else isinstance(item, list)

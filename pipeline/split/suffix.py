@@ -30,6 +30,9 @@ class Suffix(nn.Module):
         spec: dtype and shape of each tensor of the state.
         root: the copy of the model whose children these are; its `forward` is what runs.
         replay: how `root` gets to the cut.
+        accepts_loss_kwargs: whether the model's `forward` takes further keywords, as the Trainer of transformers asks:
+            then it leaves the scale of a loss over accumulated batches to the model.
+        loss_type: the kind of the model's loss, as transformers names it, which the Trainer asks too; None of others.
     """
 
     root: nn.Module
@@ -56,6 +59,7 @@ class Suffix(nn.Module):
         self._dtypes = {slot.name: slot.spec.dtype for slot in slots}
         self._constants = dict(constants)
         self._written = frozenset(plan.written)
+        self.accepts_loss_kwargs, self.loss_type = plan.inputs.is_open, getattr(model, "loss_type", None)
         self._recycled = [root.get_submodule(path) for path in set(plan.before) - plan.after]
         self.register_load_state_dict_post_hook(_forgive_frozen_counts)  # type: ignore[no-untyped-call]
         self.train(model.training)

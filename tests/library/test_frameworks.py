@@ -72,6 +72,36 @@ class TestTrainerOfALanguageModel(TestTrainer):
     name = "llama"
 
 
+def test_accumulated_batches_count_as_they_do_for_the_full_network(tmp_path: Path) -> None:
+    case, model, example = build("llama")
+    prefix, suffix = lr.split(model, case.at, example)
+    data = Items(case.items())
+    store = lr.encode(data, prefix, tmp_path / "states", collate_fn=case.collate, dtype="float32")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name in suffix.state_dict())
+    sides = {"full": (model, data, case.collate), "suffix": (suffix, store.dataset(), store.collate)}
+    for name, (network, items, collate) in sides.items():
+        arguments = TrainingArguments(
+            str(tmp_path / name),
+            num_train_epochs=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_grad_norm=0.0,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            report_to="none",
+            use_cpu=True,
+            save_strategy="no",
+        )
+        optimizer = torch.optim.SGD([one for one in network.parameters() if one.requires_grad], lr=RATE)
+        constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        InOrder(
+            network, arguments, data_collator=collate, train_dataset=items, optimizers=(optimizer, constant)
+        ).train()
+    for name, value in suffix.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6)
+
+
 class TestLightning(FrameworkContract):
     name = "llama"
 
