@@ -201,6 +201,7 @@ def encode_gated(folder: str, *, killed: bool) -> None:
     lr.encode(Interrupted(items) if killed else items, prefix, folder, dtype="float32")
 
 
+@pytest.mark.slow
 def test_a_killed_encode_continues_and_two_processes_share_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
