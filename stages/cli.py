@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": "stages.evaluate:command",
     "fetch": "stages.fetch:command",
     "store": "stages.store:command",
+    "adopt": "stages.adopt:command",
 }
 
 
@@ -64,6 +65,7 @@ SUMMARIES = {
     "evaluate": "Score a finished run on a split, or on other labelled data; with --live, the full model too.",
     "fetch": "Copy a file out of an installed package, checking its digest.",
     "store": "Look after stores: what they hold, whether it is sound, what can go.",
+    "adopt": "Put features that another program made into a store.",
 }
 
 

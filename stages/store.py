@@ -165,6 +165,21 @@ def error(cuts: tuple[str, ...], count: int, params: Path) -> None:
             click.echo(table(measure(project, cut, count, part.tower)))
 
 
+@command.command("export")
+@click.argument("store", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--format", "form", type=click.Choice(["parquet", "npz", "h5", "safetensors"]), help="Default: by OUT.")
+@click.option("--split", help="A data set of the store, where the library encoded several.")
+@click.option("--samples", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A sample table.")
+def export(store: Path, out: Path, form: str | None, split: str | None, samples: Path | None) -> None:
+    """Write the keys and states of STORE to the file OUT, with the targets of a sample table, if it is given."""
+    from pipeline.library.states import export_states, open_states  # noqa: PLC0415 (torch is slow to import)
+
+    states = open_states(store, split, samples)
+    export_states(states, out, form)
+    click.echo(f"{len(states)} items in {out}")
+
+
 def _dialog(yes: bool = False, dry_run: bool = False) -> Dialog:
     def progress(label: str, unit: str) -> Any:
         return lambda items: tqdm(items, desc=label, unit=unit, disable=None)

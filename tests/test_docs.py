@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from documents import BLOCK, LINK, ROOT, comments, faults, prose, relative
+from torch.utils.data import default_collate
 from transformers import BertConfig, BertForSequenceClassification
 
 from pipeline.project.settings import SECTIONS, Project
@@ -84,17 +85,18 @@ def test_each_file_of_a_flow_calls_the_next(flow: str) -> None:
         assert re.search(definition, (ROOT / following).read_text(encoding="utf-8")), f"{following} lacks {called}"
 
 
-def test_readme_s_python_fine_tunes_what_follows_the_cut() -> None:
+def test_readme_s_python_fine_tunes_what_follows_the_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
     model = BertForSequenceClassification(BertConfig(vocab_size=50, **sizes))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    ids = torch.randint(5, 50, (3, 4, 7))
-    batches = [{"input_ids": one, "attention_mask": torch.ones_like(one), "labels": one[:, 0] % 2} for one in ids]
+    ids = torch.randint(5, 50, (12, 7))
+    dataset = [{"input_ids": one, "attention_mask": torch.ones_like(one), "labels": int(one[0]) % 2} for one in ids]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = [block for language, block in BLOCK.findall(text) if language == "python"]
     assert len(code.splitlines()) <= 12
-    exec(code, {"model": model, "batches": batches, "epochs": 2})
+    exec(code, {"model": model, "dataset": dataset, "batch": default_collate(dataset[:4])})
     moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     layers = {int(number) for name in moved for number in re.findall(r"layer\.(\d+)\.", name)}
     assert layers == {2, 3}

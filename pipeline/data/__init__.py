@@ -12,7 +12,7 @@ from pipeline.data.proposal import DataProposal
 from pipeline.data.propose import propose
 from pipeline.data.source import SPLITS, Content, Row, Source, Stamp, in_role, role_of, rows_in_role, with_keys
 from pipeline.data.squad import open_squad
-from pipeline.data.table import SampleTable, build, remarks
+from pipeline.data.table import SampleTable, build, remarks, write_table
 from pipeline.data.tagged import open_conll, open_tagged
 from pipeline.data.vision import open_torchvision
 from pipeline.errors import ConfigError
@@ -26,6 +26,7 @@ __all__ = [
     "DataProposal",
     "Row",
     "SampleTable",
+    "write_table",
     "Source",
     "Stamp",
     "build",

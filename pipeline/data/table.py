@@ -7,10 +7,10 @@ files.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -124,6 +124,25 @@ class SampleTable:
         split, source = (table.column(name).to_pylist() for name in ("split", "source"))
         views = (table.schema.metadata or {}).get(_VIEWS)
         return cls(keys, np.array(split, str), source, targets, None if views is None else int(views))
+
+
+def write_table(path: Path, blocks: Iterable[Mapping[str, list[Any]]]) -> None:
+    """Write blocks of columns, all of the same names and types, as one Parquet file, block by block.
+
+    Raises:
+        DataError: a column has values without a common type.
+    """
+    writer: pa.parquet.ParquetWriter | None = None
+    try:
+        for block in blocks:
+            table = pa.table(dict(block), schema=None if writer is None else writer.schema)
+            writer = writer or pa.parquet.ParquetWriter(path, table.schema, compression="zstd")
+            writer.write_table(table)
+    except (pa.ArrowException, OverflowError) as error:
+        raise DataError(f"{path}: a column has values without a common type ({error}); leave it out") from error
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray | None = None) -> SampleTable:

@@ -9,6 +9,7 @@ import ast
 import enum
 import functools
 import inspect
+import json
 import sys
 import textwrap
 import types
@@ -18,6 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from pipeline.keys import JSON, content_key, digest, tensors_digest
@@ -56,6 +58,11 @@ def module_fingerprints(model: nn.Module, irrelevant: Irrelevant) -> dict[str, s
     names |= {id(item): name for name, item in model.named_buffers(remove_duplicate=False)}
     describer = _Describer(irrelevant, names)
     return {name: digest(describer.module(module)) for name, module in model.named_modules()}
+
+
+def tokenizer_state(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the state of a fast tokenizer without truncation and padding, which its last call set."""
+    return {**json.loads(tokenizer.to_str()), "truncation": None, "padding": None}
 
 
 class _Describer:
@@ -113,6 +120,10 @@ class _Describer:
     @_describe.register(torch.dtype | torch.layout | torch.memory_format | torch.Size)
     def _(self, value: Any) -> JSON:
         return ["named", str(value)]
+
+    @_describe.register(Tokenizer)
+    def _(self, value: Tokenizer) -> JSON:
+        return ["tokenizer", digest(tokenizer_state(value))]
 
     @_describe.register(enum.Enum)
     def _(self, value: enum.Enum) -> JSON:

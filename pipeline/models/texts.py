@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from pipeline.errors import BadSampleError
 from pipeline.keys import JSON, digest
 from pipeline.models.backbone import EXTRA, Preprocess
-from pipeline.models.fingerprint import fingerprint
+from pipeline.models.fingerprint import fingerprint, tokenizer_state
 
 PROBE_TEXTS = (
     "The quick brown fox jumps over the lazy dog",
@@ -44,7 +43,9 @@ class TextPreprocess(Preprocess):
         self.tokenizer, self.max_length, self.inputs = tokenizer, max_length, inputs
         self.refuses_long = False
         own = {name: value for name, value in vars(tokenizer).items() if name not in (*IRRELEVANT, "_tokenizer")}
-        self._digest = fingerprint([type(tokenizer), own, _backend(tokenizer) if tokenizer.is_fast else None])
+        self._digest = fingerprint(
+            [type(tokenizer), own, tokenizer_state(tokenizer.backend_tokenizer) if tokenizer.is_fast else None]
+        )
 
     def __call__(self, content: object) -> dict[str, Tensor]:
         return self.begin_alike([content])[0]
@@ -113,7 +114,7 @@ class TextPreprocess(Preprocess):
 
     def former_recipe(self) -> Mapping[str, JSON]:
         if self.tokenizer.is_fast:
-            return {**self.recipe(), "tokenizer": digest(_backend(self.tokenizer))}
+            return {**self.recipe(), "tokenizer": digest(tokenizer_state(self.tokenizer.backend_tokenizer))}
         vocabulary: dict[str, JSON] = dict(self.tokenizer.get_vocab())
         former = digest({"class": type(self.tokenizer).__name__, "vocabulary": vocabulary})
         return {**self.recipe(), "tokenizer": former}
@@ -201,12 +202,6 @@ def _words(content: object) -> list[str]:
     if not isinstance(content, list) or not all(isinstance(word, str) for word in content):
         raise BadSampleError(f"content is {type(content).__name__}; tagging expects a list of words")
     return content
-
-
-def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the state of a fast tokenizer without truncation and padding, which its last call set."""
-    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    return state | {"truncation": None, "padding": None}
 
 
 def first_line(error: Exception) -> str:

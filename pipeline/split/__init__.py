@@ -10,7 +10,8 @@ The modules in the order in which a split happens:
 4.  `observation`: runs of the full model that take tensors at a cut.
 5.  `plan`: what must be stored and kept, found by runs of the suffix. They are a `phantom_run`: the model's own
     `forward` on tensors without values (`phantom`, `operations`).
-6.  `layout`: proves the batch axis of each stored tensor. `prefix`: returns the state of a batch.
+6.  `layout`: proves the batch axis of each stored tensor. `inputs`: how the example called the model. `prefix`: returns
+    the state of a batch.
 7.  `suffix`: runs the rest of the model from a state, with its `frozen` parameters set aside. `replay`: gets to the cut
     without the recycled layers, by a `recording` made once per kind of input.
 
@@ -20,7 +21,8 @@ lists the places to cut, with their costs. `tree` (tensors inside nested values)
 
 from pipeline.split.candidates import Candidate, candidates, flops_around, places
 from pipeline.split.cut import Cut
-from pipeline.split.prefix import Capture, Prefix, State, TensorSpec
+from pipeline.split.inputs import TensorSpec
+from pipeline.split.prefix import Capture, Prefix, State
 from pipeline.split.regions import compile_blocks, recompute_blocks
 from pipeline.split.saved import load_suffix, save_split, with_model
 from pipeline.split.splitting import merge, split

@@ -1,7 +1,7 @@
 """Forward passes of a model: its flags, random state and buffers, its errors as refusals, its calls observed."""
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.device import has_streams
 from pipeline.errors import InputRefusedError, RecyclingError
-from pipeline.split.cut import argument_name
+from pipeline.split.cut import Cut, argument_name
 from pipeline.split.tree import Args, Kwargs, arguments
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
@@ -175,7 +175,7 @@ class Call:
 
 def trace(model: nn.Module, args: Args, kwargs: Kwargs) -> "Trace":
     """Run `model` once in eval mode, without gradients, and return what was observed."""
-    seen = Trace(model)
+    seen = Trace(model, args, kwargs)
     with observed_calls(model, seen.on_call, seen.on_return), eval_run(model, args, kwargs), seen:
         seen.output = model(*args, **kwargs)
     return seen
@@ -189,13 +189,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         calls: the module calls in order of entry.
         reads: name of each parameter and buffer that an operation takes, as a view too -> the tick when one first does.
+        input_reads: the same of the model's inputs, by their leaves.
         output: the model's output.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.reads: dict[str, int] = {}
+        self.input_reads: dict[str, int] = {}
         self.output: Any = None
         self._tick = -1
         self._open: list[Call] = []
@@ -204,6 +206,22 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
             if tensor.numel():
                 self._names.setdefault(_storage(tensor), set()).add(name)
+        self._leaves: dict[int, set[str]] = {}
+        for leaf, tensor in arguments(args, kwargs).items():
+            self._leaves.setdefault(_storage(tensor), set()).add(leaf)
+
+    def start(self, path: str, index: int) -> int:
+        """Return the tick at which call number `index` of module `path` began."""
+        return next(call.start for call in self.calls if (call.path, call.index) == (path, index))
+
+    def inputs_read(self, cut: Cut, args: Args, kwargs: Kwargs, crossing: Iterable[Tensor]) -> set[str]:
+        """Return the leaves of the inputs that are read before `cut`, or are among the tensors `crossing` it."""
+        start, storages = self.start(cut.path, cut.call), {_storage(tensor) for tensor in crossing}
+        return {
+            leaf
+            for leaf, tensor in arguments(args, kwargs).items()
+            if self.input_reads.get(leaf, start) < start or _storage(tensor) in storages
+        }
 
     def on_call(self, path: str, index: int, args: Args, kwargs: Kwargs) -> None:
         self._tick += 1
@@ -216,8 +234,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         for tensor in arguments(args, kwargs or {}).values():
-            for name in self._names.get(_storage(tensor), ()):
+            for name in self._names.get(storage := _storage(tensor), ()):
                 self.reads.setdefault(name, self._tick)
+            for leaf in self._leaves.get(storage, ()):
+                self.input_reads.setdefault(leaf, self._tick)
         return func(*args, **(kwargs or {}))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline.errors import SplitError
 from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
 from pipeline.split.forward import eval_mode, eval_run, observed_calls
+from pipeline.split.inputs import ExampleInputs
 from pipeline.split.operations import apply, needs_values, with_integer_indices
 from pipeline.split.phantom import THREAD, Interpreter, Phantom, compute, is_computable, phantoms
 from pipeline.split.tree import Args, Kwargs, arguments, is_plain, map_arguments, map_tensors, tensors
@@ -72,8 +73,9 @@ class PhantomRun(Interpreter):
         open: the calls before the cut that have not returned, outermost first, after that root; empty from the cut on.
     """
 
-    def __init__(self, root: nn.Module, cut: Cut, values: Mapping[TensorSource, Tensor]) -> None:
+    def __init__(self, root: nn.Module, cut: Cut, values: Mapping[TensorSource, Tensor], inputs: ExampleInputs) -> None:
         self.root = root
+        self.inputs = inputs
         self.cut = cut
         self.values = {source: value.clone() for source, value in values.items()}
         self.entered = False
@@ -172,7 +174,7 @@ class PhantomRun(Interpreter):
             self.on_return(call, output)
 
     def _input(self, leaf: str, item: Tensor) -> Tensor:
-        if not item.is_floating_point():
+        if not self.inputs.is_placeholder(leaf, item):
             return item
         return Phantom.like(item, Input(leaf), self.values.get(Input(leaf)))
 

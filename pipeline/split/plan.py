@@ -18,6 +18,7 @@ from pipeline.split.blocks import parameter_count
 from pipeline.split.cut import Argument, Cut, Output, TensorSource, Weight
 from pipeline.split.forward import Trace, random_state_kept
 from pipeline.split.frozen import FrozenParameters
+from pipeline.split.inputs import ExampleInputs
 from pipeline.split.observation import Observation, observe, run_in_training
 from pipeline.split.phantom import Operation, Phantom, unknown_ancestors
 from pipeline.split.phantom_run import FakeForward, ObservedCall, PhantomRun, install_fake_forwards, observe_forward
@@ -44,6 +45,7 @@ class SplitPlan:
         kept: canonical names of the frozen parameters that the suffix reads.
         written: sources whose values the suffix writes into.
         fake_forwards: modules before the cut that cannot run on phantoms.
+        inputs: how the example called the model.
     """
 
     cut: Cut
@@ -57,6 +59,7 @@ class SplitPlan:
     kept: list[str] = field(default_factory=list)
     written: set[TensorSource] = field(default_factory=set)
     fake_forwards: dict[str, FakeForward] = field(default_factory=dict)
+    inputs: ExampleInputs = field(default_factory=ExampleInputs)
 
 
 class MissingValues(BaseException):
@@ -74,7 +77,7 @@ class DependencySearch(PhantomRun):
         self, root: nn.Module, plan: SplitPlan, observed: Mapping[TensorSource, Tensor], parameters: int
     ) -> None:
         """`observed`: what the full model has at the cut; `parameters`: how many numbers its parameters hold."""
-        super().__init__(root, plan.cut, observed)
+        super().__init__(root, plan.cut, observed, plan.inputs)
         self.plan = plan
         self.parameters = parameters
 
@@ -151,11 +154,16 @@ class Planned:
     output: Any
 
 
-def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwargs) -> Planned:
-    """Return what the suffix of `model` after `cut` needs, as found on one batch, or raise SplitError."""
+def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwargs, *, values: bool = False) -> Planned:
+    """Return what the suffix of `model` after `cut` needs, as found on one batch, or raise SplitError.
+
+    `values`: whether it will be given the values of all inputs that are not read before the cut.
+    """
     plan = initial_plan(model, cut, trace)
     observation = Observation(cut, ())
     observe(model, [observation], args, kwargs)
+    read = trace.inputs_read(cut, args, kwargs, observation.values.values())
+    plan.inputs = ExampleInputs.of(model, args, kwargs, read, values=values)
     for _ in range(ROUNDS):
         outputs = _run_suffix(model, plan, observation, args, kwargs)
         if outputs:
@@ -168,7 +176,7 @@ def make_plan(model: nn.Module, cut: Cut, trace: Trace, args: Args, kwargs: Kwar
 
 def initial_plan(model: nn.Module, cut: Cut, trace: Trace) -> SplitPlan:
     """Return the plan by a traced forward pass: modules it calls and weights it reads before the cut are frozen."""
-    start = next(call.start for call in trace.calls if (call.path, call.index) == (cut.path, cut.call))
+    start = trace.start(cut.path, cut.call)
     read = {name for name, tick in trace.reads.items() if tick < start}
     before = list(dict.fromkeys(call.path for call in trace.calls if call.start < start))
     after = {call.path for call in trace.calls if call.end > start}

@@ -4,24 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.cut import Cut, TensorSource
+from pipeline.split.inputs import ExampleInputs, TensorSpec
 from pipeline.split.layout import BatchLayout, batch_size
 from pipeline.split.observation import Observation, observe
 from pipeline.split.plan import SplitPlan
 
 State: TypeAlias = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """The dtype of one tensor of the state, and its shape on the example without the batch axis."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,12 +32,16 @@ class Prefix:
     Attributes:
         cut: where the model is cut.
         spec: dtype and shape of each tensor of the state.
+        inputs: how the example called the model, and which of its tensors are read before the cut.
+        module_digests: digests of the model's modules from before its first forward pass, for recipes; None if unknown.
     """
 
     def __init__(self, model: nn.Module, plan: SplitPlan, slots: Sequence[Slot]) -> None:
         """Use `split`, which finds `plan` and `slots` and proves them."""
         self.model = model
         self.cut: Cut = plan.cut
+        self.inputs: ExampleInputs = plan.inputs
+        self.module_digests: Mapping[str, str] | None = None
         self.slots = tuple(slots)
         self.spec: Mapping[str, TensorSpec] = {slot.name: slot.spec for slot in slots}
         self._plan = plan
@@ -108,6 +104,7 @@ class Capture:
     def __call__(self, *args: Any, **inputs: Any) -> list[State]:
         """Return the state of a batch at each cut, in the order of the prefixes; raises as a Prefix does."""
         observations = [Observation(one.cut, [slot.source for slot in one.slots]) for one in self.prefixes]
+        args, inputs = self.prefixes[0].inputs.for_prefix(args, inputs)
         observe(self.prefixes[0].model, observations, args, inputs)
         self._elapsed = [observation.elapsed for observation in observations]
         batch = batch_size(args, inputs)

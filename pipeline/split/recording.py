@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
 from pipeline.split.frozen import dummy
+from pipeline.split.inputs import ExampleInputs
 from pipeline.split.phantom import Operation, Phantom, unknown_ancestors
 from pipeline.split.phantom_run import CallKey, ObservedCall, PhantomRun
 from pipeline.split.tree import Args, Kwargs, arguments, is_plain, map_arguments, map_tensors, tensors
@@ -28,9 +29,17 @@ class _CutReached(BaseException):
 class Recorder(PhantomRun):
     """A run that notes which calls make values that are read, and which outputs are passed to the cut call."""
 
-    def __init__(self, root: nn.Module, cut: Cut, values: Mapping[TensorSource, Tensor], *, to_the_end: bool) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        cut: Cut,
+        values: Mapping[TensorSource, Tensor],
+        inputs: ExampleInputs,
+        *,
+        to_the_end: bool,
+    ) -> None:
         """`to_the_end`: whether the run goes on after the cut, so that values which are read there are noted."""
-        super().__init__(root, cut, values)
+        super().__init__(root, cut, values, inputs)
         self.arguments_of_cut: dict[Output, Argument] = {}  # output of a call -> the argument as which it is stored
         self._to_the_end = to_the_end
         self._makers: dict[Operation, ObservedCall] = {}
@@ -144,7 +153,7 @@ class Recording:
         results: the skipped calls, by path and number. Calls inside skipped ones are not made, so they do not count.
         cut_call: number of the cut call among the calls of its module that are made.
         late: stored arguments of the cut call that no skipped call returns; they are put in on entry.
-        dummies: floating-point inputs, by leaf; None for one that the state holds.
+        dummies: inputs whose values are not there, by leaf; None for one that the state holds.
         shapes: shapes of the stored tensors that belong to these inputs.
         running: the modules that run before the cut.
         calls: the skipped calls, and the others that return before the cut.
@@ -181,7 +190,7 @@ def make_recording(
     skipped, running = _divide_calls(run, among)
     results = {(call.path, call.number): _result(call, run, dense) for call in skipped}
     returned = {source for result in results.values() for source in result.stored.values()}
-    floats = {leaf: item for leaf, item in inputs.items() if item.is_floating_point()}
+    floats = {leaf: item for leaf, item in inputs.items() if run.inputs.is_placeholder(leaf, item)}
     return Recording(
         results=results,
         cut_call=next(call.number for call in running if call.key == (run.cut.path, run.cut.call)),

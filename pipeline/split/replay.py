@@ -19,6 +19,7 @@ from pipeline.errors import RecyclingError, SplitError
 from pipeline.split.cut import Argument, Cut, TensorSource
 from pipeline.split.forward import ACCELERATOR, OUT_OF_MEMORY, errors_as_refusals, state_kept
 from pipeline.split.frozen import FrozenParameters
+from pipeline.split.inputs import ExampleInputs
 from pipeline.split.observation import seeded_calls
 from pipeline.split.phantom import THREAD
 from pipeline.split.phantom_run import CallKey
@@ -41,9 +42,9 @@ class Replay:
         counts: how often each stub was called.
     """
 
-    def __init__(self, root: nn.Module, cut: Cut, frozen: FrozenParameters) -> None:
+    def __init__(self, root: nn.Module, cut: Cut, frozen: FrozenParameters, inputs: ExampleInputs) -> None:
         """Prepare `root`, whose forward gets to `cut` with the `frozen` parameters missing."""
-        self.root, self.cut, self.frozen = root, cut, frozen
+        self.root, self.cut, self.frozen, self.inputs = root, cut, frozen, inputs
         self.dense = self.fills = False
         self.before = False
         self.recording: Recording | None = None
@@ -166,7 +167,7 @@ class Replay:
     ) -> tuple[Recording, Any]:
         """Return a recording that skips calls `among` these, or of a run to the end any, and the output of that run."""
         args, kwargs = self.frozen.cast(args, kwargs)
-        recorder = Recorder(self.root, self.cut, values, to_the_end=among is None)
+        recorder = Recorder(self.root, self.cut, values, self.inputs, to_the_end=among is None)
         with self.frozen.as_phantoms():
             output = recorder.run(args, kwargs)
         recording = make_recording(recorder, arguments(args, kwargs), among, dense=self.dense)

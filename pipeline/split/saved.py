@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from pipeline.keys import JSON
 from pipeline.split.cut import Argument, Cut, Input, Output, TensorSource
+from pipeline.split.inputs import TensorSpec
 from pipeline.split.layout import BatchLayout
 from pipeline.split.plan import SplitPlan
-from pipeline.split.prefix import Slot, TensorSpec
+from pipeline.split.prefix import Slot
 from pipeline.split.suffix import Suffix
 
 SOURCES: Mapping[str, type[TensorSource]] = {kind.__name__: kind for kind in (Argument, Output, Input)}

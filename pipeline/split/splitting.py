@@ -13,16 +13,17 @@ from pipeline.errors import SplitError
 from pipeline.split.blocks import find_blocks, resolve
 from pipeline.split.cut import TensorSource, state_names
 from pipeline.split.forward import OUT_OF_MEMORY, state_kept, trace
+from pipeline.split.inputs import TensorSpec
 from pipeline.split.layout import batch_size, prove_layout, regroup, sample_tolerance, two_samples
 from pipeline.split.observation import Observation, observe, run_in_training, seeded_calls
 from pipeline.split.plan import Planned, SplitPlan, make_plan
-from pipeline.split.prefix import Prefix, Slot, State, TensorSpec
+from pipeline.split.prefix import Prefix, Slot, State
 from pipeline.split.splittable import check_model
 from pipeline.split.suffix import Suffix
 from pipeline.split.tree import Args, Kwargs, as_call, difference, map_arguments, mismatch, tolerance
 
 
-def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suffix]:
+def split(model: nn.Module, at: float | str, example: Any, *, values: bool = False) -> tuple[Prefix, Suffix]:
     """Cut `model` in two: `suffix(prefix(x), x)` equals `model(x)`, in eval and train mode, gradients too.
 
     Args:
@@ -32,6 +33,8 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
             call of a module. `candidates` lists the places, each under its share, number and path.
         example: a batch of at least 2 samples: a mapping (called as `model(**example)`), a tuple, or one tensor. Of a
             larger one, two samples are used.
+        values: the suffix will be given the values of all inputs that no layer before the cut reads, such as labels in
+            floating point, so that the state need not hold them.
 
     Raises:
         InputRefusedError: the model's own code fails on the example.
@@ -43,7 +46,7 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
     seen = trace(model, args, kwargs)
     blocks = find_blocks(model, seen.calls)
     cut = resolve(model, at, seen.calls, blocks)
-    planned = make_plan(model, cut, seen, args, kwargs)
+    planned = make_plan(model, cut, seen, args, kwargs, values=values)
     planned.plan.blocks += dict.fromkeys(block.path for block in blocks)
     second = regroup(args, kwargs)
     slots, constants, observation, output = prove_state(model, planned, seen.output, (args, kwargs), second)

@@ -10,9 +10,10 @@ from pipeline.errors import SplitError
 from pipeline.split.cut import TensorSource
 from pipeline.split.forward import eval_mode
 from pipeline.split.frozen import FrozenParameters, dummy
+from pipeline.split.inputs import TensorSpec
 from pipeline.split.phantom_run import install_fake_forwards
 from pipeline.split.plan import SplitPlan
-from pipeline.split.prefix import Slot, State, TensorSpec
+from pipeline.split.prefix import Slot, State
 from pipeline.split.replay import Replay
 from pipeline.split.splittable import copy_of
 from pipeline.split.tree import Args, Kwargs
@@ -29,6 +30,9 @@ class Suffix(nn.Module):
         spec: dtype and shape of each tensor of the state.
         root: the copy of the model whose children these are; its `forward` is what runs.
         replay: how `root` gets to the cut.
+        accepts_loss_kwargs: whether the model's `forward` takes further keywords, as the Trainer of transformers asks:
+            then it leaves the scale of a loss over accumulated batches to the model.
+        loss_type: the kind of the model's loss, as transformers names it, which the Trainer asks too; None of others.
     """
 
     root: nn.Module
@@ -49,12 +53,13 @@ class Suffix(nn.Module):
         self.slots = tuple(slots)
         root, self.frozen = trainable_copy(model, plan, share=share)
         self.__dict__["root"] = root  # not a child: its children are adopted, under their own names
-        self.replay = Replay(root, self.cut, self.frozen)
+        self.replay = Replay(root, self.cut, self.frozen, plan.inputs)
         self._modules, self._parameters, self._buffers = root._modules, root._parameters, root._buffers
         self._non_persistent_buffers_set = root._non_persistent_buffers_set
         self._dtypes = {slot.name: slot.spec.dtype for slot in slots}
         self._constants = dict(constants)
         self._written = frozenset(plan.written)
+        self.accepts_loss_kwargs, self.loss_type = plan.inputs.is_open, getattr(model, "loss_type", None)
         self._recycled = [root.get_submodule(path) for path in set(plan.before) - plan.after]
         self.register_load_state_dict_post_hook(_forgive_frozen_counts)  # type: ignore[no-untyped-call]
         self.train(model.training)
@@ -67,19 +72,23 @@ class Suffix(nn.Module):
         `forward`, from the cut on, as one graph. State tensors that require grad go on doing so, as reentrant gradient
         checkpointing needs it.
 
-        Floating-point inputs may be expanded placeholders of the right shape: their values are never read here, those
-        that matter are part of the state. State tensors take the dtype that the model had there.
+        Floating-point inputs that the prefix reads may be left out where they have the example's shape, or be expanded
+        placeholders: their values are never read here, those that matter are part of the state. State tensors take the
+        dtype that the model had there. Named tensors and lists that the model does not take are ignored, so that a
+        batch may have fields for others.
 
         Raises:
             InputRefusedError: the model's own code fails on these inputs before the cut.
             SplitError: the state lacks a tensor or does not fit the inputs, or these inputs lead to the cut in a way
                 that cannot be replayed.
         """
+        args, inputs = self.plan.inputs.for_suffix(args, inputs, state)
         args, inputs = self.replay.begin(self._values(state), args, inputs)
         return self.replay.run(args, inputs)
 
     def record(self, state: State, *args: Any, **inputs: Any) -> None:
         """Prepare for batches of this kind, so that `forward` takes them under `torch.func.vmap`; raises as it does."""
+        args, inputs = self.plan.inputs.for_suffix(args, inputs, state)
         self.replay.record(self._values(state), args, inputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -7,7 +7,7 @@ Segments are opened when first needed and kept. Each sample's bytes are checked 
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -111,11 +111,21 @@ class Reader:
             self._segments.pop(segment, None)  # a mapped file keeps its space on disk, whoever evicts it
             self._cache.reorder(outline.place, last=False)
 
-    def gather(self, rows: Rows, pad: Mapping[str, float] | None = None, *, pin: bool = False) -> dict[str, Tensor]:
+    def gather(
+        self,
+        rows: Rows,
+        pad: Mapping[str, float] | None = None,
+        *,
+        pin: bool = False,
+        into: np.ndarray | None = None,
+        without: Collection[str] = (),
+    ) -> dict[str, Tensor]:
         """Return the tensors of `rows` by name, each (B, ...), in memory of its own.
 
         Samples of different shapes are padded on the right to the longest, with `pad[name]` or 0. fp16 and bf16 samples
         in one batch give fp32. Rows that come segment by segment are gathered fastest; `pin` gives page-locked memory.
+        Row i becomes row `into[i]` of the batch, (B,) int64, by default i. Tensors `without` which the caller does are
+        not read.
 
         Raises:
             CorruptStoreError: a segment is not what was written, or has other tensors than the first one.
@@ -134,8 +144,10 @@ class Reader:
                 [(segment.tensors[name], within, begin) for segment, within, begin in opened],
                 (pad or {}).get(name, 0),
                 pin,
+                into,
             )
             for name in names
+            if name not in without
         }
 
     def sizes(self, rows: Rows) -> np.ndarray:
@@ -175,13 +187,15 @@ def runs(rows: Rows) -> Iterator[tuple[str, np.ndarray, int]]:
         yield rows.segments[rows.segment[begin]], rows.row[begin:end], begin
 
 
-def _gather(parts: list[tuple[StoredTensor, np.ndarray, int]], pad: float, pin: bool) -> Tensor:
+def _gather(
+    parts: list[tuple[StoredTensor, np.ndarray, int]], pad: float, pin: bool, into: np.ndarray | None
+) -> Tensor:
     tensors = [tensor for tensor, _, _ in parts]
     n_rows = parts[-1][2] + len(parts[-1][1])
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
     shapes = {tensor.spec.entry for tensor in tensors}
     if len(shapes) > 1 or any(tensor.offsets is not None for tensor in tensors):
-        return _gather_padded(parts, n_rows, dtype, pad, pin)
+        return _gather_padded(parts, n_rows, dtype, pad, pin, np.arange(n_rows) if into is None else into)
     batch = _new_batch((n_rows, *shapes.pop()), dtype, pin)
     plain = [part for part in parts if part[0].values.dtype == dtype]
     values, out = [as_numpy(tensor.values) for tensor, _, _ in plain], as_numpy(batch)
@@ -190,18 +204,26 @@ def _gather(parts: list[tuple[StoredTensor, np.ndarray, int]], pad: float, pin: 
         first, end = n_rows * share // shares, n_rows * (share + 1) // shares
         for (_, within, begin), mapped in zip(plain, values, strict=True):
             low, high = max(first - begin, 0), min(end - begin, len(within))
-            if low < high:  # only with mode="clip" does np.take write into `out` directly
+            if low < high and into is not None:
+                out[into[begin + low : begin + high]] = mapped[within[low:high]]
+            elif low < high:  # only with mode="clip" does np.take write into `out` directly
                 np.take(mapped, within[low:high], axis=0, out=out[begin + low : begin + high], mode="clip")
 
     _in_threads(copy, batch.nbytes)
     for tensor, within, begin in parts if len(plain) < len(parts) else ():
         if tensor.values.dtype != dtype:
-            batch[begin : begin + len(within)].copy_(tensor.take(within))
+            places = np.arange(begin, begin + len(within)) if into is None else into[begin : begin + len(within)]
+            batch[torch.from_numpy(places)] = tensor.take(within).to(dtype)
     return batch
 
 
 def _gather_padded(
-    parts: list[tuple[StoredTensor, np.ndarray, int]], n_rows: int, dtype: torch.dtype, pad: float, pin: bool
+    parts: list[tuple[StoredTensor, np.ndarray, int]],
+    n_rows: int,
+    dtype: torch.dtype,
+    pad: float,
+    pin: bool,
+    into: np.ndarray,
 ) -> Tensor:
     samples = [(tensor.dtype, sample) for tensor, within, _ in parts for sample in tensor.samples(within)]
     longest = tuple(map(max, zip(*(sample.shape for _, sample in samples), strict=True)))
@@ -209,8 +231,8 @@ def _gather_padded(
     filler, out = as_numpy(torch.tensor(pad, dtype=dtype)), as_numpy(batch)
 
     def fill(share: int, shares: int) -> None:
-        for place in range(share, n_rows, shares):
-            own, sample = samples[place]
+        for number in range(share, n_rows, shares):
+            place, (own, sample) = into[number], samples[number]
             if own is not dtype:
                 sample = as_numpy(torch.from_numpy(np.ascontiguousarray(sample)).view(own).to(dtype))
             if sample.shape[1:] == longest[1:]:
