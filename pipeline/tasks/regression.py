@@ -138,7 +138,9 @@ class RegressionScores(Metrics):
 
     def result(self) -> dict[str, float]:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # on constants, whose NaN says it
-            errors = {name: self._scores[name].compute() * self._scale for name in LOWER_IS_BETTER}
+            errors = {
+                name: self._scores[name].compute() * self._scale for name in LOWER_IS_BETTER & self._scores.keys()
+            }
             alike = {name: score.compute() for name, score in self._scores.items() if self._samples > 1}
         found = {name: float(value.mean()) for name, value in (alike | errors).items()}
         return {name: found.get(name, float("nan")) for name in self._scores}  # one sample has no correlation
