@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import gc
 import importlib
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import ModuleType
 # Parameters of `mallopt`, as glibc's malloc.h numbers them, and their values in bytes.
 M_TRIM_THRESHOLD, KEPT = -1, 2**31 - 1
 M_MMAP_THRESHOLD, LARGEST = -3, 2**30
+# Advice of `madvise`, as Linux numbers it.
+MADV_COLD, MADV_POPULATE_READ = 20, 22
 
 
 def keep_freed_memory() -> None:
@@ -34,6 +37,23 @@ def release_freed_memory() -> None:
         trim(0)
 
 
+def read_pages(address: int, size: int) -> None:
+    """Read the memory-mapped pages of `size` bytes from `address` on, so that using them does not wait for the disk."""
+    _advise(address, size, MADV_POPULATE_READ)
+
+
+def release_pages(address: int, size: int) -> None:
+    """Let the system take the pages of these bytes first where it needs memory; they keep their values."""
+    _advise(address, size, MADV_COLD)
+
+
+def _advise(address: int, size: int, advice: int) -> None:
+    """Call `madvise` on the pages of these bytes; a system that does not know the advice goes on without."""
+    if sys.platform == "linux" and size:
+        start = address // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), advice)
+
+
 def import_for_good(name: str) -> ModuleType:
     """Import a module with all that it imports, and leave these out of garbage collection, at the exit too.
 
@@ -51,6 +71,13 @@ def import_for_good(name: str) -> ModuleType:
         atexit.register(gc.freeze)  # what is imported later; called before the interpreter's last collection
         if was_enabled:
             gc.enable()
+
+
+def free_bytes() -> int:
+    """Return the memory of this machine that programs can have now, or what its control group leaves where less."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([memory_bytes(), *free])
 
 
 def memory_bytes() -> int:

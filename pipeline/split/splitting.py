@@ -4,6 +4,7 @@ import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from pipeline.split.layout import batch_size, prove_layout, regroup, sample_tole
 from pipeline.split.observation import Observation, observe, run_in_training, seeded_calls
 from pipeline.split.plan import Planned, SplitPlan, make_plan
 from pipeline.split.prefix import Prefix, Slot, State, TensorSpec
+from pipeline.split.sections import run_together
 from pipeline.split.splittable import check_model
 from pipeline.split.suffix import Suffix
 from pipeline.split.tree import Args, Kwargs, as_call, difference, map_arguments, mismatch, tolerance
 
 
-def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suffix]:
+def split(model: nn.Module, at: float | str, example: Any, *, share: bool = False) -> tuple[Prefix, Suffix]:
     """Cut `model` in two: `suffix(prefix(x), x)` equals `model(x)`, in eval and train mode, gradients too.
 
     Args:
@@ -32,6 +34,7 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
             call of a module. `candidates` lists the places, each under its share, number and path.
         example: a batch of at least 2 samples: a mapping (called as `model(**example)`), a tuple, or one tensor. Of a
             larger one, two samples are used.
+        share: whether the suffix has the model's own weights instead of copies, for a look at it alone.
 
     Raises:
         InputRefusedError: the model's own code fails on the example.
@@ -48,7 +51,7 @@ def split(model: nn.Module, at: float | str, example: Any) -> tuple[Prefix, Suff
     second = regroup(args, kwargs)
     slots, constants, observation, output = prove_state(model, planned, seen.output, (args, kwargs), second)
     prefix = Prefix(model, planned.plan, slots)
-    suffix = Suffix(model, planned.plan, slots, constants)
+    suffix = Suffix(model, planned.plan, slots, constants, share=share)
     warn_about_shared_layers(model, planned.plan)
     warn_about_padding(model, planned, slots, args, kwargs)
     runs = [
@@ -99,8 +102,13 @@ def prove_state(
     """
     plan = planned.plan
     again, other = Observation(plan.cut, plan.sources), Observation(plan.cut, plan.sources)
-    observe(model, [again], *first)
-    other_output = observe(model, [other], *second[:2], to_the_end=True)
+    _, other_output = run_together(
+        model,
+        [
+            partial(observe, model, [again], *first),
+            partial(observe, model, [other], *second[:2], to_the_end=True),
+        ],
+    )
     slots, constants = [], {}
     for source, name in state_names(model, model.get_submodule(plan.cut.path), plan.sources).items():
         value = planned.observation.values[source]
