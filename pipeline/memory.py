@@ -13,6 +13,7 @@ from types import ModuleType
 # Parameters of `mallopt`, as glibc's malloc.h numbers them, and their values in bytes.
 M_TRIM_THRESHOLD, KEPT = -1, 2**31 - 1
 M_MMAP_THRESHOLD, LARGEST = -3, 2**30
+M_ARENA_MAX, HEAPS = -8, 2
 # Advice of `madvise`, as Linux numbers it.
 MADV_COLD, MADV_POPULATE_READ = 20, 22
 
@@ -21,12 +22,14 @@ def keep_freed_memory() -> None:
     """Have this process keep up to 2 GiB of freed memory to use it again, in pieces of up to 1 GiB.
 
     glibc returns every large tensor to the system and asks for zeroed pages for the next one, which on the CPU can cost
-    as much as the network itself (benchmarks/README.md). Where the C library is another one, nothing is changed.
+    as much as the network itself (benchmarks/README.md). Threads share two heaps, so that each uses again what another
+    one freed: glibc would give each its own. Where the C library is another one, nothing is changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGEST)
         mallopt(M_TRIM_THRESHOLD, KEPT)
+        mallopt(M_ARENA_MAX, HEAPS)
 
 
 def release_freed_memory() -> None:
