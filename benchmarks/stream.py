@@ -79,7 +79,7 @@ def main() -> None:
         best: dict[str, Encoded] = {}
         for _ in range(options.rounds):
             for placement in options.placements:
-                found = apart(encode, folder, placement, options.cut, options.batch)
+                found = Encoded(*apart(encode, folder, placement, options.cut, options.batch))
                 best[placement] = min(best.get(placement, found), found)
         for placement, found in best.items():
             rate = found.flops / found.forward
@@ -142,8 +142,8 @@ def write_texts(file: Path, texts: int, tokens: int) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def encode(folder: Path, placement: str, cut: float, batch: int) -> Encoded:
-    """Encode the texts from scratch, and return what it took."""
+def encode(folder: Path, placement: str, cut: float, batch: int) -> tuple[Any, ...]:
+    """Encode the texts from scratch, and return the fields of `Encoded`."""
     os.chdir(folder)
     keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -170,7 +170,7 @@ def encode(folder: Path, placement: str, cut: float, batch: int) -> Encoded:
     ((flops, _),) = opened.loaded.count_flops(opened.prefixes, opened.samples) or [(0, 0)]
     files = sorted(path for path in Path("data/activations").rglob("*") if path.is_file())
     digest = content_key([[path.as_posix(), path.read_bytes()] for path in files]).hex()
-    return Encoded(sum(result.costs.forward.values()), seconds, flops * len(table), *found, digest)
+    return sum(result.costs.forward.values()), seconds, flops * len(table), *found, digest
 
 
 def train(folder: Path, cut: float) -> tuple[int, int]:

@@ -61,6 +61,12 @@ class Weight:
     stored: Tensor
     absent: Tensor
 
+    @classmethod
+    def of(cls, item: nn.Parameter, placement: Placement) -> "Weight":
+        """Return what is to be known of `item`, which has its values."""
+        stored = item.data
+        return cls(item, stored, placement.absent(stored))
+
     @property
     def is_moved(self) -> bool:
         """Whether it has values in its block only."""
@@ -77,12 +83,8 @@ class Sections:
             SplitError: a weight that must be put in place with its block is read outside of it.
         """
         self._model, self._placement = model, placement
-        self._weights = {
-            path: [Weight(item, item.data, placement.absent(item.data)) for item in held]
-            for path, held in _parameters_of_blocks(
-                model, [call.path for call in find_blocks(model, seen.calls)]
-            ).items()
-        }
+        blocks = _parameters_of_blocks(model, [call.path for call in find_blocks(model, seen.calls)])
+        self._weights = {path: [Weight.of(item, placement) for item in held] for path, held in blocks.items()}
         self._order = list(self._weights)
         self._entered: str | None = None
         self._ahead: dict[str, Future[list[Tensor]]] = {}
