@@ -254,3 +254,48 @@ def test_networks_of_other_libraries_are_refused(llama: Path) -> None:
         encode(llama, "stream", model={"backbone": "tiny:conv_net"})
     with pytest.raises(ConfigError, match=r"encode\.compile is true"):
         encode_project(TestLlama().project(llama, "stream", compile=True))
+
+
+DIES = """
+import os
+from pathlib import Path
+from pipeline.encode.encoder import Encoder
+from pipeline.project import Project
+from pipeline.workflows.encode import encode_project
+
+write, written = Encoder._write, []
+
+def dying(self, *args):
+    if len(written) == 1:
+        os._exit(9)
+    written.append(1)
+    return write(self, *args)
+
+Encoder._write = dying
+encode_project(Project.load(Path("params.yaml")))
+"""
+
+
+def test_a_killed_encode_goes_on(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = TestLlama()
+    made = case.project(llama, "stream", cuts=[0.5], segment_samples=16)
+    process = tiny.python(llama, "-c", DIES)
+    said, _ = process.communicate()
+    assert process.returncode == 9, said
+    sizes = tiny.count_forwards(monkeypatch)
+    assert encode_project(made)
+    assert sum(sizes) == 40 - 16
+    found = stores()
+    shutil.rmtree("data/activations")
+    assert encode_project(case.project(llama, "memory", cuts=[0.5], segment_samples=16))
+    assert found == stores()
+
+
+def test_other_processes_stream_too(llama: Path) -> None:
+    case = TestLlama()
+    executor = {"kind": "local", "processes": 2}
+    assert encode_project(case.project(llama, "stream", cuts=[0.5], segment_samples=16, executor=executor))
+    found = stores()
+    shutil.rmtree("data/activations")
+    assert encode_project(case.project(llama, "memory", cuts=[0.5], segment_samples=16))
+    assert found == stores()
