@@ -125,8 +125,9 @@ def write_checkpoint(folder: Path, size: float, width: int) -> int:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     words = Tokenizer(WordLevel({"[PAD]": 0} | {f"w{i}": i + 1 for i in range(WORDS)}, unk_token="[PAD]"))
     words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(folder)
-    return block
+    tokenizer: Any = PreTrainedTokenizerFast
+    tokenizer(tokenizer_object=words, pad_token="[PAD]").save_pretrained(folder)
+    return int(block)
 
 
 def _random(shape: torch.Size) -> Tensor:
