@@ -77,7 +77,7 @@ def import_for_good(name: str) -> ModuleType:
 
 
 def free_bytes() -> int:
-    """Return the memory of this machine that programs can have now, or what its control group leaves where less."""
+    """Return the memory that programs can have on this machine now; at most that of the control group."""
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     return min([memory_bytes(), *free])
