@@ -2,7 +2,8 @@
 
 RecyclingError
 ├── ConfigError            a setting is wrong: params.yaml, or an argument of a command
-│   └── AbsentError        the setting names something that is not on this machine
+│   ├── AbsentError        the setting names something that is not on this machine
+│   └── NotMappableError   weights that are to stay in their files cannot
 ├── DataError              a data source cannot be read as described
 │   └── BadSampleError     one sample cannot be used; the run sets it aside and goes on
 ├── ModelError             a backbone cannot be built, or its weights do not fit
@@ -33,6 +34,10 @@ class ConfigError(RecyclingError):
 
 class AbsentError(ConfigError):
     """A setting names something that is not on this machine; on another one it may be valid."""
+
+
+class NotMappableError(ConfigError):
+    """The weights of a network cannot be used where they lie, in their files; the message says why, and what to do."""
 
 
 class DataError(RecyclingError):

@@ -56,6 +56,11 @@ TINY = {
         r"^\| \S.*px \| (N) \| (N) \| (N) \| (N) \| (N) \| (N) \| (N)x \| (N) \| (N) \|$",
     ),
     "startup": ("{project} --cut 0.5 --rounds 1", 3, r"^\S.* (N) s +(N) times the import; target 1"),
+    "stream": (
+        "--gb 0.0001 --width 32 --texts 8 --tokens 4 --batch 4 --cut 0.5",
+        2,
+        r"^\| \w+ \| (N) GB \| (N) GB \| (N) s \| (N) s \| N \| N \|$",
+    ),
     "suffix": (
         "--blocks 2 --width 64 --trained 1",
         1,

@@ -126,9 +126,9 @@ class Job(BaseModel):
                 "the same files for all, and run again"
             )
         loaded = LoadedModel.with_head(project, self.head)
-        loaded.to_device()
+        device = loaded.to_device()
         example = decode_samples(source, loaded.backbone.preprocess, np.asarray(self.example))
-        prefixes, recipes, _ = loaded.split_at_cuts(example)
+        prefixes, recipes, _ = loaded.split_at_cuts(example, device)
         self._prove(recipes)
         stores = [
             [

@@ -107,6 +107,13 @@ class EncodeConfig(Section):
     compile: bool = False
     """Compile the blocks before the cut by torch.compile, which takes a minute or more at the start of each process. On
     a CPU it needs a C++ compiler, and seldom pays (benchmarks/README.md)."""
+    placement: Literal["auto", "memory", "stream"] = "auto"
+    """Where the weights of the network are while samples are encoded. "memory": all in memory. "stream": in their files
+    (hf: networks in safetensors); all batches of a segment go through one block before any enters the next, whose
+    weights are read meanwhile. The states are the same. "auto" streams what exceeds the free memory of `device`."""
+    memory_gb: float = Field(default=2.0, gt=0)
+    """stream: memory for the batches that wait between two blocks, in GB. A segment that needs more is computed in
+    groups of batches, and the weights are read once for each group."""
     channels_last: bool = False
     """Run image backbones in channels-last memory format: faster on most accelerators."""
     suffix: bool = True

@@ -38,7 +38,7 @@ from pipeline.encode.unit import EncodeCosts, Outcome, Unit, UnitBuffer
 from pipeline.errors import InputRefusedError, ModelError
 from pipeline.models import EXTRA, Preprocess, network_inputs
 from pipeline.precision import ComputeFormat, weights_dtype
-from pipeline.split import Capture, Prefix, State, compile_blocks
+from pipeline.split import Capture, Prefix, State, compile_blocks, run_together
 from pipeline.split.layout import sample_tolerance
 from pipeline.store import Store
 
@@ -128,9 +128,15 @@ class Encoder:
         return 0 if self.format.device.type == "cpu" else torch.get_num_threads()
 
     def _encode(self, outcome: Outcome, decoded: Iterator[Decoded]) -> Buffers:
-        """Run the prefix over one part; samples of unequal shapes are batched by length at its end."""
+        """Run the prefix over one part: batch by batch, or all batches section by section."""
+        buffers = {cut: UnitBuffer(outcome.part.rows) for cut in outcome.part.cuts}
+        forwards = self._forwards(outcome, buffers, decoded)
+        run_together(self.prefixes[0].model, forwards, self.config.memory_gb * 1e9)
+        return buffers
+
+    def _forwards(self, outcome: Outcome, buffers: Buffers, decoded: Iterator[Decoded]) -> Iterator[Callable[[], None]]:
+        """Yield the forward passes of one part; samples of unequal shapes are batched by length at its end."""
         part, costs = outcome.part, outcome.costs
-        buffers = {cut: UnitBuffer(part.rows) for cut in part.cuts}
         ragged, rows_of = list[Sample](), list[int]()
         for _ in range(0, len(part.rows), self.config.batch_size):
             start = time.perf_counter()
@@ -141,7 +147,7 @@ class Encoder:
             if isinstance(chunk.inputs, dict):
                 count = token_count(chunk.inputs)
                 costs.positions, costs.padded = costs.positions + count, costs.padded + count
-                self._forward(buffers, chunk.rows, chunk.inputs, None, costs)
+                yield partial(self._forward, buffers, chunk.rows, chunk.inputs, None, costs)
             else:
                 ragged += [finish_sample(self.preprocess, sample) for sample in chunk.inputs]
                 rows_of += chunk.rows.tolist()
@@ -151,12 +157,11 @@ class Encoder:
             size, tokens = self.config.batch_size, self.config.batch_tokens
             for batch in batches_by_length(ragged, size=size, tokens=tokens, pads=pads) if alike else ():
                 rows, samples = np.asarray([rows_of[i] for i in batch], np.int64), [ragged[i] for i in batch]
-                self._forward(alike, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
+                yield partial(self._forward, alike, rows, pad_batch(samples, self.preprocess.pad), samples, costs)
                 if part.cuts[-1] in alike:
                     costs.padded += len(batch) * max(map(length, samples))
         costs.samples += len(part.rows)
         costs.positions += sum(map(length, ragged))
-        return buffers
 
     def _forward(
         self, buffers: Buffers, rows: np.ndarray, batch: Sample, samples: list[Sample] | None, costs: EncodeCosts
@@ -201,12 +206,13 @@ class Encoder:
                 if len({shapes(sample) for sample in samples}) > 1:
                     break
 
-            def run(**batch: Tensor) -> dict[str, Tensor]:
+            def prefix(**batch: Tensor) -> State:
                 return self.format.run(self.prefixes[cut], network_inputs(batch))
 
             is_float32 = self.format.precision == "float32"
             tolerance = TOLERANCE if is_float32 else sample_tolerance(self.format.compute_dtype)
-            self.trimmings[cut] = find_trimming(run, samples, self.preprocess.pad, tolerance=tolerance)
+            run = partial(run_together, self.prefixes[cut].model)
+            self.trimmings[cut] = find_trimming(prefix, samples, self.preprocess.pad, tolerance=tolerance, run=run)
         return self.trimmings[cut]
 
     def _write(self, outcome: Outcome, buffers: Buffers) -> Outcome:

@@ -7,6 +7,7 @@ the network ignores padding; so whether to pad is decided by trying it on real s
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -94,13 +95,19 @@ def divide_lengths(lengths: Sequence[int], *, size: int, tokens: int | None) -> 
 
 
 def find_trimming(
-    prefix: Callable[..., Sample], samples: Sequence[Sample], pad: Mapping[str, float], *, tolerance: float = TOLERANCE
+    prefix: Callable[..., Sample],
+    samples: Sequence[Sample],
+    pad: Mapping[str, float],
+    *,
+    tolerance: float = TOLERANCE,
+    run: Callable[[Sequence[Callable[[], Sample]]], Sequence[Sample]] | None = None,
 ) -> Trimming:
     """Determine, on the shortest and the longest of `samples`, how the states of a padded batch are trimmed.
 
     The reference is the state of each sample in a batch of one. A state axis that has the length of a ragged input in
     both is cut to that length; if the trimmed state of the shorter sample then differs from the reference, padding
-    leaks and is not used. `tolerance` is relative to the state's largest value.
+    leaks and is not used. `tolerance` is relative to the state's largest value; `run` makes several calls
+    of `prefix`, one after the other if not given.
     """
     from pipeline.split.tree import difference  # noqa: PLC0415  (slow to import, for a command with nothing to do)
 
@@ -108,7 +115,9 @@ def find_trimming(
     short, long = by_size[0], by_size[-1]
     if shapes(short) == shapes(long):
         return Trimming()
-    alone_short, alone_long = prefix(**pad_batch([short], pad)), prefix(**pad_batch([long], pad))
+    batches = [pad_batch(some, pad) for some in ([short], [long], [short, long])]
+    calls = [partial(prefix, **batch) for batch in batches]
+    alone_short, alone_long, together = run(calls) if run else [call() for call in calls]
     axes = {}
     for name, tensor in alone_short.items():
         differing = [a for a, (m, n) in enumerate(zip(tensor.shape, alone_long[name].shape, strict=True)) if m != n]
@@ -120,6 +129,6 @@ def find_trimming(
             return Trimming(pads=False)
         axes[name] = (differing[0] - 1, of_lengths[0])
     trimming = Trimming(axes=axes)
-    padded = trimming(prefix(**pad_batch([short, long], pad)), [short, long])
+    padded = trimming(together, [short, long])
     same = all(difference(tensor[0], padded[name][0]) <= tolerance for name, tensor in alone_short.items())
     return trimming if same else Trimming(pads=False)

@@ -39,25 +39,30 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{'weights' if name == 'fill' else 'backbone'}"), name)
 
 
-def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None = None) -> "Backbone":
+def load(
+    model: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None = None, *, mapped: bool = False
+) -> "Backbone":
     """Return the backbone that `model` names, ending in `head`, on the CPU, with its preprocessing.
 
     With `features`, the size of what an embedding head pools (0 for another head), no weights are read: parameters are
-    on the meta device, but for the layers that `task.layers` name.
+    on the meta device, but for the layers that `task.layers` name. With `mapped`, the weights stay in their files.
 
     Raises:
+        NotMappableError: they are to be `mapped`, and cannot be.
         AbsentError: the weights or the configuration are not on this machine and cannot be downloaded.
         ConfigError: a setting is wrong, or names nothing that exists.
         ModelError: the network cannot be built, or its weights do not fit.
     """
     import torch  # noqa: PLC0415
 
-    from pipeline.models.weights import convert  # noqa: PLC0415
+    from pipeline.models.weights import convert, wider_than  # noqa: PLC0415
     from pipeline.precision import weights_dtype  # noqa: PLC0415
 
     if model.weights is None and features is None:
         log.warning("model.weights is null: %s gets random weights (model.seed %d)", model.backbone, model.seed)
-    if model.library == "hf":
+    if mapped:
+        from pipeline.models.hf import load_mapped as build  # noqa: PLC0415
+    elif model.library == "hf":
         from pipeline.models.hf import load_hf as build  # noqa: PLC0415
     elif model.library == "function":
         from pipeline.models.own import load_own as build  # noqa: PLC0415
@@ -71,6 +76,8 @@ def load(model: ModelConfig, preprocess: PreprocessConfig, head: Head, features:
         backbone.preprocess.view(0)
     if model.dtype != "auto":
         dtype: torch.dtype = getattr(torch, model.dtype)
+        if mapped:
+            return replace(backbone, dtype=dtype, exact=wider_than(backbone.model, dtype))
         return replace(backbone, dtype=dtype, exact=convert(backbone.model, dtype))
     given = [item for name, item in backbone.model.named_parameters() if name not in backbone.fresh]
     dtype = weights_dtype(given or backbone.model.parameters())

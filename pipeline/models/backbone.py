@@ -142,6 +142,9 @@ class Backbone:
     """Type of the weights before a cut; `load` sets it, and `exact`."""
     exact: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of `model` that lost precision to `dtype`, as they came, by name: training starts from these."""
+    is_mapped: bool = False
+    """True if the pretrained weights are in their files, memory-mapped, and have the type that they have there. Where
+    that is not `dtype`, they are to be converted before they compute."""
 
     @property
     def width(self) -> int | None:

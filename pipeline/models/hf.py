@@ -14,10 +14,11 @@ from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig
 from transformers.utils import logging as transformers_log
 
-from pipeline.errors import AbsentError, ConfigError, ModelError, RecyclingError, first_few
+from pipeline.errors import AbsentError, ConfigError, ModelError, NotMappableError, RecyclingError, first_few
 from pipeline.files import PACKAGE, check_sha256, locate
 from pipeline.models.audio import make_audio_preprocess
 from pipeline.models.backbone import Backbone, Preprocess, embed
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.classifier import insert_layers
 from pipeline.models.config import ModelConfig, PreprocessConfig
 from pipeline.models.hf_heads import arrange_head, auto_class, classifier_layout, label_settings
@@ -64,8 +65,29 @@ class Origin:
         }
 
 
+def checkpoint_of(config: ModelConfig) -> Checkpoint:
+    """Return what the files hold from which the weights of a network are read; raises as `Checkpoint.read`."""
+    if config.library != "hf":
+        raise NotMappableError(
+            f"{config.backbone} is loaded into memory; only weights of hf: networks can stay in files"
+        )
+    origin = Origin(config)
+    return Checkpoint.read(config, origin.source, origin.arguments)
+
+
 def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None = None) -> Backbone:
     """Build the network with the head, and fill in its weights; `features` and errors as `load` has them."""
+    return _load(config, preprocess, head, features, None)
+
+
+def load_mapped(config: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None = None) -> Backbone:
+    """Build the network with weights that stay in their files, in the type that they have there; else as `load_hf`."""
+    return _load(config, preprocess, head, features, checkpoint_of(config))
+
+
+def _load(
+    config: ModelConfig, preprocess: PreprocessConfig, head: Head, features: int | None, checkpoint: Checkpoint | None
+) -> Backbone:
     origin = Origin(config)
     with _quiet():
         settings = _read_config(origin, config, head)
@@ -73,6 +95,8 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head, featu
         with torch.device("meta"):
             blueprint = _build(auto, copy.deepcopy(settings), config, {})  # sets the type of the weights in it
         pooling, extra = _pooling(head, blueprint)
+        if checkpoint is not None:
+            checkpoint.check(blueprint, config, None if config.has_file else _stated_dtype(settings))
         preprocessor = _make_preprocess(origin, preprocess, settings, blueprint, head)
         build = partial(_build, auto, config=config, extra=extra)
         with seeded(config.seed), parameters_on_meta(features is not None):
@@ -94,7 +118,7 @@ def load_hf(config: ModelConfig, preprocess: PreprocessConfig, head: Head, featu
                 fresh = frozenset(f"backbone.{name}" for name in fresh)
             elif head.layers:
                 fresh = insert_layers(model, head.layers, classifier_layout(model, build), config.backbone)
-        return Backbone(model, preprocessor, config.backbone, fresh)
+        return Backbone(model, preprocessor, config.backbone, fresh, is_mapped=checkpoint is not None)
 
 
 def describe_hf(config: ModelConfig, backbone: Backbone, folder: Path) -> None:
@@ -122,6 +146,12 @@ def _read_config(origin: Origin, config: ModelConfig, head: Head) -> Any:
     if getattr(settings, "use_cache", False):
         settings.use_cache = False  # keys and values for the next token: of no use here, and would cross the cut
     return settings
+
+
+def _stated_dtype(settings: Any) -> torch.dtype | None:
+    """Return the type of the weights that a configuration states; None where it states none."""
+    stated = getattr(settings, "dtype", None)
+    return getattr(torch, stated) if isinstance(stated, str) else stated
 
 
 def _build(auto: Any, settings: Any, config: ModelConfig, extra: Mapping[str, Any]) -> nn.Module:

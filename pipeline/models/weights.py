@@ -104,12 +104,21 @@ def convert(network: nn.Module, dtype: torch.dtype, names: Container[str] | None
     Returns those that lost precision, as they were, by name. Buffers that are not saved keep their type, as in
     transformers.
     """
-    saved = {name: item for name, item in network.state_dict(keep_vars=True).items() if item.is_floating_point()}
-    chosen = {name: item for name, item in saved.items() if names is None or name in names}
-    wider = {name: item.detach() for name, item in chosen.items() if item.dtype.itemsize > dtype.itemsize}
-    for item in chosen.values():
-        item.data = item.data.to(dtype)
-    return {name: item for name, item in wider.items() if not item.is_meta}
+    wider = wider_than(network, dtype, names)
+    for name, item in network.state_dict(keep_vars=True).items():
+        if item.is_floating_point() and (names is None or name in names):
+            item.data = item.data.to(dtype)
+    return wider
+
+
+def wider_than(network: nn.Module, dtype: torch.dtype, names: Container[str] | None = None) -> dict[str, Tensor]:
+    """Return the tensors that `convert` would return, by name; nothing is converted."""
+    return {
+        name: item.detach()
+        for name, item in network.state_dict(keep_vars=True).items()
+        if item.is_floating_point() and item.dtype.itemsize > dtype.itemsize and not item.is_meta
+        if names is None or name in names
+    }
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,15 @@ from pipeline.keys import JSON, Recipe
 from pipeline.models import Backbone, Preprocess, load, network_inputs
 from pipeline.models.fingerprint import fingerprint, is_installed, module_fingerprints
 from pipeline.models.language import LanguageModel
-from pipeline.precision import HALF, ComputeFormat, as_inputs, widen
+from pipeline.precision import HALF, ComputeFormat, as_inputs, weights_dtype, widen
 from pipeline.project import recipe_cache
+from pipeline.project.placement import load_placed
 from pipeline.project.pretrained_suffix import PretrainedSuffix, SavedSplit, built_modules, write_pretrained_suffix
 from pipeline.project.recipe import IRRELEVANT, former_recipe, recipe_of, warn_of_former_recipe
 from pipeline.project.settings import CutName, Project
 from pipeline.project.stored_inputs import inputs_of
 from pipeline.project.views import Views, view_name
-from pipeline.split import Prefix, Suffix, flops_around, recompute_blocks, split
+from pipeline.split import Placement, Prefix, Suffix, divide, flops_around, recompute_blocks, split
 from pipeline.store import SUFFIX, Store, remove_attachment
 from pipeline.tasks import Head, Task, open_task
 from pipeline.train.adapter import adapt
@@ -55,9 +56,12 @@ class LoadedModel:
     """What the weights come from where those before the cut are not loaded; None of the whole network."""
 
     @classmethod
-    def open(cls, project: Project, table: SampleTable, *, suffix_of: CutName | None = None) -> "LoadedModel":
+    def open(
+        cls, project: Project, table: SampleTable, *, suffix_of: CutName | None = None, encodes: bool = False
+    ) -> "LoadedModel":
         """Build the model that `project` describes; the head is drawn from `model.seed`.
 
+        If it `encodes`, its weights are where `encode.placement` says.
         If the cut `suffix_of` is given, only the suffix may have weights, from the store of this cut: where these are
         known to be those that params.yaml names, or where it names weights that are not on this machine.
 
@@ -67,7 +71,7 @@ class LoadedModel:
         task = open_task(project.task)
         head = task.head(table)
         if suffix_of is None:
-            return cls._build(project, task, head)
+            return cls._build(project, task, head, encodes)
         if store := recipe_cache.store_of_known_weights(project, suffix_of):
             try:
                 return cls._of_suffix(project, task, head, store)
@@ -85,13 +89,13 @@ class LoadedModel:
 
     @classmethod
     def with_head(cls, project: Project, head: Head) -> "LoadedModel":
-        """Build the model that `project` describes, with a `head` determined in another process."""
-        return cls._build(project, open_task(project.task), head)
+        """Build the model that encodes `project`, with a `head` determined in another process."""
+        return cls._build(project, open_task(project.task), head, encodes=True)
 
     @classmethod
-    def _build(cls, project: Project, task: Task, head: Head) -> "LoadedModel":
+    def _build(cls, project: Project, task: Task, head: Head, encodes: bool = False) -> "LoadedModel":
         files = recipe_cache.weights_key(project)
-        backbone = load(project.model, project.preprocess, head)
+        backbone = load_placed(project, head) if encodes else load(project.model, project.preprocess, head)
         modules, built = module_fingerprints(backbone.model, IRRELEVANT), built_modules(backbone)
         task, code = task.of_width(backbone.width), _code(backbone)
         return cls(project, task, head, backbone, code, modules=modules, built_modules=built, weights_key=files)
@@ -111,26 +115,27 @@ class LoadedModel:
         ).precision
 
     def to_device(self) -> torch.device:
-        """Move the model to the device that runs prefixes, and return it."""
+        """Return the device that runs prefixes; move the model there, unless its weights stay in their files."""
         config, device = self.project.encode, pick_device(self.project.encode.device)
         setting = "encode.precision" if config.precision else "model.dtype"
         warn_of_emulation(setting, self.compute_dtype, device)
         if config.compile:
             check_compiler("encode.compile", device)
-        self.backbone.model.to(device)
+        if not self.backbone.is_mapped:
+            self.backbone.model.to(device)
         if config.channels_last:
             self.backbone.model.to(memory_format=torch.channels_last)
         return device
 
-    def split(self, cut: CutName, example: dict[str, Tensor]) -> tuple[Prefix, Suffix]:
-        """Split the model at `cut`, proved on `example`.
+    def split(self, cut: CutName, example: dict[str, Tensor], *, share: bool = False) -> tuple[Prefix, Suffix]:
+        """Split the model at `cut`, proved on `example`; the suffix may `share` its weights with the model.
 
         Raises:
             ModelError: the network refuses the example; the message names the settings that decide it.
             SplitError: it cannot be split there.
         """
         try:
-            prefix, suffix = split(self.backbone.model, at=cut, example=example)
+            prefix, suffix = split(self.backbone.model, at=cut, example=example, share=share)
         except InputRefusedError as error:
             raise ModelError(f"{self.backbone.name}: {error}; {self.backbone.preprocess.advice()}") from error
         return prefix, suffix
@@ -142,12 +147,20 @@ class LoadedModel:
         else:
             remove_attachment(store, SUFFIX)
 
-    def split_at_cuts(self, samples: list[Sample]) -> tuple[list[Prefix], list[list[Recipe]], list[SavedSplit]]:
-        """Return the prefix of every cut, proved on two `samples`, `recipes[view][cut]`, and what each suffix needs."""
+    def split_at_cuts(
+        self, samples: list[Sample], device: torch.device | None = None
+    ) -> tuple[list[Prefix], list[list[Recipe]], list[SavedSplit]]:
+        """Return the prefix of every cut, proved on two `samples`, `recipes[view][cut]`, and what each suffix needs.
+
+        A network whose weights stay in their files is divided into sections, which compute on `device` (None: the CPU).
+        """
+        if self.backbone.is_mapped:
+            dtype = None if self.project.model.dtype == "auto" else self.backbone.dtype
+            divide(self.backbone.model, self.on_device(samples), Placement(device or torch.device("cpu"), dtype))
         example = self.on_device(samples)
         prefixes, saved = list[Prefix](), list[SavedSplit]()
         for cut in self.project.encode.cuts:
-            prefix, suffix = self.split(cut, example)
+            prefix, suffix = self.split(cut, example, share=True)
             prefixes.append(prefix)
             saved.append(SavedSplit.of(suffix))
         return prefixes, [list(of_view) for of_view in zip(*map(self.recipes, prefixes), strict=True)], saved
@@ -247,7 +260,8 @@ class LoadedModel:
     def on_device(self, samples: list[Sample]) -> dict[str, Tensor]:
         """Return `samples` as inputs of the network, on its device."""
         device = next(self.backbone.model.parameters()).device
-        batch = as_inputs(network_inputs(pad_batch(samples, self.backbone.preprocess.pad)), self.backbone.dtype)
+        weights = weights_dtype(self.backbone.model.parameters())
+        batch = as_inputs(network_inputs(pad_batch(samples, self.backbone.preprocess.pad)), weights)
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def _widen(self, module: nn.Module, suffix: Suffix) -> None:

@@ -29,7 +29,7 @@ from pipeline.keys import JSON, first_difference, parse_json, tensors_digest
 from pipeline.models import Backbone, ModelConfig, PreprocessConfig, as_described, describe, fill, load
 from pipeline.models.fingerprint import Irrelevant, module_fingerprints
 from pipeline.project.recipe import IRRELEVANT
-from pipeline.split import Suffix, load_suffix, save_split
+from pipeline.split import Suffix, load_suffix, save_split, value_of
 from pipeline.store import SUFFIX, Store, read_attachment, remove_attachment, write_attachment
 from pipeline.tasks import Head
 
@@ -92,11 +92,12 @@ def write_pretrained_suffix(
     # `network` may name its tensors differently from `backbone.model`: they are found by identity.
     exact = {id(own[name]): item for name, item in backbone.exact.items() if name in saved.trained}
     read = {id(item) for name, item in own.items() if name in saved.trained | saved.frozen}
-    kept = {
-        name: exact.get(id(item), item)
-        for name, item in network.state_dict(keep_vars=True).items()
+    chosen = {
+        id(item): (name, item)  # tied tensors once
+        for name, item in reversed(network.state_dict(keep_vars=True).items())
         if name in names and (id(item) in read or not isinstance(item, nn.Parameter))
     }
+    kept = {name: exact[key] if key in exact else value_of(item) for key, (name, item) in chosen.items()}
     fresh = frozenset[str]() if _has_own_layers(model, head) else backbone.fresh & own.keys()
     new = {name: exact.get(id(own[name]), own[name]) for name in fresh}
     description = {
@@ -111,7 +112,7 @@ def write_pretrained_suffix(
 
     def write(folder: Path) -> None:
         for file, tensors in ((WEIGHTS, kept), (NEW, new), (CONSTANTS, saved.constants)):
-            save_file({name: item.detach().cpu().contiguous().clone() for name, item in tensors.items()}, folder / file)
+            save_file(_apart(tensors), folder / file)
         (folder / SPLIT).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         (folder / BACKBONE).mkdir()
         describe(model, backbone, folder / BACKBONE)
@@ -226,6 +227,21 @@ def built_modules(backbone: Backbone) -> dict[str, str]:
     Call it before the first forward pass.
     """
     return module_fingerprints(backbone.model, HOW_LOADED)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, with copies of those that share memory with another one."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, item in tensors.items():
+        whole = item.detach().cpu().contiguous()
+        storage = whole.untyped_storage()
+        # A tensor that is part of a larger one is copied: a file would hold all of that.
+        if storage.data_ptr() in seen or storage.nbytes() != whole.nbytes:
+            whole = whole.clone()
+        seen.add(whole.untyped_storage().data_ptr())
+        found[name] = whole
+    return found
 
 
 def _has_own_layers(model: ModelConfig, head: Head) -> bool:

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from pipeline.encode.ragged import Sample
 from pipeline.errors import BadSampleError, StaleStoreError
 from pipeline.keys import JSON
 from pipeline.models import Preprocess, network_inputs
-from pipeline.split import Capture, Prefix
+from pipeline.split import Capture, Prefix, run_together
 from pipeline.store import PROBE, Store, read_attachment, write_attachment
 
 FILE = "probe.safetensors"
@@ -82,15 +83,19 @@ def run_probe(prefixes: Sequence[Prefix], probe: Probe, config: EncodeConfig) ->
 
     A network may refuse inputs that were drawn: then there are no states.
     """
-    run, form = Capture(prefixes), compute_format(prefixes, config)
-    found: list[list[Tensors]] = [[] for _ in prefixes]
-    for sample in probe.inputs[:RUN_ON]:
-        try:
-            states = form.run(run, {name: tensor.unsqueeze(0) for name, tensor in network_inputs(sample).items()})
-        except Exception:  # the network's own code: it refuses in as many ways as there are networks
-            if probe.is_drawn:
-                return [[] for _ in prefixes]
-            raise
+    form, found = compute_format(prefixes, config), list[list[Tensors]]([] for _ in prefixes)
+    batches = (
+        {name: tensor.unsqueeze(0) for name, tensor in network_inputs(sample).items()}
+        for sample in probe.inputs[:RUN_ON]
+    )
+    runs = [partial(form.run, Capture(prefixes), batch) for batch in batches]
+    try:
+        states_of_samples = run_together(prefixes[0].model, runs)
+    except Exception:  # the network's own code: it refuses in as many ways as there are networks
+        if probe.is_drawn:
+            return [[] for _ in prefixes]
+        raise
+    for states in states_of_samples:
         for of_cut, state in zip(found, states, strict=True):
             of_cut.append(
                 {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}

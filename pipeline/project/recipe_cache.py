@@ -41,6 +41,8 @@ IRRELEVANT: Mapping[str, frozenset[str]] = {
             "workers",
             "executor",
             "device",
+            "placement",
+            "memory_gb",
             "channels_last",
             "compile",
         }

@@ -15,16 +15,19 @@ The modules in the order in which a split happens:
 7.  `suffix`: runs the rest of the model from a state, with its `frozen` parameters set aside. `replay`: gets to the cut
     without the recycled layers, by a `recording` made once per kind of input.
 
-`saved` writes a proved split down and builds its suffix again. `regions` recomputes or compiles blocks. `candidates`
-lists the places to cut, with their costs. `tree` (tensors inside nested values) serves all of them.
+`saved` writes a proved split down and builds its suffix again. `regions` recomputes or compiles blocks. `sections` runs
+several batches block by block, each in a thread (`turns`). `candidates` lists the places to cut, with their costs.
+`tree` (tensors inside nested values) serves all of them.
 """
 
 from pipeline.split.candidates import Candidate, candidates, flops_around, places
 from pipeline.split.cut import Cut
+from pipeline.split.forward import value_of
 from pipeline.split.inputs import TensorSpec
 from pipeline.split.prefix import Capture, Prefix, State
 from pipeline.split.regions import compile_blocks, recompute_blocks
 from pipeline.split.saved import load_suffix, save_split, with_model
+from pipeline.split.sections import Placement, divide, run_together
 from pipeline.split.splitting import merge, split
 from pipeline.split.suffix import Suffix
 
@@ -32,18 +35,22 @@ __all__ = [
     "Candidate",
     "Capture",
     "Cut",
+    "Placement",
     "Prefix",
     "State",
     "Suffix",
     "TensorSpec",
     "candidates",
     "compile_blocks",
+    "divide",
     "flops_around",
     "load_suffix",
     "merge",
     "places",
     "recompute_blocks",
+    "run_together",
     "save_split",
     "split",
+    "value_of",
     "with_model",
 ]

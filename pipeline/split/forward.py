@@ -1,5 +1,6 @@
 """Forward passes of a model: its flags, random state and buffers, its errors as refusals, its calls observed."""
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -71,19 +72,32 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+class _Clock(threading.local):
+    """The clock of a thread: the seconds for which it stood still, and whether others share the device in turns."""
+
+    paused = 0.0
+    is_shared = False
+
+    def now(self) -> float:
+        return time.perf_counter() - self.paused
+
+
+CLOCK = _Clock()
+
+
 class Timer:
     """Measures a run from here on: by events of its device, for which the host need not wait, or else by waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._began = self._event() if has_streams(device) else time.perf_counter()
+        self._began = self._event() if has_streams(device) and not CLOCK.is_shared else CLOCK.now()
 
     def lap(self) -> Callable[[], float]:
         """Return a function that gives the seconds up to here, once the device has computed what it was asked for."""
         if isinstance(began := self._began, torch.Event):
             return partial(_seconds, began, self._event())
         synchronise(self._device)
-        seconds = time.perf_counter() - began
+        seconds = CLOCK.now() - began
         return lambda: seconds
 
     def _event(self) -> torch.Event:
@@ -134,18 +148,23 @@ def observed_calls(
 ) -> Iterator[None]:
     """Report the module calls of forward passes, by path and number: of all modules, or of those at `paths`.
 
-    `on_call` gets the arguments of a call, and may return others; `on_return` gets the output as well.
+    `on_call` gets the arguments of a call, and may return others; `on_return` gets the output as well. Calls of other
+    threads are left out.
     """
-    handles = []
+    handles, thread = [], threading.get_ident()
 
     def observe(path: str, module: nn.Module) -> None:
         numbers, running = count(), list[int]()
 
         def entered(_: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+            if threading.get_ident() != thread:
+                return None
             running.append(next(numbers))
             return on_call(path, running[-1], args, kwargs) if on_call else None
 
         def returned(_: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+            if threading.get_ident() != thread:
+                return
             number = running.pop()
             if on_return:
                 on_return(path, number, args, kwargs, output)
@@ -202,9 +221,12 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tick = -1
         self._open: list[Call] = []
         self._names: dict[int, set[str]] = {}
+        self._moved: dict[int, set[str]] = {}  # parameters whose values are put in place as they are read
         parameters = model.named_parameters(remove_duplicate=False)
         for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
-            if tensor.numel():
+            if is_moved(tensor):
+                self._moved.setdefault(id(tensor), set()).add(name)
+            elif tensor.numel():
                 self._names.setdefault(_storage(tensor), set()).add(name)
         self._leaves: dict[int, set[str]] = {}
         for leaf, tensor in arguments(args, kwargs).items():
@@ -234,11 +256,22 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         for tensor in arguments(args, kwargs or {}).values():
-            for name in self._names.get(storage := _storage(tensor), ()):
+            storage = _storage(tensor)
+            for name in self._moved.get(id(tensor)) or self._names.get(storage) or ():
                 self.reads.setdefault(name, self._tick)
             for leaf in self._leaves.get(storage, ()):
                 self.input_reads.setdefault(leaf, self._tick)
         return func(*args, **(kwargs or {}))
+
+
+def is_moved(tensor: Tensor) -> bool:
+    """Return whether a parameter has its values in its block only (`sections`)."""
+    return "read_stored" in tensor.__dict__
+
+
+def value_of(tensor: Tensor) -> Tensor:
+    """Return the values of a parameter or buffer, read anew where it has them in its block only."""
+    return tensor.__dict__["read_stored"]() if is_moved(tensor) else tensor.detach()
 
 
 def _storage(tensor: Tensor) -> int:

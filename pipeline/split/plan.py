@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import SplitError
 from pipeline.split.blocks import parameter_count
 from pipeline.split.cut import Argument, Cut, Output, TensorSource, Weight
-from pipeline.split.forward import Trace, random_state_kept
+from pipeline.split.forward import Trace, random_state_kept, value_of
 from pipeline.split.frozen import FrozenParameters
 from pipeline.split.inputs import ExampleInputs
 from pipeline.split.observation import Observation, observe, run_in_training
@@ -199,7 +199,7 @@ def _run_suffix(model: nn.Module, plan: SplitPlan, observation: Observation, arg
     weights = dict(model.named_parameters())
     root = copy_of(model, {id(item): item for item in model.parameters()})
     install_fake_forwards(root, plan.fake_forwards)
-    frozen = FrozenParameters(root, plan.frozen, {name: weights[name].detach() for name in plan.kept})
+    frozen = FrozenParameters(root, plan.frozen, {name: value_of(weights[name]) for name in plan.kept})
     outputs = []
     for training in (False, True):
         search = DependencySearch(root.train(training), plan, observation.values, parameter_count(model))

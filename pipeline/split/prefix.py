@@ -1,6 +1,6 @@
 """The frozen part of a split: runs the full model up to the cut and returns the state."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.cut import Cut, TensorSource
+from pipeline.split.forward import value_of
 from pipeline.split.inputs import ExampleInputs, TensorSpec
 from pipeline.split.layout import BatchLayout, batch_size
 from pipeline.split.observation import Observation, observe
@@ -58,11 +59,14 @@ class Prefix:
         """
         return Capture([self])(*args, **inputs)[0]
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return every parameter and buffer that is read before the cut, by its name in the full model, sorted."""
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return every parameter and buffer that is read before the cut, by its name in the full model, sorted.
+
+        Of a network that runs section by section, each is read when it is looked up, and not kept.
+        """
         held: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         held |= dict(self.model.named_buffers(remove_duplicate=False))
-        return {name: held[name].detach() for name in self._plan.read}
+        return _Weights({name: held[name] for name in self._plan.read})
 
     @property
     def blocks(self) -> list[str]:
@@ -82,6 +86,22 @@ class Prefix:
                     f"state {slot.name!r} is not made with these inputs; give the prefix inputs like the example's"
                 )
         return {slot.name: slot.layout.to_state(observation.values[slot.source], batch) for slot in self.slots}
+
+
+class _Weights(Mapping[str, Tensor]):
+    """Tensors of a model by name, read when they are looked up."""
+
+    def __init__(self, held: Mapping[str, Tensor]) -> None:
+        self._held = held
+
+    def __getitem__(self, name: str) -> Tensor:
+        return value_of(self._held[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 class Capture:

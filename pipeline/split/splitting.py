@@ -4,6 +4,7 @@ import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,15 @@ from pipeline.split.layout import batch_size, prove_layout, regroup, sample_tole
 from pipeline.split.observation import Observation, observe, run_in_training, seeded_calls
 from pipeline.split.plan import Planned, SplitPlan, make_plan
 from pipeline.split.prefix import Prefix, Slot, State
+from pipeline.split.sections import run_together
 from pipeline.split.splittable import check_model
 from pipeline.split.suffix import Suffix
 from pipeline.split.tree import Args, Kwargs, as_call, difference, map_arguments, mismatch, tolerance
 
 
-def split(model: nn.Module, at: float | str, example: Any, *, values: bool = False) -> tuple[Prefix, Suffix]:
+def split(
+    model: nn.Module, at: float | str, example: Any, *, values: bool = False, share: bool = False
+) -> tuple[Prefix, Suffix]:
     """Cut `model` in two: `suffix(prefix(x), x)` equals `model(x)`, in eval and train mode, gradients too.
 
     Args:
@@ -35,6 +39,7 @@ def split(model: nn.Module, at: float | str, example: Any, *, values: bool = Fal
             larger one, two samples are used.
         values: the suffix will be given the values of all inputs that no layer before the cut reads, such as labels in
             floating point, so that the state need not hold them.
+        share: whether the suffix has the model's own weights instead of copies, for a look at it alone.
 
     Raises:
         InputRefusedError: the model's own code fails on the example.
@@ -51,7 +56,7 @@ def split(model: nn.Module, at: float | str, example: Any, *, values: bool = Fal
     second = regroup(args, kwargs)
     slots, constants, observation, output = prove_state(model, planned, seen.output, (args, kwargs), second)
     prefix = Prefix(model, planned.plan, slots)
-    suffix = Suffix(model, planned.plan, slots, constants)
+    suffix = Suffix(model, planned.plan, slots, constants, share=share)
     warn_about_shared_layers(model, planned.plan)
     warn_about_padding(model, planned, slots, args, kwargs)
     runs = [
@@ -102,8 +107,13 @@ def prove_state(
     """
     plan = planned.plan
     again, other = Observation(plan.cut, plan.sources), Observation(plan.cut, plan.sources)
-    observe(model, [again], *first)
-    other_output = observe(model, [other], *second[:2], to_the_end=True)
+    _, other_output = run_together(
+        model,
+        [
+            partial(observe, model, [again], *first),
+            partial(observe, model, [other], *second[:2], to_the_end=True),
+        ],
+    )
     slots, constants = [], {}
     for source, name in state_names(model, model.get_submodule(plan.cut.path), plan.sources).items():
         value = planned.observation.values[source]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import SplitError
 from pipeline.split.cut import TensorSource
-from pipeline.split.forward import eval_mode
+from pipeline.split.forward import eval_mode, value_of
 from pipeline.split.frozen import FrozenParameters, dummy
 from pipeline.split.inputs import TensorSpec
 from pipeline.split.phantom_run import install_fake_forwards
@@ -152,7 +152,7 @@ def trainable_copy(model: nn.Module, plan: SplitPlan, *, share: bool = False) ->
         memo[id(item)] = dummy(item, device="cpu" if item.is_meta else None)
     root = copy_of(model, memo)
     install_fake_forwards(root, plan.fake_forwards)
-    frozen = FrozenParameters(root, plan.frozen, {name: weights[name].detach().clone() for name in plan.kept})
+    frozen = FrozenParameters(root, plan.frozen, {name: value_of(weights[name]).clone() for name in plan.kept})
     for path, module in root.named_modules():
         if path not in plan.after:
             called = path in plan.before

@@ -142,11 +142,10 @@ def open_encode(
     from pipeline.project.model import LoadedModel  # noqa: PLC0415  (slow to import, and often nothing is to do)
     from pipeline.project.probe import keep_or_check_probes  # noqa: PLC0415
 
-    loaded = LoadedModel.open(project, table)
-    if project.encode.executor.is_here:
-        loaded.to_device()
+    loaded = LoadedModel.open(project, table, encodes=True)
+    device = loaded.to_device() if project.encode.executor.is_here else None
     example, samples = find_example(loaded, source, keyed)
-    prefixes, recipes, saved_splits = loaded.split_at_cuts(samples)
+    prefixes, recipes, saved_splits = loaded.split_at_cuts(samples, device)
     wanted = [keyed.keys[rows] for rows in rows_to_encode(project, keyed, table)]
     stores = open_stores(loaded, prefixes, recipes, wanted, replace_stores=replace_stores)
     for view, of_view in zip(project.views, stores, strict=True):
