@@ -12,14 +12,16 @@ from torch import Tensor
 
 from pipeline.data import SampleTable
 from pipeline.encode.ragged import Sample, pad_batch
-from pipeline.errors import DataError, RecyclingError
+from pipeline.errors import ConfigError, DataError, RecyclingError
 from pipeline.files import open_to_others
 from pipeline.models import loading_code, network_inputs
+from pipeline.models.adapter_files import inject_adapter, save_adapter
 from pipeline.precision import widen
 from pipeline.project import Project
 from pipeline.project.model import LoadedModel
 from pipeline.project.views import Views
 from pipeline.runs.finished import open_run, towers_of
+from pipeline.runs.record import read_run
 from pipeline.split import Prefix, Suffix, merge
 from pipeline.tasks import read_tensor
 
@@ -63,6 +65,53 @@ class Parity:
             f"{self.samples} samples: outputs within {self.merged:.1e} of prefix + suffix and {self.stored:.1e} of the "
             f"cached path (relative); {self.agreement:.0%} agree on the largest output"
         )
+
+
+def export_adapter(project: Project, name: str, to: Path) -> float:
+    """Write the LoRA adapters of the finished run `name` to the folder `to` as peft's files.
+
+    Returns the largest difference of the outputs of the pretrained network with them from those of prefix + suffix,
+    relative to the largest output, on some samples.
+
+    Raises:
+        ConfigError: the run trained no LoRA adapter of a single network of transformers.
+        DataError, ParityError: as `export_run`.
+    """
+    if to.exists() and any(to.iterdir()):
+        raise DataError(f"{to} is not empty; name a new folder, an export overwrites nothing")
+    of_run = project.overridden(read_run(project, name).overrides)
+    config = of_run.train.adapter
+    if config is None or config.kind != "lora" or of_run.model.library != "hf" or of_run.towers.is_set:
+        raise ConfigError(
+            f"run {name}: --adapter takes a run of one hf: network with train.adapter: lora; here are "
+            f"model.backbone {of_run.model.backbone} and train.adapter {config and config.kind}; export it whole"
+        )
+    run = open_run(project, name)
+    loaded, network = run.loaded, run.loaded.backbone.network
+    own = {id(item): name for name, item in widen(loaded.backbone.model).named_parameters()}
+    contents, _ = _samples(loaded, run.store, run.table)
+    batch = network_inputs(pad_batch(contents, loaded.backbone.preprocess.pad))
+    kept = run.suffix.state_dict()
+    trained = {name: kept[own[id(item)]] for name, item in network.named_parameters() if own.get(id(item)) in kept}
+    with torch.no_grad():
+        live = read_tensor(run.suffix.eval()(run.prefix(**batch), **batch))
+        adapted = inject_adapter(network, trained, config.rank)
+        full = read_tensor(loaded.backbone.model.eval()(**batch))
+    difference = float((full - live).abs().max() / live.abs().max().clamp(min=1e-12))
+    if difference > MERGED_TOLERANCE:
+        raise ParityError(
+            f"run {name}: with its adapters the network's outputs are {difference:.1e} from those of the run (bound "
+            f"{MERGED_TOLERANCE}); nothing was exported; export it whole"
+        )
+    beside = to.with_name(f".{to.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_adapter(adapted, beside)
+    open_to_others(beside)
+    if to.exists():
+        to.rmdir()
+    beside.rename(to)
+    return difference
 
 
 def export_run(project: Project, name: str, to: Path) -> Parity:
