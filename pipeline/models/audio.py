@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import BadSampleError, ConfigError
-from pipeline.keys import JSON, digest
+from pipeline.keys import JSON
 from pipeline.models.backbone import Preprocess, first_input
 from pipeline.models.config import PreprocessConfig
 from pipeline.models.fingerprint import Irrelevant, fingerprint
@@ -66,11 +66,6 @@ class AudioPreprocess(Preprocess):
         extractor = None if self.extractor is None else self._digest
         shape: dict[str, JSON] = {"inputs": list(self.inputs), "rate": self.rate, "seconds": self.seconds}
         return shape | {"kind": "audio", "extractor": extractor}
-
-    def former_recipe(self) -> Mapping[str, JSON]:
-        if self.extractor is None:
-            return self.recipe()
-        return {**self.recipe(), "extractor": digest(self.extractor.to_dict())}
 
     def advice(self) -> str:
         length = "as long as they are" if self.seconds is None else f"of {self.seconds:g} s"

@@ -93,10 +93,6 @@ class Preprocess(ABC):
     def recipe(self) -> Mapping[str, JSON]:
         """Return everything that decides the values of the inputs."""
 
-    def former_recipe(self) -> Mapping[str, JSON]:
-        """Return `recipe` as version 0.1.0 gave it, by which stores of that version are known."""
-        return self.recipe()
-
     def advice(self) -> str:
         """Return which settings decide the inputs, and their values: for a network that refuses these inputs."""
         return "compare preprocess, and model.options, with what the network takes"

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from pipeline.errors import BadSampleError
-from pipeline.keys import JSON, digest
+from pipeline.keys import JSON
 from pipeline.models.backbone import EXTRA, Preprocess
 from pipeline.models.fingerprint import fingerprint, tokenizer_state
 
@@ -111,13 +111,6 @@ class TextPreprocess(Preprocess):
         extra: dict[str, JSON] = {} if self.extra is None else {"extra": self.extra}
         extra |= {"long_texts": "refuse"} if self.refuses_long else {}
         return extra | {"kind": "text", "inputs": inputs, "max_length": self.max_length, "tokenizer": self._digest}
-
-    def former_recipe(self) -> Mapping[str, JSON]:
-        if self.tokenizer.is_fast:
-            return {**self.recipe(), "tokenizer": digest(tokenizer_state(self.tokenizer.backend_tokenizer))}
-        vocabulary: dict[str, JSON] = dict(self.tokenizer.get_vocab())
-        former = digest({"class": type(self.tokenizer).__name__, "vocabulary": vocabulary})
-        return {**self.recipe(), "tokenizer": former}
 
     def advice(self) -> str:
         padding = f"padding token {self.tokenizer.pad_token!r}" if self.tokenizer.pad_token else "no padding token"

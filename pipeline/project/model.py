@@ -22,7 +22,7 @@ from pipeline.precision import HALF, ComputeFormat, as_inputs, weights_dtype, wi
 from pipeline.project import recipe_cache
 from pipeline.project.placement import load_placed
 from pipeline.project.pretrained_suffix import PretrainedSuffix, SavedSplit, built_modules, write_pretrained_suffix
-from pipeline.project.recipe import IRRELEVANT, former_recipe, recipe_of, warn_of_former_recipe
+from pipeline.project.recipe import IRRELEVANT, recipe_of
 from pipeline.project.settings import CutName, Project
 from pipeline.project.stored_inputs import inputs_of
 from pipeline.project.views import Views, view_name
@@ -202,20 +202,11 @@ class LoadedModel:
             return opened, None, suffix
         example = inputs_of(self.stored_batch(opened, _first_and_last(opened)), plain.path)
         prefix, suffix = self.split(cut, as_inputs(example, self.backbone.dtype))
-        for store, view, recipe in zip(stores, views, self.recipes(prefix), strict=True):
-            if self.is_former(store, prefix, recipe, view):
-                warn_of_former_recipe(store)
-            else:
-                store.check_recipe(recipe)
+        for store, recipe in zip(stores, self.recipes(prefix), strict=True):
+            store.check_recipe(recipe)
         recipe_cache.remember_weights(self.project, [plain], self.weights_key)
         self._widen(suffix, suffix)
         return opened, prefix, suffix
-
-    def is_former(self, store: Store, prefix: Prefix, recipe: Recipe, view: int | None) -> bool:
-        """Return whether version 0.1.0 wrote `store` with the narrower recipe that it would have for `recipe`."""
-        if store.recipe == recipe:
-            return False
-        return store.recipe == former_recipe(recipe, prefix, self.preprocess(view).former_recipe())
 
     def trainable(self, store: Views, suffix: Suffix) -> Suffix:
         """Return the suffix to train, with adapters if `train.adapter` is set.
@@ -281,9 +272,7 @@ class LoadedModel:
         known = self.pretrained_suffix
         store = self.project.open_store(cut, view) if known is None or view is not None else known.store
         settings = dataclasses.replace(store.recipe, storage=self.project.storage, compute_dtype=self.compute_dtype)
-        former = dataclasses.replace(settings, preprocessing=self.preprocess(view).former_recipe())
-        if store.recipe != former:  # `open_store` tells whether it is one of version 0.1.0
-            store.check_recipe(self._of_view(settings, view))
+        store.check_recipe(self._of_view(settings, view))
         return store
 
     def _of_view(self, recipe: Recipe, view: int | None) -> Recipe:

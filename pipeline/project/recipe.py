@@ -1,21 +1,17 @@
 """The recipe of a state: digests of everything that decides its values."""
 
 import itertools
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from pipeline.keys import JSON, Recipe, digest, tensors_digest
-from pipeline.store import FORMAT, Store
+from pipeline.store import FORMAT
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from pipeline.models.fingerprint import Irrelevant
     from pipeline.split import Prefix
-
-log = logging.getLogger("recycle")
 
 IRRELEVANT: "Irrelevant" = {
     "transformers.PreTrainedConfig": frozenset(
@@ -87,37 +83,3 @@ def _involved(prefix: "Prefix") -> Iterator[str]:
 def _and_outer(path: str) -> Iterator[str]:
     yield ""
     yield from itertools.accumulate(path.split(".") if path else [], "{}.{}".format)
-
-
-def former_recipe(recipe: Recipe, prefix: "Prefix", preprocessing: Mapping[str, JSON]) -> Recipe:
-    """Return `recipe` as version 0.1.0 wrote it; `preprocessing` is what that version's recipe would say.
-
-    Of a module it covered the class's name, `extra_repr` and those public attributes that are numbers, texts or
-    booleans: not what a network reads from its configuration, nor lists, functions and tensors among its attributes.
-    """
-    return replace(recipe, architecture=_former_architecture(prefix.modules()), preprocessing=preprocessing)
-
-
-def _former_architecture(modules: "Iterable[tuple[str, nn.Module]]") -> str:
-    def settings(module: "nn.Module") -> dict[str, Any]:
-        return {
-            name: repr(value)
-            for name, value in vars(module).items()
-            if not name.startswith("_")
-            and name not in ("training", "name_or_path")
-            and isinstance(value, bool | int | float | str)
-        }
-
-    return digest(
-        [[name, type(module).__qualname__, module.extra_repr(), settings(module)] for name, module in modules]
-    )
-
-
-def warn_of_former_recipe(store: Store) -> None:
-    """Warn that the recipe of `store`, by version 0.1.0, covers less than today's."""
-    log.warning(
-        "%s was made by version 0.1.0, whose recipe covers less: it cannot be verified that the configuration of the "
-        "network, attributes that are lists or functions, and the settings of a slow tokenizer are still the same. It "
-        "is read; nothing is added to it (recycle encode --replace encodes it again)",
-        store.where,
-    )

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,13 +12,8 @@ from pipeline.data import SampleTable
 from pipeline.errors import ConfigError, StaleStoreError, StoreError
 from pipeline.files import write_whole
 from pipeline.keys import Recipe, digest
-from pipeline.project.recipe import warn_of_former_recipe
 from pipeline.project.settings import Project
 from pipeline.store import Remote, Store, find_stores, remove_store
-
-if TYPE_CHECKING:
-    from pipeline.project.model import LoadedModel
-    from pipeline.split import Prefix
 
 log = logging.getLogger("recycle")
 
@@ -27,26 +21,18 @@ MARKER = "elsewhere.json"
 """File below data/activations that stands for a remote store."""
 
 
-def open_stores(
-    loaded: "LoadedModel",
-    prefixes: "Sequence[Prefix]",
-    recipes: Sequence[Sequence[Recipe]],
-    wanted: Sequence[np.ndarray],
-    *,
-    replace_stores: bool,
-) -> list[list[Store]]:
+def open_stores(project: Project, recipes: Sequence[Sequence[Recipe]], *, replace_stores: bool) -> list[list[Store]]:
     """Open the stores of `recipes[view][cut]` for writing, as `stores[view][cut]`; create those that do not exist.
 
     A store of another recipe is of no use to these settings, but may have taken hours: one with samples is removed only
-    if `replace_stores`, and only after all stores were checked. A store of version 0.1.0 that has all keys
-    `wanted[view]` (n, 16) uint8 is opened as it is.
+    if `replace_stores`, and only after all stores were checked.
 
     Raises:
         StaleStoreError: some stores have another recipe; the message names them and the ways out.
     """
-    project, stale, former = loaded.project, dict[Path, str](), dict[Path, Store]()
-    for view, of_view, keys in zip(project.views, recipes, wanted, strict=True):
-        for cut, prefix, recipe in zip(project.encode.cuts, prefixes, of_view, strict=True):
+    stale = dict[Path, str]()
+    for view, of_view in zip(project.views, recipes, strict=True):
+        for cut, recipe in zip(project.encode.cuts, of_view, strict=True):
             path = project.store_path(cut, view)
             try:
                 store = project.open_store(cut, view)
@@ -55,10 +41,7 @@ def open_stores(
             try:
                 store.check_recipe(recipe)
             except StaleStoreError as error:
-                if loaded.is_former(store, prefix, recipe, view) and not store.missing(keys).any():
-                    warn_of_former_recipe(store)
-                    former[path] = store
-                elif not len(store.keys()) and project.remote is None:
+                if not len(store.keys()) and project.remote is None:
                     remove_store(path)
                 else:
                     stale[path] = f"{error.difference} ({store.nbytes() / 1e6:.1f} MB)"
@@ -69,9 +52,8 @@ def open_stores(
         remove_store(path)
     return [
         [
-            former.get(path) or _create(path, recipe, project.remote)
+            _create(project.store_path(cut, view), recipe, project.remote)
             for cut, recipe in zip(project.encode.cuts, of_view, strict=True)
-            for path in [project.store_path(cut, view)]
         ]
         for view, of_view in zip(project.views, recipes, strict=True)
     ]

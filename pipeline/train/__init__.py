@@ -11,6 +11,7 @@ order.py       (seed, epoch, sizes) -> batches
 loader.py      batches -> tensors on the device
 objective.py   the module that is trained: a step's loss, over several processes, and the metrics of a validation
 adapter.py     adapters beside frozen pretrained weights
+adapter_files.py  what training added to the weights, as peft's files
 run_log.py     metrics and plots, as DVC shows them
 trackers.py    experiment trackers, by accelerate
 processes.py   their ranks, and what they exchange

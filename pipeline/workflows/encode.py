@@ -146,8 +146,7 @@ def open_encode(
     device = loaded.to_device() if project.encode.executor.is_here else None
     example, samples = find_example(loaded, source, keyed)
     prefixes, recipes, saved_splits = loaded.split_at_cuts(samples, device)
-    wanted = [keyed.keys[rows] for rows in rows_to_encode(project, keyed, table)]
-    stores = open_stores(loaded, prefixes, recipes, wanted, replace_stores=replace_stores)
+    stores = open_stores(project, recipes, replace_stores=replace_stores)
     for view, of_view in zip(project.views, stores, strict=True):
         keep_or_check_probes(of_view, prefixes, loaded.preprocess(view), samples, project.encode)
     for store, saved in zip(stores[0], saved_splits, strict=True):

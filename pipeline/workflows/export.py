@@ -15,7 +15,6 @@ from pipeline.encode.ragged import Sample, pad_batch
 from pipeline.errors import ConfigError, DataError, RecyclingError
 from pipeline.files import open_to_others
 from pipeline.models import loading_code, network_inputs
-from pipeline.models.adapter_files import inject_adapter, save_adapter
 from pipeline.precision import widen
 from pipeline.project import Project
 from pipeline.project.model import LoadedModel
@@ -24,6 +23,7 @@ from pipeline.runs.finished import open_run, towers_of
 from pipeline.runs.record import read_run
 from pipeline.split import Prefix, Suffix, merge
 from pipeline.tasks import read_tensor
+from pipeline.train.adapter_files import inject_adapter, save_adapter
 
 LOADER = "load.py"
 """File in an export with the lines of Python that load it."""

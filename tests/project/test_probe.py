@@ -1,9 +1,5 @@
-"""The probe beside a store finds what no digest covers; stores of version 0.1.0 are read, and nothing is added."""
+"""The probe beside a store finds what no digest covers."""
 
-import logging
-import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,6 @@ from pipeline.models.backbone import Preprocess
 from pipeline.models.images import ImagePreprocess
 from pipeline.models.texts import TextPreprocess
 from pipeline.project import Project
-from pipeline.project.model import LoadedModel
-from pipeline.project.recipe import former_recipe
-from pipeline.split import Prefix
 from pipeline.store import Store, find_stores, verify
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.export import export_run
@@ -160,58 +153,6 @@ def test_a_preprocessing_of_ones_own_is_in_the_recipe_by_its_code_and_attributes
     factors[0] = 0.25
     with pytest.raises(StaleStoreError, match=r"preprocessing\.code"):
         encode_project(project(folder, **given), rehash=True)
-
-
-@pytest.fixture
-def former(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Makes recipes what version 0.1.0 made of them; what is returned ends that."""
-    recipes = LoadedModel.recipes
-
-    def of_then(self: LoadedModel, prefix: Prefix) -> Any:
-        made = zip(self.project.views, recipes(self, prefix), strict=True)
-        return [former_recipe(recipe, prefix, self.preprocess(view).former_recipe()) for view, recipe in made]
-
-    monkeypatch.setattr(LoadedModel, "recipes", of_then)
-    return lambda: monkeypatch.setattr(LoadedModel, "recipes", recipes)
-
-
-def test_a_store_of_version_0_1_0_is_read_with_a_word_and_nothing_is_added(
-    folder: Path, former: Callable[[], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    encode_project(project(folder))
-    former()
-    for store in find_stores(folder / "data/activations"):
-        shutil.rmtree(store / "probe")
-    shutil.rmtree(folder / ".recycle")
-    before = tiny.files(folder / "data/activations")
-    caplog.set_level(logging.WARNING)
-    encode_project(project(folder))
-    assert "was made by version 0.1.0, whose recipe covers less" in caplog.text
-    train_project(project(folder), "0.5")
-    export_run(project(folder), "0.5", folder / "model")
-    assert tiny.files(folder / "data/activations") == before
-    tiny.write_images(folder / "photos", range(12, 14))
-    with pytest.raises(StaleStoreError, match="architecture"):
-        encode_project(project(folder))
-    with pytest.raises(StaleStoreError):
-        train_project(project(folder, model={"backbone": "tiny:conv_net", "seed": 1}), "0.5")
-    encode_project(project(folder), replace_stores=True)
-
-
-def test_the_recipe_of_version_0_1_0_covered_less(folder: Path) -> None:
-    """What the warning says: a list among a module's attributes moved no digest of then."""
-    made = project(folder)
-    encode_project(made)
-    from pipeline.data import SampleTable  # noqa: PLC0415
-
-    loaded = LoadedModel.open(made, SampleTable.read(made.samples))
-    prefix, _ = loaded.split(0.5, {"x": torch.randn(2, 3, 16, 16)})
-    (recipe,) = loaded.recipes(prefix)
-    loaded.backbone.model.blocks[0].scales = [1.0]
-    changed = replace(loaded, modules={**loaded.modules, "blocks.0": "another"})
-    assert changed.recipes(prefix)[0] != recipe
-    old = [former_recipe(one, prefix, {}) for one in (recipe, changed.recipes(prefix)[0])]
-    assert old[0] == old[1]
 
 
 def test_a_probe_of_another_store_counts_for_nothing(folder: Path) -> None:
