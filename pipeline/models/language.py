@@ -193,7 +193,7 @@ class LanguageModel(nn.Module):
     def forward(self, input_ids: Tensor, completion_mask: Tensor, **inputs: Any) -> Tensor:
         counted_BT = completion_mask >= (0 if self.on_all else 1)
         counted_BT = counted_BT & (torch.arange(counted_BT.shape[1], device=counted_BT.device) > 0)
-        before_BT, targets_N = counted_BT.roll(-1, 1), input_ids[counted_BT]
+        before_BT, targets_N = counted_BT.roll(-1, 1), input_ids[counted_BT].long()
         inputs["input_ids"] = input_ids
         if self.parts is None:
             values_N2 = _values(self.backbone(**inputs).logits[before_BT], targets_N)

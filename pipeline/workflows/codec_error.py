@@ -38,7 +38,9 @@ class CodecDeviation:
         state_mean: mean deviation relative to the mean magnitude.
         output_largest: largest deviation of an output.
         output_mean: mean deviation of outputs, relative to their standard deviation.
-        changed: share of outputs whose largest class, or nearest neighbour among the N, is another one.
+        changed: share of outputs whose largest class, or nearest neighbour among the N, is another one; of a language
+            model, of tokens that become the likeliest or cease to be.
+        perplexity: of a language model, the relative change of its perplexity.
     """
 
     storage: str
@@ -48,6 +50,7 @@ class CodecDeviation:
     output_largest: float
     output_mean: float
     changed: float
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,10 @@ def compare(tower: Tower, label: str, count: int, *, is_trained: bool = False) -
             tried[tensor], size = round_trip(tensor, own, storage)
             nbytes += size
         largest, mean = compare_states(stored, tried)
-        deviations.append(
-            CodecDeviation(storage, nbytes / len(drawn), largest, mean, *compare_outputs(now, outputs(tried), kind))
-        )
+        after = outputs(tried)
+        perplexity = _perplexity(after) / _perplexity(now) - 1 if kind == "language" else None
+        of_outputs = compare_outputs(now, after, kind)
+        deviations.append(CodecDeviation(storage, nbytes / len(drawn), largest, mean, *of_outputs, perplexity))
     return CodecReport(label, len(drawn), own_storage, kind, is_trained, deviations)
 
 
@@ -129,7 +133,8 @@ def table(report: CodecReport) -> str:
     if not CODECS[codec].is_lossless:
         lost = f"already rounded to {codec}"
     weights = "a finished run" if report.is_trained else "pretrained layers and an untrained head: train first for more"
-    changed = {"embedding": "neighbour changed", "span": "place changed"}.get(report.kind, "class changed")
+    names = {"embedding": "neighbour changed", "span": "place changed", "language": "likeliest changed   perplexity"}
+    changed = names.get(report.kind, "class changed")
     lines = [
         f"cut {report.cut}: {report.samples:,} samples; deviations from the values in the store ({report.storage}), "
         f"{lost}",
@@ -141,6 +146,7 @@ def table(report: CodecReport) -> str:
         lines.append(
             f"{mark} {one.storage:<20}{format_bytes(one.bytes):>10}  {one.state_largest:>14.1e}"
             f"{one.state_mean:>10.1e}  {one.output_largest:>15.1e}{one.output_mean:>10.1e}  {one.changed:.1%}"
+            + ("" if one.perplexity is None else f"{one.perplexity:>+24.2%}")
         )
     lines.append(
         "* the store's. Of states, relative to the largest and the mean magnitude; of outputs, absolute and relative"
@@ -212,7 +218,14 @@ def compare_states(stored: Mapping[str, list[Tensor]], tried: Mapping[str, list[
 
 
 def compare_outputs(before: list[Tensor], after: list[Tensor], kind: str) -> tuple[float, float, float]:
-    """Return the largest and the mean deviation of outputs, and the share that changed, as in `CodecDeviation`."""
+    """Return the largest and the mean deviation of outputs, and the share that changed, as in `CodecDeviation`.
+
+    Those of a language model are the losses of the tokens that count.
+    """
+    if kind == "language":
+        (loss, far), (new_loss, new_far) = (_counted(one).T[:2] for one in (before, after))
+        moved = (new_loss - loss).abs()
+        return float(moved.max()), _ratio(moved.mean(), loss.std()), float(((far > 0) != (new_far > 0)).float().mean())
     flat = torch.cat([one.flatten() for one in before])
     moved = torch.cat([one.flatten() for one in after]).sub(flat).abs_()
     if kind == "embedding":
@@ -220,6 +233,16 @@ def compare_outputs(before: list[Tensor], after: list[Tensor], kind: str) -> tup
     else:
         changed = torch.cat([(a.argmax(-1) != b.argmax(-1)).flatten() for a, b in zip(before, after, strict=True)])
     return float(moved.max()), _ratio(moved.mean(), flat.std()), float(changed.float().mean())
+
+
+def _counted(outputs: list[Tensor]) -> Tensor:
+    """Return what `LanguageModel` gives the tokens that count, (N, 3)."""
+    flat = torch.cat([one.flatten(0, 1) for one in outputs])
+    return flat[flat[:, 2] > 0]
+
+
+def _perplexity(outputs: list[Tensor]) -> float:
+    return float(_counted(outputs)[:, 0].double().mean().exp())
 
 
 def _nearest(vectors_ND: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import ConfigError
 from pipeline.tasks import TaskConfig, open_task
+from pipeline.workflows.codec_error import measure, table
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.evaluate import evaluate_run
 from pipeline.workflows.export import export_run
@@ -108,6 +109,19 @@ def test_other_tokens_encode_nothing(folder: Path) -> None:
         values.append(train_project(settings, "0.5").initial)
     assert tiny.files(folder / "data/activations") == before
     assert values[0] != values[1]
+
+
+def test_codecs_are_compared_by_perplexity(folder: Path) -> None:
+    settings = project(folder)
+    encode_project(settings)
+    report = measure(settings, "0.5", 10)
+    of = {one.storage: one for one in report.deviations}
+    assert (of["raw:float32"].perplexity, of["raw:float32"].changed) == (0, 0)
+    change, finer = (of[f"{codec}:float32"].perplexity for codec in ("int4-group", "int8-group"))
+    assert change is not None
+    assert finer is not None
+    assert 0 < abs(finer) < abs(change) < 1
+    assert "perplexity" in table(report)
 
 
 def test_a_head_untied_later_trains_and_encodes_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
