@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LR
 
 from pipeline.errors import ConfigError, TrainError
 from pipeline.train.config import TrainConfig
-from pipeline.train.optimizer_kinds import has_weight_decay
+from pipeline.train.optimizer_kinds import fused_options, has_weight_decay
 
 
 def open_optimizer(model: nn.Module, config: TrainConfig, fresh: frozenset[str]) -> torch.optim.Optimizer:
@@ -19,8 +19,10 @@ def open_optimizer(model: nn.Module, config: TrainConfig, fresh: frozenset[str])
         TrainError: no parameter trains.
     """
     groups = parameter_groups(model, config, fresh)
+    parameters = [item for group in groups for item in group["params"]]
+    options = fused_options(config.optimizer, config.optimizer_options, parameters)
     try:
-        optimizer: torch.optim.Optimizer = getattr(torch.optim, config.optimizer)(groups, **config.optimizer_options)
+        optimizer: torch.optim.Optimizer = getattr(torch.optim, config.optimizer)(groups, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"train.optimizer is {config.optimizer}, which does not take the parameters after this cut: {error}"

@@ -70,6 +70,18 @@ def test_an_optimizer_has_the_settings_of_its_groups() -> None:
     assert "weight_decay" not in open_optimizer(model, TrainConfig(optimizer="Rprop"), frozenset()).param_groups[0]
 
 
+def test_steps_are_fused_where_torch_can() -> None:
+    model = torch.nn.Linear(2, 3)
+
+    def is_fused(**settings: Any) -> bool:
+        return bool(open_optimizer(model, TrainConfig(**settings), frozenset()).defaults.get("fused"))
+
+    assert is_fused()
+    assert not is_fused(optimizer="Rprop")
+    assert not is_fused(optimizer_options={"foreach": True})
+    assert not is_fused(optimizer_options={"fused": False})
+
+
 def test_parameters_that_an_optimizer_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     class Picky(torch.optim.SGD):
         def __init__(self, params: Any, lr: float = 0.1) -> None:
