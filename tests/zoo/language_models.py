@@ -67,7 +67,6 @@ OWN = types(
     reformer={"attn_layers": ["local", "lsh"] * 2, "axial_pos_embds": False, "attention_head_size": 8},
     sarvam_mla=LATENT,
     xlm={"causal": True},
-    xlnet={"attn_type": "uni"},
     zamba=SHARED_ATTENTION,
     zamba2=SHARED_ATTENTION,
 )
