@@ -43,6 +43,7 @@ SAMPLE = {
         "whisper",
         "xlnet",
     ],
+    "transformers language models": ["falcon_mamba", "gemma2", "phi", "roberta", "whisper"],
 }
 """Quick models whose mechanisms differ: branches, windows, shared layers, decoders, experts, states that are ragged."""
 

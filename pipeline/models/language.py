@@ -126,7 +126,8 @@ def _with_forward(network: nn.Module, path: str, forward: Callable[..., Any]) ->
 def as_language_model(network: Any, blueprint: nn.Module, head: Head) -> "LanguageModel":
     """Return `network` with the losses of a language head; `blueprint` is the network on the meta device.
 
-    Raises ModelError if a token changes the logits of earlier ones; not tried where `network` has no weights.
+    Raises ModelError if it has no logits for token ids alone, or a token changes the logits of earlier ones; not tried
+    where `network` has no weights.
     """
     model = LanguageModel(network, HeadParts.of(blueprint), on_all=head.on_all)
     if head.untied and model.is_tied:
@@ -140,8 +141,14 @@ def as_language_model(network: Any, blueprint: nn.Module, head: Head) -> "Langua
 def _check_causal(network: Any) -> None:
     ids_2T = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % network.config.get_text_config().vocab_size
     training = network.training
-    with torch.no_grad():
-        first_TV, second_TV = network.eval()(input_ids=ids_2T).logits[:, :-1]
+    try:
+        with torch.no_grad():
+            first_TV, second_TV = network.eval()(input_ids=ids_2T).logits[:, :-1]
+    except Exception as error:  # the network's own code, which may raise anything
+        raise ModelError(
+            f"{type(network).__name__} has no logits for token ids alone, which language models need; choose another "
+            f"backbone: {error}"
+        ) from error
     network.train(training)
     if not torch.allclose(first_TV, second_TV, rtol=1e-3, atol=1e-3 * float(first_TV.abs().max())):
         raise ModelError(

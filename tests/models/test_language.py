@@ -192,3 +192,14 @@ def test_a_network_that_looks_ahead_is_no_language_model(llama: Path) -> None:
         opened(llama)
     causal = ModelConfig(backbone=f"hf:{llama}", options={"is_decoder": True})
     assert load(causal, PreprocessConfig(), Head("language")).model.parts is None
+
+
+def test_a_network_that_needs_more_than_token_ids_is_no_language_model(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> None:
+        raise ValueError("inputs_embeds must be given")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", forward)
+    with pytest.raises(ModelError, match=r"no logits for token ids alone.*inputs_embeds must be given"):
+        opened(llama)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-LISTS = ("torchvision_models", "timm_models", "transformers_models", "own_modules")
+LISTS = ("torchvision_models", "timm_models", "transformers_models", "language_models", "own_modules")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.encode.ragged import Sample, find_trimming, pad_batch
-from pipeline.errors import SplitError
+from pipeline.errors import ModelError, SplitError
 from pipeline.split import Prefix, Suffix, merge, split
 from pipeline.split.tree import as_call, difference, map_tensors, tensors
 
@@ -37,7 +37,7 @@ class Proof:
 
     at: float | str
     status: str
-    """"exact", "refused" (`split` said no), "wrong" (it said yes, and is not exact) or "failed" (anything else)."""
+    """"exact", "refused" (`split` or the head said no), "wrong" (no, it is not exact), or "failed" (anything else)."""
     cut: str = ""
     reason: str = ""
     ragged: str = ""
@@ -74,7 +74,7 @@ def prove(make: Callable[[], nn.Module], example: Example, at: float | str) -> P
                 del double
             prove_merge(model, prefix, suffix, example(2))
             proof.ragged = prove_ragged(model, prefix, suffix, example(3))
-        except SplitError as error:
+        except (SplitError, ModelError) as error:
             proof.status, proof.reason = "refused", str(error)
         except InexactError as error:
             proof.status, proof.reason = "wrong", str(error)

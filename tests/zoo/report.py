@@ -29,12 +29,14 @@ A cut is **exact** if all of this holds:
 - where the model takes an attention mask and ignores padding, a state made in one padding serves in another
   ({RAGGED:.0e}).
 
-**refused**: `split` says that it cannot be exact there, and why. **wrong**: it did not say so, and is not exact.
-**failed**: anything else went wrong. A model counts as its worst cut does. Bytes are those of one sample's state, in 16
-bits per number, for the small inputs used here. Detectors get stacked images and targets, and are asked for ten
-detections of any score; boxes come as whole pixels, since their check for empty boxes reads values before the cut,
-which floats are refused for.
-A family of timm is one of its modules, of which the model with the fewest parameters is taken.
+**refused**: `split`, or a language model's head, says that it cannot be exact there, and why. **wrong**: it did not say
+so, and is not exact. **failed**: anything else went wrong. A model counts as its worst cut does. Bytes are those of one
+sample's state, in 16 bits per number, for the small inputs used here. Detectors get stacked images and targets, and are
+asked for ten detections of any score; boxes come as whole pixels, since their check for empty boxes reads values before
+the cut, which floats are refused for.
+A family of timm is one of its modules, of which the model with the fewest parameters is taken. Language models are all
+types for which transformers has a causal one, with their own head: their output is the loss of each token, as task `lm`
+computes it. A head is tied where it shares the weights of the token embeddings.
 """
 
 
