@@ -38,7 +38,8 @@ class CodecDeviation:
         state_mean: mean deviation relative to the mean magnitude.
         output_largest: largest deviation of an output.
         output_mean: mean deviation of outputs, relative to their standard deviation.
-        changed: share of outputs whose largest class, or nearest neighbour among the N, is another one.
+        changed: share of outputs whose largest class, or nearest neighbour among the N, is another one; of a language
+            model, share of the tokens trained on that are the likeliest before or after, and not both.
     """
 
     storage: str
@@ -129,7 +130,9 @@ def table(report: CodecReport) -> str:
     if not CODECS[codec].is_lossless:
         lost = f"already rounded to {codec}"
     weights = "a finished run" if report.is_trained else "pretrained layers and an untrained head: train first for more"
-    changed = {"embedding": "neighbour changed", "span": "place changed"}.get(report.kind, "class changed")
+    changed = {"embedding": "neighbour changed", "span": "place changed", "language": "hit changed"}.get(
+        report.kind, "class changed"
+    )
     lines = [
         f"cut {report.cut}: {report.samples:,} samples; deviations from the values in the store ({report.storage}), "
         f"{lost}",
@@ -213,10 +216,14 @@ def compare_states(stored: Mapping[str, list[Tensor]], tried: Mapping[str, list[
 
 def compare_outputs(before: list[Tensor], after: list[Tensor], kind: str) -> tuple[float, float, float]:
     """Return the largest and the mean deviation of outputs, and the share that changed, as in `CodecDeviation`."""
+    if kind == "language":  # (B, T, 3): loss, distance of the token's logit to the largest, whether it counts
+        before, after = ([one[one[..., 2] > 0][:, :2] for one in outputs] for outputs in (before, after))
     flat = torch.cat([one.flatten() for one in before])
     moved = torch.cat([one.flatten() for one in after]).sub(flat).abs_()
     if kind == "embedding":
         changed = _nearest(torch.cat(before)) != _nearest(torch.cat(after))
+    elif kind == "language":
+        changed = (torch.cat(before)[:, 1] == 0) != (torch.cat(after)[:, 1] == 0)
     else:
         changed = torch.cat([(a.argmax(-1) != b.argmax(-1)).flatten() for a, b in zip(before, after, strict=True)])
     return float(moved.max()), _ratio(moved.mean(), flat.std()), float(changed.float().mean())
