@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 import layer_recycling as lr
+from pipeline.store import Store, verify
 
 RATE = 0.05
 
@@ -277,6 +278,14 @@ def test_other_fields_come_back_as_they_were(tmp_path: Path) -> None:
         lr.encode([{"x": items[0][0], "name": object()}], prefix, tmp_path)
     with pytest.raises(lr.DataError, match="no tensor 'x'"):
         lr.encode([{"image": items[0][0]}], prefix, tmp_path)
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_a_store_with_items_is_sound(codec: str, tmp_path: Path) -> None:
+    """`verify` had said to remove the folder that has the labels."""
+    prefix, _, items = resnet(tmp_path)
+    lr.encode(items, prefix, tmp_path / "states", codec=codec).dataset()[0]
+    assert verify(Store.open(tmp_path / "states")) == []
 
 
 def test_labels_in_floating_point_keep_their_values_and_stay_out_of_the_state(tmp_path: Path) -> None:
