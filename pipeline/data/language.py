@@ -38,8 +38,8 @@ class LanguageSource(Source):
         targets: dict[str, Target] = {}
         if self._answers == PREFERENCE:
             targets = {"pair": record, "role": PREFERENCE[number]}
-        elif (groups := self._records.columns.get("group")) is not None:
-            targets = {"group": str(groups[record].as_py())}
+        if (groups := self._records.columns.get("group")) is not None:
+            targets["group"] = str(groups[record].as_py())
         return Row(self._records.where(record), self._records.split(record), targets)
 
     def content(self, i: int) -> Content:

@@ -170,7 +170,7 @@ def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray
         raise DataError(f"{len(missing)} samples have no label ({named}); give each one, or leave them out")
     targets = {name: _column(name, [_target(row, name) for row in described]) for name in described[0].targets}
     if "pair" in targets:
-        targets["group"] = _groups(targets["pair"], targets["role"], keys, targets.get("belongs"))
+        targets["group"] = _groups(targets["pair"], targets["role"], keys, targets.get("belongs"), targets.get("group"))
     split = _decide_splits(described, _identities(keys, targets, config.hold_out), config)
     return SampleTable(np.ascontiguousarray(keys), split, [row.source for row in described], targets)
 
@@ -221,8 +221,14 @@ def _target(row: Row, name: str) -> Target:
     return row.targets[name]
 
 
-def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray, belongs: np.ndarray | None = None) -> np.ndarray:
-    """Return the group of each row: pairs connected by equal contents of one role, unless `belongs` is 0.
+def _groups(
+    pairs: np.ndarray,
+    roles: np.ndarray,
+    keys: np.ndarray,
+    belongs: np.ndarray | None = None,
+    given: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the group of each row: pairs connected by equal contents, unless `belongs` is 0, or by a `given` group.
 
     Such pairs are no negatives of each other, and stay in one split. The group's name is the smallest key among the
     second of each pair (its positive), so that a new question to a known answer does not change it.
@@ -241,6 +247,9 @@ def _groups(pairs: np.ndarray, roles: np.ndarray, keys: np.ndarray, belongs: np.
     for pair, name, united in zip(pairs.tolist(), names, joins, strict=True):
         if united:
             parent[root(name)] = root(first_of_pair.setdefault(pair, name))
+    first_of_group: dict[str, str] = {}
+    for group, name in zip([] if given is None else given.tolist(), names, strict=False):
+        parent[root(name)] = root(first_of_group.setdefault(group, name))
     smallest: dict[str, str] = {}
     _, second = _both_roles(roles)
     for role, name in zip(roles.tolist(), names, strict=True):

@@ -84,7 +84,7 @@ def encode(
             two, to see what it pads with. None takes items as they are.
         batch_size: items per forward pass.
         workers: processes that read a data set that is indexed.
-        codec: "raw", "zstd", "int8" or "int8-channel", as `encode.codec` of a project.
+        codec: "raw", "zstd", "int8", "int8-channel", "int8-group" or "int4-group", as `encode.codec` of a project.
         dtype: "float16", "bfloat16" or "float32": stored type of floating-point values.
         key: a function of an item whose result (text, number, bytes, array) decides which items are the same, in place
             of the content.

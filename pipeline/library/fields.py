@@ -46,9 +46,11 @@ class Column:
             DataError: tensors and other values are mixed, or tensors of different numbers of axes.
         """
         if values and all(isinstance(value, bool | int | float) for value in values):
-            return cls(torch.tensor(values), is_number=True)
-        if not any(isinstance(value, Tensor) for value in values):
+            return cls(_numbers(values), is_number=True)
+        if (first := next((value for value in values if isinstance(value, Tensor)), None)) is None:
             return cls(list(values))
+        if first.dim() == 1:  # an empty list has no type of its own
+            values = [first[:0] if isinstance(value, list | tuple) and not value else value for value in values]
         if not all(isinstance(value, Tensor) for value in values) or len({value.dim() for value in values}) > 1:
             kinds = sorted(
                 {f"a tensor of {v.dim()} axes" if isinstance(v, Tensor) else type(v).__name__ for v in values}
@@ -107,7 +109,8 @@ class Column:
     def take(self, rows: np.ndarray, fill: float | None = None) -> Any:
         """Return the values of `rows` (B,) as `batch_of` does: a tensor (B, ...), padded on the right, or a list."""
         if self.shapes is None and isinstance(self.values, Tensor):
-            return self.values.index_select(0, torch.from_numpy(rows))
+            taken = self.values.index_select(0, torch.from_numpy(rows))
+            return taken.float() if self.is_number and taken.is_floating_point() else taken
         return batch_of([self[row] for row in rows.tolist()], fill)
 
     @cached_property
@@ -138,7 +141,7 @@ def batch_of(values: Sequence[Any], fill: float | None = None) -> Any:
     `fill` is the padding: by default 0 of floating-point tensors, and of others what losses ignore.
     """
     if all(isinstance(value, bool | int | float) for value in values):
-        return torch.tensor(values)
+        return torch.tensor(values)  # float32, as losses take it
     if not all(isinstance(value, Tensor) for value in values) or len({value.dim() for value in values}) > 1:
         return list(values)
     default = 0 if values[0].is_floating_point() or values[0].dtype == torch.bool else IGNORED
@@ -191,6 +194,14 @@ def read_columns(path: Path) -> tuple[dict[str, Column], dict[str, Any]]:
         return columns, about
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptStoreError(f"{path}: cannot be read ({error}); remove it, and encode again") from error
+
+
+def _numbers(values: Sequence[bool | int | float]) -> Tensor:
+    """Return Python's numbers as they are, (N,): bool, int64 or float64; raises DataError for one beyond int64."""
+    try:
+        return torch.tensor(values, dtype=torch.float64 if any(isinstance(one, float) for one in values) else None)
+    except (ValueError, OverflowError, RuntimeError) as error:
+        raise DataError(f"holds {max(values, key=abs)}, and whole numbers go to 64 bits; make it a text") from error
 
 
 def _shapes(values: Sequence[Tensor]) -> Tensor:

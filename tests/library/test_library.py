@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 import layer_recycling as lr
+from pipeline.store import Store, verify
 
 RATE = 0.05
 
@@ -256,10 +257,35 @@ def test_other_fields_come_back_as_they_were(tmp_path: Path) -> None:
     assert batch["name"] == ["<2>", "<0>"]
     assert batch["mask"].shape == (2, 3, 2)
     assert batch["weight"].tolist() == [1.0, 0.0]
+    more = [
+        {"x": x, "time": 1_700_000_000.25 + i, "id": 2**53 - i, "tags": list(range(i))}
+        for i, (x, _) in enumerate(items)
+    ]
+    more[1]["id"] = 0.5
+    store = lr.encode(more, prefix, tmp_path)
+    for row, item in zip(more, store.dataset(), strict=True):
+        assert (item["time"], item["id"], item["tags"].tolist()) == (row["time"], row["id"], row["tags"])
+    assert (
+        store.collate(store.dataset().__getitems__([0, 1]))["time"].dtype
+        == next(iter(store.loader(2)))["time"].dtype
+        == torch.float32
+    )
+    with pytest.raises(
+        lr.DataError, match="the field 'id' holds 18446744073709551616, and whole numbers go to 64 bits"
+    ):
+        lr.encode([{"x": items[0][0], "id": 2**64}], prefix, tmp_path)
     with pytest.raises(lr.DataError, match="the field 'name'"):
         lr.encode([{"x": items[0][0], "name": object()}], prefix, tmp_path)
     with pytest.raises(lr.DataError, match="no tensor 'x'"):
         lr.encode([{"image": items[0][0]}], prefix, tmp_path)
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_a_store_with_items_is_sound(codec: str, tmp_path: Path) -> None:
+    """`verify` had said to remove the folder that has the labels."""
+    prefix, _, items = resnet(tmp_path)
+    lr.encode(items, prefix, tmp_path / "states", codec=codec).dataset()[0]
+    assert verify(Store.open(tmp_path / "states")) == []
 
 
 def test_labels_in_floating_point_keep_their_values_and_stay_out_of_the_state(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,8 +12,10 @@ from tiny_language import CHAT_PREFERENCES, COMPLETIONS, PREFERENCES, project, w
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.data import build, open_source
 from pipeline.errors import ConfigError, DataError
 from pipeline.project import Project
+from pipeline.workflows.codec_error import compare_outputs, measure
 from pipeline.workflows.encode import encode_project
 from pipeline.workflows.evaluate import evaluate_run
 from pipeline.workflows.export import export_run
@@ -127,6 +130,31 @@ def test_predictions_are_those_of_each_answer(folder: Path) -> None:
     Path("others.jsonl").write_text(Path("preferences.jsonl").read_text().replace("nine", "ten"))
     with pytest.raises(DataError, match="evaluate a split of the project"):
         evaluate_run(of, run.name, "others.jsonl")
+
+
+def test_pairs_of_a_group_stay_in_one_split(folder: Path) -> None:
+    lines = [json.loads(line) for line in Path("preferences.jsonl").read_text().splitlines()]
+    Path("users.jsonl").write_text("".join(json.dumps({**line, "user": i % 8}) + "\n" for i, line in enumerate(lines)))
+    data = {**PREFERENCES, "path": "users.jsonl", "group": "user", "validation": 0.5}
+    of = project(folder, data=data, task={"kind": "preference"})
+    source = open_source(of.data)
+    keys = np.array([[i // 256, i % 256, *[0] * 14] for i in range(len(source))], np.uint8)
+    table = build(source, keys, of.data)
+    sides = {(int(pair) % 8, str(split)) for pair, split in zip(table.targets["pair"], table.split, strict=True)}
+    assert len(sides) == 8
+    assert {side for _, side in sides} == {"train", "validation"}
+
+
+def test_codecs_are_compared_on_a_language_model(folder: Path) -> None:
+    """Token ids are stored in 32 bits, and losses take them in 64 only."""
+    of = project(folder, data=PREFERENCES, task={"kind": "preference"})
+    encode_project(of)
+    of_codec = {one.storage: one for one in measure(of, "0.5", 8).deviations}
+    assert of_codec["raw:float32"].output_largest == 0
+    assert 0 < of_codec["int8-group:float32"].output_mean < of_codec["int4-group:float32"].output_mean
+    hit, missed, ignored = [2.0, 0.0, 1.0], [3.0, 0.5, 1.0], [0.0, 0.0, 0.0]
+    before, after = (torch.tensor([[hit, other, ignored]]) for other in (hit, missed))
+    assert compare_outputs([before], [after], "language") == (1.0, pytest.approx(0.5 / 2**0.5), 0.5)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 <store>/recipe.json
 <store>/suffix/                             pretrained weights after the cut; may be absent
 <store>/probe/                              outputs of the prefix for fixed inputs; may be absent
+<store>/items/                              fields of the items of data sets, in stores of the library
 <store>/<segment id>/zarr.json              zarr v3 group, written last: without it there is no segment
 <store>/<segment id>/<array>/zarr.json      keys | sums | state.<name> | input.<name> | shape.<name>
 | extra.<name> | <tensor>.offsets (ragged) | <tensor>.scales (int8)
@@ -24,6 +25,8 @@ METADATA_FILE = "zarr.json"
 SUFFIX, PROBE = "suffix", "probe"
 ATTACHMENTS = (SUFFIX, PROBE)
 """Folders of a store that hold no states."""
+OF_LIBRARY = ("items", ".unpacked")
+"""Folders of a store of the library: fields of its items, which exist nowhere else, and unpacked segments."""
 SEGMENT_ID = re.compile(r"[0-9a-f]{32}")
 
 KEYS, SUMS = "keys", "sums"

@@ -45,10 +45,10 @@ class StoredTensor:
         return self._decoded(stored, entries)
 
     def sample(self, row: int) -> Tensor:
-        """Return one sample without padding: a view where the codec is lossless."""
+        """Return one sample without padding, in `dtype`: a view where it is stored as it is."""
         ((begin, end),) = sample_bounds(np.array([row]), self.offsets)
         entries = slice(begin, end)
-        sample = self._decoded(self.values[entries], entries)
+        sample = self._decoded(self.values[entries], entries).to(self.dtype)
         return sample[0] if self.spec.axis is None else sample.movedim(0, self.spec.axis)
 
     def samples(self, rows: np.ndarray) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.store.format.layout import ArraySpec, find_stores
 from pipeline.store.format.metadata import read_arrays, read_recipe, read_segment_spec
-from pipeline.store.format.names import ATTACHMENTS, METADATA_FILE, RECIPE_FILE, corrupt
+from pipeline.store.format.names import ATTACHMENTS, METADATA_FILE, OF_LIBRARY, RECIPE_FILE, corrupt
 from pipeline.store.format.segment_files import file_sizes, read_keys
 from pipeline.store.local.segment import Segment, open_segment
 from pipeline.store.local.segment_cache import SegmentCache
@@ -41,7 +41,7 @@ def verify(store: Store, progress: Callable[[Sequence[str]], Iterable[str]] = it
         except StoreError as error:
             faults.append(str(error))
     inside = {path.relative_to(store.path).parts[0] for path in find_stores(store.path) if path != store.path}
-    strays = sorted(there - {RECIPE_FILE, *ATTACHMENTS, *segments, *inside})
+    strays = sorted(there - {RECIPE_FILE, *ATTACHMENTS, *OF_LIBRARY, *segments, *inside})
     return faults + [f"{store.path / stray} is no part of the store; remove it" for stray in strays]
 
 
