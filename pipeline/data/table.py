@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pipeline.data.config import DataConfig
+from pipeline.data.pair_groups import both_roles, pair_groups
 from pipeline.data.source import SPLITS, Row, Source, Target, is_missing
 from pipeline.errors import DataError, first_few
 from pipeline.files import whole
@@ -170,7 +171,9 @@ def build(source: Source, keys: np.ndarray, config: DataConfig, rows: np.ndarray
         raise DataError(f"{len(missing)} samples have no label ({named}); give each one, or leave them out")
     targets = {name: _column(name, [_target(row, name) for row in described]) for name in described[0].targets}
     if "pair" in targets:
-        targets["group"] = _groups(targets["pair"], targets["role"], keys, targets.get("belongs"), targets.get("group"))
+        targets["group"] = pair_groups(
+            targets["pair"], targets["role"], keys, targets.get("belongs"), targets.get("group")
+        )
     split = _decide_splits(described, _identities(keys, targets, config.hold_out), config)
     return SampleTable(np.ascontiguousarray(keys), split, [row.source for row in described], targets)
 
@@ -221,49 +224,6 @@ def _target(row: Row, name: str) -> Target:
     return row.targets[name]
 
 
-def _groups(
-    pairs: np.ndarray,
-    roles: np.ndarray,
-    keys: np.ndarray,
-    belongs: np.ndarray | None = None,
-    given: np.ndarray | None = None,
-) -> np.ndarray:
-    """Return the group of each row: pairs connected by equal contents, unless `belongs` is 0, or by a `given` group.
-
-    Such pairs are no negatives of each other, and stay in one split. The group's name is the smallest key among the
-    second of each pair (its positive), so that a new question to a known answer does not change it.
-    """
-    names = [key.tobytes().hex() for key in keys]
-    parent = {name: name for name in names}
-
-    def root(name: str) -> str:
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    first_of_pair: dict[int, str] = {}
-    joins = [True] * len(names) if belongs is None else belongs.astype(bool).tolist()
-    for pair, name, united in zip(pairs.tolist(), names, joins, strict=True):
-        if united:
-            parent[root(name)] = root(first_of_pair.setdefault(pair, name))
-    first_of_group: dict[str, str] = {}
-    for group, name in zip([] if given is None else given.tolist(), names, strict=False):
-        parent[root(name)] = root(first_of_group.setdefault(group, name))
-    smallest: dict[str, str] = {}
-    _, second = _both_roles(roles)
-    for role, name in zip(roles.tolist(), names, strict=True):
-        if role == second:
-            smallest[root(name)] = min(name, smallest.get(root(name), name))
-    return np.array([smallest.get(root(name), name) for name in names])
-
-
-def _both_roles(roles: np.ndarray) -> tuple[str, str]:
-    """Return the first and the second of the roles of pairs: anchor and positive, or chosen and rejected."""
-    found = np.unique(roles).tolist()
-    return found[0], found[-1]
-
-
 def _identities(keys: np.ndarray, targets: Mapping[str, np.ndarray], hold_out: str) -> list[bytes]:
     """Return what decides the split of each row: rows with equal identities land on one side."""
     if hold_out == "labels":
@@ -271,7 +231,7 @@ def _identities(keys: np.ndarray, targets: Mapping[str, np.ndarray], hold_out: s
             raise DataError(f"data.hold_out is 'labels', but the samples have {', '.join(targets)}; set samples")
         return [f"label {value}".encode() for value in targets["label"].tolist()]
     if "belongs" in targets:  # the two of a pair stay together, whether they belong together or not
-        targets = {"group": _groups(targets["pair"], targets["role"], keys)}
+        targets = {"group": pair_groups(targets["pair"], targets["role"], keys)}
     if "group" in targets:
         return [str(value).encode() for value in targets["group"].tolist()]
     return [key.tobytes() for key in keys]
@@ -302,7 +262,7 @@ def _repeated(table: SampleTable, *, of_pairs: bool) -> "pd.DataFrame":
     rows, keys = np.arange(len(table)), table.keys
     if of_pairs:
         pairs, roles = table.targets["pair"], table.targets["role"]
-        anchors, positives = (np.flatnonzero(roles == role) for role in _both_roles(roles))
+        anchors, positives = (np.flatnonzero(roles == role) for role in both_roles(roles))
         rows, positives = (found[np.argsort(pairs[found], kind="stable")] for found in (anchors, positives))
         keys = np.hstack([keys[rows], keys[positives]])
     words = pd.DataFrame(np.ascontiguousarray(keys).view(np.uint64), index=rows).sort_index()

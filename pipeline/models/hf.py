@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig
 from transformers.utils import logging as transformers_log
 
 from pipeline.errors import AbsentError, ConfigError, ModelError, NotMappableError, RecyclingError, first_few
-from pipeline.files import PACKAGE, check_sha256, locate
+from pipeline.files import check_sha256
 from pipeline.models.audio import make_audio_preprocess
 from pipeline.models.backbone import Backbone, Preprocess, embed
 from pipeline.models.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from pipeline.models.hf_heads import arrange_head, auto_class, classifier_layout
 from pipeline.models.hf_images import image_defaults, load_image_processor
 from pipeline.models.images import ImagePreprocess
 from pipeline.models.language import as_language_model
+from pipeline.models.origin import Origin
 from pipeline.models.texts import first_line
 from pipeline.models.tokenization import load_tokenizer, make_text_preprocess
 from pipeline.models.weights import fill, parameters_on_meta, read_weights, seeded
@@ -33,36 +34,8 @@ from pipeline.tasks.base import Head
 
 log = logging.getLogger("recycle")
 
-GGUF = ".gguf"
 KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}
 """Kind of content by the name of the network's main input; texts have several inputs."""
-
-
-class Origin:
-    """The source of configuration, weights and tokenizer: a directory, a GGUF file, or a repository of the hub.
-
-    `folder` is the directory, None for a repository; `arguments` are those of every `from_pretrained`.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.source, found = config.name, None
-        if self.source.startswith(PACKAGE) or Path(self.source).expanduser().exists():
-            found = locate(self.source, "model.backbone")
-            self.source = str(found)
-        elif self.source.startswith((".", "/", "~")):
-            raise AbsentError(f"model.backbone is {config.backbone!r}; there is no such directory")
-        file = {}
-        if self.source.endswith(GGUF):
-            repository, name = self.source.split("/")[:2], self.source.split("/")[2:]
-            self.source = "/".join(repository) if found is None else str(found.parent)
-            file = {"gguf_file": "/".join(name) if found is None else found.name}
-        self.folder = Path(self.source) if found is not None else None
-        self.arguments: dict[str, Any] = {
-            "revision": config.revision or "main",
-            "trust_remote_code": config.trust_remote_code,
-            "local_files_only": self.folder is not None,  # a directory is never looked up on the network
-            **file,
-        }
 
 
 def checkpoint_of(config: ModelConfig) -> Checkpoint:

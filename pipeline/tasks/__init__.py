@@ -29,7 +29,7 @@ __all__ = [
 
 _KINDS = {
     "classification": "pipeline.tasks.classification:Classification",
-    "multi-label": "pipeline.tasks.classification:MultiLabel",
+    "multi-label": "pipeline.tasks.multi_label:MultiLabel",
     "regression": "pipeline.tasks.regression:Regression",
     "similarity": "pipeline.tasks.similarity:Similarity",
     "tagging": "pipeline.tasks.tagging:Tagging",
