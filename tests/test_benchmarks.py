@@ -37,6 +37,7 @@ TINY = {
         2,
         r"^\{\} +(N) samples/s .* (N) files, the same bytes$",
     ),
+    "library": ("--samples 96 --rounds 1", 9, r"^ +0\.\d+ +(N) +\w+ +(N) +(N)$"),
     "memory": ("--gb 0.002 0.004", 2, r"^\| 0.0 GB \| (N) \| (N) GB \| (N) GB \| (N) \|$"),
     "plan": (
         "{project} --cuts 0.5",
