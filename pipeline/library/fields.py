@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.encode.ragged import pad_batch
 from pipeline.errors import CorruptStoreError, DataError
 from pipeline.files import whole
-from pipeline.keys import parse_json
+from pipeline.keys import digest, parse_json, tensors_digest
 from pipeline.tasks import IGNORED
 
 
@@ -171,7 +171,8 @@ def write_columns(path: Path, columns: Mapping[str, Column], about: Mapping[str,
             ) from error
         kinds[name], tensors[f"values.{name}"] = "json", torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     with whole(path) as beside:
-        save_file(tensors, beside, {"about": json.dumps({"kinds": kinds, **about})})
+        text = json.dumps({"kinds": kinds, **about})
+        save_file(tensors, beside, {"about": text, "digest": _digest(tensors, text)})
 
 
 def read_columns(path: Path) -> tuple[dict[str, Column], dict[str, Any]]:
@@ -182,8 +183,11 @@ def read_columns(path: Path) -> tuple[dict[str, Column], dict[str, Any]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            about = parse_json(file.metadata()["about"])
+            text, expected = (file.metadata()[name] for name in ("about", "digest"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        if _digest(tensors, text) != expected:
+            raise ValueError("it has other bytes than were written")
+        about = parse_json(text)
         columns = {}
         for name, kind in about.pop("kinds").items():
             values = tensors[f"values.{name}"]
@@ -194,6 +198,10 @@ def read_columns(path: Path) -> tuple[dict[str, Column], dict[str, Any]]:
         return columns, about
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptStoreError(f"{path}: cannot be read ({error}); remove it, and encode again") from error
+
+
+def _digest(tensors: Mapping[str, Tensor], about: str) -> str:
+    return digest([tensors_digest(tensors), about])
 
 
 def _numbers(values: Sequence[bool | int | float]) -> Tensor:

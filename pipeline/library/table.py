@@ -11,6 +11,7 @@ import torch
 from pipeline.errors import ConfigError, CorruptStoreError, StoreError
 from pipeline.keys import KEY_BYTES
 from pipeline.library.fields import Column, read_columns, write_columns
+from pipeline.store import Store
 
 FOLDER, SUFFIX = "items", ".safetensors"
 NAME = re.compile(r"[A-Za-z0-9_\-]{1,100}")
@@ -74,6 +75,17 @@ def table_path(store: Path, split: str) -> Path:
 def splits_of(store: Path) -> list[str]:
     """Return the names of the data sets whose items the store has, sorted."""
     return sorted(path.stem for path in (store / FOLDER).glob(f"*{SUFFIX}") if not path.name.startswith("."))
+
+
+def faults_of_items(store: Store) -> list[str]:
+    """Return the faults of the tables of items in a store, one line each; a project's store has none."""
+    faults = []
+    for split in [] if store.remote else splits_of(store.path):
+        try:
+            ItemTable.read(table_path(store.path, split), store.recipe.digest)
+        except CorruptStoreError as error:
+            faults.append(str(error))
+    return faults
 
 
 def find_split(store: Path, split: str | None) -> str:

@@ -73,13 +73,15 @@ def describe_store(project: Project, store: Store) -> Iterator[str]:
 
 def verify_stores(project: Project, named: Sequence[Path | str], dialog: Dialog) -> list[str]:
     """Compare every byte of the `named` stores, or of all, with its checksum; return the faults, one line each."""
-    from pipeline.store import verify  # noqa: PLC0415  (torch is slow to import, and `info` needs none)
+    from pipeline.library.table import faults_of_items  # noqa: PLC0415  (slow to import, and `info` needs no torch)
+    from pipeline.store import verify  # noqa: PLC0415
 
     faults = []
     for place in named or stores_of(project):
         try:
             store = open_store(project, place, named=bool(named))
             faults += verify(store, dialog.progress(f"verify {store.where}", "segment"))
+            faults += faults_of_items(store)
         except StoreError as error:
             faults.append(str(error))
     return faults

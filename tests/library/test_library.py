@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 import layer_recycling as lr
+from pipeline.library.table import faults_of_items
 from pipeline.store import Store, verify
 
 RATE = 0.05
@@ -285,7 +286,13 @@ def test_a_store_with_items_is_sound(codec: str, tmp_path: Path) -> None:
     """`verify` had said to remove the folder that has the labels."""
     prefix, _, items = resnet(tmp_path)
     lr.encode(items, prefix, tmp_path / "states", codec=codec).dataset()[0]
-    assert verify(Store.open(tmp_path / "states")) == []
+    store = Store.open(tmp_path / "states")
+    assert verify(store) == faults_of_items(store) == []
+    file = tmp_path / "states/items/train.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")  # in a value of an item
+    assert "other bytes than were written" in faults_of_items(store)[0]
+    with pytest.raises(lr.CorruptStoreError, match="other bytes than were written"):
+        lr.open_store(tmp_path / "states", prefix)
 
 
 def test_labels_in_floating_point_keep_their_values_and_stay_out_of_the_state(tmp_path: Path) -> None:
