@@ -131,7 +131,7 @@ def _build(auto: Any, settings: Any, config: ModelConfig, extra: Mapping[str, An
     try:
         trust = config.trust_remote_code
         model: nn.Module = auto.from_config(settings, trust_remote_code=trust, dtype=torch.float32, **extra)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ModelError(f"model.backbone {config.backbone!r} cannot be built: {first_line(error)}") from error
     return model
 

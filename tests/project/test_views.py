@@ -235,7 +235,7 @@ def test_other_settings_than_the_views_were_made_with_are_noticed(folder: Path) 
         train_project(project(preprocess={"image_size": 20}), "0.5")
     with pytest.raises(ConfigError, match=r"there is no store at data/activations/0.5/view-2; encode it"):
         train_project(project(3), "0.5")
-    with pytest.raises(MissingKeysError, match="run the encode stage"):
+    with pytest.raises(MissingKeysError, match="encode them"):
         train_project(project(None, None), "0.5")
     plain = {name: data for name, data in tiny.files(STORE).items() if not name.startswith("view")}
     encode_project(project(augment=AUGMENT[:1]), replace_stores=True)

@@ -116,9 +116,7 @@ class KeyIndex(KeySet):
         absent = np.flatnonzero(place < 0)
         if len(absent):
             named = ", ".join(keys[i].tobytes().hex() for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
-            raise MissingKeysError(
-                f"{len(absent)} of {len(keys)} samples were never encoded: {named}; run the encode stage"
-            )
+            raise MissingKeysError(f"{len(absent)} of {len(keys)} samples were never encoded: {named}; encode them")
         segment = np.searchsorted(self._starts, place, side="right") - 1
         return Rows(self.segments, segment.astype(np.int32), place - self._starts[segment])
 
