@@ -48,6 +48,12 @@ def has_streams(device: torch.device) -> bool:
         return False
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the free memory of an accelerator in bytes, 0 where it is unknown."""
+    mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return 0 if mem_get_info is None else int(mem_get_info(device)[0])
+
+
 @contextmanager
 def on_stream(stream: torch.Stream) -> Iterator[None]:
     """Make `stream` the current one of its device, in this thread; the current device stays what it is."""

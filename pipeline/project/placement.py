@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from pipeline.device import pick_device
+from pipeline.device import free_memory, pick_device
 from pipeline.errors import ConfigError, NotMappableError
 from pipeline.memory import free_bytes
 from pipeline.models import Backbone, load
@@ -38,6 +38,9 @@ def _check(project: Project) -> None:
     for name in ("compile", "channels_last"):
         if getattr(project.encode, name):
             raise NotMappableError(f"encode.{name} is true, which copies all weights; set it to false")
+    device = pick_device(project.encode.device)
+    if not torch._has_compatible_shallow_copy_type(torch.empty(0), torch.empty(0, device=device)):
+        raise NotMappableError(f"a block's weights cannot be put on {device} in place; set encode.device to cpu")
 
 
 def _is_too_large(project: Project) -> bool:
@@ -51,7 +54,9 @@ def _is_too_large(project: Project) -> bool:
     except (ConfigError, OSError):
         return False  # `load` says what is wrong, or takes weights in other files
     device = pick_device(project.encode.device)
-    free = free_bytes() if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
+    free = free_bytes() if device.type == "cpu" else free_memory(device)
+    if not free:  # it is unknown
+        return False
     needed = size + int(project.encode.memory_gb * 1e9)
     if needed > free:
         log.info("%.1f GB of weights and batches exceed the free memory, %.1f GB: streamed", needed / 1e9, free / 1e9)

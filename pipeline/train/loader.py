@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.device import has_streams, on_stream
+from pipeline.device import free_memory, has_streams, on_stream
 from pipeline.errors import TrainError
 from pipeline.split import State
 from pipeline.store import (
@@ -105,7 +105,7 @@ def choose_source(
     """
     if residency == "host" or device.type == "cpu":
         return reader
-    needed, free = Resident.nbytes(reader, places), _free_memory(device)
+    needed, free = Resident.nbytes(reader, places), free_memory(device)
     if residency == "auto" and needed > DEVICE_SHARE * free:
         return reader
     if needed > free:
@@ -275,9 +275,3 @@ def _ahead(read: Callable[[np.ndarray], T], batches: Iterable[np.ndarray], depth
         finally:
             for future in pending:
                 future.cancel()
-
-
-def _free_memory(device: torch.device) -> int:
-    """Return the free memory of `device` in bytes, 0 where it is unknown: "auto" then keeps states on the host."""
-    mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return 0 if mem_get_info is None else int(mem_get_info(device)[0])

@@ -316,7 +316,7 @@ def test_residence_counts_all_views(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     needed = 4 * (10 + 20 * COUNT)
     assert Resident.nbytes(Reader(views.path), views.places) == needed
     for free, expected in ((2 * needed, Resident), (2 * needed - 1, Reader)):
-        monkeypatch.setattr("pipeline.train.loader._free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("pipeline.train.loader.free_memory", lambda device, free=free: free)
         assert type(choose_source(views.places, Reader(views.path), torch.device("meta"))) is expected
 
 

@@ -189,7 +189,7 @@ def test_targets_that_do_not_fit_are_named(store, target, message):
 )
 def test_samples_live_on_the_device_when_they_fit(store, monkeypatch, residency, free, expected):
     # The meta device stands for an accelerator: copies to it go through, and keep nothing.
-    monkeypatch.setattr("pipeline.train.loader._free_memory", lambda device: free)
+    monkeypatch.setattr("pipeline.train.loader.free_memory", lambda device: free)
     _, keys, _ = table()
     places, reader = store.rows(keys), Reader(store.path)
     assert type(choose_source(places, reader, torch.device("meta"), residency)) is expected
@@ -197,7 +197,7 @@ def test_samples_live_on_the_device_when_they_fit(store, monkeypatch, residency,
 
 
 def test_a_device_that_is_too_small_is_named_with_both_sizes(store, monkeypatch):
-    monkeypatch.setattr("pipeline.train.loader._free_memory", lambda device: 10)
+    monkeypatch.setattr("pipeline.train.loader.free_memory", lambda device: 10)
     _, keys, _ = table()
     with pytest.raises(TrainError, match=r"the samples need .* GB and meta has .* GB free; set it to auto"):
         choose_source(store.rows(keys), Reader(store.path), torch.device("meta"), "device")
