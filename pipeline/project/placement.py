@@ -55,7 +55,7 @@ def _is_too_large(project: Project) -> bool:
         return False  # `load` says what is wrong, or takes weights in other files
     device = pick_device(project.encode.device)
     free = free_bytes() if device.type == "cpu" else free_memory(device)
-    if not free:  # it is unknown
+    if device.type != "cpu" and not free:  # it is unknown
         return False
     needed = size + int(project.encode.memory_gb * 1e9)
     if needed > free:

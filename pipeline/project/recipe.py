@@ -58,13 +58,12 @@ def recipe_of(
     )
 
 
-def _weights(prefix: "Prefix") -> "dict[str, Tensor]":
+def _weights(prefix: "Prefix") -> "Mapping[str, Tensor]":
     """Return the weights that are read before the cut, whether a language head shares those of the embeddings or not.
 
     Tied weights are read under all their names.
     """
-    head = getattr(prefix.model, "head_weight", None)
-    return {name: item for name, item in prefix.weights().items() if name != head}
+    return prefix.weights(without=getattr(prefix.model, "head_weight", None))
 
 
 def _involved(prefix: "Prefix") -> Iterator[str]:

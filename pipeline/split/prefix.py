@@ -59,14 +59,16 @@ class Prefix:
         """
         return Capture([self])(*args, **inputs)[0]
 
-    def weights(self) -> Mapping[str, Tensor]:
+    def weights(self, without: str | None = None) -> Mapping[str, Tensor]:
         """Return every parameter and buffer that is read before the cut, by its name in the full model, sorted.
+
+        That of the name `without` is left out.
 
         Of a network that runs section by section, each is read when it is looked up, and not kept.
         """
         held: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         held |= dict(self.model.named_buffers(remove_duplicate=False))
-        return _Weights({name: held[name] for name in self._plan.read})
+        return _Weights({name: held[name] for name in self._plan.read if name != without})
 
     @property
     def blocks(self) -> list[str]:

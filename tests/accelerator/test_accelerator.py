@@ -60,13 +60,19 @@ def folders(build: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return homes
 
 
+UNFUSED = {"optimizer_options": {"fused": False}}
+"""The accelerator has no fused steps, whose rounding is another."""
+
+
 def write_projects(home: Path) -> None:
     for name in ("images", "towers", "tied"):
         (home / name).mkdir()
     tiny.write_images(home / "images/photos", range(8))
-    tiny.write_params(home / "images")
+    tiny.write_params(home / "images", train=UNFUSED)
     tiny.write_images(home / "tied/photos", range(4))
-    tiny.write_params(home / "tied", model={"backbone": "accelerator.drive:tied_net"}, encode={"cuts": [0]})
+    tiny.write_params(
+        home / "tied", model={"backbone": "accelerator.drive:tied_net"}, encode={"cuts": [0]}, train=UNFUSED
+    )
     lines = [{"q": f"{one} {two}", "a": f"{two} {one}"} for one in WORDS for two in WORDS]
     (home / "towers/pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tiny.write_text_network(home / "bert")
@@ -77,6 +83,7 @@ def write_projects(home: Path) -> None:
         preprocess={"kind": "text", "image_size": None},
         task={"kind": "similarity", "memory": 40},
         encode={"cuts": [0.5]},
+        train=UNFUSED,
     )
     path.write_text(path.read_text() + "towers: {positive: {layers: [8]}}\n")
 

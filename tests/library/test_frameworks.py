@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Items
+from own_networks import Items
 from test_library import RATE, build, train_live
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from transformers import Trainer, TrainingArguments

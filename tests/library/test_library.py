@@ -10,7 +10,7 @@ import datasets
 import pytest
 import tiny
 import torch
-from networks import CASES, SHAPE, Case, Items, loss_of, pad_texts
+from own_networks import CASES, SHAPE, Case, Items, loss_of, pad_texts
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, DataCollatorWithPadding

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from networks import Items
+from own_networks import Items
 from safetensors.torch import load_file
 from test_library import build
 

@@ -64,9 +64,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Project]:
     opened: list[Project] = []
     build = LoadedModel.open
 
-    def told(project: Project, table: SampleTable) -> LoadedModel:
+    def told(project: Project, table: SampleTable, **how: Any) -> LoadedModel:
         opened.append(project)
-        return build(project, table)
+        return build(project, table, **how)
 
     monkeypatch.setattr(LoadedModel, "open", told)
     return opened
@@ -247,9 +247,9 @@ def test_weights_that_change_meanwhile_are_not_vouched_for(
 ) -> None:
     build = LoadedModel.open
 
-    def overtaken(project: Project, table: SampleTable) -> LoadedModel:
+    def overtaken(project: Project, table: SampleTable, **how: Any) -> LoadedModel:
         touch("model.safetensors")(folder)
-        return build(project, table)
+        return build(project, table, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(LoadedModel, "open", overtaken)

@@ -337,7 +337,7 @@ def test_with_every_view_there_no_model_is_built(folder: Path, monkeypatch: pyte
     encode_project(settings(2))
     before = tiny.files(Path("data/activations"))
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model is built")
 
     monkeypatch.setattr(LoadedModel, "open", refuse)
