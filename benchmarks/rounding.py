@@ -1,4 +1,4 @@
-"""How far integers of several layouts move the outputs of a network, per byte: what the group codecs are chosen by.
+"""Compare layouts of integers for states by their bytes and by the errors of the outputs; the group codecs rest on it.
 
     python benchmarks/rounding.py                          # every network that is installed
     python benchmarks/rounding.py --cuts 0.5 0.75 0.9 --samples 64 --networks SmolLM2

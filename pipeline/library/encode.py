@@ -231,6 +231,6 @@ def sum_of_sizes(window: Window) -> np.ndarray:
 
 @contextmanager
 def _without_autocast(device: torch.device) -> Iterator[None]:
-    """Compute in the type of the weights, as the recipe says, whatever the caller's autocast is."""
+    """Turn off the caller's autocast: the recipe says that the type of the weights computes."""
     with torch.autocast(device.type, enabled=False):
         yield

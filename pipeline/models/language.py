@@ -173,7 +173,7 @@ class LanguageModel(nn.Module):
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head shares its weights with the token embeddings."""
+        """True if the head and the token embeddings are one tensor."""
         network: Any = self.backbone
         return network.get_output_embeddings().weight is network.get_input_embeddings().weight
 

@@ -19,7 +19,7 @@ ANSWERS = "assistant"
 """Role of the messages of a chat that the network is to write."""
 
 Span = tuple[int, int]
-"""Where characters begin and end."""
+"""Begin and end of a stretch of characters."""
 
 
 class LanguagePreprocess(TextPreprocess):

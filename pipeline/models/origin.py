@@ -1,4 +1,4 @@
-"""Where configuration, weights and tokenizer of a network of Hugging Face come from."""
+"""The source of a Hugging Face network: the place of its configuration, weights and tokenizer."""
 
 from pathlib import Path
 from typing import Any

@@ -215,11 +215,11 @@ def open_suffix(
 def _open_batches(
     opened: OpenCut, towers: Sequence[Tower], suffix: nn.Module, device: torch.device
 ) -> list[Loader | TowerLoader]:
-    for tower in towers[:1]:
-        if tower.loaded.task.needs_reference:
-            rows, reference = tower.rows, np.full(len(opened.table), np.nan, np.float32)
-            reference[rows if opened.sample is None else opened.sample[rows]] = compute_reference(tower, suffix, device)
-            tower.loaded.task.reference = reference
+    first = towers[0]
+    if first.loaded.task.needs_reference:
+        rows, reference = first.rows, np.full(len(opened.table), np.nan, np.float32)
+        reference[rows if opened.sample is None else opened.sample[rows]] = compute_reference(first, suffix, device)
+        first.loaded.task.reference = reference
     table = opened.table if opened.sample is None else opened.table.of(opened.sample)
     minimum = minimum_units(towers, suffix, table, device, opened.trains_on_one)
     return open_loaders(towers, opened.table, device, minimum=minimum, feeds=opened.feeds, sample=opened.sample)
