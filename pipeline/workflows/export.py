@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,8 +78,7 @@ def export_adapter(project: Project, name: str, to: Path) -> float:
         ConfigError: the run trained no LoRA adapter of a single network of transformers.
         DataError, ParityError: as `export_run`.
     """
-    if to.exists() and any(to.iterdir()):
-        raise DataError(f"{to} is not empty; name a new folder, an export overwrites nothing")
+    _check_new(to)
     of_run = project.overridden(read_run(project, name).overrides)
     config = of_run.train.adapter
     if config is None or config.kind != "lora" or of_run.model.library != "hf" or of_run.towers.is_set:
@@ -103,14 +103,10 @@ def export_adapter(project: Project, name: str, to: Path) -> float:
             f"run {name}: with its adapters the network's outputs are {difference:.1e} from those of the run (bound "
             f"{MERGED_TOLERANCE}); nothing was exported; export it whole"
         )
-    beside = to.with_name(f".{to.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_adapter(adapted, beside)
-    open_to_others(beside)
-    if to.exists():
-        to.rmdir()
-    beside.rename(to)
+    with _new_folder(to) as beside:
+        beside.mkdir(parents=True)
+        save_adapter(adapted, beside)
+        open_to_others(beside)
     return difference
 
 
@@ -124,15 +120,26 @@ def export_run(project: Project, name: str, to: Path) -> Parity:
         DataError: the run does not exist, or the samples of its store are not in the data set any more.
         ParityError: the full model's outputs differ from the cached path's.
     """
+    _check_new(to)
+    with _new_folder(to) as beside:
+        parities = [_export(project, name, tower, beside / (tower or "")) for tower in towers_of(project, name)]
+    return Parity.worst(parities)
+
+
+def _check_new(to: Path) -> None:
     if to.exists() and any(to.iterdir()):
         raise DataError(f"{to} is not empty; name a new folder, an export overwrites nothing")
+
+
+@contextmanager
+def _new_folder(to: Path) -> Iterator[Path]:
+    """Give the path of a folder beside `to`, which becomes `to` at the end, unless there is an error."""
     beside = to.with_name(f".{to.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
-    parities = [_export(project, name, tower, beside / (tower or "")) for tower in towers_of(project, name)]
+    yield beside
     if to.exists():
         to.rmdir()
     beside.rename(to)
-    return Parity.worst(parities)
 
 
 def _export(project: Project, name: str, tower: str | None, to: Path) -> Parity:
